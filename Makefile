@@ -1,0 +1,45 @@
+# make run                builds the agent and starts it on this host (root; MODE=observe only looks)
+# make test               everything that .ci/run checks; as root on a fresh Debian 12 it installs what it needs
+# make demo               the whole story in the test kernel, as a timeline
+# make build              bin/tsoagent and bin/tsoctl
+# make testkernel         the test kernel, if it isn't in the cache (about 5 minutes on 2 processors)
+# make lint               golangci-lint and govulncheck
+# make fuzz               every fuzz target for FUZZTIME
+# make scenario NAME=…    one scenario in the test kernel, with its whole log
+
+MODE     ?= enforce
+FUZZTIME ?= 10s
+
+# Go stamps the version from git, and refuses to build where git doesn't answer: no git, or a tree that
+# belongs to somebody else.
+VCS := $(shell git status >/dev/null 2>&1 && echo auto || echo false)
+
+.PHONY: build run test testkernel demo scenario lint fuzz setup
+
+build:
+	CGO_ENABLED=0 go build -buildvcs=$(VCS) -o bin/ ./cmd/...
+
+run: build
+	@if [ "$$(id -u)" -ne 0 ]; then echo "make run: needs root (sudo may hide go: use a root shell)" >&2; exit 1; fi
+	@exec bin/tsoagent run --mode $(MODE)
+
+test:
+	@tools/test
+
+setup:
+	@tools/install
+
+testkernel:
+	@e2e/testkernel/build
+
+demo: setup testkernel
+	@go run ./e2e/cmd/scenario e2e/testdata/scenarios/10-story.txtar
+
+scenario: setup testkernel
+	@go run ./e2e/cmd/scenario -v e2e/testdata/scenarios/$(NAME).txtar
+
+lint:
+	@tools/lint
+
+fuzz:
+	@tools/fuzz $(FUZZTIME)

@@ -1,0 +1,158 @@
+package journal
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// openFlags never follow a link, never leak to a child and never hang on a FIFO.
+const openFlags = unix.O_NOFOLLOW | unix.O_CLOEXEC | unix.O_NONBLOCK
+
+// A directory is an open directory; everything in it is reached through its descriptor, so that
+// nobody can put another one in its place.
+type directory struct {
+	*os.File
+	path string
+}
+
+// openDirectory opens and checks a directory, and creates it first (0750) if asked.
+func openDirectory(path string, create bool) (*directory, error) {
+	// A slash at the end would make O_NOFOLLOW follow.
+	path = filepath.Clean(path)
+	if create {
+		if err := os.MkdirAll(path, 0o750); err != nil {
+			return nil, err
+		}
+	}
+	fd, err := unix.Open(path, openFlags|unix.O_DIRECTORY|unix.O_RDONLY, 0)
+	if errors.Is(err, unix.ENOTDIR) || errors.Is(err, unix.ELOOP) {
+		return nil, fmt.Errorf("%s is a symbolic link or no directory; name the directory itself: %w", path, err)
+	}
+	if err != nil {
+		return nil, &os.PathError{Op: "open", Path: path, Err: err}
+	}
+	d := &directory{os.NewFile(uintptr(fd), path), path}
+	if err := trust(d.File); err != nil {
+		return nil, errors.Join(err, d.Close())
+	}
+	return d, nil
+}
+
+// trust refuses a file that somebody else could have made or could write to.
+func trust(f *os.File) error {
+	var st unix.Stat_t
+	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
+		return &os.PathError{Op: "stat", Path: f.Name(), Err: err}
+	}
+	if st.Uid != 0 && st.Uid != uint32(os.Geteuid()) {
+		return fmt.Errorf("%s belongs to user %d, not to root or to user %d; look at what is in it, then remove it or give it to root: %w",
+			f.Name(), st.Uid, os.Geteuid(), os.ErrPermission)
+	}
+	if st.Mode&unix.S_IWOTH != 0 {
+		return fmt.Errorf("%s is writable for everybody (mode %04o); look at what is in it, then run chmod o-w %s: %w",
+			f.Name(), st.Mode&0o7777, f.Name(), os.ErrPermission)
+	}
+	return nil
+}
+
+// open opens a regular file in the directory, and creates it (0640) if flags say so.
+func (d *directory) open(name string, flags int) (*os.File, error) {
+	path := filepath.Join(d.path, name)
+	fd, err := unix.Openat(int(d.Fd()), name, openFlags|flags, 0o640)
+	if errors.Is(err, unix.ELOOP) {
+		return nil, fmt.Errorf("%s is a symbolic link; look at where it leads, then remove it: %w", path, err)
+	}
+	if err != nil {
+		return nil, &os.PathError{Op: "open", Path: path, Err: err}
+	}
+	f := os.NewFile(uintptr(fd), path)
+	if err := trust(f); err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	if st, err := f.Stat(); err != nil || !st.Mode().IsRegular() {
+		return nil, errors.Join(fmt.Errorf("%s is no regular file; remove it", path), err, f.Close())
+	}
+	return f, nil
+}
+
+// read returns the journal's content and the open file, or neither if there is none.
+func (d *directory) read(flags int) ([]byte, *os.File, error) {
+	f, err := d.open(fileName, flags)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, nil, nil
+	}
+	if err != nil {
+		return nil, nil, err
+	}
+	b, err := io.ReadAll(f)
+	if err != nil {
+		return nil, nil, errors.Join(err, f.Close())
+	}
+	return b, f, nil
+}
+
+// lock takes the lock of the directory and leaves our process number in it.
+func (d *directory) lock() (*os.File, error) {
+	f, err := d.open(lockName, unix.O_RDWR|unix.O_CREAT)
+	if err != nil {
+		return nil, err
+	}
+	err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+	if errors.Is(err, unix.EWOULDBLOCK) {
+		b := make([]byte, 32)
+		n, _ := f.ReadAt(b, 0)
+		pid, _ := strconv.Atoi(strings.TrimSpace(string(b[:n])))
+		return nil, errors.Join(&LockedError{Dir: d.path, PID: max(pid, 0)}, f.Close())
+	}
+	if err == nil {
+		err = f.Truncate(0)
+	}
+	if err == nil {
+		_, err = f.WriteAt(fmt.Appendf(nil, "%d\n", os.Getpid()), 0)
+	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("lock %s: %w", f.Name(), err), f.Close())
+	}
+	return f, nil
+}
+
+// keepDamaged gives the journal the second name journal.damaged, for a person to look at.
+func (d *directory) keepDamaged() error {
+	fd := int(d.Fd())
+	if err := unix.Unlinkat(fd, damagedName, 0); err != nil && !errors.Is(err, unix.ENOENT) {
+		return os.NewSyscallError("unlinkat", err)
+	}
+	return os.NewSyscallError("linkat", unix.Linkat(fd, fileName, fd, damagedName, 0))
+}
+
+// replace puts a file with the content b in the place of the journal, and returns it open for
+// appending. If the file is nil, the old one is still in place; a file and an error together
+// say that the new one is in place but may not survive a crash.
+func (d *directory) replace(b []byte) (*os.File, error) {
+	fd := int(d.Fd())
+	if err := unix.Unlinkat(fd, newName, 0); err != nil && !errors.Is(err, unix.ENOENT) {
+		return nil, os.NewSyscallError("unlinkat", err)
+	}
+	f, err := d.open(newName, unix.O_RDWR|unix.O_APPEND|unix.O_CREAT|unix.O_EXCL)
+	if err != nil {
+		return nil, err
+	}
+	if _, err = f.Write(b); err == nil {
+		err = f.Sync()
+	}
+	if err == nil {
+		err = os.NewSyscallError("renameat", unix.Renameat(fd, newName, fd, fileName))
+	}
+	if err != nil {
+		_ = unix.Unlinkat(fd, newName, 0)
+		return nil, errors.Join(err, f.Close())
+	}
+	return f, os.NewSyscallError("fsync", unix.Fsync(fd))
+}

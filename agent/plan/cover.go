@@ -1,0 +1,356 @@
+package plan
+
+import (
+	"cmp"
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"github.com/gaissmai/bart"
+
+	"tsoagent/routes"
+	"tsoagent/xfrmwatch"
+)
+
+// entry is one output policy, or one coverage of it, in the kernel's order of precedence.
+type entry struct {
+	order int
+	sel   xfrmwatch.Selector
+	mark  xfrmwatch.Mark
+	ifID  uint32
+	block bool // action block
+	cov   *coverage
+}
+
+// coverage is a coverage with what the plan works out for it.
+type coverage struct {
+	xfrmwatch.Coverage
+	entry   *entry
+	flows   routes.Flows
+	inexact string // why the selector can't be repeated in a FIB rule, or empty
+	last    int    // the last valid inner MTU, 0 for none
+	verdict *Verdict
+	clones  int
+	gone    bool
+}
+
+// planner holds one run of Make.
+type planner struct {
+	Input
+	plan     *Plan
+	covers   []*coverage
+	byIfID   map[uint32]*bart.Table[[]*entry]
+	locked   map[routes.Key]bool // routes that are locked in place
+	order    map[*entry]int      // the place of the shape that serves a coverage
+	features map[routes.Ifindex][]string
+}
+
+// Make works out the plan. It is from scratch: what it costs grows with all that is covered.
+func Make(in Input) *Plan {
+	in.Config = in.Config.WithDefaults()
+	p := &planner{
+		Input:  in,
+		plan:   &Plan{MTU: map[xfrmwatch.CoverageID]int{}},
+		byIfID: map[uint32]*bart.Table[[]*entry]{},
+		locked: map[routes.Key]bool{},
+		order:  map[*entry]int{},
+	}
+	p.collect()
+	if p.Config.MTU != MTUOff {
+		p.lockInPlace()
+		if p.Config.Partial == PartialTable {
+			p.shape()
+		} else {
+			p.notePartial()
+		}
+	}
+	p.hold()
+	p.judge()
+	return p.plan
+}
+
+// collect lists all output policies in the order in which the kernel tries them, those that
+// linger last, and indexes them by if_id and destination.
+func (p *planner) collect() {
+	order := 0
+	add := func(e *entry) {
+		e.order = order
+		order++
+		t := p.byIfID[e.ifID]
+		if t == nil {
+			t = new(bart.Table[[]*entry])
+			p.byIfID[e.ifID] = t
+		}
+		have, _ := t.Get(e.sel.Dst)
+		t.Insert(e.sel.Dst, append(slices.Clip(have), e))
+	}
+	for pol := range p.XFRM.Policies() {
+		if pol.Dir != xfrmwatch.Out || pol.Sub {
+			continue
+		}
+		covs := p.withRemembered(pol, p.XFRM.Coverage(pol))
+		if len(covs) == 0 {
+			add(&entry{sel: pol.Selector, mark: pol.Mark, ifID: pol.IfID, block: pol.Action == xfrmwatch.Block})
+			continue
+		}
+		for _, c := range covs {
+			add(p.cover(c, false))
+		}
+	}
+	for _, c := range p.Lingering {
+		if _, back := p.XFRM.Policy(c.ID.Policy); !back {
+			add(p.cover(c, true))
+		}
+	}
+}
+
+// withRemembered adds the peers of a split transport policy whose SAs are gone: while the
+// policy stays, its last valid MTU stays.
+func (p *planner) withRemembered(pol *xfrmwatch.Policy, covs []xfrmwatch.Coverage) []xfrmwatch.Coverage {
+	if len(covs) == 0 || len(p.Last) == 0 || covs[len(covs)-1].Selector.Dst.IsSingleIP() {
+		return covs
+	}
+	rest := covs[len(covs)-1]
+	var missing []xfrmwatch.Coverage
+	for id := range p.Last {
+		if id.Policy != pol.Index || !id.Peer.IsValid() || !pol.Selector.Dst.Contains(id.Peer) ||
+			slices.ContainsFunc(covs, func(c xfrmwatch.Coverage) bool { return c.ID == id }) {
+			continue
+		}
+		c := rest
+		c.ID, c.Larval, c.Steps = id, true, nil
+		c.Selector.Dst = netip.PrefixFrom(id.Peer, id.Peer.BitLen())
+		missing = append(missing, c)
+	}
+	slices.SortFunc(missing, func(a, b xfrmwatch.Coverage) int { return a.ID.Peer.Compare(b.ID.Peer) })
+	return append(missing, covs...)
+}
+
+func (p *planner) cover(c xfrmwatch.Coverage, gone bool) *entry {
+	cov := &coverage{Coverage: c, last: p.Last[c.ID], gone: gone}
+	cov.flows, cov.inexact = flowsOf(c)
+	cov.verdict = &Verdict{
+		ID: c.ID, Selector: c.Selector, Priority: c.Policy.Priority, IfID: c.Policy.IfID,
+		Mark: c.Policy.Mark, Maybe: c.Maybe, Gone: gone, Cut: CutSocket,
+	}
+	cov.entry = &entry{sel: c.Selector, mark: c.Policy.Mark, ifID: c.Policy.IfID, cov: cov}
+	p.covers = append(p.covers, cov)
+	p.plan.Current = append(p.plan.Current, c)
+	return cov.entry
+}
+
+// flowsOf turns a selector into what FIB rules can select, or says why it can't.
+func flowsOf(c xfrmwatch.Coverage) (routes.Flows, string) {
+	s, m := c.Selector, c.Policy.Mark
+	f := routes.Flows{
+		Family: routes.Family(s.Family), Src: s.Src, Dst: s.Dst, Proto: uint8(s.Proto),
+		Mark: m.Value & m.Mask, Mask: m.Mask,
+	}
+	why := ""
+	port := func(name string, m xfrmwatch.PortMatch) routes.PortRange {
+		switch {
+		case m.Mask == 0:
+			return routes.PortRange{}
+		case m.Mask != 0xffff:
+			why = fmt.Sprintf("the selector's %s has a bit mask, which a FIB rule can't have", name)
+		case m.Port == 0 || m.Port == 0xffff:
+			// FRA_SPORT_RANGE: 0 is no port, and a range may not end at 65535.
+			why = fmt.Sprintf("a FIB rule can't select %s %d", name, m.Port)
+		case s.Proto != 6 && s.Proto != 17 && s.Proto != 132 && s.Proto != 136:
+			why = fmt.Sprintf("the selector's %s is no port for protocol %d", name, s.Proto)
+		}
+		return routes.PortRange{Lo: m.Port, Hi: m.Port}
+	}
+	f.Sport, f.Dport = port("sport", s.Sport), port("dport", s.Dport)
+	switch {
+	case s.Ifindex != 0:
+		why = "the selector has a device, which only the device's own flows match"
+	case m.Value&^m.Mask != 0:
+		why = "the policy's mark has bits outside its mask: it matches nothing"
+	}
+	return f, why
+}
+
+// all reports whether the entry takes every flow to its destination.
+func (e *entry) all() bool {
+	return e.sel.Src.Bits() == 0 && e.sel.Proto == 0 && e.sel.Sport.Mask == 0 &&
+		e.sel.Dport.Mask == 0 && e.sel.Ifindex == 0 && e.mark.Mask == 0 && e.mark.Value == 0
+}
+
+// takes reports how much of the flows the entry's selector takes, whatever their destination.
+func (e *entry) takes(f routes.Flows) (all, some bool) {
+	src, ok := routes.Intersect(e.sel.Src, f.Src)
+	if !ok || e.mark.Value&^e.mark.Mask != 0 || (e.mark.Value^f.Mark)&e.mark.Mask&f.Mask != 0 {
+		return false, false
+	}
+	if e.sel.Proto != 0 && f.Proto != 0 && uint8(e.sel.Proto) != f.Proto {
+		return false, false
+	}
+	sAll, sSome := takesPorts(e.sel.Sport, f.Sport)
+	dAll, dSome := takesPorts(e.sel.Dport, f.Dport)
+	if !sSome || !dSome {
+		return false, false
+	}
+	all = sAll && dAll && src == f.Src && e.sel.Ifindex == 0 &&
+		(e.sel.Proto == 0 || uint8(e.sel.Proto) == f.Proto) && e.mark.Mask&^f.Mask == 0
+	return all, true
+}
+
+func takesPorts(m xfrmwatch.PortMatch, r routes.PortRange) (all, some bool) {
+	switch {
+	case m.Mask == 0:
+		return true, true
+	case r.Any():
+		return false, true
+	case m.Mask != 0xffff:
+		return false, true
+	}
+	some = r.Lo <= m.Port && m.Port <= r.Hi
+	return some && r.Lo == r.Hi, some
+}
+
+// overlapping returns the entries of one if_id whose destination overlaps the prefix, in the
+// kernel's order. It looks at those that contain the prefix and, if inside, those within it.
+func (p *planner) overlapping(ifID uint32, dst netip.Prefix, inside bool) []*entry {
+	t := p.byIfID[ifID]
+	if t == nil {
+		return nil
+	}
+	var out []*entry
+	for _, es := range t.Supernets(dst) {
+		out = append(out, es...)
+	}
+	if inside {
+		for pfx, es := range t.Subnets(dst) {
+			if pfx != dst {
+				out = append(out, es...)
+			}
+		}
+	}
+	slices.SortFunc(out, func(a, b *entry) int { return cmp.Compare(a.order, b.order) })
+	return out
+}
+
+// domain is the if_id of the policies that apply to what leaves by a route: that of its xfrm
+// interface, 0 for other devices. It is false where the nexthops differ in that, or where what
+// applies isn't known.
+func (p *planner) domain(b *routes.Body) (ifID uint32, ok bool) {
+	for i, nh := range b.Nexthops {
+		var id uint32
+		l := p.FIB.Link(nh.Oif)
+		if l == nil || nh.Encap {
+			return 0, false
+		}
+		switch {
+		case l.Kind == "xfrm" && l.External, l.Kind == "vti", l.Kind == "vti6":
+			return 0, false
+		case l.Kind == "xfrm":
+			id = l.IfID
+		}
+		if i > 0 && id != ifID {
+			return 0, false
+		}
+		ifID = id
+	}
+	return ifID, len(b.Nexthops) > 0
+}
+
+// owner is the MTU metric that the route's owner set: what it was before our lock, if the lock
+// is ours.
+func (p *planner) owner(r routes.Route) MTUMetric {
+	have := routes.MTUMetricOf(r.Body)
+	if c, ok := p.Locks[r.Key()]; ok && c.Ours == have {
+		return c.Was
+	}
+	return have
+}
+
+// pathMTU is the MTU of a route without our lock, in bytes: the smallest of its devices' and
+// its owner's metric. It is 0 if a device is not known.
+func (p *planner) pathMTU(r routes.Route) int {
+	mtu := 0
+	for _, nh := range r.Body.Nexthops {
+		l := p.FIB.Link(nh.Oif)
+		if l == nil {
+			return 0
+		}
+		if mtu == 0 || l.MTU < mtu {
+			mtu = l.MTU
+		}
+	}
+	if own := int(p.owner(r).MTU); own != 0 {
+		mtu = min(mtu, own)
+	}
+	return mtu
+}
+
+// mtuAt is the MTU to lock for a coverage on a route, 0 for none, with the reason.
+func (p *planner) mtuAt(c *coverage, r routes.Route) (int, string) {
+	path := p.pathMTU(r)
+	if path == 0 {
+		return 0, "a device of the route is not known yet"
+	}
+	mtu, status := c.MTU(p.peerMTU, path)
+	if status != xfrmwatch.MTUKnown {
+		switch {
+		case c.last != 0:
+			mtu = min(c.last, path)
+			c.verdict.note(fmt.Sprintf("%s; the last valid MTU stays", status))
+		case p.Config.PresumeMTU != 0 && !c.Maybe:
+			mtu = min(p.Config.PresumeMTU, path)
+			c.verdict.note(fmt.Sprintf("%s; presume_mtu %d", status, p.Config.PresumeMTU))
+		default:
+			return 0, status.String()
+		}
+	} else if have, ok := p.plan.MTU[c.ID]; !ok || mtu < have {
+		p.plan.MTU[c.ID] = mtu
+	}
+	if c.verdict.MTU == 0 || mtu < c.verdict.MTU {
+		c.verdict.MTU = mtu
+	}
+	switch {
+	case mtu >= path:
+		return 0, fmt.Sprintf("the route's own MTU %d leaves room already", path)
+	case r.Body.Family == routes.IPv6 && mtu < 1280, mtu < 68:
+		return 0, fmt.Sprintf("the inner MTU %d is below what %s allows", mtu, r.Body.Family)
+	}
+	return mtu, ""
+}
+
+func (p *planner) peerMTU(peer netip.Addr, mark xfrmwatch.Mark) (int, bool) {
+	mtu, ok := p.Peers[Peer{peer, mark}]
+	return mtu, ok && mtu > 0
+}
+
+func (p *planner) metric(mtu int) MTUMetric {
+	return MTUMetric{MTU: uint32(mtu), Locked: p.Config.MTU == MTULock}
+}
+
+// PeersOf lists the outer peers whose route MTU a plan needs, in order and without repetition.
+func PeersOf(db *xfrmwatch.DB, lingering []xfrmwatch.Coverage) []Peer {
+	seen := map[Peer]bool{}
+	add := func(c xfrmwatch.Coverage) {
+		for _, st := range c.Steps {
+			if st.Template.Mode == xfrmwatch.Transport {
+				continue
+			}
+			for _, sa := range st.SAs {
+				seen[Peer{sa.Dst, sa.OutputMark}] = true
+			}
+		}
+	}
+	for c := range db.Coverages() {
+		add(c)
+	}
+	for _, c := range lingering {
+		add(c)
+	}
+	peers := make([]Peer, 0, len(seen))
+	for k := range seen {
+		peers = append(peers, k)
+	}
+	slices.SortFunc(peers, func(a, b Peer) int {
+		return cmp.Or(a.Addr.Compare(b.Addr), cmp.Compare(a.Mark.Value, b.Mark.Value), cmp.Compare(a.Mark.Mask, b.Mark.Mask))
+	})
+	return peers
+}

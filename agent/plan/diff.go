@@ -1,0 +1,246 @@
+package plan
+
+import (
+	"cmp"
+	"net/netip"
+	"slices"
+
+	"tsoagent/ethtool"
+	"tsoagent/routes"
+)
+
+// HoldKey names a hold.
+type HoldKey struct {
+	Index   ethtool.Ifindex
+	Feature ethtool.Feature
+}
+
+// HoldClaim says that we switched a feature off: on which device, and what was wanted before.
+type HoldClaim struct {
+	Device ethtool.Device `json:"device"`
+	// PermAddr and Address tell the device from another one that got its index and name.
+	PermAddr string `json:"perm_addr,omitempty"`
+	Was      bool   `json:"was"`
+}
+
+// Held is what we have in place besides our tables, which the mirror itself shows.
+type Held struct {
+	Holds map[HoldKey]HoldClaim
+	Locks map[routes.Key]LockClaim
+}
+
+// Steps are the writes that lead from what is in place to a plan, in the order in which they
+// are to be done: clones whose route moved, protection, then what is given back.
+type Steps struct {
+	// Clones are put into our tables: first those that are there and differ, then throws, then
+	// new ones.
+	Clones []CloneStep
+	// AddRules lead to the tables, after the clones are in them.
+	AddRules []routes.Rule
+	// DropRules are ours and wanted no more; they go before the clones they lead to.
+	DropRules []routes.Rule
+	// DropClones are ours and wanted no more.
+	DropClones []routes.Route
+	// Locks are written in place.
+	Locks []Lock
+	// Holds are set.
+	Holds []Hold
+	// Retaken are holds on features that somebody else turned on since.
+	Retaken []Hold
+	// Unlocks give a route its owner's MTU metric back.
+	Unlocks []Unlock
+	// Unholds give a feature back.
+	Unholds []HoldKey
+	// LostLocks and LostHolds are claims on what is no longer ours: it is gone, or somebody
+	// else changed it since. Changed says which.
+	LostLocks []Lost[routes.Key]
+	LostHolds []Lost[HoldKey]
+}
+
+// CloneStep puts a clone into the table.
+type CloneStep struct {
+	Table routes.TableID
+	Shape ShapeID
+	Clone Clone
+	Moved bool // the clone is there with another content
+}
+
+// Unlock gives a route its owner's MTU metric back.
+type Unlock struct {
+	Route routes.Route
+	Was   MTUMetric
+}
+
+// Lost is a claim on something that is no longer ours.
+type Lost[K any] struct {
+	Key     K
+	Changed bool // somebody else changed it; else it is gone
+}
+
+// Empty reports whether there is nothing to do.
+func (s *Steps) Empty() bool {
+	return len(s.Clones)+len(s.AddRules)+len(s.DropRules)+len(s.DropClones)+len(s.Locks)+
+		len(s.Holds)+len(s.Retaken)+len(s.Unlocks)+len(s.Unholds)+len(s.LostLocks)+len(s.LostHolds) == 0
+}
+
+// Diff works out the steps. While a mirror is stale, nothing is given back because of what it
+// lacks: absence of evidence is no deletion.
+func Diff(in Input, pl *Plan, held Held) Steps {
+	in.Config = in.Config.WithDefaults()
+	stale := in.XFRM.Stale() || in.FIB.Stale()
+	var s Steps
+	diffTables(&s, in, pl, stale)
+	diffLocks(&s, in, pl, held, stale)
+	diffHolds(&s, in, pl, held, stale)
+	return s
+}
+
+type place struct {
+	table routes.TableID
+	dst   netip.Prefix
+}
+
+func diffTables(s *Steps, in Input, pl *Plan, stale bool) {
+	have := map[place][]routes.Route{}
+	var rules []*routes.Rule
+	for _, f := range []routes.Family{routes.IPv4, routes.IPv6} {
+		for _, id := range in.FIB.Tables(f) {
+			if !in.Config.OwnTable(id) {
+				continue
+			}
+			for r := range in.FIB.Table(f, id) {
+				if in.Config.OwnRoute(r) {
+					at := place{id, r.Dst}
+					have[at] = append(have[at], r)
+				}
+			}
+		}
+		for _, r := range in.FIB.Rules(f) {
+			if in.Config.OwnRule(r) {
+				rules = append(rules, r)
+			}
+		}
+	}
+	want := map[place]bool{}
+	for i := range pl.Shapes {
+		sh := &pl.Shapes[i]
+		for _, c := range sh.Clones {
+			at := place{sh.Table, c.Dst}
+			want[at] = true
+			if old := have[at]; len(old) == 0 || !c.matches(old[0].Body) {
+				s.Clones = append(s.Clones, CloneStep{Table: sh.Table, Shape: sh.ID, Clone: c, Moved: len(old) > 0})
+			}
+		}
+		for _, r := range sh.Rules {
+			if i := slices.IndexFunc(rules, func(o *routes.Rule) bool { return *o == r }); i >= 0 {
+				rules = slices.Delete(rules, i, i+1)
+			} else {
+				s.AddRules = append(s.AddRules, r)
+			}
+		}
+	}
+	slices.SortStableFunc(s.Clones, func(a, b CloneStep) int { return cmp.Compare(a.rank(), b.rank()) })
+	if stale {
+		return
+	}
+	for _, r := range rules {
+		s.DropRules = append(s.DropRules, *r)
+	}
+	for at, rs := range have {
+		if !want[at] {
+			s.DropClones = append(s.DropClones, rs...)
+		} else {
+			s.DropClones = append(s.DropClones, rs[1:]...)
+		}
+	}
+	// Clones before throws: a throw that goes first would uncover what lies above it.
+	slices.SortFunc(s.DropClones, func(a, b routes.Route) int {
+		return cmp.Or(cmp.Compare(a.Body.Type, b.Body.Type), a.Key().Compare(b.Key()))
+	})
+}
+
+func (c CloneStep) rank() int {
+	switch {
+	case c.Moved:
+		return 0
+	case c.Clone.Throw:
+		return 1
+	}
+	return 2
+}
+
+// matches reports whether a route of ours is what the clone is to be.
+func (c Clone) matches(b *routes.Body) bool {
+	if c.Throw {
+		return b.Type == routes.Throw
+	}
+	return b.Type == routes.Unicast && routes.SameNexthops(b, c.Of.Body) && b.PrefSrc == c.Of.Body.PrefSrc &&
+		routes.MTUMetricOf(b) == c.MTU && b.Metrics.AdvMSS == c.AdvMSS
+}
+
+func diffLocks(s *Steps, in Input, pl *Plan, held Held, stale bool) {
+	wanted := map[routes.Key]bool{}
+	for _, l := range pl.Locks {
+		k := l.Route.Key()
+		wanted[k] = true
+		claim, ours := held.Locks[k]
+		if !ours || claim.Ours != l.Want || routes.MTUMetricOf(l.Route.Body) != l.Want {
+			s.Locks = append(s.Locks, l)
+		}
+	}
+	for k, claim := range held.Locks {
+		if wanted[k] || stale {
+			continue
+		}
+		r, n := in.FIB.Get(k)
+		switch {
+		case n == 0:
+			s.LostLocks = append(s.LostLocks, Lost[routes.Key]{Key: k})
+		case routes.MTUMetricOf(r.Body) != claim.Ours || n > 1:
+			s.LostLocks = append(s.LostLocks, Lost[routes.Key]{Key: k, Changed: true})
+		default:
+			s.Unlocks = append(s.Unlocks, Unlock{Route: r, Was: claim.Was})
+		}
+	}
+	slices.SortFunc(s.LostLocks, func(a, b Lost[routes.Key]) int { return a.Key.Compare(b.Key) })
+	slices.SortFunc(s.Unlocks, func(a, b Unlock) int { return a.Route.Key().Compare(b.Route.Key()) })
+}
+
+func diffHolds(s *Steps, in Input, pl *Plan, held Held, stale bool) {
+	wanted := map[HoldKey]bool{}
+	for _, h := range pl.Holds {
+		k := HoldKey{h.Device.Index, h.Feature}
+		wanted[k] = true
+		st, ok := in.Features[routes.Ifindex(h.Device.Index)].Get(h.Feature)
+		if !ok || !st.Wanted {
+			continue // already off: by us, or by somebody else and then not ours to give back
+		}
+		if _, ours := held.Holds[k]; ours {
+			s.Retaken = append(s.Retaken, h)
+		} else {
+			s.Holds = append(s.Holds, h)
+		}
+	}
+	for k := range held.Holds {
+		if wanted[k] || stale {
+			continue
+		}
+		l := in.FIB.Link(routes.Ifindex(k.Index))
+		st, ok := in.Features[routes.Ifindex(k.Index)].Get(k.Feature)
+		switch {
+		case l == nil:
+			s.LostHolds = append(s.LostHolds, Lost[HoldKey]{Key: k})
+		case !ok: // not read yet
+		case st.Wanted:
+			s.LostHolds = append(s.LostHolds, Lost[HoldKey]{Key: k, Changed: true})
+		default:
+			s.Unholds = append(s.Unholds, k)
+		}
+	}
+	slices.SortFunc(s.LostHolds, func(a, b Lost[HoldKey]) int { return compareHolds(a.Key, b.Key) })
+	slices.SortFunc(s.Unholds, compareHolds)
+}
+
+func compareHolds(a, b HoldKey) int {
+	return cmp.Or(cmp.Compare(a.Index, b.Index), cmp.Compare(a.Feature, b.Feature))
+}

@@ -1,0 +1,184 @@
+package plan
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"tsoagent/routes"
+	"tsoagent/xfrmwatch"
+)
+
+// lockInPlace finds the routes all of whose flows are covered alike and which can be replaced
+// safely.
+func (p *planner) lockInPlace() {
+	seen := map[routes.Key]bool{}
+	for _, c := range p.covers {
+		for _, r := range p.candidates(c) {
+			if k := r.Key(); !seen[k] {
+				seen[k] = true
+				p.tryInPlace(r)
+			}
+		}
+	}
+	slices.SortFunc(p.plan.Locks, func(a, b Lock) int { return a.Route.Key().Compare(b.Route.Key()) })
+}
+
+// candidates are the routes that a coverage can fill as a whole: for a policy with an if_id
+// those through its xfrm interfaces, for others those inside its destination, if it takes
+// every source and protocol.
+func (p *planner) candidates(c *coverage) []routes.Route {
+	if c.Policy.IfID != 0 {
+		var out []routes.Route
+		for _, l := range p.carriers(c) {
+			keys, _ := p.FIB.DeviceRoutes(l.Index)
+			for _, k := range keys {
+				if k.Dst.Overlaps(c.Selector.Dst) && !linkLocal(k.Dst) {
+					if r, n := p.FIB.Get(k); n > 0 {
+						out = append(out, r)
+					}
+				}
+			}
+		}
+		return out
+	}
+	if !c.entry.all() {
+		return nil
+	}
+	var out []routes.Route
+	for _, part := range p.parts(c) {
+		add := func(m routes.Match) {
+			for _, b := range m.Paths.Bodies() {
+				if ifID, ok := p.domain(b); ok && ifID == 0 {
+					out = append(out, routes.Route{Dst: m.Dst, Body: b})
+				}
+			}
+		}
+		if part.Containing.Dst == c.Selector.Dst {
+			add(part.Containing)
+		}
+		for m := range part.Inside {
+			add(m)
+			if len(out) > p.Config.MaxClonesPerCoverage {
+				c.verdict.note(fmt.Sprintf("more than %d routes inside %s: no lock (max_clones_per_coverage)", p.Config.MaxClonesPerCoverage, c.Selector.Dst))
+				return nil
+			}
+		}
+	}
+	return out
+}
+
+// parts follows the rules for a coverage, without our own rules and the local table.
+func (p *planner) parts(c *coverage) []routes.Part {
+	f := c.flows
+	if c.inexact != "" { // what is not exact can still be followed by its destination
+		f = routes.Flows{Family: f.Family, Src: f.Src, Dst: f.Dst}
+	}
+	parts := p.FIB.Resolve(f, p.Config.OwnRule)
+	return slices.DeleteFunc(parts, func(part routes.Part) bool {
+		return part.Rule.Action == routes.RuleToTable && part.Rule.Table == routes.TableLocal
+	})
+}
+
+// carriers are the xfrm interfaces with the coverage's if_id by which a route leads into its
+// destination, in order.
+func (p *planner) carriers(c *coverage) []*routes.Link {
+	var out []*routes.Link
+	for _, l := range p.xfrmis(c.Policy.IfID) {
+		keys, _ := p.FIB.DeviceRoutes(l.Index)
+		if slices.ContainsFunc(keys, func(k routes.Key) bool {
+			return k.Dst.Overlaps(c.Selector.Dst) && !linkLocal(k.Dst)
+		}) {
+			out = append(out, l)
+		}
+	}
+	return out
+}
+
+func (p *planner) xfrmis(ifID uint32) []*routes.Link {
+	var out []*routes.Link
+	for _, l := range p.FIB.Links() {
+		if l.Kind == "xfrm" && !l.External && l.IfID == ifID && ifID != 0 {
+			out = append(out, l)
+		}
+	}
+	return out
+}
+
+// linkLocal says that a destination is never one of a tunnel's flows: link-local or multicast.
+func linkLocal(dst netip.Prefix) bool {
+	a := dst.Addr()
+	return a.IsLinkLocalUnicast() && dst.Bits() >= 10 || a.IsMulticast()
+}
+
+func (p *planner) tryInPlace(r routes.Route) {
+	mtu, by, ok := p.alike(r)
+	if !ok || mtu == 0 || p.unsafe(r) != "" {
+		return
+	}
+	l := Lock{Route: r, Owner: p.owner(r), Want: p.metric(mtu)}
+	for _, c := range by {
+		l.Because = append(l.Because, c.ID)
+		c.verdict.Locked = append(c.verdict.Locked, fmt.Sprintf("%s mtu %d", r.Key(), mtu))
+	}
+	p.locked[r.Key()] = true
+	p.plan.Locks = append(p.plan.Locks, l)
+}
+
+// alike reports whether all flows that use the route are covered and have the same MTU left,
+// and which coverages they belong to. What leaves by an xfrm interface without a policy for
+// its if_id is dropped (xfrmi_xmit2, net/xfrm/xfrm_interface_core.c), so it counts for nothing.
+func (p *planner) alike(r routes.Route) (mtu int, by []*coverage, ok bool) {
+	ifID, ok := p.domain(r.Body)
+	if !ok {
+		return 0, nil, false
+	}
+	for _, e := range p.overlapping(ifID, r.Dst, true) {
+		if e.cov == nil {
+			if ifID != 0 || e.block { // bypass on an xfrm interface: dropped as well
+				continue
+			}
+			return 0, nil, false
+		}
+		n, why := p.mtuAt(e.cov, r)
+		switch {
+		case n == 0 && e.cov.Larval && ifID != 0 && e.cov.last == 0:
+			continue // no flow passes before there is an SA
+		case n == 0:
+			e.cov.verdict.note(fmt.Sprintf("%s: %s", r.Key(), why))
+			return 0, nil, false
+		case mtu != 0 && n != mtu:
+			return 0, nil, false
+		}
+		mtu, by = n, append(by, e.cov)
+		if e.all() && routes.Contains(e.sel.Dst, r.Dst) {
+			return mtu, by, true
+		}
+	}
+	if ifID != 0 || p.XFRM.Default().Out == xfrmwatch.Block {
+		return mtu, by, mtu != 0
+	}
+	return 0, nil, false
+}
+
+// unsafe says why a route can't be replaced in place, or is empty. The kernel's replace hits
+// the first route with the key and deletes an IPv6 sibling.
+func (p *planner) unsafe(r routes.Route) string {
+	b := r.Body
+	switch {
+	case b.Type != routes.Unicast:
+		return "it is no unicast route"
+	case b.Table == routes.TableLocal:
+		return "it is in table local"
+	case b.Protocol == routes.ProtoKernel, b.Protocol == routes.ProtoRA, b.Protocol == routes.ProtoRedirect:
+		return "the kernel owns it"
+	case b.Expires:
+		return "it has a lifetime"
+	case p.Config.OwnRoute(r):
+		return "it is ours"
+	}
+	if _, n := p.FIB.Get(r.Key()); n != 1 {
+		return "another route has the same key"
+	}
+	return ""
+}

@@ -1,0 +1,255 @@
+package plan
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+
+	"tsoagent/routes"
+)
+
+// place gives each shape its table and its rules their priorities, directly ahead of the rule
+// whose table decides.
+func (p *planner) place(shapes []*shaped) {
+	used := map[routes.Family]int{}
+	taken := p.takenTables()
+	byBase := map[*routes.Rule][]*shaped{}
+	var bases []*routes.Rule
+	for _, s := range shapes {
+		s.table = p.tableFor(s, taken)
+		if s.table == 0 {
+			s.note("no lock: no free routing table of our own")
+			continue
+		}
+		if byBase[s.base] == nil {
+			bases = append(bases, s.base)
+		}
+		byBase[s.base] = append(byBase[s.base], s)
+	}
+	for _, base := range bases {
+		group := byBase[base]
+		room := min(p.room(base), MaxRules-used[base.Family])
+		var first, second []ruled
+		for _, s := range group {
+			rs := p.rulesOf(s)
+			if len(rs)+len(first)+len(second) > room {
+				s.note(fmt.Sprintf("no lock: no free rule priority directly ahead of rule %d, or more than %d rules", base.Priority, MaxRules))
+				continue
+			}
+			first = append(first, ruled{s, rs[:1]})
+			if len(rs) > 1 {
+				second = append(second, ruled{s, rs[1:]})
+			}
+		}
+		used[base.Family] += len(first) + len(second)
+		// Lookups without a source match several shapes: the smallest MTU goes first.
+		slices.SortStableFunc(second, func(a, b ruled) int { return a.s.minMTU - b.s.minMTU })
+		p.emit(base, append(first, second...))
+	}
+}
+
+type ruled struct {
+	s     *shaped
+	rules []routes.Rule
+}
+
+func (p *planner) emit(base *routes.Rule, list []ruled) {
+	out := map[*shaped]*Shape{}
+	var order []*shaped
+	for i, r := range list {
+		sh := out[r.s]
+		if sh == nil {
+			sh = &Shape{ID: r.s.id, Base: base, Table: r.s.table, Clones: r.s.clones}
+			out[r.s] = sh
+			order = append(order, r.s)
+		}
+		for _, rule := range r.rules {
+			rule.Priority = base.Priority - uint32(len(list)-i)
+			sh.Rules = append(sh.Rules, rule)
+		}
+	}
+	for _, s := range order {
+		p.plan.Shapes = append(p.plan.Shapes, *out[s])
+		p.noteClones(s)
+	}
+}
+
+func (p *planner) noteClones(s *shaped) {
+	for _, c := range s.clones {
+		if c.Throw {
+			continue
+		}
+		for _, m := range s.members {
+			if m.cov.ID == c.Because {
+				m.cov.verdict.Locked = append(m.cov.verdict.Locked, fmt.Sprintf("%s table %d mtu %d", c.Dst, s.table, c.MTU.MTU))
+				break
+			}
+		}
+	}
+}
+
+// rulesOf are the shape's rules without priorities: the one for its selectors, and where the
+// host forwards a second one for lookups without a source address, which MSS clamps and
+// unbound sockets do.
+func (p *planner) rulesOf(s *shaped) []routes.Rule {
+	f := s.id.Flows
+	r := routes.Rule{
+		Family: f.Family, Action: routes.RuleToTable, Table: s.table, Protocol: p.Config.Protocol,
+		Mark: f.Mark, Mask: f.Mask, IPProto: f.Proto, Sport: f.Sport, Dport: f.Dport,
+		SuppressPrefixLen: -1, SuppressIfgroup: -1,
+	}
+	if f.Src.Bits() > 0 {
+		r.Src = f.Src
+	}
+	if d := s.onlyDst(); d.IsValid() && d.Bits() > 0 {
+		r.Dst = d
+	}
+	rules := []routes.Rule{r}
+	if p.Config.SourceLess != Serve || !p.Forwarding[f.Family] || f.Src.Bits() == 0 ||
+		s.base.Src.IsValid() || f.Proto != 0 || !f.Sport.Any() || !f.Dport.Any() {
+		return rules
+	}
+	if f.Family == routes.IPv4 {
+		r.Src = netip.PrefixFrom(netip.IPv4Unspecified(), 32)
+		s.note("lookups without a source are served: the host's own unbound sockets to these destinations have the lock too")
+	} else {
+		r.Src, r.Iif = netip.Prefix{}, "lo"
+		s.note("lookups without a source are served: the host's own traffic to these destinations has the lock too")
+	}
+	return append(rules, r)
+}
+
+// onlyDst is the destination that all members share, invalid if they differ. A rule then says
+// exactly what it is for; with several destinations the table itself tells them apart.
+func (s *shaped) onlyDst() netip.Prefix {
+	d := s.members[0].dst
+	for _, m := range s.members[1:] {
+		if m.dst != d {
+			return netip.Prefix{}
+		}
+	}
+	return d
+}
+
+// room is how many rules fit between the rule and the one ahead of it that is not ours. None
+// fit where another rule has the same priority and stands ahead.
+func (p *planner) room(base *routes.Rule) int {
+	room := int(min(base.Priority, MaxRules*4))
+	for _, r := range p.FIB.Rules(base.Family) {
+		if *r == *base {
+			return room
+		}
+		if !p.Config.OwnRule(r) {
+			room = min(int(base.Priority)-int(r.Priority)-1, MaxRules*4)
+		}
+	}
+	return 0
+}
+
+// takenTables are the table numbers that hold or lead to something that is not ours.
+func (p *planner) takenTables() map[routes.Family]map[routes.TableID]bool {
+	taken := map[routes.Family]map[routes.TableID]bool{}
+	for _, f := range []routes.Family{routes.IPv4, routes.IPv6} {
+		taken[f] = map[routes.TableID]bool{}
+		for _, r := range p.FIB.Rules(f) {
+			if p.Config.OwnTable(r.Table) && !p.Config.OwnRule(r) {
+				taken[f][r.Table] = true
+			}
+		}
+		for _, id := range p.FIB.Tables(f) {
+			if !p.Config.OwnTable(id) {
+				continue
+			}
+			for r := range p.FIB.Table(f, id) {
+				if !p.Config.OwnRoute(r) {
+					taken[f][id] = true
+					break
+				}
+			}
+		}
+	}
+	for _, l := range p.FIB.Links() {
+		if p.Config.OwnTable(l.VRFTable) {
+			taken[routes.IPv4][l.VRFTable], taken[routes.IPv6][l.VRFTable] = true, true
+		}
+	}
+	return taken
+}
+
+// tableFor is the table that the shape's rule already leads to, else the first free one, so
+// that a new shape moves no other.
+func (p *planner) tableFor(s *shaped, taken map[routes.Family]map[routes.TableID]bool) routes.TableID {
+	mine := taken[s.id.Flows.Family]
+	owned := map[routes.TableID]bool{}
+	for _, r := range p.FIB.Rules(s.id.Flows.Family) {
+		if !p.Config.OwnRule(r) {
+			continue
+		}
+		owned[r.Table] = true
+		if !mine[r.Table] && p.selects(r, s) {
+			mine[r.Table] = true
+			return r.Table
+		}
+	}
+	for id := p.Config.Table; id < p.Config.Table+MaxRules; id++ {
+		if !mine[id] && !owned[id] {
+			mine[id] = true
+			return id
+		}
+	}
+	return 0
+}
+
+// selects reports whether a rule of ours is the one for the shape's selectors, whatever its
+// destination and priority.
+func (p *planner) selects(r *routes.Rule, s *shaped) bool {
+	f := s.id.Flows
+	src := r.Src
+	if !src.IsValid() {
+		src = f.Family.Any()
+	}
+	return src == f.Src && r.IPProto == f.Proto && r.Sport == f.Sport && r.Dport == f.Dport &&
+		r.Mark == f.Mark && r.Mask == f.Mask && r.Iif == "" && p.basedOn(r) == s.base
+}
+
+// basedOn is the first rule behind one of ours that is not ours.
+func (p *planner) basedOn(r *routes.Rule) *routes.Rule {
+	rules := p.FIB.Rules(r.Family)
+	i := slices.Index(rules, r)
+	for _, o := range rules[i+1:] {
+		if !p.Config.OwnRule(o) {
+			return o
+		}
+	}
+	return nil
+}
+
+// notePartial says for coverages without a lock that the configuration wants none in a table.
+func (p *planner) notePartial() {
+	for _, c := range p.covers {
+		if !p.lockedWhole(c) {
+			c.verdict.note("only a part of a route's flows are covered: no lock (partial: off)")
+		}
+	}
+}
+
+// String renders the shape's identity as the selectors of `ip rule`.
+func (id ShapeID) String() string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "from %s", id.Flows.Src)
+	if id.Flows.Proto != 0 {
+		fmt.Fprintf(&b, " ipproto %d", id.Flows.Proto)
+	}
+	if !id.Flows.Sport.Any() {
+		fmt.Fprintf(&b, " sport %d-%d", id.Flows.Sport.Lo, id.Flows.Sport.Hi)
+	}
+	if !id.Flows.Dport.Any() {
+		fmt.Fprintf(&b, " dport %d-%d", id.Flows.Dport.Lo, id.Flows.Dport.Hi)
+	}
+	if id.Flows.Mask != 0 {
+		fmt.Fprintf(&b, " fwmark %#x/%#x", id.Flows.Mark, id.Flows.Mask)
+	}
+	fmt.Fprintf(&b, " ahead of rule %d", id.Base)
+	return b.String()
+}

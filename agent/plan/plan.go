@@ -1,0 +1,146 @@
+// Package plan decides. From what was observed and the configuration it works out all holds,
+// locks and verdicts (Make), and from those and what is in place the steps to take (Diff).
+//
+// It is pure: no I/O, no clock, no log. The same input gives the same plan in the same order.
+package plan
+
+import (
+	"net/netip"
+	"slices"
+
+	"tsoagent/ethtool"
+	"tsoagent/routes"
+	"tsoagent/sockopt"
+	"tsoagent/xfrmwatch"
+)
+
+// Input is all that a plan follows from. Make changes nothing in it.
+type Input struct {
+	Config   Config
+	XFRM     *xfrmwatch.DB
+	FIB      *routes.FIB
+	Features map[routes.Ifindex]*ethtool.Features
+	Keys     []sockopt.Key
+	// Lingering are coverages whose policy went away a short while ago and which are kept until
+	// it has been quiet: a daemon that replaces a policy must not cost its flows the lock.
+	Lingering []xfrmwatch.Coverage
+	// Peers holds the MTU of the route to each outer peer, as the kernel answered last.
+	Peers map[Peer]int
+	// Last is the last inner MTU that was valid for a coverage, kept while its policy stays.
+	Last map[xfrmwatch.CoverageID]int
+	// Locks are the in-place locks that are ours.
+	Locks map[routes.Key]LockClaim
+	// Withheld are shapes of selectors for which the kernel's own lookup did not answer as
+	// foreseen, with the reason.
+	Withheld map[ShapeID]string
+	// Forwarding tells for each family whether the host forwards.
+	Forwarding map[routes.Family]bool
+}
+
+// Peer is an outer peer of an SA with the mark that takes part in its lookup.
+type Peer struct {
+	Addr netip.Addr
+	Mark xfrmwatch.Mark
+}
+
+// MTUMetric is a route's MTU metric: its value in bytes, 0 for none, and its lock bit.
+type MTUMetric = routes.MTUMetric
+
+// LockClaim says that we locked a route in place: what its MTU metric was, and what we wrote.
+type LockClaim struct {
+	Was  MTUMetric `json:"was"`
+	Ours MTUMetric `json:"ours"`
+}
+
+// Plan is what is to be held and locked, and a verdict for each coverage.
+type Plan struct {
+	Holds    []Hold
+	Locks    []Lock
+	Shapes   []Shape
+	Verdicts []Verdict
+	// MTU holds the inner MTU of each coverage that has a valid SA now; the caller keeps it as
+	// Input.Last.
+	MTU map[xfrmwatch.CoverageID]int
+	// Current are the coverages of this plan, the lingering ones included; the caller keeps
+	// those whose policy goes away.
+	Current []xfrmwatch.Coverage
+}
+
+// Hold is one feature that is kept off on one carrier.
+type Hold struct {
+	Device  ethtool.Device
+	Feature ethtool.Feature
+	Because []xfrmwatch.CoverageID
+}
+
+// Lock is one route whose MTU is locked in place.
+type Lock struct {
+	Route   routes.Route // as the mirror has it
+	Owner   MTUMetric    // what the route's owner set
+	Want    MTUMetric
+	Because []xfrmwatch.CoverageID
+}
+
+// ShapeID names a shape of selectors: what a rule of ours selects, but for the destination,
+// and the rule that it stands ahead of. It is comparable and stable over restarts.
+type ShapeID struct {
+	Flows routes.Flows // Dst is the family's whole space
+	Base  uint32       // the priority of the rule whose table decides
+	Table routes.TableID
+}
+
+// Shape is one table of ours with the rules that lead to it.
+type Shape struct {
+	ID     ShapeID
+	Base   *routes.Rule
+	Table  routes.TableID
+	Rules  []routes.Rule
+	Clones []Clone
+}
+
+// Clone is one route of ours: the shadow of a route with a locked MTU, or a throw that gives
+// the next rule its turn.
+type Clone struct {
+	Dst     netip.Prefix
+	Throw   bool
+	Of      routes.Route // zero for a throw
+	MTU     MTUMetric
+	AdvMSS  uint32
+	Because xfrmwatch.CoverageID
+}
+
+// Cut says where the segments of covered flows are cut.
+type Cut string
+
+// The places of the ladder.
+const (
+	CutSocket Cut = "socket" // the kernel takes GSO from the covered sockets, or cuts in ESP
+	CutDevice Cut = "device" // TSO is off on the dedicated carrier
+	CutNone   Cut = "none"   // nothing is covered now
+)
+
+// Verdict says for one coverage what is known, where its segments are cut, what is done and
+// why.
+type Verdict struct {
+	ID       xfrmwatch.CoverageID
+	Selector xfrmwatch.Selector
+	Priority uint32
+	IfID     uint32
+	Mark     xfrmwatch.Mark
+	Key      *sockopt.Key // set for a TCP signature instead of a policy
+	Maybe    bool
+	Gone     bool // the policy went away; kept until it is quiet
+	MTU      int  // inner MTU in bytes, 0 if there is none yet
+	Cut      Cut
+	Carriers []string
+	Held     []string
+	Locked   []string
+	Notes    []string
+}
+
+// Note adds a sentence once.
+func (v *Verdict) note(text string) {
+	if !slices.Contains(v.Notes, text) {
+		v.Notes = append(v.Notes, text)
+	}
+}

@@ -1,0 +1,259 @@
+package plan
+
+import (
+	"cmp"
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"github.com/gaissmai/bart"
+
+	"tsoagent/routes"
+)
+
+// shaped is a shape under construction: the coverages that share its selectors.
+type shaped struct {
+	id      ShapeID
+	base    *routes.Rule
+	members []member
+	minMTU  int
+	clones  []Clone
+	table   routes.TableID
+	order   int
+}
+
+// member is a coverage in a shape, with the part of its destination that the base rule takes.
+type member struct {
+	cov *coverage
+	dst netip.Prefix
+}
+
+// shape works out the tables of our own: for each shape of selectors, and each rule that
+// decides for it, the clones of the routes that its coverages use.
+func (p *planner) shape() {
+	shapes := p.group()
+	for i, s := range shapes {
+		s.order = i
+		for _, m := range s.members {
+			if have, ok := p.order[m.cov.entry]; !ok || i < have {
+				p.order[m.cov.entry] = i
+			}
+		}
+	}
+	total := 0
+	shapes = slices.DeleteFunc(shapes, func(s *shaped) bool {
+		if why, ok := p.Withheld[s.id]; ok {
+			s.note("no lock in a table of our own: " + why)
+			return true
+		}
+		p.fill(s)
+		total += len(s.clones)
+		if total > p.Config.MaxClones {
+			s.note(fmt.Sprintf("no lock: more than %d clones in all (max_clones)", p.Config.MaxClones))
+			total -= len(s.clones)
+			return true
+		}
+		return len(s.clones) == 0
+	})
+	p.place(shapes)
+}
+
+func (s *shaped) note(text string) {
+	for _, m := range s.members {
+		m.cov.verdict.note(text)
+	}
+}
+
+// group sorts the coverages into shapes. A coverage whose flows several rules decide for is in
+// several shapes.
+func (p *planner) group() []*shaped {
+	byID := map[ShapeID]*shaped{}
+	var shapes []*shaped
+	for _, c := range p.covers {
+		if c.inexact != "" {
+			if !p.lockedWhole(c) {
+				c.verdict.note("no lock in a table of our own: " + c.inexact)
+			}
+			continue
+		}
+		for _, part := range p.parts(c) {
+			if part.Blocked != "" {
+				c.verdict.note(fmt.Sprintf("rule %d (%s) decides for a part of the flows: no lock there", part.Rule.Priority, part.Blocked))
+				continue
+			}
+			if part.Rule.Action != routes.RuleToTable || p.Config.OwnTable(part.Rule.Table) {
+				continue
+			}
+			id := ShapeID{Flows: part.Flows, Base: part.Rule.Priority, Table: part.Rule.Table}
+			id.Flows.Dst = part.Flows.Family.Any()
+			s := byID[id]
+			if s == nil {
+				s = &shaped{id: id, base: part.Rule}
+				byID[id] = s
+				shapes = append(shapes, s)
+			}
+			s.members = append(s.members, member{c, part.Flows.Dst})
+		}
+	}
+	return shapes
+}
+
+func (p *planner) lockedWhole(c *coverage) bool { return len(c.verdict.Locked) > 0 }
+
+// fill works out what the shape's table holds.
+func (p *planner) fill(s *shaped) {
+	points := map[netip.Prefix]bool{}
+	for _, m := range s.members {
+		own, ok := p.pointsOf(s, m)
+		if !ok {
+			continue
+		}
+		for _, x := range own {
+			points[x] = true
+		}
+	}
+	sorted := make([]netip.Prefix, 0, len(points))
+	for x := range points {
+		sorted = append(sorted, x)
+	}
+	// Wider ones first, so that a throw finds the clone that it cuts a hole into.
+	slices.SortFunc(sorted, func(a, b netip.Prefix) int {
+		return cmp.Or(cmp.Compare(a.Bits(), b.Bits()), routes.ComparePrefix(a, b))
+	})
+	var kept bart.Table[bool] // true for a clone, false for a throw
+	for _, x := range sorted {
+		clone := p.decide(s, x)
+		if clone.Throw {
+			above := false
+			if x.Bits() > 0 {
+				above, _ = kept.LookupPrefix(netip.PrefixFrom(x.Addr(), x.Bits()-1).Masked())
+			}
+			if !above {
+				continue
+			}
+		}
+		kept.Insert(x, !clone.Throw)
+		s.clones = append(s.clones, clone)
+	}
+	for _, c := range s.clones {
+		if !c.Throw && (s.minMTU == 0 || int(c.MTU.MTU) < s.minMTU) {
+			s.minMTU = int(c.MTU.MTU)
+		}
+	}
+	slices.SortFunc(s.clones, func(a, b Clone) int { return routes.ComparePrefix(a.Dst, b.Dst) })
+}
+
+// pointsOf are the destinations at which the outcome can differ inside a member's destination:
+// itself, each route inside it, and each policy inside it.
+func (p *planner) pointsOf(s *shaped, m member) ([]netip.Prefix, bool) {
+	var points []netip.Prefix
+	full := func() bool {
+		if len(points) <= p.Config.MaxClonesPerCoverage {
+			return false
+		}
+		m.cov.verdict.note(fmt.Sprintf("no lock: more than %d routes and policies inside %s (max_clones_per_coverage)", p.Config.MaxClonesPerCoverage, m.dst))
+		return true
+	}
+	for _, seed := range p.seeds(s, m) {
+		points = append(points, seed)
+		_, inside := p.FIB.Cover(s.id.Flows.Family, s.id.Table, seed)
+		for r := range inside {
+			if points = append(points, r.Dst); full() {
+				return nil, false
+			}
+		}
+		for _, t := range p.byIfID {
+			for pfx, es := range t.Subnets(seed) {
+				if pfx == seed || !slices.ContainsFunc(es, func(e *entry) bool { _, some := e.takes(s.id.Flows); return some }) {
+					continue
+				}
+				if points = append(points, pfx); full() {
+					return nil, false
+				}
+			}
+		}
+	}
+	return points, true
+}
+
+// seeds are the destinations where a member's flows can need a clone: all of its destination,
+// or, for a policy with an if_id, those that routes through its xfrm interfaces leave of it.
+func (p *planner) seeds(s *shaped, m member) []netip.Prefix {
+	if m.cov.Policy.IfID == 0 {
+		return []netip.Prefix{m.dst}
+	}
+	var seeds []netip.Prefix
+	for _, l := range p.xfrmis(m.cov.Policy.IfID) {
+		keys, _ := p.FIB.DeviceRoutes(l.Index)
+		for _, k := range keys {
+			if x, ok := routes.Intersect(k.Dst, m.dst); ok && k.Table == s.id.Table && !p.locked[k] && !linkLocal(k.Dst) {
+				seeds = append(seeds, x)
+			}
+		}
+	}
+	return seeds
+}
+
+// decide says what our table holds at one destination: a clone of the route that the kernel
+// uses there, if one coverage takes all of the shape's flows to it, else a throw.
+func (p *planner) decide(s *shaped, x netip.Prefix) Clone {
+	throw := Clone{Dst: x, Throw: true}
+	m, _ := p.FIB.Cover(s.id.Flows.Family, s.id.Table, x)
+	r, ok := m.First()
+	if !ok || int32(m.Dst.Bits()) <= s.base.SuppressPrefixLen || r.Body.Type != routes.Unicast ||
+		p.locked[r.Key()] || linkLocal(x) {
+		return throw
+	}
+	ifID, ok := p.domain(r.Body)
+	if !ok || m.SourceSpecific() || m.TOSSpecific() {
+		if c := p.winnerAt(s, x, 0); c != nil {
+			c.verdict.note(fmt.Sprintf("%s: its routes are for some sources, TOS values or kinds of nexthop only: no lock there", x))
+		}
+		return throw
+	}
+	c := p.winnerAt(s, x, ifID)
+	if c == nil {
+		return throw
+	}
+	mtu, why := p.mtuAt(c, r)
+	if mtu == 0 {
+		c.verdict.note(fmt.Sprintf("%s: %s", x, why))
+		return throw
+	}
+	header := uint32(40)
+	if s.id.Flows.Family == routes.IPv6 {
+		header = 60
+	}
+	adv := uint32(mtu) - header
+	if own := r.Body.Metrics.AdvMSS; own != 0 {
+		adv = min(adv, own)
+	}
+	return Clone{Dst: x, Of: r, MTU: p.metric(mtu), AdvMSS: adv, Because: c.ID}
+}
+
+// winnerAt is the coverage that takes all of the shape's flows to a destination, nil if there
+// is none or if another policy takes a part of them out that no shape ahead of this one serves.
+func (p *planner) winnerAt(s *shaped, x netip.Prefix, ifID uint32) *coverage {
+	var parts []*entry
+	for _, e := range p.overlapping(ifID, x, false) {
+		all, some := e.takes(s.id.Flows)
+		if !some {
+			continue
+		}
+		if !all {
+			parts = append(parts, e)
+			continue
+		}
+		if e.cov == nil {
+			return nil
+		}
+		for _, q := range parts {
+			if at, served := p.order[q]; q.cov == nil || !served || at >= s.order || q.cov.inexact != "" {
+				e.cov.verdict.note(fmt.Sprintf("%s: a policy with priority over this one takes a part of the flows: no lock there", x))
+				return nil
+			}
+		}
+		return e.cov
+	}
+	return nil
+}

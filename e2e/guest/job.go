@@ -1,0 +1,66 @@
+package main
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"time"
+
+	"tsoagent/e2e/guest/scenario"
+)
+
+// runJob runs one job and returns the exit status. The first argument says what it is:
+//
+//	scenario FILE [-v]        a txtar script under /mnt/src
+//	test DIR BINARY ARGS...   a compiled Go test, run in DIR under /mnt/src
+func runJob(args []string) int {
+	result := "fail"
+	switch {
+	case len(args) >= 2 && args[0] == "scenario":
+		result = runScenario(args[1], slices.Contains(args[2:], "-v"))
+	case len(args) >= 3 && args[0] == "test":
+		result = runTest(args[1], args[2], args[3:])
+	default:
+		fmt.Printf("guest: what job is %q?\n", args)
+	}
+	writeResult(result)
+	if result == "fail" {
+		return 1
+	}
+	return 0
+}
+
+func runScenario(file string, verbose bool) string {
+	steps, err := os.Create(filepath.Join(exchangeDir, "steps"))
+	if err != nil {
+		fmt.Println("guest: steps:", err)
+		return "fail"
+	}
+	defer steps.Close()
+
+	deadline, err := time.Parse(time.RFC3339Nano, os.Getenv("TSOAGENT_DEADLINE"))
+	if err != nil {
+		fmt.Println("guest: TSOAGENT_DEADLINE:", err)
+		return "fail"
+	}
+	return scenario.Run(scenario.Config{
+		File:     filepath.Join(sourceDir, file),
+		Verbose:  verbose,
+		Deadline: deadline,
+		Log:      os.Stdout,
+		Steps:    steps,
+	})
+}
+
+func runTest(dir, binary string, args []string) string {
+	cmd := exec.Command(filepath.Join(binDir, binary), args...)
+	cmd.Dir = filepath.Join(sourceDir, dir)
+	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
+	if err := cmd.Run(); err != nil {
+		fmt.Printf("guest: %s: %v\n", binary, err)
+		return "fail"
+	}
+	return "pass"
+}

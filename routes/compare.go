@@ -1,0 +1,109 @@
+package routes
+
+import (
+	"encoding/binary"
+	"slices"
+	"strings"
+)
+
+// Equal reports whether two routes are the same but for what the kernel sets by itself: dead,
+// linkdown, offload and trap flags and, with a nexthop object, the nexthops that it has.
+func Equal(a, b *Body) bool { return equal(a, b, true) }
+
+// EqualButMTU is Equal without regard to the MTU metric and its lock bit: is this the owner's
+// route, with or without our lock?
+func EqualButMTU(a, b *Body) bool { return equal(a, b, false) }
+
+func equal(a, b *Body, mtu bool) bool {
+	if a == b {
+		return true
+	}
+	return a != nil && b != nil && a.Expires == b.Expires &&
+		canonical(a, mtu) == canonical(b, mtu) && SameNexthops(a, b)
+}
+
+// SameNexthops reports whether packets leave by the same ways: the same nexthop object, or else
+// the same devices, gateways, weights and encapsulations, in any order.
+func SameNexthops(a, b *Body) bool {
+	if a == b {
+		return true
+	}
+	if a == nil || b == nil || a.NHID != b.NHID {
+		return false
+	}
+	return a.NHID != 0 || slices.Equal(hopsOf(a), hopsOf(b))
+}
+
+// canonical is the header and all attributes but the nexthops, sorted, without what the kernel
+// sets by itself.
+func canonical(b *Body, mtu bool) string {
+	raw := []byte(b.Raw)
+	if len(raw) < rtmsgLen {
+		return ""
+	}
+	head := slices.Clone(raw[:rtmsgLen])
+	// The low byte holds the flags of a single nexthop.
+	binary.NativeEndian.PutUint32(head[8:], binary.NativeEndian.Uint32(head[8:])&^(routeKernelFlags|0xff))
+	var parts []string
+	a := attrs{b: raw[rtmsgLen:]}
+	for a.next() {
+		switch a.typ {
+		case rtaDst, rtaCacheinfo, rtaExpires:
+		case rtaOif, rtaGateway, rtaVia, rtaEncap, rtaEncapType, rtaFlow, rtaMultipath:
+		case rtaMetrics:
+			c := change{}
+			if mtu {
+				c.mtu = MTUMetricOf(b)
+			}
+			parts = append(parts, string(appendMetrics(nil, a.val, c)))
+		default:
+			parts = append(parts, string(appendRaw(nil, a.raw)))
+		}
+	}
+	slices.Sort(parts)
+	return string(head) + strings.Join(parts, "")
+}
+
+// hopsOf is one string for each nexthop, sorted: flags, weight and device, then the attributes.
+func hopsOf(b *Body) []string {
+	raw := []byte(b.Raw)
+	if len(raw) < rtmsgLen {
+		return nil
+	}
+	var out []string
+	var single []string
+	head := make([]byte, rtnexthopLen)
+	head[2] = uint8(binary.NativeEndian.Uint32(raw[8:])) &^ nexthopKernelFlags
+	one := false
+	a := attrs{b: raw[rtmsgLen:]}
+	for a.next() {
+		switch a.typ {
+		case rtaMultipath:
+			_ = eachHop(a.val, func(hop []byte) error {
+				h := slices.Clone(hop[:rtnexthopLen])
+				h[0], h[1] = 0, 0
+				h[2] &^= nexthopKernelFlags
+				var parts []string
+				n := attrs{b: hop[rtnexthopLen:]}
+				for n.next() {
+					parts = append(parts, string(appendRaw(nil, n.raw)))
+				}
+				slices.Sort(parts)
+				out = append(out, string(h)+strings.Join(parts, ""))
+				return n.err
+			})
+		case rtaOif:
+			one = true
+			copy(head[4:], a.val)
+		case rtaGateway, rtaVia, rtaEncap, rtaEncapType, rtaFlow:
+			one = true
+			single = append(single, string(appendRaw(nil, a.raw)))
+		}
+	}
+	if one && len(out) == 0 {
+		slices.Sort(single)
+		out = []string{string(head) + strings.Join(single, "")}
+	}
+	slices.Sort(out)
+	return out
+}

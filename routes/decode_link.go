@@ -1,0 +1,177 @@
+package routes
+
+import (
+	"encoding/binary"
+	"net"
+	"net/netip"
+)
+
+// Attributes and flags of links (linux/if_link.h, linux/if.h).
+const (
+	iflaAddress     = 1
+	iflaIfname      = 3
+	iflaMTU         = 4
+	iflaLink        = 5
+	iflaMaster      = 10
+	iflaWireless    = 11
+	iflaLinkInfo    = 18
+	iflaLinkNetnsid = 37
+	iflaPermAddress = 54
+	iflaExtMask     = 29
+
+	iflaInfoKind      = 1
+	iflaInfoData      = 2
+	iflaInfoSlaveKind = 4
+
+	iflaXfrmIfID            = 2
+	iflaXfrmCollectMetadata = 3
+	iflaVRFTable            = 1
+
+	iffUp      = 1 << 0
+	iffRunning = 1 << 6
+	iffLowerUp = 1 << 16
+
+	ifinfomsgLen = 16
+)
+
+// decodeLink decodes a struct ifinfomsg and its attributes. It returns nil for a message that
+// is not about the device itself: those of AF_BRIDGE tell of a bridge port (its RTM_DELLINK
+// means that the port left the bridge, not that the device is gone), those of other families
+// of their settings, and wireless events carry next to no attributes.
+func decodeLink(data []byte) (*Link, error) {
+	if len(data) < ifinfomsgLen {
+		return nil, errShort
+	}
+	if data[0] != 0 { // AF_UNSPEC
+		return nil, nil
+	}
+	flags := binary.NativeEndian.Uint32(data[8:])
+	l := &Link{
+		Type:    binary.NativeEndian.Uint16(data[2:]),
+		Index:   Ifindex(binary.NativeEndian.Uint32(data[4:])),
+		Up:      flags&iffUp != 0,
+		Running: flags&iffLowerUp != 0,
+	}
+	if l.Index <= 0 {
+		return nil, errAttribute
+	}
+	a := attrs{b: data[ifinfomsgLen:]}
+	for a.next() {
+		switch a.typ {
+		case iflaWireless:
+			return nil, a.err
+		case iflaIfname:
+			l.Name = a.str()
+		case iflaMTU:
+			l.MTU = int(a.u32())
+		case iflaLink:
+			l.Parent = Ifindex(a.u32())
+		case iflaLinkNetnsid:
+			l.ParentElsewhere = true
+		case iflaMaster:
+			l.Master = Ifindex(a.u32())
+		case iflaAddress:
+			l.HardwareAddr = net.HardwareAddr(a.val).String()
+		case iflaPermAddress:
+			l.PermAddr = net.HardwareAddr(a.val).String()
+		case iflaLinkInfo:
+			a.err = l.decodeInfo(a.val)
+		}
+	}
+	if a.err == nil && l.Name == "" {
+		a.err = errAttribute
+	}
+	if a.err != nil {
+		return nil, a.err
+	}
+	return l, nil
+}
+
+// decodeInfo decodes IFLA_LINKINFO. The kind stands before its data on the wire, but nothing
+// promises that, so the data is read last.
+func (l *Link) decodeInfo(b []byte) error {
+	var data []byte
+	a := attrs{b: b}
+	for a.next() {
+		switch a.typ {
+		case iflaInfoKind:
+			l.Kind = a.str()
+		case iflaInfoSlaveKind:
+			l.SlaveKind = a.str()
+		case iflaInfoData:
+			data = a.val
+		}
+	}
+	if a.err != nil {
+		return a.err
+	}
+	switch l.Kind {
+	case "xfrm":
+		d := attrs{b: data}
+		for d.next() {
+			switch d.typ {
+			case iflaXfrmIfID:
+				l.IfID = d.u32()
+			case iflaXfrmCollectMetadata: // a flag
+				l.External = true
+			}
+		}
+		return d.err
+	case "vrf":
+		d := attrs{b: data}
+		for d.next() {
+			if d.typ == iflaVRFTable {
+				l.VRFTable = TableID(d.u32())
+			}
+		}
+		return d.err
+	}
+	return nil
+}
+
+// Attributes of addresses (linux/if_addr.h).
+const (
+	ifaAddress = 1
+	ifaLocal   = 2
+
+	ifaddrmsgLen = 8
+)
+
+// decodeAddr decodes a struct ifaddrmsg and its attributes. On a point-to-point device
+// IFA_ADDRESS is the peer and IFA_LOCAL our own address; elsewhere they are the same, and IPv6
+// sends IFA_LOCAL only where there is a peer.
+func decodeAddr(data []byte) (Addr, bool, error) {
+	if len(data) < ifaddrmsgLen {
+		return Addr{}, false, errShort
+	}
+	if !knownFamily(data[0]) {
+		return Addr{}, false, nil
+	}
+	f, bits := Family(data[0]), int(data[1])
+	if bits > f.Bits() {
+		return Addr{}, false, errPrefixLen
+	}
+	var local, address netip.Addr
+	a := attrs{b: data[ifaddrmsgLen:]}
+	for a.next() {
+		switch a.typ {
+		case ifaAddress:
+			address = a.addr(f)
+		case ifaLocal:
+			local = a.addr(f)
+		}
+	}
+	if !local.IsValid() {
+		local = address
+	}
+	if a.err == nil && !local.IsValid() {
+		a.err = errAttribute
+	}
+	if a.err != nil {
+		return Addr{}, false, a.err
+	}
+	return Addr{
+		Ifindex: Ifindex(binary.NativeEndian.Uint32(data[4:])),
+		Prefix:  netip.PrefixFrom(local, bits),
+	}, true, nil
+}

@@ -1,0 +1,387 @@
+package routes
+
+import (
+	"iter"
+	"maps"
+	"net/netip"
+	"slices"
+
+	"github.com/gaissmai/bart"
+)
+
+// FIB mirrors the routing state of one network namespace from the events of a Watcher. The
+// zero value is not usable; call NewFIB. A FIB is not safe for concurrent use.
+type FIB struct {
+	state
+	fresh *state       // under construction during a full resync
+	part  *partial     // what a partial resync has found so far
+	stale bool         // events were lost, or no full dump has ended yet
+	vers  uint64       // counts changes
+	dirty func(Change) // told of each change, may be nil
+}
+
+// Change says what an event changed, for those who keep something derived from the FIB. Only
+// the fields of what changed are set.
+type Change struct {
+	Family Family
+	Dst    netip.Prefix // of a route
+	Link   Ifindex
+	All    bool // rules, nexthop objects, a resync: anything may differ
+}
+
+// Effect is what an event did to the mirror.
+type Effect struct {
+	Changed bool
+	// Resync is a dump that has to be taken because the event did not say enough, or nil.
+	Resync *Scope
+}
+
+type tableKey struct {
+	family Family
+	id     TableID
+}
+
+// state is all that a full dump replaces.
+type state struct {
+	links    map[Ifindex]*Link
+	addrs    map[Ifindex]map[netip.Prefix]struct{}
+	rules    map[Family][]*Rule
+	nexthops map[uint32]*NexthopObject
+	tables   map[tableKey]*bart.Table[*Paths]
+	devices  map[Ifindex]*deviceRoutes
+	routes   int
+}
+
+// deviceRoutes indexes the unicast routes of one device. A device with more than
+// maxIndexedRoutes routes that is no tunnel counts them only: such a device is always shared.
+type deviceRoutes struct {
+	keys map[Key]int
+	n    int
+}
+
+const maxIndexedRoutes = 4096
+
+type partial struct {
+	scope Scope
+	seen  map[Key][]*Body
+}
+
+func newState() state {
+	return state{
+		links:    map[Ifindex]*Link{},
+		addrs:    map[Ifindex]map[netip.Prefix]struct{}{},
+		rules:    map[Family][]*Rule{},
+		nexthops: map[uint32]*NexthopObject{},
+		tables:   map[tableKey]*bart.Table[*Paths]{},
+		devices:  map[Ifindex]*deviceRoutes{},
+	}
+}
+
+// NewFIB returns an empty, stale mirror.
+func NewFIB() *FIB { return &FIB{state: newState(), stale: true} }
+
+// OnChange has fn called for each change of the mirror, from within Apply.
+func (f *FIB) OnChange(fn func(Change)) { f.dirty = fn }
+
+// Stale reports whether events were lost and no full dump has ended since. What a stale mirror
+// lacks proves nothing.
+func (f *FIB) Stale() bool { return f.stale }
+
+// Version counts the changes of the mirror.
+func (f *FIB) Version() uint64 { return f.vers }
+
+// Len is the number of routes of all tables.
+func (f *FIB) Len() int { return f.routes }
+
+// Apply takes one event.
+func (f *FIB) Apply(ev Event) Effect {
+	var e Effect
+	switch ev := ev.(type) {
+	case Lost:
+		e.Changed = !f.stale
+		f.stale, f.fresh, f.part = true, nil, nil
+	case ResyncBegin:
+		f.begin(ev.Scope)
+	case ResyncEnd:
+		e.Changed = f.end(ev.Scope)
+	default:
+		s := &f.state
+		if f.fresh != nil {
+			s = f.fresh
+		}
+		var c Change
+		e, c = s.apply(ev, f.part)
+		if e.Changed && f.fresh == nil {
+			f.note(c)
+		}
+	}
+	if e.Changed {
+		f.vers++
+	}
+	return e
+}
+
+func (f *FIB) note(c Change) {
+	if f.dirty != nil {
+		f.dirty(c)
+	}
+}
+
+func (f *FIB) begin(scope Scope) {
+	if scope.RoutesOnly {
+		f.part = &partial{scope: scope, seen: map[Key][]*Body{}}
+		return
+	}
+	s := newState()
+	f.fresh = &s
+}
+
+func (f *FIB) end(scope Scope) bool {
+	switch {
+	case scope.RoutesOnly && f.part != nil:
+		p := f.part
+		f.part = nil
+		return f.prune(p)
+	case !scope.RoutesOnly && f.fresh != nil:
+		f.state, f.fresh, f.stale = *f.fresh, nil, false
+		f.note(Change{All: true})
+		return true
+	}
+	return false
+}
+
+// apply changes the state. During a partial resync routes are only collected: they take effect
+// all at once at its end, so that no reader sees half of a dump.
+func (s *state) apply(ev Event, p *partial) (Effect, Change) {
+	switch ev := ev.(type) {
+	case LinkSet:
+		old := s.links[ev.Link.Index]
+		s.links[ev.Link.Index] = ev.Link
+		return Effect{Changed: old == nil || *old != *ev.Link}, Change{Link: ev.Link.Index}
+	case LinkGone:
+		_, had := s.links[ev.Index]
+		delete(s.links, ev.Index)
+		delete(s.addrs, ev.Index)
+		return Effect{Changed: had}, Change{Link: ev.Index}
+	case AddrSet:
+		m := s.addrs[ev.Addr.Ifindex]
+		if m == nil {
+			m = map[netip.Prefix]struct{}{}
+			s.addrs[ev.Addr.Ifindex] = m
+		}
+		_, had := m[ev.Addr.Prefix]
+		m[ev.Addr.Prefix] = struct{}{}
+		return Effect{Changed: !had}, Change{Link: ev.Addr.Ifindex}
+	case AddrGone:
+		_, had := s.addrs[ev.Addr.Ifindex][ev.Addr.Prefix]
+		delete(s.addrs[ev.Addr.Ifindex], ev.Addr.Prefix)
+		return Effect{Changed: had}, Change{Link: ev.Addr.Ifindex}
+	case RuleSet:
+		return Effect{Changed: s.addRule(ev.Rule)}, Change{All: true}
+	case RuleGone:
+		return Effect{Changed: s.removeRule(ev.Rule)}, Change{All: true}
+	case NexthopSet:
+		s.nexthops[ev.Nexthop.ID] = ev.Nexthop
+		return Effect{Changed: true}, Change{All: true}
+	case NexthopGone:
+		_, had := s.nexthops[ev.ID]
+		delete(s.nexthops, ev.ID)
+		return Effect{Changed: had}, Change{All: true}
+	case RouteSet:
+		if p != nil {
+			k := ev.Route.Key()
+			p.seen[k] = append(p.seen[k], ev.Route.Body)
+			return Effect{}, Change{}
+		}
+		return s.setRoute(ev), Change{Family: ev.Route.Body.Family, Dst: ev.Route.Dst}
+	case RouteGone:
+		return s.removeRoute(ev.Route), Change{Family: ev.Route.Body.Family, Dst: ev.Route.Dst}
+	}
+	return Effect{}, Change{}
+}
+
+// addRule inserts a rule after all rules of the same priority, as the kernel does
+// (fib_nl_newrule, net/core/fib_rules.c).
+func (s *state) addRule(r *Rule) bool {
+	rules := s.rules[r.Family]
+	for _, have := range rules {
+		if *have == *r {
+			return false
+		}
+	}
+	i := len(rules)
+	for i > 0 && rules[i-1].Priority > r.Priority {
+		i--
+	}
+	s.rules[r.Family] = slices.Insert(slices.Clone(rules), i, r)
+	return true
+}
+
+func (s *state) removeRule(r *Rule) bool {
+	rules := s.rules[r.Family]
+	for i, have := range rules {
+		if *have == *r {
+			s.rules[r.Family] = slices.Delete(slices.Clone(rules), i, i+1)
+			return true
+		}
+	}
+	return false
+}
+
+func (s *state) table(f Family, id TableID) *bart.Table[*Paths] {
+	k := tableKey{f, id}
+	t := s.tables[k]
+	if t == nil {
+		t = new(bart.Table[*Paths])
+		s.tables[k] = t
+	}
+	return t
+}
+
+// store puts the routes to one destination in place and keeps the counts and the index.
+func (s *state) store(dst netip.Prefix, family Family, id TableID, old, bodies []*Body) {
+	t := s.table(family, id)
+	if len(bodies) == 0 {
+		t.Delete(dst)
+		if t.Size() == 0 {
+			delete(s.tables, tableKey{family, id})
+		}
+	} else {
+		t.Insert(dst, pathsOf(bodies))
+	}
+	s.routes += len(bodies) - len(old)
+	for _, b := range old {
+		if !slices.Contains(bodies, b) {
+			s.index(Route{dst, b}, -1)
+		}
+	}
+	for _, b := range bodies {
+		if !slices.Contains(old, b) {
+			s.index(Route{dst, b}, 1)
+		}
+	}
+}
+
+func (s *state) index(r Route, by int) {
+	if r.Body.Type != Unicast {
+		return
+	}
+	for i, nh := range r.Body.Nexthops {
+		if slices.ContainsFunc(r.Body.Nexthops[:i], func(o Nexthop) bool { return o.Oif == nh.Oif }) {
+			continue
+		}
+		d := s.devices[nh.Oif]
+		if d == nil {
+			d = &deviceRoutes{keys: map[Key]int{}}
+			s.devices[nh.Oif] = d
+		}
+		d.n += by
+		if d.n <= 0 {
+			delete(s.devices, nh.Oif)
+			continue
+		}
+		l := s.links[nh.Oif]
+		if d.keys == nil || (d.n > maxIndexedRoutes && !l.Tunnel()) {
+			d.keys = nil
+			continue
+		}
+		k := r.Key()
+		if d.keys[k] += by; d.keys[k] <= 0 {
+			delete(d.keys, k)
+		}
+	}
+}
+
+// get returns the bodies to one destination in one table.
+func (s *state) get(f Family, id TableID, dst netip.Prefix) []*Body {
+	t := s.tables[tableKey{f, id}]
+	if t == nil {
+		return nil
+	}
+	p, _ := t.Get(dst)
+	return p.Bodies()
+}
+
+// Links returns all devices in the order of their indexes.
+func (f *FIB) Links() []*Link {
+	out := make([]*Link, 0, len(f.links))
+	for _, i := range slices.Sorted(maps.Keys(f.links)) {
+		out = append(out, f.links[i])
+	}
+	return out
+}
+
+// Link returns a device, or nil.
+func (f *FIB) Link(i Ifindex) *Link { return f.links[i] }
+
+// LinkByName returns a device by its name, or nil.
+func (f *FIB) LinkByName(name string) *Link {
+	for _, l := range f.links {
+		if l.Name == name {
+			return l
+		}
+	}
+	return nil
+}
+
+// Addrs returns the addresses of a device in no particular order.
+func (f *FIB) Addrs(i Ifindex) iter.Seq[netip.Prefix] { return maps.Keys(f.addrs[i]) }
+
+// Rules returns the rules of a family in the order in which the kernel looks at them. The
+// slice is not to be changed.
+func (f *FIB) Rules(fam Family) []*Rule { return f.rules[fam] }
+
+// Get returns the route with the key that a replace would hit, and how many there are.
+func (f *FIB) Get(k Key) (first Route, n int) {
+	for _, b := range f.get(k.Family, k.Table, k.Dst) {
+		if r := (Route{k.Dst, b}); r.Key() == k {
+			if n == 0 {
+				first = r
+			}
+			n++
+		}
+	}
+	return first, n
+}
+
+// Table returns all routes of one table, in no particular order.
+func (f *FIB) Table(fam Family, id TableID) iter.Seq[Route] {
+	return func(yield func(Route) bool) {
+		t := f.tables[tableKey{fam, id}]
+		if t == nil {
+			return
+		}
+		for dst, p := range t.All() {
+			for _, b := range p.Bodies() {
+				if !yield(Route{dst, b}) {
+					return
+				}
+			}
+		}
+	}
+}
+
+// Tables returns the tables that hold routes of the family, in order.
+func (f *FIB) Tables(fam Family) []TableID {
+	var ids []TableID
+	for k := range f.tables {
+		if k.family == fam {
+			ids = append(ids, k.id)
+		}
+	}
+	slices.Sort(ids)
+	return ids
+}
+
+// DeviceRoutes returns the keys of the unicast routes that leave by the device, in order, and
+// how many there are. The keys are nil where there are too many to be indexed.
+func (f *FIB) DeviceRoutes(i Ifindex) (keys []Key, n int) {
+	d := f.devices[i]
+	if d == nil {
+		return nil, 0
+	}
+	if d.keys == nil {
+		return nil, d.n
+	}
+	return slices.SortedFunc(maps.Keys(d.keys), Key.Compare), d.n
+}

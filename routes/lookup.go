@@ -1,0 +1,279 @@
+package routes
+
+import (
+	"cmp"
+	"fmt"
+	"iter"
+	"net/netip"
+	"slices"
+
+	"github.com/gaissmai/bart"
+)
+
+// Flows is a set of flows: everything that a FIB rule can select by. Src and Dst are valid
+// prefixes of Family; a zero Proto, port range or Mask selects all.
+type Flows struct {
+	Family       Family
+	Src, Dst     netip.Prefix
+	Proto        uint8
+	Sport, Dport PortRange
+	Mark, Mask   uint32
+}
+
+// Part is what one rule does with some of the flows asked for.
+type Part struct {
+	Rule *Rule
+	// Flows are those asked for that the rule's own selectors match.
+	Flows Flows
+	// Whole says that the rule takes all flows asked for, so that later rules see only what its
+	// table does not answer.
+	Whole bool
+	// Blocked says why the rule's selectors can't be repeated in a rule of ours, or is empty.
+	Blocked string
+	// Containing is the longest route that contains Flows.Dst, with its destination; Paths is
+	// nil where there is none.
+	Containing Match
+	// Inside are the routes to destinations inside Flows.Dst.
+	Inside iter.Seq[Match]
+}
+
+// Match is a destination with its routes.
+type Match struct {
+	Dst   netip.Prefix
+	Paths *Paths
+}
+
+// First is the route that the kernel takes: the first whose nexthops are not all dead.
+func (m Match) First() (Route, bool) {
+	for _, b := range m.Paths.Bodies() {
+		if b.Src.IsValid() {
+			continue
+		}
+		alive := len(b.Nexthops) == 0
+		for _, n := range b.Nexthops {
+			alive = alive || n.Flags&NexthopDead == 0
+		}
+		if alive {
+			return Route{m.Dst, b}, true
+		}
+	}
+	return Route{}, false
+}
+
+// SourceSpecific reports whether one of the routes is for some sources only (IPv6 subtrees).
+func (m Match) SourceSpecific() bool {
+	return slices.ContainsFunc(m.Paths.Bodies(), func(b *Body) bool { return b.Src.IsValid() })
+}
+
+// TOSSpecific reports whether one of the routes is for one TOS only.
+func (m Match) TOSSpecific() bool {
+	return slices.ContainsFunc(m.Paths.Bodies(), func(b *Body) bool { return b.TOS != 0 })
+}
+
+// Resolve follows the rules of the flows' family in the kernel's order and returns what each
+// rule that can decide finds for the whole destination prefix, up to the rule that leaves
+// nothing over. Rules for which skip returns true (our own) are passed over. Rules for VRF
+// traffic (l3mdev) and for sockets bound to a device (oif) don't concern flows that are in no
+// VRF and are passed over as well. (fib_rules_lookup, net/core/fib_rules.c)
+func (f *FIB) Resolve(flows Flows, skip func(*Rule) bool) []Part {
+	var parts []Part
+	rules := f.rules[flows.Family]
+	for i := 0; i < len(rules); i++ {
+		r := rules[i]
+		if skip(r) || r.L3mdev || r.Oif != "" {
+			continue
+		}
+		sub, whole, blocked := r.intersect(flows)
+		if !sub.Dst.IsValid() {
+			continue
+		}
+		if r.Action == RuleGoto && blocked == "" {
+			if !whole {
+				blocked = "a goto rule takes a part of them"
+			} else {
+				next := slices.IndexFunc(rules, func(o *Rule) bool { return o.Priority >= r.Goto })
+				if next <= i {
+					return parts
+				}
+				i = next - 1
+				continue
+			}
+		}
+		if r.Action == RuleNop {
+			continue
+		}
+		p := Part{Rule: r, Flows: sub, Whole: whole, Blocked: blocked}
+		if r.Action == RuleToTable {
+			p.Containing, p.Inside = f.Cover(flows.Family, r.Table, sub.Dst)
+			if suppressed(r, p.Containing) {
+				p.Containing = Match{}
+			}
+		}
+		ends := r.Action != RuleToTable || p.answers()
+		if r.Action == RuleToTable && p.Containing.Paths == nil && p.empty() {
+			continue
+		}
+		parts = append(parts, p)
+		if whole && blocked == "" && ends {
+			break
+		}
+	}
+	return parts
+}
+
+func suppressed(r *Rule, m Match) bool {
+	return m.Paths != nil && r.SuppressPrefixLen >= 0 && int32(m.Dst.Bits()) <= r.SuppressPrefixLen
+}
+
+func (p Part) answers() bool {
+	first, ok := p.Containing.First()
+	return ok && first.Body.Type != Throw && !p.Containing.SourceSpecific()
+}
+
+func (p Part) empty() bool {
+	for range p.Inside {
+		return false
+	}
+	return true
+}
+
+// Cover returns what one table has for a whole destination prefix: the longest route that
+// contains it, and all routes strictly inside it.
+func (f *FIB) Cover(fam Family, id TableID, dst netip.Prefix) (Match, iter.Seq[Match]) {
+	t := f.tables[tableKey{fam, id}]
+	if t == nil {
+		return Match{}, func(func(Match) bool) {}
+	}
+	var m Match
+	if lpm, paths, ok := t.LookupPrefixLPM(dst); ok {
+		m = Match{lpm, paths}
+	}
+	return m, inside(t, dst)
+}
+
+func inside(t *bart.Table[*Paths], dst netip.Prefix) iter.Seq[Match] {
+	return func(yield func(Match) bool) {
+		for pfx, paths := range t.Subnets(dst) {
+			if pfx != dst && !yield(Match{pfx, paths}) {
+				return
+			}
+		}
+	}
+}
+
+// intersect returns the flows that the rule's selectors leave of those asked for (an invalid
+// Dst: none), whether the rule takes all of them, and why the rest can't be expressed.
+func (r *Rule) intersect(f Flows) (sub Flows, whole bool, blocked string) {
+	sub, whole = f, true
+	narrow := func(have netip.Prefix, want netip.Prefix) (netip.Prefix, bool) {
+		switch {
+		case !want.IsValid() || Contains(want, have):
+			return have, true
+		case Contains(have, want):
+			whole = false
+			return want, true
+		}
+		return netip.Prefix{}, false
+	}
+	none := Flows{Family: f.Family}
+	var ok bool
+	if sub.Src, ok = narrow(f.Src, r.Src); !ok && !r.Invert {
+		return none, false, ""
+	}
+	if sub.Dst, ok = narrow(f.Dst, r.Dst); !ok && !r.Invert {
+		return none, false, ""
+	}
+	if r.IPProto != 0 && f.Proto != r.IPProto {
+		if f.Proto != 0 && !r.Invert {
+			return none, false, ""
+		}
+		sub.Proto, whole = r.IPProto, false
+	}
+	if sub.Sport, ok = narrowPorts(f.Sport, r.Sport, &whole); !ok && !r.Invert {
+		return none, false, ""
+	}
+	if sub.Dport, ok = narrowPorts(f.Dport, r.Dport, &whole); !ok && !r.Invert {
+		return none, false, ""
+	}
+	if (f.Mark^r.Mark)&f.Mask&r.Mask != 0 && !r.Invert {
+		return none, false, ""
+	}
+	if r.Mask&^f.Mask != 0 {
+		whole = false
+		sub.Mark, sub.Mask = f.Mark|r.Mark, f.Mask|r.Mask
+	}
+	if blocked = r.inexpressible(); blocked != "" {
+		return f, false, blocked
+	}
+	return sub, whole, ""
+}
+
+// inexpressible names the first selector of the rule that a rule of ours does not repeat.
+func (r *Rule) inexpressible() string {
+	switch {
+	case r.Invert:
+		return "not"
+	case r.Iif != "":
+		return "iif " + r.Iif
+	case r.TOS != 0:
+		return fmt.Sprintf("tos %#x", r.TOS)
+	case r.DSCP != 0:
+		return fmt.Sprintf("dscp %d", r.DSCP-1)
+	case r.HasUID:
+		return fmt.Sprintf("uidrange %d-%d", r.UIDLo, r.UIDHi)
+	case r.TunID != 0:
+		return fmt.Sprintf("tun_id %d", r.TunID)
+	case r.SuppressIfgroup >= 0:
+		return fmt.Sprintf("suppress_ifgroup %d", r.SuppressIfgroup)
+	case r.Unknown:
+		return "an attribute that this version does not know"
+	}
+	return ""
+}
+
+func narrowPorts(have, want PortRange, whole *bool) (PortRange, bool) {
+	if want.Any() {
+		return have, true
+	}
+	if have.Any() {
+		*whole = false
+		return want, true
+	}
+	lo, hi := max(have.Lo, want.Lo), min(have.Hi, want.Hi)
+	if lo > hi {
+		return PortRange{}, false
+	}
+	if lo != have.Lo || hi != have.Hi {
+		*whole = false
+	}
+	return PortRange{lo, hi}, true
+}
+
+// Contains reports whether prefix a contains all of prefix b.
+func Contains(a, b netip.Prefix) bool {
+	return a.Bits() <= b.Bits() && a.Contains(b.Addr())
+}
+
+// Intersect returns the narrower of two prefixes that overlap, else false.
+func Intersect(a, b netip.Prefix) (netip.Prefix, bool) {
+	switch {
+	case Contains(a, b):
+		return b, true
+	case Contains(b, a):
+		return a, true
+	}
+	return netip.Prefix{}, false
+}
+
+// Compare orders sets of flows, for a stable order of plans.
+func (f Flows) Compare(o Flows) int {
+	return cmp.Or(
+		cmp.Compare(f.Family, o.Family),
+		ComparePrefix(f.Src, o.Src),
+		ComparePrefix(f.Dst, o.Dst),
+		cmp.Compare(f.Proto, o.Proto),
+		cmp.Compare(f.Sport.Lo, o.Sport.Lo), cmp.Compare(f.Sport.Hi, o.Sport.Hi),
+		cmp.Compare(f.Dport.Lo, o.Dport.Lo), cmp.Compare(f.Dport.Hi, o.Dport.Hi),
+		cmp.Compare(f.Mark, o.Mark), cmp.Compare(f.Mask, o.Mask),
+	)
+}

@@ -1,0 +1,341 @@
+package routes
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net/netip"
+
+	"github.com/mdlayher/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// A Table writes routes and rules to the kernel and reads them back. It belongs to the network
+// namespace of the thread that opened it and is not safe for concurrent use: a program has one
+// for each namespace, and none of them shared with a Watcher.
+//
+// The kernel's errors can be told apart by errors.Is with a syscall.Errno; their text holds
+// the kernel's own explanation.
+type Table struct {
+	c   *conn
+	dec Decoder
+}
+
+// OpenTable opens a Table in the network namespace of the calling thread.
+func OpenTable() (*Table, error) {
+	c, err := dialRoute(1 << 20)
+	if err != nil {
+		return nil, err
+	}
+	return &Table{c: c}, nil
+}
+
+// Close closes the connection.
+func (t *Table) Close() error { return t.c.Close() }
+
+// Port is the netlink port of the Table: the Origin.Port of the events that its writes cause.
+func (t *Table) Port() uint32 { return t.c.PID() }
+
+// Replace changes the first route with the key of msg (from EncodeLock). It does not create
+// one: if the route is gone, the error is ENOENT in both families. seq is the Origin.Seq of the
+// events that the write causes; a replace that changes nothing causes none.
+func (t *Table) Replace(msg []byte) (seq uint32, err error) {
+	return t.write("replace", Write{Op: OpReplace, Msg: msg})
+}
+
+// Add adds a route, or fails with EEXIST where there is one with its key.
+func (t *Table) Add(msg []byte) (seq uint32, err error) {
+	return t.write("add", Write{Op: OpAdd, Msg: msg})
+}
+
+// Put adds a route or replaces the one with its key. It is for the table of our own.
+func (t *Table) Put(msg []byte) (seq uint32, err error) {
+	return t.write("put", Write{Op: OpPut, Msg: msg})
+}
+
+// Delete removes the route that msg names, ESRCH if there is none.
+func (t *Table) Delete(msg []byte) (seq uint32, err error) {
+	return t.write("delete", Write{Op: OpDelete, Msg: msg})
+}
+
+// AddRule adds a rule, EEXIST if there is the same one.
+func (t *Table) AddRule(r Rule) error { return t.rule("add", OpAddRule, r) }
+
+// DeleteRule removes the first rule that has all selectors of r, ENOENT if there is none.
+func (t *Table) DeleteRule(r Rule) error { return t.rule("delete", OpDeleteRule, r) }
+
+func (t *Table) rule(verb string, op Op, r Rule) error {
+	msg, err := EncodeRule(r)
+	if err != nil {
+		return err
+	}
+	if _, err := t.send(Write{Op: op, Msg: msg}); err != nil {
+		return fmt.Errorf("routes: %s rule %d: %w", verb, r.Priority, err)
+	}
+	return nil
+}
+
+// Op is what a Write does.
+type Op uint8
+
+// The operations; each is the Table's method of that name.
+const (
+	OpReplace Op = iota + 1
+	OpAdd
+	OpPut
+	OpDelete
+	OpAddRule
+	OpDeleteRule
+)
+
+func (o Op) header() (typ, flags uint16) {
+	switch o {
+	case OpReplace:
+		return rtmNewRoute, unix.NLM_F_REPLACE
+	case OpAdd:
+		return rtmNewRoute, unix.NLM_F_CREATE | unix.NLM_F_EXCL
+	case OpPut:
+		return rtmNewRoute, unix.NLM_F_CREATE | unix.NLM_F_REPLACE
+	case OpDelete:
+		return rtmDelRoute, 0
+	case OpAddRule:
+		return rtmNewRule, unix.NLM_F_CREATE | unix.NLM_F_EXCL
+	case OpDeleteRule:
+		return rtmDelRule, 0
+	}
+	return unix.NLMSG_NOOP, 0
+}
+
+// Write is one operation of a batch.
+type Write struct {
+	Op  Op
+	Msg []byte // the payload, from one of the Encode functions
+}
+
+// Result is what became of a Write.
+type Result struct {
+	Seq uint32 // the Origin.Seq of its events
+	Err error  // the kernel's answer, nil if it was done
+}
+
+// batchBytes and batchLen bound what goes into one system call, below the default send buffer
+// and such that all acknowledgements fit the receive buffer.
+const (
+	batchBytes = 64 << 10
+	batchLen   = 256
+)
+
+// Batch does several writes in as few system calls as it can, in order, each on its own: one
+// that fails does not stop the others. The results stand in the order of the writes. The error
+// is for the connection itself; results are then missing or incomplete.
+func (t *Table) Batch(writes []Write) ([]Result, error) {
+	results := make([]Result, 0, len(writes))
+	for len(writes) > 0 {
+		var msgs []netlink.Message
+		size := 0
+		for _, w := range writes {
+			size += unix.NLMSG_HDRLEN + len(w.Msg)
+			if len(msgs) > 0 && (size > batchBytes || len(msgs) == batchLen) {
+				break
+			}
+			typ, flags := w.Op.header()
+			msgs = append(msgs, netlink.Message{
+				Header: netlink.Header{
+					Type:  netlink.HeaderType(typ),
+					Flags: netlink.Request | netlink.Acknowledge | netlink.HeaderFlags(flags),
+				},
+				Data: w.Msg,
+			})
+		}
+		sent, err := t.c.SendMessages(msgs)
+		if err != nil {
+			return results, fmt.Errorf("routes: send %d writes: %w", len(msgs), err)
+		}
+		for _, m := range sent {
+			err := t.c.answers(m.Header.Sequence, nil)
+			if k := (*kernelError)(nil); err != nil && !errors.As(err, &k) {
+				return results, fmt.Errorf("routes: wait for %d writes: %w", len(sent), err)
+			}
+			results = append(results, Result{Seq: m.Header.Sequence, Err: err})
+		}
+		writes = writes[len(msgs):]
+	}
+	return results, nil
+}
+
+func (t *Table) write(verb string, w Write) (uint32, error) {
+	seq, err := t.send(w)
+	if err != nil {
+		name := "a route"
+		if r, perr := t.dec.Interner.ParseRoute(w.Msg); perr == nil {
+			name = r.Key().String()
+		}
+		return seq, fmt.Errorf("routes: %s %s: %w", verb, name, err)
+	}
+	return seq, nil
+}
+
+func (t *Table) send(w Write) (uint32, error) {
+	typ, flags := w.Op.header()
+	return t.c.request(typ, flags|unix.NLM_F_ACK, w.Msg, nil)
+}
+
+// ErrUnreachable is the error of a Lookup that the kernel answers with an error: no route, or
+// one of type unreachable, blackhole or prohibit. The errno is in the chain too.
+var ErrUnreachable = errors.New("unreachable")
+
+// Query asks the kernel how it would route a packet.
+//
+// What a source address may be differs. IPv4 without Iif looks up a packet of this host's own,
+// and refuses a Src that is no address of the host (EINVAL). With Iif it looks up a forwarded
+// packet, as if it had come in by that device: the device must be up, forwarding must be on
+// there, and Src must pass the reverse path filter, else the answer is EHOSTUNREACH, EXDEV or
+// EINVAL. IPv6 takes any Src, with or without Iif, and asks neither for a local address nor for
+// forwarding. Rules with `iif` match Iif only; without one the kernel uses the loopback device.
+type Query struct {
+	Family       Family // may be 0 with a Dst
+	Dst, Src     netip.Addr
+	Iif, Oif     Ifindex
+	Mark         uint32
+	IPProto      uint8
+	Sport, Dport uint16
+	UID          *uint32 // nil for our own
+	// FibMatch asks for the route itself, with its prefix, instead of the way of one packet.
+	FibMatch bool
+}
+
+// Answer is how the kernel would route a packet.
+type Answer struct {
+	Type    Type
+	Table   TableID
+	Oif     Ifindex
+	Gateway netip.Addr
+	PrefSrc netip.Addr
+	// MTU is the route's MTU metric, 0 for none, and MTULocked its lock. While there is a learnt
+	// PMTU the kernel shows that instead.
+	MTU       uint32
+	MTULocked bool
+	AdvMSS    uint32
+	// PMTU is the path MTU that was learnt for the destination, 0 for none, for Expires more
+	// seconds.
+	PMTU    uint32
+	Expires uint32
+	// Route is the route that was found, only with FibMatch.
+	Route Route
+}
+
+// Lookup asks the kernel (RTM_GETROUTE). Where the answer is an error, it is ErrUnreachable and
+// the errno.
+func (t *Table) Lookup(q Query) (Answer, error) {
+	var ans Answer
+	got := false
+	payload, err := q.encode()
+	if err == nil {
+		_, err = t.c.request(rtmGetRoute, unix.NLM_F_ACK, payload, func(h Header, data []byte) error {
+			if h.Type != rtmNewRoute {
+				return nil
+			}
+			got = true
+			return ans.decode(&t.dec.Interner, data, q.FibMatch)
+		})
+		if k := (*kernelError)(nil); errors.As(err, &k) {
+			switch k.errno {
+			case unix.ENETUNREACH, unix.EHOSTUNREACH, unix.EACCES, unix.EINVAL, unix.EAGAIN:
+				err = fmt.Errorf("%w: %w", ErrUnreachable, err)
+			}
+		}
+	}
+	if err == nil && !got {
+		err = errShort
+	}
+	if err != nil {
+		return Answer{}, fmt.Errorf("routes: look up %s: %w", q.Dst, err)
+	}
+	return ans, nil
+}
+
+func (q Query) encode() ([]byte, error) {
+	if !q.Dst.IsValid() {
+		return nil, errAddress
+	}
+	f := FamilyOf(q.Dst)
+	if (q.Family != 0 && q.Family != f) || (q.Src.IsValid() && FamilyOf(q.Src) != f) {
+		return nil, errAddress
+	}
+	b := make([]byte, rtmsgLen, 128)
+	b[0], b[1] = byte(f), byte(f.Bits())
+	flags := uint32(rtmFLookupTable)
+	if q.FibMatch {
+		flags |= rtmFFibMatch
+	}
+	binary.NativeEndian.PutUint32(b[8:], flags)
+	b = appendAttr(b, rtaDst, q.Dst.AsSlice())
+	if q.Src.IsValid() {
+		b[2] = byte(f.Bits())
+		b = appendAttr(b, rtaSrc, q.Src.AsSlice())
+	}
+	for _, a := range []struct {
+		typ uint16
+		val uint32
+	}{{rtaIif, uint32(q.Iif)}, {rtaOif, uint32(q.Oif)}, {rtaMark, q.Mark}} {
+		if a.val != 0 {
+			b = appendU32(b, a.typ, a.val)
+		}
+	}
+	if q.UID != nil {
+		b = appendU32(b, rtaUID, *q.UID)
+	}
+	if q.IPProto != 0 {
+		b = appendAttr(b, rtaIPProto, []byte{q.IPProto})
+	}
+	if q.Sport != 0 {
+		b = appendAttr(b, rtaSport, binary.BigEndian.AppendUint16(nil, q.Sport))
+	}
+	if q.Dport != 0 {
+		b = appendAttr(b, rtaDport, binary.BigEndian.AppendUint16(nil, q.Dport))
+	}
+	return b, nil
+}
+
+func (a *Answer) decode(in *Interner, data []byte, match bool) error {
+	if len(data) < rtmsgLen || !knownFamily(data[0]) {
+		return errShort
+	}
+	// An answer for a single packet is marked as cached, which a route is not.
+	flags := binary.NativeEndian.Uint32(data[8:])
+	var expires uint32
+	w := attrs{b: data[rtmsgLen:]}
+	for w.next() {
+		if w.typ == rtaCacheinfo && len(w.val) >= cacheExpiresAt+4 {
+			expires = binary.NativeEndian.Uint32(w.val[cacheExpiresAt:])
+		}
+	}
+	if w.err != nil {
+		return w.err
+	}
+	binary.NativeEndian.PutUint32(data[8:], flags&^rtmFCloned)
+	r, err := in.ParseRoute(data)
+	if err != nil {
+		return err
+	}
+	b := r.Body
+	*a = Answer{
+		Type: b.Type, Table: b.Table, PrefSrc: b.PrefSrc,
+		MTU: b.Metrics.MTU, MTULocked: b.Metrics.MTULocked(), AdvMSS: b.Metrics.AdvMSS,
+	}
+	if match {
+		a.Route = r
+	}
+	if len(b.Nexthops) > 0 {
+		a.Oif, a.Gateway = b.Nexthops[0].Oif, b.Nexthops[0].Gateway
+	}
+	// The time is in USER_HZ.
+	if flags&rtmFCloned != 0 && expires != 0 && !match {
+		a.PMTU, a.Expires = a.MTU, max(1, expires/userHZ)
+		a.MTU, a.MTULocked = 0, false
+	}
+	return nil
+}
+
+// userHZ is the unit of times in netlink, the same on all architectures that Go runs on.
+const userHZ = 100

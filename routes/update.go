@@ -1,0 +1,184 @@
+package routes
+
+import (
+	"cmp"
+	"net/netip"
+	"slices"
+)
+
+// Compare orders keys by family, table, destination, source, TOS and metric.
+func (k Key) Compare(o Key) int {
+	return cmp.Or(
+		cmp.Compare(k.Family, o.Family),
+		cmp.Compare(k.Table, o.Table),
+		ComparePrefix(k.Dst, o.Dst),
+		ComparePrefix(k.Src, o.Src),
+		cmp.Compare(k.TOS, o.TOS),
+		cmp.Compare(k.Priority, o.Priority),
+	)
+}
+
+// ComparePrefix orders prefixes by address, then by length. Invalid ones come first.
+func ComparePrefix(a, b netip.Prefix) int {
+	return cmp.Or(a.Addr().Compare(b.Addr()), cmp.Compare(a.Bits(), b.Bits()))
+}
+
+func (b *Body) sameKey(o *Body) bool {
+	return b.TOS == o.TOS && b.Priority == o.Priority && b.Src == o.Src
+}
+
+// same reports whether two bodies are the same route to the last attribute.
+func (b *Body) same(o *Body) bool {
+	if b == o {
+		return true
+	}
+	return b.Raw == o.Raw && b.Expires == o.Expires && b.Raw != ""
+}
+
+// multipathable says whether IPv6 joins routes with this body and the same key into one
+// (rt6_qualify_for_ecmp, include/net/ip6_route.h: those with a gateway).
+func (b *Body) multipathable() bool {
+	return b.NHID == 0 && len(b.Nexthops) > 0 && b.Nexthops[0].Gateway.IsValid()
+}
+
+func (b *Body) sameWays(o *Body) bool {
+	return b.Type == o.Type && b.NHID == o.NHID && slices.EqualFunc(b.Nexthops, o.Nexthops, sameNexthop)
+}
+
+func sameNexthop(a, b Nexthop) bool { return a.Oif == b.Oif && a.Gateway == b.Gateway }
+
+// setRoute applies RTM_NEWROUTE. The kernel's order within a destination is kept: IPv4 by TOS
+// (falling) and metric, IPv6 by metric; among equals the flags decide.
+func (s *state) setRoute(ev RouteSet) Effect {
+	r := ev.Route
+	old := s.get(r.Body.Family, r.Body.Table, r.Dst)
+	var equals []int
+	for i, b := range old {
+		if b.same(r.Body) {
+			return Effect{}
+		}
+		if b.sameKey(r.Body) {
+			equals = append(equals, i)
+		}
+	}
+	bodies := slices.Clone(old)
+	var e Effect
+	switch {
+	case len(equals) == 0:
+		bodies = insertBody(bodies, r.Body, false)
+	case ev.Replace:
+		bodies[equals[0]] = r.Body
+		// With several routes of one key the kernel may have removed a sibling as well
+		// (fib6_add_rt2node), which the event does not tell.
+		if len(equals) > 1 {
+			e.Resync = resyncOf(r.Body)
+		}
+	case r.Body.Family == IPv6 && r.Body.multipathable():
+		i := slices.IndexFunc(equals, func(i int) bool { return old[i].multipathable() })
+		if i >= 0 { // the event carries the whole set of nexthops
+			bodies[equals[i]] = r.Body
+		} else {
+			bodies = insertBody(bodies, r.Body, false)
+		}
+	default:
+		// Without NLM_F_APPEND an IPv4 route with an equal key goes first (`ip route prepend`).
+		bodies = insertBody(bodies, r.Body, r.Body.Family == IPv4 && !ev.Append)
+	}
+	s.store(r.Dst, r.Body.Family, r.Body.Table, old, bodies)
+	e.Changed = true
+	return e
+}
+
+func resyncOf(b *Body) *Scope {
+	sc := &Scope{RoutesOnly: true, Family: b.Family}
+	if b.NHID == 0 && len(b.Nexthops) == 1 {
+		sc.Oif = b.Nexthops[0].Oif
+	}
+	return sc
+}
+
+func before(a, b *Body) int {
+	return cmp.Or(-cmp.Compare(a.TOS, b.TOS), cmp.Compare(a.Priority, b.Priority))
+}
+
+func insertBody(bodies []*Body, b *Body, first bool) []*Body {
+	i := 0
+	for i < len(bodies) {
+		c := before(bodies[i], b)
+		if c > 0 || (c == 0 && first) {
+			break
+		}
+		i++
+	}
+	return slices.Insert(bodies, i, b)
+}
+
+// removeRoute applies RTM_DELROUTE.
+func (s *state) removeRoute(r Route) Effect {
+	old := s.get(r.Body.Family, r.Body.Table, r.Dst)
+	i := slices.IndexFunc(old, func(b *Body) bool { return b.same(r.Body) })
+	if i < 0 {
+		i = slices.IndexFunc(old, func(b *Body) bool { return b.sameKey(r.Body) && b.sameWays(r.Body) })
+	}
+	if i < 0 {
+		if slices.ContainsFunc(old, r.Body.sameKey) {
+			// One nexthop of an IPv6 multipath route: the event does not say what is left.
+			return Effect{Resync: &Scope{RoutesOnly: true, Family: r.Body.Family}}
+		}
+		return Effect{}
+	}
+	s.store(r.Dst, r.Body.Family, r.Body.Table, old, slices.Delete(slices.Clone(old), i, i+1))
+	return Effect{Changed: true}
+}
+
+// prune ends a partial resync: what it found replaces what the mirror has in its scope.
+func (f *FIB) prune(p *partial) bool {
+	changed := false
+	inScope := func(b *Body) bool {
+		if p.scope.Oif == 0 {
+			return true
+		}
+		return slices.ContainsFunc(b.Nexthops, func(n Nexthop) bool { return n.Oif == p.scope.Oif })
+	}
+	type place struct {
+		dst netip.Prefix
+		k   tableKey
+	}
+	found := map[place][]*Body{}
+	for k, bodies := range p.seen {
+		at := place{k.Dst, tableKey{k.Family, k.Table}}
+		found[at] = append(found[at], bodies...)
+	}
+	stale := map[place]bool{}
+	for tk, t := range f.tables {
+		if p.scope.Family != 0 && p.scope.Family != tk.family {
+			continue
+		}
+		for dst, paths := range t.All() {
+			at := place{dst, tk}
+			if _, ok := found[at]; !ok && slices.ContainsFunc(paths.Bodies(), inScope) {
+				stale[at] = true
+			}
+		}
+	}
+	for at := range stale {
+		found[at] = nil
+	}
+	for at, bodies := range found {
+		old := f.get(at.k.family, at.k.id, at.dst)
+		next := slices.Clone(bodies)
+		slices.SortStableFunc(next, before)
+		for _, b := range old {
+			if !inScope(b) {
+				next = insertBody(next, b, false)
+			}
+		}
+		if slices.EqualFunc(old, next, (*Body).same) {
+			continue
+		}
+		f.store(at.dst, at.k.family, at.k.id, old, next)
+		f.note(Change{Family: at.k.family, Dst: at.dst})
+		changed = true
+	}
+	return changed
+}
