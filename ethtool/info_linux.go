@@ -3,7 +3,9 @@ package ethtool
 import (
 	"errors"
 	"fmt"
+	"os"
 	"runtime"
+	"strings"
 
 	safchain "github.com/safchain/ethtool"
 	"golang.org/x/sys/unix"
@@ -13,8 +15,8 @@ import (
 // the calling thread. What a device or driver does not tell stays empty. The error is
 // os.ErrNotExist if there is no such device.
 //
-// The permanent address of anything but an Ethernet device (InfiniBand has 20 bytes) is cut to
-// its first six bytes by the library.
+// Only an Ethernet device is asked for its permanent address: an IP tunnel answers with its local
+// IP address, which is no identity, and of InfiniBand's 20 bytes the library returns six.
 func ReadInfo(name string) (Info, error) {
 	// The socket remembers the namespace (sock_ioctl, net/socket.c), so it is made on this
 	// thread; the calls on it can be made on any.
@@ -24,6 +26,10 @@ func ReadInfo(name string) (Info, error) {
 	}
 	defer handle.Close()
 
+	ethernet, err := isEthernet(name)
+	if err := tolerate(err); err != nil {
+		return Info{}, fmt.Errorf("ethtool: read hardware type of %s: %w", name, err)
+	}
 	var info Info
 	done := make(chan error)
 	go func() {
@@ -32,7 +38,10 @@ func ReadInfo(name string) (Info, error) {
 			if err := tolerate(err); err != nil {
 				return err
 			}
-			info = Info{Driver: driver.Driver, Bus: notNone(driver.BusInfo), Firmware: notNone(driver.FwVersion)}
+			info = Info{Driver: driver.Driver, Bus: tidy(driver.BusInfo), Firmware: tidy(driver.FwVersion)}
+			if !ethernet {
+				return nil
+			}
 			info.PermAddr, err = handle.PermAddr(name)
 			return tolerate(err)
 		})
@@ -78,10 +87,29 @@ func tolerate(err error) error {
 	return err
 }
 
-// notNone empties what some drivers spell out.
-func notNone(s string) string {
-	if s == "N/A" || s == "n/a" {
+// tidy empties what some drivers spell out, and drops the white space that others leave.
+func tidy(s string) string {
+	s = strings.TrimSpace(s)
+	if strings.EqualFold(s, "N/A") {
 		return ""
 	}
 	return s
+}
+
+// isEthernet says whether the hardware address of the device is an Ethernet address.
+func isEthernet(name string) (bool, error) {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return false, os.NewSyscallError("socket", err)
+	}
+	defer unix.Close(fd)
+	req, err := unix.NewIfreq(name)
+	if err != nil {
+		return false, err
+	}
+	if err := unix.IoctlIfreq(fd, unix.SIOCGIFHWADDR, req); err != nil {
+		return false, err
+	}
+	// The answer is a struct sockaddr whose family is the ARPHRD_* type.
+	return req.Uint16() == unix.ARPHRD_ETHER, nil
 }

@@ -16,6 +16,9 @@ import (
 // lack something (NLM_F_DUMP_INTR).
 var errInterrupted = errors.New("dump was interrupted")
 
+// errStop ends a dump because the context is over.
+var errStop = errors.New("stopped")
+
 // errTruncated is the error for a datagram that was longer than the buffer. The next one fits.
 var errTruncated = errors.New("datagram was truncated")
 
@@ -126,13 +129,13 @@ const answerTimeout = 10 * time.Second
 // answers calls f for each message that answers the request seq, up to and with an
 // acknowledgement or the end of the dump, whose error it returns.
 func (c *conn) answers(seq uint32, f func(Header, []byte) error) error {
-	if err := c.SetReadDeadline(time.Now().Add(answerTimeout)); err != nil {
-		return err
-	}
 	// An error of f does not end the reading, so that the next request finds no leftovers.
 	var ferr error
 	interrupted := false
 	for {
+		if err := c.SetReadDeadline(time.Now().Add(answerTimeout)); err != nil {
+			return errors.Join(ferr, err)
+		}
 		b, _, err := c.receive(true)
 		if err != nil {
 			return errors.Join(ferr, err)
@@ -157,6 +160,9 @@ func (c *conn) answers(seq uint32, f func(Header, []byte) error) error {
 			default:
 				if f != nil && ferr == nil {
 					ferr = f(h, data)
+					if errors.Is(ferr, errStop) {
+						return ferr // the connection is about to be closed
+					}
 				}
 			}
 		}

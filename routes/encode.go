@@ -47,6 +47,11 @@ func MTUMetricOf(b *Body) MTUMetric {
 //
 // Whether a replace is safe for this route is the caller's to decide: it hits the first route
 // with the key. A route that expires would lose that, so it is refused.
+//
+// An IPv4 lock on a route with a nexthop object spreads: the kernel (seen on 6.12 and 6.18)
+// gives it to every route that is added later without metrics, with the same object, protocol,
+// table, scope, preferred source and metric. They show the lock in their events, and EncodeLock
+// with no MTU takes it from each.
 func EncodeLock(r Route, m MTUMetric) ([]byte, error) {
 	if r.Body != nil && r.Body.Expires {
 		return nil, fmt.Errorf("routes: lock mtu on %s: the route expires", r.Dst)
@@ -143,7 +148,7 @@ func encode(r Route, c change) ([]byte, error) {
 		out = appendTable(out, c.table)
 	}
 	out = appendDst(out, r.Dst)
-	metrics := false
+	metrics, empty := false, true
 	a := attrs{b: raw[rtmsgLen:]}
 	for a.next() {
 		switch a.typ {
@@ -157,12 +162,14 @@ func encode(r Route, c change) ([]byte, error) {
 				out = appendRaw(out, a.raw)
 			}
 		case rtaMetrics:
-			if !c.metrics {
+			n := len(out)
+			if c.metrics {
+				metrics = true
+				out = appendMetrics(out, a.val, c)
+			} else {
 				out = appendRaw(out, a.raw)
-				break
 			}
-			metrics = true
-			out = appendMetrics(out, a.val, c)
+			empty = len(out) == n
 		case rtaOif, rtaGateway, rtaVia, rtaEncap, rtaEncapType, rtaFlow:
 			if b.NHID == 0 {
 				out = appendRaw(out, a.raw)
@@ -183,7 +190,15 @@ func encode(r Route, c change) ([]byte, error) {
 		out = appendPriority(out, c.priority)
 	}
 	if c.metrics && !metrics {
+		n := len(out)
 		out = appendMetrics(out, nil, c)
+		empty = len(out) == n
+	}
+	// IPv4 gives a route without RTA_METRICS the metrics of any other with its nexthop object,
+	// protocol, table, scope, source and metric (fib_find_info_nh compares none): a lock would
+	// not go away. An empty RTA_METRICS makes it look for a route without metrics.
+	if empty && b.NHID != 0 && b.Family == IPv4 {
+		out = appendAttr(out, rtaMetrics, nil)
 	}
 	return out, nil
 }

@@ -1,5 +1,7 @@
 package routes
 
+import "slices"
+
 // losses watches the events for those after which the kernel has changed or removed routes and
 // nexthop objects without telling (KERNEL.md 24), and says what is to be dumped again:
 //
@@ -20,6 +22,9 @@ type losses struct {
 	due      scopeSet
 	// objects says that nexthop objects may be gone without an event.
 	objects bool
+	// addrs and ids are those that went or changed since again was called.
+	addrs []Addr
+	ids   []uint32
 }
 
 type linkState struct {
@@ -60,17 +65,16 @@ func (l *losses) told(ev Event) {
 			return
 		}
 		if old.up != now.up || old.running != now.running {
-			l.due.add(Scope{RoutesOnly: true, Oif: i})
-			l.objects = l.objects || len(l.nexthops) > 0
+			l.linkChanged(i)
 		}
 		if old.mtu != now.mtu {
 			l.due.add(Scope{RoutesOnly: true, Family: IPv6, Oif: i})
 		}
 	case LinkGone:
 		delete(l.links, ev.Index)
-		l.due.add(Scope{RoutesOnly: true, Oif: ev.Index})
-		l.objects = l.objects || len(l.nexthops) > 0
+		l.linkChanged(ev.Index)
 	case AddrGone:
+		l.addrs = append(l.addrs, ev.Addr)
 		l.addrGone(ev.Addr)
 	case NexthopSet:
 		old := l.nexthops[ev.Nexthop.ID]
@@ -84,6 +88,34 @@ func (l *losses) told(ev Event) {
 		l.objects = l.objects || len(l.nexthops) > 0 // groups that are empty now
 	}
 }
+
+func (l *losses) linkChanged(i Ifindex) {
+	l.objects = l.objects || len(l.nexthops) > 0
+	l.due.add(Scope{RoutesOnly: true, Oif: i})
+	// An IPv6 multipath route can lose one way and keep the others: a dump by this device does
+	// not show it then, although it is still there.
+	l.bodies.All(func(b *Body) bool {
+		many := b.Family == IPv6 && len(b.Nexthops) > 1 && leavesBy(b, i)
+		if many {
+			l.due.add(Scope{RoutesOnly: true, Family: IPv6})
+		}
+		return !many
+	})
+}
+
+// again asks once more what the events since the last call have taken along. A dump that ran
+// when they came may have shown routes only after them that it had read before.
+func (l *losses) again() {
+	for _, a := range l.addrs {
+		l.addrGone(a)
+	}
+	for _, id := range l.ids {
+		l.routesOf(id)
+	}
+	l.forget()
+}
+
+func (l *losses) forget() { l.addrs, l.ids = nil, nil }
 
 func (l *losses) addrGone(a Addr) {
 	f := FamilyOf(a.Prefix.Addr())
@@ -116,6 +148,11 @@ func leavesBy(b *Body, i Ifindex) bool {
 
 // nexthopChanged asks for the routes that use the object, or a group with it.
 func (l *losses) nexthopChanged(id uint32) {
+	l.ids = append(l.ids, id)
+	l.routesOf(id)
+}
+
+func (l *losses) routesOf(id uint32) {
 	l.bodies.All(func(b *Body) bool {
 		if b.NHID != 0 && (b.NHID == id || l.member(b.NHID, id)) {
 			l.due.add(Scope{RoutesOnly: true, Family: b.Family})
@@ -135,4 +172,9 @@ func (l *losses) member(group, id uint32) bool {
 		}
 	}
 	return false
+}
+
+func sameObject(a, b *NexthopObject) bool {
+	return a.Oif == b.Oif && a.Gateway == b.Gateway && a.Flags == b.Flags && a.Protocol == b.Protocol &&
+		a.Blackhole == b.Blackhole && a.FDB == b.FDB && a.Encap == b.Encap && slices.Equal(a.Group, b.Group)
 }

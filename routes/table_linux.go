@@ -264,7 +264,10 @@ func (q Query) encode() ([]byte, error) {
 	}
 	b := make([]byte, rtmsgLen, 128)
 	b[0], b[1] = byte(f), byte(f.Bits())
-	flags := uint32(rtmFLookupTable)
+	var flags uint32
+	if f == IPv4 { // IPv6 always says which table, and refuses the flag
+		flags = rtmFLookupTable
+	}
 	if q.FibMatch {
 		flags |= rtmFFibMatch
 	}

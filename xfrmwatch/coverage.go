@@ -189,10 +189,11 @@ func narrow(src netip.Prefix, sas []*SA) netip.Prefix {
 // it is unspecified, the kernel takes the route's source, which is not known here, so each does.
 // SAs without a source of their own (a wildcard) serve only where no other does.
 //
-// Two things the kernel does are left out. Since 6.13 (and in 6.12.y) a policy remembers the SAs
-// it used, and goes on with one of them while it is valid, whatever is younger: the first SA is
-// then not the one in use, but all are here. An SA for input that matches is not skipped by the
-// kernel: if it is the youngest, the flow fails (XfrmOutStateDirError).
+// Two things are left out. Newer kernels can remember with a policy which SAs it used
+// (state_cache_list) and would go on with a valid one whatever is younger; 6.12.117 has the code
+// but never fills the list, and takes the younger at once (TestKernelRekey). Either way all are
+// here. An SA for input that matches is not skipped by the kernel: if it is the preferred one,
+// the flow fails (XfrmOutStateDirError).
 func (db *DB) candidates(p *Policy, t Template, sel Selector, remote, local netip.Addr) []*SA {
 	const (
 		flagWildRecv  = 8 // XFRM_STATE_WILDRECV

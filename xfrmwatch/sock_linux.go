@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"os"
 	"syscall"
 	"time"
 
@@ -62,8 +63,10 @@ func (s *sock) receive(wait bool) ([]byte, error) {
 		return err != unix.EAGAIN || !wait
 	})
 	switch {
-	case ioErr != nil:
+	case errors.Is(ioErr, os.ErrDeadlineExceeded):
 		return nil, ioErr
+	case ioErr != nil: // internal/poll has an error of its own for a closed file
+		return nil, fmt.Errorf("receive: %w: %w", os.ErrClosed, ioErr)
 	case err == unix.EAGAIN:
 		return nil, errEmpty
 	case err != nil:

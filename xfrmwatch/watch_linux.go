@@ -188,20 +188,21 @@ func (w *Watcher) ended(ctx context.Context, err error) error {
 }
 
 // follow takes one datagram from the event socket into the batch. Losses become events; the
-// errors that remain are errEmpty, os.ErrDeadlineExceeded and that of a closed socket.
+// errors that remain are errEmpty, os.ErrDeadlineExceeded and those that end Run, as that of a
+// closed socket.
 func (w *Watcher) follow(wait bool, sink func([]Event)) error {
 	b, err := w.events.receive(wait)
 	switch {
 	case err == nil:
-	case errors.Is(err, errEmpty), errors.Is(err, os.ErrDeadlineExceeded),
-		errors.Is(err, os.ErrClosed), errors.Is(err, unix.EBADF):
-		return err
-	default:
-		if errors.Is(err, unix.ENOBUFS) {
-			w.stats.overruns.Add(1)
-		}
+	case errors.Is(err, unix.ENOBUFS):
+		w.stats.overruns.Add(1)
 		w.lose(err)
 		return nil
+	case errors.Is(err, errTruncated), errors.Is(err, unix.ENOMEM):
+		w.lose(err)
+		return nil
+	default:
+		return err
 	}
 	err = messages(b, func(m message) bool {
 		if m.typ < unix.NLMSG_MIN_TYPE { // no answers are expected here

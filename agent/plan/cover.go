@@ -135,7 +135,9 @@ func (p *planner) cover(c xfrmwatch.Coverage, gone bool) *entry {
 	}
 	cov.entry = &entry{sel: c.Selector, mark: c.Policy.Mark, ifID: c.Policy.IfID, cov: cov}
 	p.covers = append(p.covers, cov)
-	p.plan.Current = append(p.plan.Current, c)
+	if !gone {
+		p.plan.Current = append(p.plan.Current, c)
+	}
 	return cov.entry
 }
 
@@ -259,7 +261,7 @@ func (p *planner) domain(b *routes.Body) (ifID uint32, ok bool) {
 // is ours.
 func (p *planner) owner(r routes.Route) MTUMetric {
 	have := routes.MTUMetricOf(r.Body)
-	if c, ok := p.Locks[r.Key()]; ok && c.Ours == have {
+	if c, ok := p.Locks[r.Key()]; ok && c.Wrote(have) {
 		return c.Was
 	}
 	return have

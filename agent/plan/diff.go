@@ -196,7 +196,7 @@ func diffLocks(s *Steps, in Input, pl *Plan, held Held, stale bool) {
 		switch {
 		case n == 0:
 			s.LostLocks = append(s.LostLocks, Lost[routes.Key]{Key: k})
-		case routes.MTUMetricOf(r.Body) != claim.Ours || n > 1:
+		case !claim.Wrote(routes.MTUMetricOf(r.Body)) || n > 1:
 			s.LostLocks = append(s.LostLocks, Lost[routes.Key]{Key: k, Changed: true})
 		default:
 			s.Unlocks = append(s.Unlocks, Unlock{Route: r, Was: claim.Was})

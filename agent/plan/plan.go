@@ -50,6 +50,14 @@ type MTUMetric = routes.MTUMetric
 type LockClaim struct {
 	Was  MTUMetric `json:"was"`
 	Ours MTUMetric `json:"ours"`
+	// Prev is what we had written before Ours: the journal is written before the kernel, so
+	// after a crash either can be in place.
+	Prev MTUMetric `json:"prev,omitzero"`
+}
+
+// Wrote reports whether a route's metric is one that we wrote.
+func (c LockClaim) Wrote(m MTUMetric) bool {
+	return m == c.Ours || c.Prev.MTU != 0 && m == c.Prev
 }
 
 // Plan is what is to be held and locked, and a verdict for each coverage.
@@ -61,8 +69,8 @@ type Plan struct {
 	// MTU holds the inner MTU of each coverage that has a valid SA now; the caller keeps it as
 	// Input.Last.
 	MTU map[xfrmwatch.CoverageID]int
-	// Current are the coverages of this plan, the lingering ones included; the caller keeps
-	// those whose policy goes away.
+	// Current are the coverages of this plan without the lingering ones; the caller keeps those
+	// whose policy goes away.
 	Current []xfrmwatch.Coverage
 }
 

@@ -1,0 +1,301 @@
+// Package agent keeps segmentation offload off, and route MTUs locked, exactly where IPsec and
+// TCP signatures need it.
+//
+//	kernel ── events ──> xfrmwatch  routes  ethtool  sockopt
+//	                         └────────┴──┬───┴────────┘
+//	                                     v
+//	                       one loop owns the state (this package)
+//	                                     v
+//	                       plan.Make, plan.Diff (pure)
+//	                                     v
+//	                       journal ──> kernel ──> read back
+//	                                     v
+//	                       Report (immutable) ──> control socket
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"tsoagent/agent/journal"
+	"tsoagent/agent/plan"
+	"tsoagent/ethtool"
+	"tsoagent/routes"
+)
+
+// goal is what the loop works towards.
+type goal uint8
+
+const (
+	protect      goal = iota // what the plan says
+	restoreAll               // nothing of ours
+	restoreStale             // none of our rules and clones; holds and in-place locks stay
+)
+
+// Agent follows one network namespace: that of the thread which called New. Its Run method owns
+// all state; Report and Call are safe for concurrent use.
+type Agent struct {
+	cfg     Config
+	log     *slog.Logger
+	version string
+	started time.Time
+
+	inbox    *inbox
+	calls    chan func()
+	report   atomic.Pointer[Report]
+	sources  *sources
+	rt       routeTable
+	et       featureClient
+	journal  book
+	closers  []func() error
+	findings []string // what the journal's recovery had to say
+
+	goal  goal
+	once  bool // stop when the goal is reached
+	st    *state
+	lastP *plan.Plan
+	stats Counters
+	// dropped counts the rules and clones that were taken away.
+	dropped struct{ rules, clones int }
+}
+
+// routeTable is what the loop needs to write routes and rules (routes.Table).
+type routeTable interface {
+	Port() uint32
+	Replace(msg []byte) (uint32, error)
+	Batch(writes []routes.Write) ([]routes.Result, error)
+	AddRule(routes.Rule) error
+	DeleteRule(routes.Rule) error
+	Lookup(routes.Query) (routes.Answer, error)
+}
+
+// featureClient is what the loop needs to switch features (ethtool.Client).
+type featureClient interface {
+	Features(ethtool.Device) (*ethtool.Features, error)
+	Set(ethtool.Device, map[ethtool.Feature]bool) (*ethtool.Features, error)
+}
+
+// book is what the loop needs of the journal (journal.Journal).
+type book interface {
+	Put(entries ...journal.Entry) error
+	Remove(ids ...string) error
+	Entries() []journal.Entry
+}
+
+var (
+	_ routeTable    = (*routes.Table)(nil)
+	_ featureClient = (*ethtool.Client)(nil)
+	_ book          = (*journal.Journal)(nil)
+)
+
+// Counters count since the start.
+type Counters struct {
+	Rounds  uint64 `json:"rounds"`
+	Events  uint64 `json:"events"`
+	Actions uint64 `json:"actions"`
+	Failed  uint64 `json:"failed"`
+	Repairs uint64 `json:"repairs"` // in-place writes that overwrote an owner's change and were mended
+}
+
+// ErrRunning is matched (errors.Is) by the error of New when another agent has the journal.
+var ErrRunning = journal.ErrLocked
+
+// New opens the journal and subscribes to all sources in the namespace of the calling thread.
+// It fails with ErrRunning if another agent runs with the same run directory, and with an error
+// that wraps EPERM and names the capability if the process lacks one.
+func New(cfg Config, log *slog.Logger, version string) (*Agent, error) {
+	a := newAgent(cfg, log, version)
+	if err := checkCapabilities(); err != nil {
+		return nil, err
+	}
+	scope, err := journal.ReadScope()
+	if err != nil {
+		return nil, fmt.Errorf("agent: %w", err)
+	}
+	j, found, err := journal.Open(a.cfg.RunDir, scope)
+	if err != nil {
+		return nil, fmt.Errorf("agent: %w", err)
+	}
+	a.closers = append(a.closers, j.Close)
+	a.journal = j
+	a.adopt(found)
+	if err := a.dial(); err != nil {
+		return nil, errors.Join(err, a.Close())
+	}
+	return a, nil
+}
+
+func newAgent(cfg Config, log *slog.Logger, version string) *Agent {
+	return &Agent{
+		cfg: cfg.WithDefaults(), log: log, version: version, started: time.Now(),
+		inbox: newInbox(), calls: make(chan func()), st: newState(),
+	}
+}
+
+func (a *Agent) dial() error {
+	rt, err := routes.OpenTable()
+	if err != nil {
+		return fmt.Errorf("agent: %w", err)
+	}
+	a.closers = append(a.closers, rt.Close)
+	a.rt = rt
+	et, err := ethtool.Dial()
+	if err != nil {
+		return fmt.Errorf("agent: %w", err)
+	}
+	a.closers = append(a.closers, et.Close)
+	a.et = et
+	a.sources, err = dialSources(a.log)
+	return err
+}
+
+// Close releases what New opened. Run must have returned.
+func (a *Agent) Close() error {
+	var errs []error
+	if a.sources != nil {
+		errs = append(errs, a.sources.close())
+	}
+	for i := len(a.closers) - 1; i >= 0; i-- {
+		errs = append(errs, a.closers[i]())
+	}
+	return errors.Join(errs...)
+}
+
+// Report is the newest report, nil before the first plan. It is not to be changed.
+func (a *Agent) Report() *Report { return a.report.Load() }
+
+// SocketPath is where the control socket of an agent with this run directory is.
+func SocketPath(runDir string) string { return filepath.Join(runDir, "tsoagent.sock") }
+
+// Run follows the kernel until the context ends, then restores or keeps what is held as the
+// configuration says. The error is nil after a graceful stop.
+func (a *Agent) Run(ctx context.Context) error {
+	watch, cancel := context.WithCancel(context.Background())
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer a.inbox.close()
+	defer cancel()
+	failed := make(chan error, 1)
+	wg.Go(func() {
+		if err := a.sources.run(watch, a.inbox); err != nil && watch.Err() == nil {
+			failed <- err
+		}
+	})
+	return a.loop(ctx, failed)
+}
+
+// stopWithin bounds how long a graceful stop may take to restore.
+const stopWithin = 30 * time.Second
+
+func (a *Agent) loop(ctx context.Context, failed <-chan error) error {
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	resync := time.NewTimer(a.resyncIn())
+	defer resync.Stop()
+	done := ctx.Done()
+	var deadline <-chan time.Time
+	for {
+		select {
+		case <-done:
+			done = nil
+			if a.once || a.cfg.Mode == Observe || a.cfg.OnStop == KeepOnStop || a.goal != protect {
+				return a.stopped(ctx)
+			}
+			a.log.Info("stopping: everything is given back", "holds", len(a.st.holds), "locks", len(a.st.locks))
+			a.goal, a.once = restoreAll, true
+			deadline = time.After(stopWithin)
+			timer.Reset(0)
+		case <-deadline:
+			return fmt.Errorf("agent: not everything could be restored within %s; run `tsoctl restore`", stopWithin)
+		case err := <-failed:
+			return fmt.Errorf("agent: %w", err)
+		case fn := <-a.calls:
+			fn()
+			continue
+		case <-resync.C:
+			a.sources.resync()
+			resync.Reset(a.resyncIn())
+			continue
+		case <-a.inbox.signal:
+		case <-timer.C:
+		}
+		next, reached := a.step(time.Now())
+		if reached && a.once {
+			return nil
+		}
+		timer.Stop()
+		if next > 0 {
+			timer.Reset(next)
+		}
+	}
+}
+
+func (a *Agent) stopped(ctx context.Context) error {
+	if a.once {
+		return ctx.Err()
+	}
+	return nil
+}
+
+// resyncIn spreads full resyncs by a tenth, so that the machines of a fleet don't do it at once.
+func (a *Agent) resyncIn() time.Duration {
+	d := time.Duration(a.cfg.ResyncEvery)
+	return d + time.Duration(rand.Int64N(int64(d)/5+1)) - d/10
+}
+
+// step drains all that is pending, then plans and acts once. next is when it wants to be called
+// again without an event, 0 for not; reached says that the goal is reached.
+func (a *Agent) step(now time.Time) (next time.Duration, reached bool) {
+	for _, b := range a.inbox.take() {
+		a.apply(b)
+	}
+	if a.lastP == nil {
+		if !a.st.ready() {
+			return 0, false
+		}
+		a.checkAdopted()
+	}
+	if len(a.st.inflight) > 0 {
+		if wait := a.st.patience.Sub(now); wait > 0 {
+			return wait, false
+		}
+		clear(a.st.inflight)
+		clear(a.st.writing)
+	}
+	a.stats.Rounds++
+	return a.round(now)
+}
+
+// Call runs fn in the loop and waits for it, so that fn may read the state.
+func (a *Agent) call(ctx context.Context, fn func()) error {
+	done := make(chan struct{})
+	select {
+	case a.calls <- func() { fn(); close(done) }:
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	<-done
+	return nil
+}
+
+// readForwarding reads whether the namespace forwards. The kernel tells of changes in a group
+// of its own (RTNLGRP_IPV4_NETCONF); reading two small files in the rounds that plan something
+// is cheaper than to follow it.
+func readForwarding() map[routes.Family]bool {
+	read := func(file string) bool {
+		b, err := os.ReadFile(file)
+		return err == nil && len(b) > 0 && b[0] == '1'
+	}
+	return map[routes.Family]bool{
+		routes.IPv4: read("/proc/sys/net/ipv4/ip_forward"),
+		routes.IPv6: read("/proc/sys/net/ipv6/conf/all/forwarding"),
+	}
+}

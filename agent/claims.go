@@ -1,0 +1,204 @@
+package agent
+
+import (
+	"encoding/json"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+
+	"tsoagent/agent/journal"
+	"tsoagent/agent/plan"
+	"tsoagent/ethtool"
+	"tsoagent/routes"
+	"tsoagent/xfrmwatch"
+)
+
+// The kinds of journal entries.
+const (
+	kindHold   journal.Kind = "feature"
+	kindLock   journal.Kind = "route"
+	kindTables journal.Kind = "tables"
+)
+
+// heldFeature is the journal's entry for a hold.
+type heldFeature struct {
+	plan.HoldClaim
+	Feature ethtool.Feature `json:"feature"`
+}
+
+// lockedRoute is the journal's entry for an in-place lock, with both versions of the route.
+type lockedRoute struct {
+	Family   routes.Family  `json:"family"`
+	Table    routes.TableID `json:"table"`
+	Dst      netip.Prefix   `json:"dst"`
+	Src      netip.Prefix   `json:"src,omitzero"`
+	TOS      uint8          `json:"tos,omitempty"`
+	Priority uint32         `json:"metric,omitempty"`
+	Claim    plan.LockClaim `json:"claim"`
+	Owner    []byte         `json:"owner,omitempty"`   // the RTM_NEWROUTE payload as the owner had it
+	Written  []byte         `json:"written,omitempty"` // the one that we wrote
+}
+
+func (l lockedRoute) key() routes.Key {
+	return routes.Key{Family: l.Family, Table: l.Table, Dst: l.Dst, Src: l.Src, TOS: l.TOS, Priority: l.Priority}
+}
+
+// ownTables is the journal's entry for our tables and rules: the numbers by which they are
+// found, should the configuration have changed since.
+type ownTables struct {
+	Table    routes.TableID  `json:"table"`
+	Protocol routes.Protocol `json:"protocol"`
+}
+
+func holdID(k plan.HoldKey) string { return fmt.Sprintf("feature/%d/%s", k.Index, k.Feature) }
+
+func lockID(k routes.Key) string {
+	return fmt.Sprintf("route/%d/%d/%s/%s/%d/%d", k.Family, k.Table, k.Dst, k.Src, k.TOS, k.Priority)
+}
+
+func entry(id string, kind journal.Kind, data any) journal.Entry {
+	b, err := json.Marshal(data)
+	if err != nil { // only values of our own types come here
+		b = nil
+	}
+	return journal.Entry{ID: id, Kind: kind, Data: b}
+}
+
+func (a *Agent) tablesEntry() journal.Entry {
+	return entry("tables", kindTables, ownTables{a.cfg.Plan.Table, a.cfg.Plan.Protocol})
+}
+
+func (a *Agent) claimOf(h plan.Hold) plan.HoldClaim {
+	c := plan.HoldClaim{Device: h.Device, Was: true}
+	if l := a.st.fib.Link(routes.Ifindex(h.Device.Index)); l != nil {
+		c.PermAddr = l.PermAddr
+	}
+	return c
+}
+
+func (a *Agent) holdEntries(holds []plan.Hold) []journal.Entry {
+	out := make([]journal.Entry, 0, len(holds))
+	for _, h := range holds {
+		k := plan.HoldKey{Index: h.Device.Index, Feature: h.Feature}
+		out = append(out, entry(holdID(k), kindHold, heldFeature{a.claimOf(h), h.Feature}))
+	}
+	return out
+}
+
+func (a *Agent) lockEntries(locks []plan.Lock) []journal.Entry {
+	out := make([]journal.Entry, 0, len(locks))
+	for _, l := range locks {
+		k := l.Route.Key()
+		rec := lockedRoute{
+			Family: k.Family, Table: k.Table, Dst: k.Dst, Src: k.Src, TOS: k.TOS, Priority: k.Priority,
+			Claim: plan.LockClaim{Was: l.Owner, Ours: l.Want, Prev: a.st.locks[k].Ours},
+		}
+		rec.Owner, _ = routes.EncodeLock(l.Route, l.Owner)
+		rec.Written, _ = routes.EncodeLock(l.Route, l.Want)
+		out = append(out, entry(lockID(k), kindLock, rec))
+	}
+	return out
+}
+
+// unbook takes entries out of the journal after they were undone.
+func (a *Agent) unbook(ids ...string) {
+	if err := a.journal.Remove(ids...); err != nil {
+		a.failed("journal entry can't be removed", err, "entry", strings.Join(ids, " "))
+	}
+}
+
+// adopt takes over what an earlier run left in the journal. Nothing is touched: the first plan
+// decides what stays.
+func (a *Agent) adopt(found *journal.Recovery) {
+	if found == nil {
+		return
+	}
+	for _, e := range found.Entries {
+		if err := a.adoptEntry(e); err != nil {
+			a.findings = append(a.findings, fmt.Sprintf("journal entry %s can't be used: %v", e.ID, err))
+		}
+	}
+	if found.Torn > 0 {
+		a.findings = append(a.findings, fmt.Sprintf("%d writes to the journal were cut short; the kernel was not touched for them", found.Torn))
+	}
+	if n := len(found.Foreign); n > 0 {
+		a.findings = append(a.findings, fmt.Sprintf("%d journal entries belong to another boot or network namespace and are left alone", n))
+	}
+	a.findings = append(a.findings, found.Problems...)
+	for _, f := range a.findings {
+		a.log.Warn("journal", "finding", f)
+	}
+	if n := len(a.st.holds) + len(a.st.locks); n > 0 {
+		a.log.Info("adopted from an earlier run", "holds", len(a.st.holds), "locks", len(a.st.locks))
+	}
+}
+
+func (a *Agent) adoptEntry(e journal.Entry) error {
+	switch e.Kind {
+	case kindHold:
+		var h heldFeature
+		if err := json.Unmarshal(e.Data, &h); err != nil {
+			return err
+		}
+		a.st.holds[plan.HoldKey{Index: h.Device.Index, Feature: h.Feature}] = h.HoldClaim
+	case kindLock:
+		var l lockedRoute
+		if err := json.Unmarshal(e.Data, &l); err != nil {
+			return err
+		}
+		a.st.locks[l.key()] = l.Claim
+	case kindTables:
+		var t ownTables
+		if err := json.Unmarshal(e.Data, &t); err != nil {
+			return err
+		}
+		if t.Table != a.cfg.Plan.Table || t.Protocol != a.cfg.Plan.Protocol {
+			return fmt.Errorf("an earlier run used table %d and protocol %d: run `tsoctl restore --table %d --protocol %d` first",
+				t.Table, t.Protocol, t.Table, t.Protocol)
+		}
+	default:
+		return fmt.Errorf("unknown kind %q", e.Kind)
+	}
+	return nil
+}
+
+// checkAdopted drops claims that don't hold: on features that are on (the earlier run died
+// before it switched them off, or somebody turned them on since), and on devices that are not
+// the ones that were held: another one can have got the index. It runs once, before the first
+// plan.
+func (a *Agent) checkAdopted() {
+	for k, c := range a.st.holds {
+		if s, ok := a.st.features[routes.Ifindex(k.Index)].Get(k.Feature); ok && s.Wanted {
+			a.dropHold(k)
+			continue
+		}
+		l := a.st.fib.Link(routes.Ifindex(k.Index))
+		if l == nil || (l.Name == c.Device.Name && l.PermAddr == c.PermAddr) || (l.PermAddr != "" && l.PermAddr == c.PermAddr) {
+			continue // gone ones are dropped by the first plan
+		}
+		a.findings = append(a.findings, fmt.Sprintf("device %d is %s now and not %s: its features stay as they are", k.Index, l.Name, c.Device.Name))
+		a.dropHold(k)
+	}
+}
+
+func ids(list []xfrmwatch.CoverageID) string {
+	out := make([]string, 0, len(list))
+	for _, id := range list {
+		out = append(out, ids1(id))
+	}
+	slices.Sort(out)
+	const most = 4
+	if len(out) > most {
+		out = append(out[:most], fmt.Sprintf("and %d more", len(out)-most))
+	}
+	return strings.Join(out, ", ")
+}
+
+func ids1(id xfrmwatch.CoverageID) string {
+	s := fmt.Sprintf("policy %d", id.Policy)
+	if id.Peer.IsValid() {
+		s += " to " + id.Peer.String()
+	}
+	return s
+}

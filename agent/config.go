@@ -1,0 +1,274 @@
+package agent
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path"
+	"regexp"
+	"slices"
+	"sort"
+	"strconv"
+	"strings"
+	"time"
+
+	"go.yaml.in/yaml/v3"
+
+	"tsoagent/agent/plan"
+	"tsoagent/ethtool"
+	"tsoagent/routes"
+)
+
+// Mode says whether the agent writes.
+type Mode string
+
+// The modes.
+const (
+	// Enforce holds and locks.
+	Enforce Mode = "enforce"
+	// Observe computes and reports, and changes nothing.
+	Observe Mode = "observe"
+)
+
+// OnStop says what happens to holds and locks when the agent is told to stop.
+type OnStop string
+
+// The choices of on_stop.
+const (
+	RestoreOnStop OnStop = "restore"
+	KeepOnStop    OnStop = "keep"
+)
+
+// DefaultRunDir holds the journal and the control socket. It dies with the boot, as the
+// kernel's own state does.
+const DefaultRunDir = "/run/tsoagent"
+
+// Config is the whole configuration. The zero value means the defaults.
+type Config struct {
+	// Mode is enforce or observe.
+	Mode Mode `yaml:"mode"`
+	// RunDir is the directory of the journal and the control socket.
+	RunDir string `yaml:"run_dir"`
+	// RestoreAfter is how long it must have been quiet before anything is given back.
+	RestoreAfter Duration `yaml:"restore_after"`
+	// OnStop is what a graceful stop does with holds and locks.
+	OnStop OnStop `yaml:"on_stop"`
+	// ResyncEvery is how often all sources are read again, spread out by a tenth.
+	ResyncEvery Duration `yaml:"resync_every"`
+	// Plan is what decisions depend on. Its keys stand at the top level of the file.
+	Plan plan.Config `yaml:",inline"`
+}
+
+// Duration is a time.Duration that YAML writes as "1s".
+type Duration time.Duration
+
+// UnmarshalYAML reads a duration with its unit.
+func (d *Duration) UnmarshalYAML(n *yaml.Node) error {
+	v, err := time.ParseDuration(n.Value)
+	if err != nil {
+		// The form of yaml.TypeError, so that all mistakes of a file are told at once.
+		return &yaml.TypeError{Errors: []string{fmt.Sprintf("line %d: %q is no duration with a unit such as 1s", n.Line, n.Value)}}
+	}
+	*d = Duration(v)
+	return nil
+}
+
+// WithDefaults fills what is not set.
+func (c Config) WithDefaults() Config {
+	if c.Mode == "" {
+		c.Mode = Enforce
+	}
+	if c.RunDir == "" {
+		c.RunDir = DefaultRunDir
+	}
+	if c.RestoreAfter == 0 {
+		c.RestoreAfter = Duration(time.Second)
+	}
+	if c.OnStop == "" {
+		c.OnStop = RestoreOnStop
+	}
+	if c.ResyncEvery == 0 {
+		c.ResyncEvery = Duration(15 * time.Minute)
+	}
+	c.Plan = c.Plan.WithDefaults()
+	return c
+}
+
+// SetNumbers sets the first routing table and the route protocol of our own, where not 0.
+func (c *Config) SetNumbers(table, protocol uint) {
+	if table != 0 {
+		c.Plan.Table = routes.TableID(table)
+	}
+	if protocol != 0 {
+		c.Plan.Protocol = routes.Protocol(protocol)
+	}
+}
+
+// Mistake is one thing that is wrong in a configuration, with its place.
+type Mistake struct {
+	File string
+	Line int // 0 where a flag or the whole file is meant
+	Text string
+}
+
+func (m *Mistake) Error() string {
+	switch {
+	case m.File == "":
+		return m.Text
+	case m.Line == 0:
+		return m.File + ": " + m.Text
+	}
+	return fmt.Sprintf("%s:%d: %s", m.File, m.Line, m.Text)
+}
+
+// LoadConfig reads and validates a file. The error joins a Mistake for each thing that is
+// wrong; an unreadable file is an *fs.PathError.
+func LoadConfig(file string) (Config, error) {
+	f, err := os.Open(file)
+	if err != nil {
+		return Config{}, fmt.Errorf("agent: read the configuration: %w", err)
+	}
+	defer f.Close()
+	return ReadConfig(f, file)
+}
+
+// ReadConfig is LoadConfig from a reader; name stands in the mistakes' places.
+func ReadConfig(r io.Reader, name string) (Config, error) {
+	data, err := io.ReadAll(io.LimitReader(r, maxConfig+1))
+	if err != nil {
+		return Config{}, fmt.Errorf("agent: read the configuration: %w", err)
+	}
+	if len(data) > maxConfig {
+		return Config{}, &Mistake{File: name, Text: fmt.Sprintf("larger than %d bytes", maxConfig)}
+	}
+	var c Config
+	var found []*Mistake
+	var root yaml.Node
+	if err := yaml.Unmarshal(data, &root); err != nil {
+		return Config{}, mistakes(name, err)[0]
+	}
+	dec := yaml.NewDecoder(strings.NewReader(string(data)))
+	dec.KnownFields(true)
+	if err := dec.Decode(&c); err != nil && !errors.Is(err, io.EOF) {
+		found = append(found, mistakes(name, err)...)
+	}
+	for _, w := range c.Validate() {
+		found = append(found, &Mistake{File: name, Line: lineOf(&root, w.Key), Text: w.Key + ": " + w.Text})
+	}
+	if len(found) == 0 {
+		return c, nil
+	}
+	sort.SliceStable(found, func(i, j int) bool { return found[i].Line < found[j].Line })
+	errs := make([]error, len(found))
+	for i, m := range found {
+		errs[i] = m
+	}
+	return Config{}, errors.Join(errs...)
+}
+
+const maxConfig = 1 << 20
+
+var (
+	yamlLine    = regexp.MustCompile(`^(?:yaml: )?line (\d+): (.*)$`)
+	yamlUnknown = regexp.MustCompile(`^field (\S+) not found in type \S+$`)
+)
+
+// mistakes turns what the YAML decoder says into mistakes, in the words of the configuration.
+func mistakes(file string, err error) []*Mistake {
+	lines := []string{err.Error()}
+	var te *yaml.TypeError
+	if errors.As(err, &te) {
+		lines = te.Errors
+	}
+	out := make([]*Mistake, 0, len(lines))
+	for _, l := range lines {
+		m := &Mistake{File: file, Text: strings.TrimPrefix(l, "yaml: ")}
+		if g := yamlLine.FindStringSubmatch(l); g != nil {
+			m.Line, _ = strconv.Atoi(g[1])
+			m.Text = g[2]
+		}
+		if g := yamlUnknown.FindStringSubmatch(m.Text); g != nil {
+			m.Text = fmt.Sprintf("unknown key %q (see the configuration reference in docs/configuration.md)", g[1])
+		}
+		out = append(out, m)
+	}
+	return out
+}
+
+// Wrong is a value that Validate refuses.
+type Wrong struct{ Key, Text string }
+
+// Validate returns what is wrong with the values.
+func (c Config) Validate() []Wrong {
+	var out []Wrong
+	oneOf := func(key, have string, allowed ...string) {
+		if have != "" && !slices.Contains(allowed, have) {
+			out = append(out, Wrong{key, fmt.Sprintf("%q is not one of %s", have, strings.Join(allowed, ", "))})
+		}
+	}
+	atLeast := func(key string, have, least int) {
+		if have != 0 && have < least {
+			out = append(out, Wrong{key, fmt.Sprintf("%d is less than %d", have, least)})
+		}
+	}
+	p := c.Plan
+	oneOf("mode", string(c.Mode), string(Enforce), string(Observe))
+	oneOf("on_stop", string(c.OnStop), string(RestoreOnStop), string(KeepOnStop))
+	oneOf("dedicated", string(p.Dedicated), string(plan.Auto), string(plan.Off), string(plan.Keep))
+	oneOf("mtu", string(p.MTU), string(plan.MTULock), string(plan.MTUAdvise), string(plan.MTUOff))
+	oneOf("partial", string(p.Partial), string(plan.PartialTable), string(plan.PartialOff))
+	oneOf("source_less_lookups", string(p.SourceLess), string(plan.Serve), string(plan.ServeOff))
+	atLeast("presume_mtu", p.PresumeMTU, 576)
+	atLeast("max_clones_per_coverage", p.MaxClonesPerCoverage, 1)
+	atLeast("max_clones", p.MaxClones, 1)
+	if c.RestoreAfter < 0 {
+		out = append(out, Wrong{"restore_after", "a negative duration"})
+	}
+	if c.ResyncEvery != 0 && time.Duration(c.ResyncEvery) < time.Minute {
+		out = append(out, Wrong{"resync_every", "less than 1m"})
+	}
+	if c.RunDir != "" && !path.IsAbs(c.RunDir) {
+		out = append(out, Wrong{"run_dir", "not an absolute path"})
+	}
+	if t := p.Table; t != 0 && t <= 255 && t+plan.MaxRules > 252 {
+		out = append(out, Wrong{"table", fmt.Sprintf("%d to %d reach the tables that the kernel itself uses (253, 254, 255)", t, t+plan.MaxRules-1)})
+	}
+	if p.Protocol != 0 && p.Protocol <= 4 {
+		out = append(out, Wrong{"protocol", fmt.Sprintf("%d is one of the kernel's and iproute2's own (0 to 4)", p.Protocol)})
+	}
+	for _, f := range p.Features {
+		if !slices.Contains(holdable, f) {
+			out = append(out, Wrong{"features", fmt.Sprintf("%q is no feature that can be held: %v", f, holdable)})
+		}
+	}
+	for i, d := range p.Devices {
+		if _, err := path.Match(d.Match, "x"); err != nil || d.Match == "" {
+			out = append(out, Wrong{"devices", fmt.Sprintf("entry %d: %q is no glob for a device name", i+1, d.Match)})
+		}
+		if d.Dedicated == "" {
+			out = append(out, Wrong{"devices", fmt.Sprintf("entry %d: dedicated is missing (auto, off or keep)", i+1)})
+		}
+		oneOf("devices", string(d.Dedicated), string(plan.Auto), string(plan.Off), string(plan.Keep), "")
+	}
+	return out
+}
+
+var holdable = []ethtool.Feature{
+	ethtool.TCPSegmentation, ethtool.TCPECNSegmentation, ethtool.TCP6Segmentation,
+	ethtool.UDPSegmentation, ethtool.GenericSegm,
+}
+
+// lineOf is the line of a top-level key, 0 if it is not there.
+func lineOf(root *yaml.Node, key string) int {
+	if len(root.Content) == 0 || root.Content[0].Kind != yaml.MappingNode {
+		return 0
+	}
+	m := root.Content[0].Content
+	for i := 0; i+1 < len(m); i += 2 {
+		if m[i].Value == key {
+			return m[i].Line
+		}
+	}
+	return 0
+}

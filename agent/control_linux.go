@@ -1,0 +1,227 @@
+package agent
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"net/netip"
+	"net/url"
+	"os"
+	"strconv"
+	"time"
+
+	"tsoagent/xfrmwatch"
+)
+
+// The control API is HTTP with JSON on a unix socket:
+//
+//	GET /v1/report             the newest Report; 503 while the agent still reads the kernel
+//	GET /v1/explain?dst=…      an Explanation; 400 for a wrong query
+//
+// Errors are {"error": "…"}. Who may connect is up to the socket's mode, 0660.
+
+// Serve answers on the control socket until the context ends. A socket that a dead agent left
+// is taken over: the journal's lock says that no other agent runs.
+func (a *Agent) Serve(ctx context.Context) error {
+	path := SocketPath(a.cfg.RunDir)
+	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("agent: take over the control socket: %w", err)
+	}
+	l, err := (&net.ListenConfig{}).Listen(ctx, "unix", path)
+	if err != nil {
+		return fmt.Errorf("agent: listen on the control socket: %w", err)
+	}
+	if err := os.Chmod(path, 0o660); err != nil {
+		return errors.Join(fmt.Errorf("agent: set the mode of the control socket: %w", err), l.Close())
+	}
+	srv := &http.Server{
+		Handler: a.handler(), ReadHeaderTimeout: 2 * time.Second, ReadTimeout: 5 * time.Second,
+		WriteTimeout: 30 * time.Second, IdleTimeout: 30 * time.Second, MaxHeaderBytes: 8 << 10,
+	}
+	stop := context.AfterFunc(ctx, func() { _ = srv.Close() })
+	defer stop()
+	if err := srv.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+		return fmt.Errorf("agent: control socket: %w", err)
+	}
+	return nil
+}
+
+func (a *Agent) handler() http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /v1/report", func(w http.ResponseWriter, _ *http.Request) {
+		if r := a.Report(); r != nil {
+			answerJSON(w, http.StatusOK, r)
+			return
+		}
+		answerError(w, http.StatusServiceUnavailable, errors.New("the agent is still reading the kernel's state; try again in a moment"))
+	})
+	mux.HandleFunc("GET /v1/explain", func(w http.ResponseWriter, r *http.Request) {
+		q, err := questionFrom(r.URL.Query())
+		if err != nil {
+			answerError(w, http.StatusBadRequest, err)
+			return
+		}
+		var e *Explanation
+		if callErr := a.call(r.Context(), func() { e, err = a.explain(q) }); callErr != nil {
+			answerError(w, http.StatusServiceUnavailable, callErr)
+			return
+		}
+		if err != nil {
+			answerError(w, http.StatusBadRequest, err)
+			return
+		}
+		answerJSON(w, http.StatusOK, e)
+	})
+	return mux
+}
+
+func answerJSON(w http.ResponseWriter, code int, v any) {
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(code)
+	// A client that went away is its own affair.
+	_ = json.NewEncoder(w).Encode(v)
+}
+
+func answerError(w http.ResponseWriter, code int, err error) {
+	answerJSON(w, code, map[string]string{"error": err.Error()})
+}
+
+// Client asks a running agent over its control socket. It is safe for concurrent use.
+type Client struct {
+	path string
+	http http.Client
+}
+
+// ErrNoAgent is matched (errors.Is) when nobody answers on the control socket.
+var ErrNoAgent = errors.New("no agent is running")
+
+// NewClient returns a client for the agent with this run directory.
+func NewClient(runDir string) *Client {
+	c := &Client{path: SocketPath(runDir)}
+	c.http = http.Client{
+		Timeout: 30 * time.Second,
+		Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return (&net.Dialer{}).DialContext(ctx, "unix", c.path)
+		}},
+	}
+	return c
+}
+
+// Report asks for the newest report.
+func (c *Client) Report(ctx context.Context) (*Report, error) {
+	r := new(Report)
+	return r, c.get(ctx, "/v1/report", nil, r)
+}
+
+// Explain asks what happens to a flow.
+func (c *Client) Explain(ctx context.Context, q Question) (*Explanation, error) {
+	e := new(Explanation)
+	return e, c.get(ctx, "/v1/explain", q.values(), e)
+}
+
+func (c *Client) get(ctx context.Context, path string, query url.Values, into any) error {
+	u := url.URL{Scheme: "http", Host: "tsoagent", Path: path, RawQuery: query.Encode()}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, u.String(), nil)
+	if err != nil {
+		return fmt.Errorf("agent: ask %s: %w", path, err)
+	}
+	res, err := c.http.Do(req)
+	if err != nil {
+		var op *net.OpError
+		if errors.As(err, &op) && op.Op == "dial" {
+			if errors.Is(err, os.ErrPermission) {
+				return fmt.Errorf("the control socket %s is not yours to open: run it as root, or join its group: %w", c.path, ErrPermission)
+			}
+			return fmt.Errorf("%w (nobody answers on %s)", ErrNoAgent, c.path)
+		}
+		return fmt.Errorf("agent: ask %s: %w", path, err)
+	}
+	defer res.Body.Close()
+	if res.StatusCode != http.StatusOK {
+		var e struct {
+			Error string `json:"error"`
+		}
+		if err := json.NewDecoder(res.Body).Decode(&e); err != nil || e.Error == "" {
+			e.Error = res.Status
+		}
+		return errors.New(e.Error)
+	}
+	if err := json.NewDecoder(res.Body).Decode(into); err != nil {
+		return fmt.Errorf("agent: read the answer to %s: %w", path, err)
+	}
+	return nil
+}
+
+// Question asks what happens to a flow. From may be invalid; the zero values of the rest mean
+// any.
+type Question struct {
+	Dst, From netip.Addr
+	Proto     uint8
+	Port      uint16 // destination port
+	Mark      uint32
+}
+
+func (q Question) values() url.Values {
+	v := url.Values{"dst": {q.Dst.String()}}
+	if q.From.IsValid() {
+		v.Set("from", q.From.String())
+	}
+	for _, n := range []struct {
+		key string
+		val uint64
+	}{{"proto", uint64(q.Proto)}, {"port", uint64(q.Port)}, {"mark", uint64(q.Mark)}} {
+		if n.val != 0 {
+			v.Set(n.key, strconv.FormatUint(n.val, 10))
+		}
+	}
+	return v
+}
+
+func questionFrom(v url.Values) (Question, error) {
+	var q Question
+	var errs []error
+	addr := func(key string, into *netip.Addr) {
+		s := v.Get(key)
+		if s == "" {
+			return
+		}
+		a, err := netip.ParseAddr(s)
+		if err != nil || a.Zone() != "" {
+			errs = append(errs, fmt.Errorf("%s: %q is no IP address", key, s))
+			return
+		}
+		*into = a.Unmap()
+	}
+	number := func(key string, bits int) uint64 {
+		s := v.Get(key)
+		if s == "" {
+			return 0
+		}
+		n, err := strconv.ParseUint(s, 0, bits)
+		if err != nil {
+			errs = append(errs, fmt.Errorf("%s: %q is no number of %d bits", key, s, bits))
+		}
+		return n
+	}
+	addr("dst", &q.Dst)
+	addr("from", &q.From)
+	q.Proto = uint8(number("proto", 8))
+	q.Port = uint16(number("port", 16))
+	q.Mark = uint32(number("mark", 32))
+	switch {
+	case len(errs) > 0:
+	case !q.Dst.IsValid():
+		errs = append(errs, errors.New("dst is missing"))
+	case q.From.IsValid() && q.From.Is4() != q.Dst.Is4():
+		errs = append(errs, errors.New("dst and from are of different families"))
+	}
+	return q, errors.Join(errs...)
+}
+
+// flow is the question as an XFRM lookup sees it.
+func (q Question) flow(src netip.Addr, ifID uint32, oif int32) xfrmwatch.Flow {
+	return xfrmwatch.Flow{Src: src, Dst: q.Dst, Proto: xfrmwatch.Proto(q.Proto), Dport: q.Port, Mark: q.Mark, IfID: ifID, Oif: oif}
+}

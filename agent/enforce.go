@@ -1,0 +1,412 @@
+package agent
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"tsoagent/agent/plan"
+	"tsoagent/ethtool"
+	"tsoagent/routes"
+)
+
+// enforce does the steps in their order. It reports whether anything was written, so that the
+// next round looks whether it is in place.
+func (a *Agent) enforce(pl *plan.Plan, s *plan.Steps, now time.Time) bool {
+	before := a.stats.Actions
+	a.moveClones(pl, s, now)
+	a.setLocks(s.Locks, now)
+	a.setHolds(s.Holds, false)
+	a.setHolds(s.Retaken, true)
+	a.dropTables(s)
+	a.unlock(s.Unlocks)
+	a.unhold(s.Unholds, now)
+	a.forget(s)
+	a.forgiveHolds(pl)
+	if len(a.st.inflight) > 0 {
+		a.st.patience = now.Add(echoPatience)
+	}
+	return a.stats.Actions != before
+}
+
+// echoPatience is how long the loop waits for the notification of its own write. It comes
+// within microseconds; only a lost event makes it wait so long.
+const echoPatience = 500 * time.Millisecond
+
+// did counts a write, and logs it with its cause.
+func (a *Agent) did(what string, args ...any) {
+	a.stats.Actions++
+	a.log.Info(what, args...)
+}
+
+func (a *Agent) failed(what string, err error, args ...any) {
+	a.stats.Failed++
+	a.log.Warn(what, append(args, "err", err)...)
+}
+
+// setLocks writes route MTUs in place: journal first, then the kernel.
+func (a *Agent) setLocks(locks []plan.Lock, now time.Time) {
+	var due []plan.Lock
+	for _, l := range locks {
+		if a.mayWrite(l.Route.Key(), now) {
+			due = append(due, l)
+		}
+	}
+	if len(due) == 0 {
+		return
+	}
+	entries := a.lockEntries(due)
+	failpoint("lock-journal-before")
+	if err := a.journal.Put(entries...); err != nil {
+		a.failed("journal can't be written, nothing is locked", err)
+		return
+	}
+	failpoint("lock-journal-after")
+	for _, l := range due {
+		a.setLock(l)
+	}
+}
+
+func (a *Agent) setLock(l plan.Lock) {
+	k := l.Route.Key()
+	msg, err := routes.EncodeLock(l.Route, l.Want)
+	if err == nil {
+		var seq uint32
+		a.st.writing[k] = &write{want: l.Want}
+		if seq, err = a.rt.Replace(msg); err == nil {
+			a.st.writing[k].seq = seq
+			a.st.inflight[seq] = struct{}{}
+			a.st.locks[k] = plan.LockClaim{Was: l.Owner, Ours: l.Want}
+			failpoint("lock-written")
+			a.did("mtu locked", "route", k.String(), "mtu", l.Want.MTU, "because", ids(l.Because))
+			return
+		}
+		delete(a.st.writing, k)
+	}
+	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ESRCH) {
+		// The route went away in between; its event is on the way.
+		a.log.Debug("route to lock is gone", "route", k.String())
+	} else {
+		a.failed("mtu can't be locked", err, "route", k.String())
+	}
+	if _, had := a.st.locks[k]; !had {
+		a.unbook(lockID(k))
+	}
+}
+
+// repair writes the owner's version of a route again, with the lock, after our write has
+// overwritten it.
+func (a *Agent) repair(owner routes.Route, want plan.MTUMetric) {
+	a.stats.Repairs++
+	k := owner.Key()
+	failpoint("lock-stale")
+	a.log.Info("the route's owner changed it while it was locked: the owner's version is written again", "route", k.String())
+	l := plan.Lock{Route: owner, Owner: routes.MTUMetricOf(owner.Body), Want: want}
+	if err := a.journal.Put(a.lockEntries([]plan.Lock{l})...); err != nil {
+		a.failed("journal can't be written", err)
+		l.Want = l.Owner // without a journal entry, no lock
+	}
+	a.setLock(l)
+}
+
+const (
+	fightWindow = 10 * time.Second
+	fightWrites = 10
+	fightRest   = time.Minute
+)
+
+// mayWrite bounds how often one route is locked again: an owner that replaces its route wipes
+// the lock, and we put it back without a fight.
+func (a *Agent) mayWrite(k routes.Key, now time.Time) bool {
+	f := a.st.fights[k]
+	if now.Before(f.until) {
+		return false
+	}
+	if now.Sub(f.since) > fightWindow {
+		f = fight{since: now}
+	}
+	f.n++
+	if f.n > fightWrites {
+		f.until = now.Add(fightRest)
+		a.log.Warn("somebody keeps replacing a route that is to be locked: resting", "route", k.String(), "for", fightRest)
+	}
+	a.st.fights[k] = f
+	return f.until.IsZero() || !now.Before(f.until)
+}
+
+// unlock gives routes their owner's MTU metric back.
+func (a *Agent) unlock(list []plan.Unlock) {
+	for _, u := range list {
+		k := u.Route.Key()
+		msg, err := routes.EncodeLock(u.Route, u.Was)
+		if err == nil {
+			a.st.writing[k] = &write{want: u.Was}
+			var seq uint32
+			if seq, err = a.rt.Replace(msg); err == nil {
+				a.st.writing[k].seq = seq
+				a.st.inflight[seq] = struct{}{}
+			}
+		}
+		if err != nil {
+			delete(a.st.writing, k)
+			if !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.ESRCH) {
+				a.failed("mtu can't be given back", err, "route", k.String())
+				continue
+			}
+		}
+		failpoint("unlock-written")
+		delete(a.st.locks, k)
+		delete(a.st.fights, k)
+		a.unbook(lockID(k))
+		a.did("mtu given back", "route", k.String(), "mtu", u.Was.MTU)
+	}
+}
+
+// setHolds switches features off, device by device: journal first, then the kernel. A retaken
+// hold overrules somebody who turned the feature on; that happens once.
+func (a *Agent) setHolds(holds []plan.Hold, retaken bool) {
+	for len(holds) > 0 {
+		dev := holds[0].Device
+		n := 0
+		for n < len(holds) && holds[n].Device == dev {
+			n++
+		}
+		var due []plan.Hold
+		for _, h := range holds[:n] {
+			if a.mayHold(h, retaken) {
+				due = append(due, h)
+			}
+		}
+		if len(due) > 0 {
+			a.holdDevice(dev, due)
+		}
+		holds = holds[n:]
+	}
+}
+
+func (a *Agent) mayHold(h plan.Hold, retaken bool) bool {
+	k := plan.HoldKey{Index: h.Device.Index, Feature: h.Feature}
+	if _, contested := a.st.contested[k]; contested {
+		return false
+	}
+	if _, refused := a.st.refused[k]; refused {
+		return false
+	}
+	if !retaken {
+		return true
+	}
+	if a.st.retakes[k]++; a.st.retakes[k] == 1 {
+		a.log.Info("a held feature was turned on: overruled once", "device", h.Device.Name, "feature", h.Feature)
+		return true
+	}
+	a.st.contested[k] = "somebody turned it on again after it was overruled once"
+	delete(a.st.holds, k)
+	a.unbook(holdID(k))
+	a.log.Warn("hold is contested: staying out until its cause is gone", "device", h.Device.Name, "feature", h.Feature)
+	return false
+}
+
+func (a *Agent) holdDevice(dev ethtool.Device, due []plan.Hold) {
+	want := map[ethtool.Feature]bool{}
+	for _, h := range due {
+		want[h.Feature] = false
+	}
+	failpoint("hold-journal-before")
+	if err := a.journal.Put(a.holdEntries(due)...); err != nil {
+		a.failed("journal can't be written, nothing is held", err, "device", dev.Name)
+		return
+	}
+	failpoint("hold-journal-after")
+	now, err := a.et.Set(dev, want)
+	failpoint("hold-written")
+	if now != nil {
+		a.st.features[routes.Ifindex(dev.Index)] = now
+	}
+	var refused *ethtool.RefusedError
+	if err != nil && !errors.As(err, &refused) {
+		for _, h := range due {
+			a.dropHold(plan.HoldKey{Index: dev.Index, Feature: h.Feature})
+		}
+		if errors.Is(err, os.ErrNotExist) {
+			// Renamed, re-created or gone: its events are on the way, and so is another plan.
+			a.log.Debug("device to hold is gone", "device", dev.Name)
+			delete(a.st.features, routes.Ifindex(dev.Index))
+			a.look(routes.Ifindex(dev.Index))
+			return
+		}
+		a.failed("features can't be set", err, "device", dev.Name)
+		a.refuse(dev, due, err.Error())
+		return
+	}
+	for _, h := range due {
+		k := plan.HoldKey{Index: dev.Index, Feature: h.Feature}
+		if refused != nil {
+			if state, no := refused.Refused[h.Feature]; no {
+				a.dropHold(k)
+				a.refuse(dev, []plan.Hold{h}, fmt.Sprintf("the device refuses to switch it off (it is %s)", state))
+				continue
+			}
+		}
+		a.st.holds[k] = a.claimOf(h)
+		delete(a.st.release, k)
+		a.reflap(dev.Index)
+		a.did("feature held off", "device", dev.Name, "feature", h.Feature, "because", ids(h.Because))
+	}
+}
+
+func (a *Agent) refuse(dev ethtool.Device, holds []plan.Hold, why string) {
+	for _, h := range holds {
+		a.st.refused[plan.HoldKey{Index: dev.Index, Feature: h.Feature}] = why
+		a.log.Warn("feature can't be held", "device", dev.Name, "feature", h.Feature, "why", why)
+	}
+}
+
+func (a *Agent) dropHold(k plan.HoldKey) {
+	delete(a.st.holds, k)
+	a.unbook(holdID(k))
+}
+
+// maxFlap is the longest time that a hold of a flapping carrier outlives its cause.
+const maxFlap = 60 * time.Second
+
+// unhold gives features back once it has been quiet.
+func (a *Agent) unhold(keys []plan.HoldKey, now time.Time) {
+	wanted := map[plan.HoldKey]bool{}
+	for _, k := range keys {
+		wanted[k] = true
+		due, waiting := a.st.release[k]
+		if !waiting {
+			due = now.Add(a.quiet(k.Index, now))
+			if a.once {
+				due = now
+			}
+			a.st.release[k] = due
+		}
+		if !now.Before(due) || a.once {
+			a.release(k, now)
+		}
+	}
+	for k := range a.st.release {
+		if !wanted[k] {
+			delete(a.st.release, k) // the cause is back
+		}
+	}
+}
+
+// quiet is how long a carrier must be quiet: the longer the more it flaps.
+func (a *Agent) quiet(i ethtool.Ifindex, now time.Time) time.Duration {
+	base := time.Duration(a.cfg.RestoreAfter)
+	f := a.st.flaps[i]
+	if f.delay == 0 || now.Sub(f.last) > maxFlap {
+		return base
+	}
+	return f.delay
+}
+
+// reflap notes that a carrier is held again shortly after it was released.
+func (a *Agent) reflap(i ethtool.Ifindex) {
+	f, ok := a.st.flaps[i]
+	if !ok {
+		return
+	}
+	f.delay = min(2*max(f.delay, time.Duration(a.cfg.RestoreAfter)), maxFlap)
+	a.st.flaps[i] = f
+}
+
+func (a *Agent) release(k plan.HoldKey, now time.Time) {
+	claim := a.st.holds[k]
+	dev := claim.Device
+	if l := a.st.fib.Link(routes.Ifindex(k.Index)); l != nil {
+		dev.Name = l.Name // it may have been renamed
+	}
+	fresh, err := a.et.Features(dev)
+	if err == nil {
+		a.st.features[routes.Ifindex(k.Index)] = fresh
+		if s, ok := fresh.Get(k.Feature); ok && s.Wanted {
+			return // somebody turned it on since; the next plan drops the claim
+		}
+		fresh, err = a.et.Set(dev, map[ethtool.Feature]bool{k.Feature: claim.Was})
+	}
+	if fresh != nil {
+		a.st.features[routes.Ifindex(k.Index)] = fresh
+	}
+	failpoint("unhold-written")
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		a.failed("feature can't be given back", err, "device", dev.Name, "feature", k.Feature)
+		a.st.release[k] = now.Add(maxFlap)
+		return
+	}
+	delete(a.st.release, k)
+	delete(a.st.retakes, k)
+	f := a.st.flaps[k.Index]
+	f.last = now
+	a.st.flaps[k.Index] = f
+	a.dropHold(k)
+	a.did("feature given back", "device", dev.Name, "feature", k.Feature)
+}
+
+// forget drops claims on what is gone or was changed by somebody else since.
+func (a *Agent) forget(s *plan.Steps) {
+	for _, l := range s.LostLocks {
+		delete(a.st.locks, l.Key)
+		a.unbook(lockID(l.Key))
+		if l.Changed {
+			a.log.Info("a locked route was changed by somebody else: it stays as it is", "route", l.Key.String())
+		}
+	}
+	for _, l := range s.LostHolds {
+		name := a.st.holds[l.Key].Device.Name
+		a.dropHold(l.Key)
+		if l.Changed {
+			a.log.Info("a held feature was changed by somebody else: it stays as it is", "device", name, "feature", l.Key.Feature)
+		}
+	}
+}
+
+// forgiveHolds ends contests and refusals whose cause is gone.
+func (a *Agent) forgiveHolds(pl *plan.Plan) {
+	if len(a.st.contested)+len(a.st.refused) == 0 {
+		return
+	}
+	still := map[plan.HoldKey]bool{}
+	for _, h := range pl.Holds {
+		still[plan.HoldKey{Index: h.Device.Index, Feature: h.Feature}] = true
+	}
+	for k := range a.st.contested {
+		if !still[k] {
+			delete(a.st.contested, k)
+			delete(a.st.retakes, k)
+		}
+	}
+	for k := range a.st.refused {
+		if !still[k] {
+			delete(a.st.refused, k)
+		}
+	}
+}
+
+// forgetDevice drops the claims on a device that is gone. One that comes under its name or
+// index is another one.
+func (a *Agent) forgetDevice(i routes.Ifindex) {
+	for k := range a.st.holds {
+		if routes.Ifindex(k.Index) == i {
+			a.dropHold(k)
+		}
+	}
+	for _, m := range []map[plan.HoldKey]string{a.st.contested, a.st.refused} {
+		for k := range m {
+			if routes.Ifindex(k.Index) == i {
+				delete(m, k)
+			}
+		}
+	}
+	for k := range a.st.release {
+		if routes.Ifindex(k.Index) == i {
+			delete(a.st.release, k)
+		}
+	}
+	delete(a.st.flaps, ethtool.Ifindex(i))
+}

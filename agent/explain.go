@@ -1,0 +1,227 @@
+package agent
+
+import (
+	"fmt"
+	"net/netip"
+
+	"tsoagent/agent/plan"
+	"tsoagent/routes"
+	"tsoagent/xfrmwatch"
+)
+
+// Explanation says what happens to one flow: the route and rule that the kernel uses, the
+// policy and SA that apply, what they cost, and what was done about it.
+type Explanation struct {
+	Version int    `json:"version"`
+	Dst     string `json:"dst"`
+	From    string `json:"from"`
+	Device  string `json:"device"`
+	Gateway string `json:"gateway,omitempty"`
+	Table   uint32 `json:"table"`
+	Type    string `json:"type,omitempty"`
+	// RouteMTU is what the route says now, in bytes; RouteMTULocked its lock.
+	RouteMTU       uint32 `json:"route_mtu"`
+	RouteMTULocked bool   `json:"route_mtu_locked"`
+	DeviceMTU      int    `json:"device_mtu"`
+	// Policy is the one that matches, 0 for none; Losers match too, but others go first.
+	Policy   uint32   `json:"policy"`
+	Action   string   `json:"action"` // none, bypass, block, ipsec
+	Selector string   `json:"selector,omitempty"`
+	Losers   []string `json:"losers"`
+	// Costs are the bytes of each transformation, the innermost first.
+	Costs []StepCost `json:"costs"`
+	// MTU is the inner MTU in bytes, 0 while it is not known; MSS what TCP has of it without
+	// options.
+	MTU      int             `json:"mtu"`
+	MSS      int             `json:"mss"`
+	Coverage *CoverageReport `json:"coverage,omitempty"`
+	Notes    []string        `json:"notes"`
+}
+
+// StepCost is what one transformation takes.
+type StepCost struct {
+	Template string     `json:"template"`
+	SA       string     `json:"sa"`
+	MTU      int        `json:"outer_mtu"` // what it is given, in bytes
+	Items    []CostItem `json:"items"`
+	Inner    int        `json:"inner_mtu"` // what it leaves, in bytes
+}
+
+// CostItem is one line of a cost.
+type CostItem struct {
+	Name  string `json:"name"`
+	Bytes int    `json:"bytes"`
+}
+
+// explain answers from the loop's state and the kernel's own route lookup.
+func (a *Agent) explain(q Question) (*Explanation, error) {
+	e := &Explanation{Version: ReportVersion, Dst: q.Dst.String(), Action: "none", Losers: []string{}, Costs: []StepCost{}, Notes: []string{}}
+	ans, err := a.lookup(q)
+	if err != nil {
+		return nil, fmt.Errorf("the kernel finds no route to %s: %w", q.Dst, err)
+	}
+	src := q.From
+	if !src.IsValid() {
+		src = ans.PrefSrc
+	}
+	if src.IsValid() {
+		e.From = src.String()
+	}
+	e.RouteMTU, e.RouteMTULocked, e.Table = ans.MTU, ans.MTULocked, uint32(ans.Table)
+	if ans.PMTU != 0 {
+		e.RouteMTU = ans.PMTU
+		e.Notes = append(e.Notes, fmt.Sprintf("a path MTU of %d was learnt, for %d more seconds", ans.PMTU, ans.Expires))
+	}
+	if ans.Gateway.IsValid() {
+		e.Gateway = ans.Gateway.String()
+	}
+	var ifID uint32
+	if l := a.st.fib.Link(ans.Oif); l != nil {
+		e.Device, e.DeviceMTU = l.Name, l.MTU
+		if l.Kind == "xfrm" {
+			ifID = l.IfID
+		}
+	}
+	if !src.IsValid() {
+		e.Notes = append(e.Notes, "no source address is known: give one with --from")
+		return e, nil
+	}
+	win, losers := a.st.db.Lookup(q.flow(src, ifID, int32(ans.Oif)), xfrmwatch.Out)
+	for _, p := range losers {
+		e.Losers = append(e.Losers, fmt.Sprintf("policy %d priority %d %s", p.Index, p.Priority, selectorText(p.Selector)))
+	}
+	if win == nil {
+		if ifID != 0 {
+			e.Notes = append(e.Notes, fmt.Sprintf("no policy has if_id %#x and matches: %s drops the flow", ifID, e.Device))
+		}
+		return e, nil
+	}
+	a.explainPolicy(e, q, win)
+	return e, nil
+}
+
+func (a *Agent) lookup(q Question) (routes.Answer, error) {
+	rq := routes.Query{Family: routes.FamilyOf(q.Dst), Dst: q.Dst, Src: q.From, Mark: q.Mark, IPProto: q.Proto, Dport: q.Port}
+	ans, err := a.rt.Lookup(rq)
+	if err == nil || !q.From.IsValid() {
+		return ans, err
+	}
+	// A source that is not ours comes in by the device that leads back to it.
+	back, berr := a.rt.Lookup(routes.Query{Family: rq.Family, Dst: q.From})
+	if berr != nil {
+		return ans, err
+	}
+	rq.Iif = back.Oif
+	if ans, berr = a.rt.Lookup(rq); berr != nil {
+		return ans, fmt.Errorf("%w (from %s it would have to be forwarded: %w)", err, q.From, berr)
+	}
+	return ans, nil
+}
+
+func (a *Agent) explainPolicy(e *Explanation, q Question, p *xfrmwatch.Policy) {
+	e.Policy, e.Selector = uint32(p.Index), selectorText(p.Selector)
+	switch {
+	case p.Action == xfrmwatch.Block:
+		e.Action = "block"
+		return
+	case len(p.Templates) == 0:
+		e.Action = "bypass"
+		return
+	}
+	e.Action = "ipsec"
+	for _, c := range a.st.db.Coverage(p) {
+		if !c.Selector.Dst.Contains(q.Dst) {
+			continue
+		}
+		a.cost(e, c)
+		for i, v := range a.lastP.Verdicts {
+			if v.ID == c.ID && v.Key == nil {
+				r := coverageReports(&plan.Plan{Verdicts: a.lastP.Verdicts[i : i+1]})[0]
+				e.Coverage = &r
+				e.Notes = append(e.Notes, r.Notes...)
+			}
+		}
+		return
+	}
+}
+
+// cost itemises the coverage's transformations, with the SA that the kernel uses first.
+func (a *Agent) cost(e *Explanation, c xfrmwatch.Coverage) {
+	route := e.DeviceMTU
+	path := func(peer netip.Addr, mark xfrmwatch.Mark) (int, bool) {
+		mtu := peerMTU(a.rt, a.st.fib, peer, mark)
+		return mtu, mtu > 0
+	}
+	mtu, status := c.MTU(path, route)
+	if status != xfrmwatch.MTUKnown {
+		e.Notes = append(e.Notes, status.String())
+		return
+	}
+	e.MTU = mtu
+	header := 40
+	if c.Selector.Family == xfrmwatch.IPv6 {
+		header = 60
+	}
+	e.MSS = mtu - header
+	outer := route
+	if last := c.Steps[len(c.Steps)-1]; last.Template.Mode == xfrmwatch.Tunnel {
+		if m, ok := path(last.SAs[0].Dst, last.SAs[0].OutputMark); ok {
+			outer = m
+		}
+	}
+	for i := len(c.Steps) - 1; i >= 0; i-- {
+		sa := c.Steps[i].SAs[0]
+		items, inner, err := sa.Costs(outer)
+		if err != nil {
+			e.Notes = append(e.Notes, err.Error())
+			return
+		}
+		s := StepCost{
+			Template: fmt.Sprintf("%s %s", protoName(sa.Proto), modeName(sa.Mode)),
+			SA:       fmt.Sprintf("%s spi %#x reqid %d", sa.Dst, uint32(sa.SPI), sa.Reqid), MTU: outer, Inner: inner,
+		}
+		for _, it := range items {
+			s.Items = append(s.Items, CostItem{it.Name, it.Bytes})
+		}
+		e.Costs = append([]StepCost{s}, e.Costs...)
+		outer = inner
+	}
+}
+
+func selectorText(s xfrmwatch.Selector) string {
+	t := fmt.Sprintf("src %s dst %s", s.Src, s.Dst)
+	if s.Proto != 0 {
+		t += fmt.Sprintf(" proto %d", s.Proto)
+	}
+	if s.Sport.Mask != 0 {
+		t += fmt.Sprintf(" sport %d", s.Sport.Port)
+	}
+	if s.Dport.Mask != 0 {
+		t += fmt.Sprintf(" dport %d", s.Dport.Port)
+	}
+	return t
+}
+
+func protoName(p xfrmwatch.Proto) string {
+	switch p {
+	case xfrmwatch.ESP:
+		return "esp"
+	case xfrmwatch.AH:
+		return "ah"
+	case xfrmwatch.Comp:
+		return "comp"
+	}
+	return fmt.Sprintf("proto %d", p)
+}
+
+func modeName(m xfrmwatch.Mode) string {
+	switch m {
+	case xfrmwatch.Transport:
+		return "transport"
+	case xfrmwatch.Tunnel:
+		return "tunnel"
+	case xfrmwatch.BEET:
+		return "beet"
+	}
+	return fmt.Sprintf("mode %d", m)
+}

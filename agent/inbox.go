@@ -1,0 +1,76 @@
+package agent
+
+import (
+	"sync"
+
+	"tsoagent/ethtool"
+	"tsoagent/routes"
+	"tsoagent/sockopt"
+	"tsoagent/xfrmwatch"
+)
+
+// batch is what one source delivered at once; one of the slices is set.
+type batch struct {
+	xfrm     []xfrmwatch.Event
+	routes   []routes.Event
+	features []ethtool.Event
+	keys     []sockopt.Event
+}
+
+func (b batch) len() int { return len(b.xfrm) + len(b.routes) + len(b.features) + len(b.keys) }
+
+// inbox carries events from the watchers to the loop. It is bounded: a watcher that finds it
+// full waits, and further events wait in the kernel's own buffer. It is safe for concurrent use.
+type inbox struct {
+	signal chan struct{} // holds one token while there is something pending
+
+	mu      sync.Mutex
+	room    sync.Cond
+	pending []batch
+	size    int
+	closed  bool
+}
+
+// maxPending bounds how many events wait for the loop.
+const maxPending = 1 << 16
+
+func newInbox() *inbox {
+	b := &inbox{signal: make(chan struct{}, 1)}
+	b.room.L = &b.mu
+	return b
+}
+
+func (b *inbox) put(x batch) {
+	if x.len() == 0 {
+		return
+	}
+	b.mu.Lock()
+	for b.size >= maxPending && !b.closed {
+		b.room.Wait()
+	}
+	b.pending = append(b.pending, x)
+	b.size += x.len()
+	b.mu.Unlock()
+	select {
+	case b.signal <- struct{}{}:
+	default:
+	}
+}
+
+// take returns all that is pending.
+func (b *inbox) take() []batch {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	out := b.pending
+	b.pending, b.size = nil, 0
+	b.room.Broadcast()
+	return out
+}
+
+// close lets all waiting watchers go on; what they still bring is kept but not read.
+func (b *inbox) close() {
+	b.mu.Lock()
+	b.closed = true
+	b.mu.Unlock()
+	b.room.Broadcast()
+}

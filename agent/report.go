@@ -1,0 +1,305 @@
+package agent
+
+import (
+	"cmp"
+	"fmt"
+	"maps"
+	"os"
+	"slices"
+	"time"
+
+	"tsoagent/agent/plan"
+	"tsoagent/routes"
+	"tsoagent/xfrmwatch"
+)
+
+// ReportVersion is the version of the Report's JSON form. Fields may be added under it; a field
+// that changes its meaning or goes away raises it.
+const ReportVersion = 1
+
+// Report is what the agent knows, wants and has done. It is immutable.
+type Report struct {
+	Version int    `json:"version"`
+	Program string `json:"program"`
+	PID     int    `json:"pid"`
+	Mode    Mode   `json:"mode"`
+	// Live is false for a report that was made without an agent, from the kernel alone.
+	Live  bool      `json:"live"`
+	Since time.Time `json:"since"`
+	Now   time.Time `json:"now"`
+	// Stale names the sources that lost events and are being read again.
+	Stale     []string         `json:"stale"`
+	Links     int              `json:"links"`
+	Routes    int              `json:"routes"`
+	Policies  int              `json:"policies"`
+	SAs       int              `json:"sas"`
+	Coverages []CoverageReport `json:"coverages"`
+	Holds     []HoldReport     `json:"holds"`
+	Locks     []LockReport     `json:"locks"`
+	Rules     []RuleReport     `json:"rules"`
+	Clones    []CloneReport    `json:"clones"`
+	Findings  []string         `json:"findings"`
+	Counters  Counters         `json:"counters"`
+}
+
+// CoverageReport is the verdict for one coverage.
+type CoverageReport struct {
+	Policy   uint32   `json:"policy"`
+	Peer     string   `json:"peer,omitempty"`
+	Key      string   `json:"key,omitempty"` // "tcp-md5" or "tcp-ao" in place of a policy
+	Src      string   `json:"src"`
+	Dst      string   `json:"dst"`
+	Proto    uint8    `json:"proto,omitempty"`
+	Sport    uint16   `json:"sport,omitempty"`
+	Dport    uint16   `json:"dport,omitempty"`
+	Mark     string   `json:"mark,omitempty"`
+	IfID     uint32   `json:"if_id,omitempty"`
+	Priority uint32   `json:"priority"`
+	Maybe    bool     `json:"maybe,omitempty"`
+	Gone     bool     `json:"gone,omitempty"`
+	MTU      int      `json:"mtu"` // bytes, 0 while it is not known
+	Cut      string   `json:"cut"` // socket, device or none
+	Carriers []string `json:"carriers"`
+	Held     []string `json:"held"`
+	Locked   []string `json:"locked"`
+	Notes    []string `json:"notes"`
+}
+
+// The states of holds, locks, rules and clones.
+const (
+	StateInPlace   = "in place"
+	StateWanted    = "wanted"
+	StateContested = "contested"
+	StateRefused   = "refused"
+	StateReleasing = "releasing"
+	StateNotOurs   = "off already"
+)
+
+// HoldReport is one feature on one device.
+type HoldReport struct {
+	Device  string   `json:"device"`
+	Index   int32    `json:"ifindex"`
+	Feature string   `json:"feature"`
+	State   string   `json:"state"`
+	Why     string   `json:"why,omitempty"`
+	Because []string `json:"because"`
+}
+
+// LockReport is one route that is locked in place.
+type LockReport struct {
+	Route   string   `json:"route"`
+	Family  string   `json:"family"`
+	MTU     uint32   `json:"mtu"`
+	Locked  bool     `json:"locked"`
+	Was     uint32   `json:"was"` // the owner's MTU metric in bytes, 0 for none
+	Devices []string `json:"devices"`
+	State   string   `json:"state"`
+	Because []string `json:"because"`
+}
+
+// RuleReport is one rule of ours.
+type RuleReport struct {
+	Family   string `json:"family"`
+	Priority uint32 `json:"priority"`
+	Table    uint32 `json:"table"`
+	Text     string `json:"text"`
+}
+
+// CloneReport is one route in a table of ours.
+type CloneReport struct {
+	Table   uint32   `json:"table"`
+	Dst     string   `json:"dst"`
+	Throw   bool     `json:"throw,omitempty"`
+	MTU     uint32   `json:"mtu,omitempty"`
+	Devices []string `json:"devices,omitempty"`
+}
+
+// publish makes the report of a round.
+func (a *Agent) publish(pl *plan.Plan, s *plan.Steps, now time.Time) {
+	r := &Report{
+		Version: ReportVersion, Program: a.version, PID: os.Getpid(), Mode: a.cfg.Mode, Live: true,
+		Since: a.started, Now: now, Stale: a.staleSources(),
+		Links: len(a.st.fib.Links()), Routes: a.st.fib.Len(),
+		Policies: a.st.db.PolicyCount(), SAs: a.st.db.SACount(),
+		Coverages: coverageReports(pl), Holds: a.holdReports(pl), Locks: a.lockReports(pl, s),
+		Findings: slices.Concat(a.findings, a.conflicts(now)), Counters: a.stats,
+		Rules: []RuleReport{}, Clones: []CloneReport{},
+	}
+	for i := range pl.Shapes {
+		sh := &pl.Shapes[i]
+		for _, rule := range sh.Rules {
+			r.Rules = append(r.Rules, RuleReport{rule.Family.String(), rule.Priority, uint32(rule.Table), ruleText(rule)})
+		}
+		for _, c := range sh.Clones {
+			cr := CloneReport{Table: uint32(sh.Table), Dst: c.Dst.String(), Throw: c.Throw, MTU: c.MTU.MTU}
+			if !c.Throw {
+				cr.Devices = a.devices(c.Of.Body)
+			}
+			r.Clones = append(r.Clones, cr)
+		}
+	}
+	a.report.Store(r)
+}
+
+func (a *Agent) staleSources() []string {
+	out := []string{}
+	if a.st.db.Stale() {
+		out = append(out, "xfrm")
+	}
+	if a.st.fib.Stale() {
+		out = append(out, "routes")
+	}
+	if a.st.featuresStale {
+		out = append(out, "ethtool")
+	}
+	return out
+}
+
+func coverageReports(pl *plan.Plan) []CoverageReport {
+	out := make([]CoverageReport, 0, len(pl.Verdicts))
+	for _, v := range pl.Verdicts {
+		c := CoverageReport{
+			Policy: uint32(v.ID.Policy), Src: v.Selector.Src.String(), Dst: v.Selector.Dst.String(),
+			Proto: uint8(v.Selector.Proto), Sport: v.Selector.Sport.Port, Dport: v.Selector.Dport.Port,
+			IfID: v.IfID, Priority: v.Priority, Maybe: v.Maybe, Gone: v.Gone, MTU: v.MTU,
+			Cut: string(v.Cut), Carriers: list(v.Carriers), Held: list(v.Held),
+			Locked: list(v.Locked), Notes: list(v.Notes),
+		}
+		if v.ID.Peer.IsValid() {
+			c.Peer = v.ID.Peer.String()
+		}
+		if v.Mark != (xfrmwatch.Mark{}) {
+			c.Mark = fmt.Sprintf("%#x/%#x", v.Mark.Value, v.Mark.Mask)
+		}
+		if v.Key != nil {
+			c.Key, c.Src, c.Dst, c.Sport = v.Key.Kind.String(), "", v.Key.Peer.String(), v.Key.Port
+		}
+		out = append(out, c)
+	}
+	return out
+}
+
+// list is never nil, so that JSON has [] and not null.
+func list(l []string) []string {
+	if l == nil {
+		return []string{}
+	}
+	return l
+}
+
+func (a *Agent) holdReports(pl *plan.Plan) []HoldReport {
+	out := []HoldReport{}
+	wanted := map[plan.HoldKey]bool{}
+	for _, h := range pl.Holds {
+		k := plan.HoldKey{Index: h.Device.Index, Feature: h.Feature}
+		wanted[k] = true
+		r := HoldReport{Device: h.Device.Name, Index: int32(k.Index), Feature: string(k.Feature), State: StateWanted}
+		for _, id := range h.Because {
+			r.Because = append(r.Because, ids1(id))
+		}
+		st, _ := a.st.features[routes.Ifindex(k.Index)].Get(k.Feature)
+		_, ours := a.st.holds[k]
+		switch {
+		case a.st.contested[k] != "":
+			r.State, r.Why = StateContested, a.st.contested[k]
+		case a.st.refused[k] != "":
+			r.State, r.Why = StateRefused, a.st.refused[k]
+		case ours && !st.Wanted:
+			r.State = StateInPlace
+		case !ours && !st.Wanted:
+			r.State, r.Why = StateNotOurs, "it was off before: it is not ours to give back"
+		}
+		out = append(out, r)
+	}
+	for k, c := range a.st.holds {
+		if !wanted[k] {
+			out = append(out, HoldReport{
+				Device: c.Device.Name, Index: int32(k.Index), Feature: string(k.Feature),
+				State: StateReleasing, Why: "its cause is gone; given back when it has been quiet", Because: []string{},
+			})
+		}
+	}
+	slices.SortFunc(out, func(a, b HoldReport) int {
+		return cmp.Or(cmp.Compare(a.Device, b.Device), cmp.Compare(a.Feature, b.Feature))
+	})
+	return out
+}
+
+func (a *Agent) lockReports(pl *plan.Plan, s *plan.Steps) []LockReport {
+	out := []LockReport{}
+	pending := map[routes.Key]bool{}
+	for _, l := range s.Locks {
+		pending[l.Route.Key()] = true
+	}
+	for _, l := range pl.Locks {
+		k := l.Route.Key()
+		r := LockReport{
+			Route: k.String(), Family: k.Family.String(), MTU: l.Want.MTU, Locked: l.Want.Locked,
+			Was: l.Owner.MTU, Devices: a.devices(l.Route.Body), State: StateInPlace,
+		}
+		if _, ours := a.st.locks[k]; !ours || pending[k] && a.cfg.Mode == Observe {
+			r.State = StateWanted
+		}
+		for _, id := range l.Because {
+			r.Because = append(r.Because, ids1(id))
+		}
+		out = append(out, r)
+	}
+	return out
+}
+
+// conflicts are what a person should look at, apart from the journal's findings.
+func (a *Agent) conflicts(now time.Time) []string {
+	out := []string{}
+	for _, k := range slices.SortedFunc(maps.Keys(a.st.fights), routes.Key.Compare) {
+		if now.Before(a.st.fights[k].until) {
+			out = append(out, fmt.Sprintf("route %s is replaced again and again by its owner: its lock rests", k))
+		}
+	}
+	for id, w := range a.st.withheld {
+		out = append(out, fmt.Sprintf("lock for %s withdrawn: %s", id, w.why))
+	}
+	return out
+}
+
+// devices are the names of the devices that a route leaves by.
+func (a *Agent) devices(b *routes.Body) []string {
+	out := []string{}
+	for _, n := range b.Nexthops {
+		name := fmt.Sprintf("if%d", n.Oif)
+		if l := a.st.fib.Link(n.Oif); l != nil {
+			name = l.Name
+		}
+		if !slices.Contains(out, name) {
+			out = append(out, name)
+		}
+	}
+	return out
+}
+
+// ruleText is the rule in the words of `ip rule`.
+func ruleText(r routes.Rule) string {
+	s := "from all"
+	if r.Src.IsValid() {
+		s = "from " + r.Src.String()
+	}
+	if r.Dst.IsValid() {
+		s += " to " + r.Dst.String()
+	}
+	if r.Mask != 0 {
+		s += fmt.Sprintf(" fwmark %#x/%#x", r.Mark, r.Mask)
+	}
+	if r.Iif != "" {
+		s += " iif " + r.Iif
+	}
+	if r.IPProto != 0 {
+		s += fmt.Sprintf(" ipproto %d", r.IPProto)
+	}
+	if !r.Sport.Any() {
+		s += fmt.Sprintf(" sport %d-%d", r.Sport.Lo, r.Sport.Hi)
+	}
+	if !r.Dport.Any() {
+		s += fmt.Sprintf(" dport %d-%d", r.Dport.Lo, r.Dport.Hi)
+	}
+	return fmt.Sprintf("%s lookup %d", s, r.Table)
+}

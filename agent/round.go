@@ -1,0 +1,256 @@
+package agent
+
+import (
+	"net/netip"
+	"time"
+
+	"tsoagent/agent/plan"
+	"tsoagent/ethtool"
+	"tsoagent/routes"
+	"tsoagent/sockopt"
+	"tsoagent/xfrmwatch"
+)
+
+// apply brings one batch of events into the state.
+func (a *Agent) apply(b batch) {
+	a.stats.Events += uint64(b.len())
+	for _, ev := range b.xfrm {
+		if l, ok := ev.(xfrmwatch.Lost); ok {
+			a.log.Warn("events were lost, reading again", "source", "xfrm", "err", l.Err)
+		}
+		a.st.db.Apply(ev)
+	}
+	for _, ev := range b.routes {
+		a.applyRoute(ev)
+	}
+	for _, ev := range b.features {
+		if l, ok := ev.(ethtool.Lost); ok {
+			a.log.Warn("events were lost, reading again", "source", "ethtool", "err", l.Err)
+		}
+		a.st.applyFeatures(ev)
+		if set, ok := ev.(ethtool.FeaturesSet); ok {
+			a.recheck(set.Features)
+		}
+	}
+	for _, ev := range b.keys {
+		if set, ok := ev.(sockopt.KeysSet); ok {
+			a.st.keys = set.Keys
+		}
+	}
+}
+
+func (a *Agent) applyRoute(ev routes.Event) {
+	switch ev := ev.(type) {
+	case routes.Lost:
+		a.log.Warn("events were lost, reading again", "source", "routes", "err", ev.Err)
+		// What was written may have been seen in what was lost.
+		clear(a.st.inflight)
+		clear(a.st.writing)
+	case routes.LinkSet:
+		// A new or renamed device has no features event of its own.
+		if f := a.st.features[ev.Link.Index]; f == nil || f.Name != ev.Link.Name {
+			a.look(ev.Link.Index)
+		}
+	case routes.LinkGone:
+		delete(a.st.features, ev.Index)
+		a.forgetDevice(ev.Index)
+	case routes.RuleSet:
+		a.foreignRule(ev.Rule)
+	case routes.RuleGone:
+		a.foreignRule(ev.Rule)
+	}
+	if e := a.st.fib.Apply(ev); e.Resync != nil && a.sources != nil {
+		a.sources.resyncRoutes(*e.Resync)
+	}
+	a.echo(ev)
+}
+
+func (a *Agent) look(i routes.Ifindex) {
+	if a.sources != nil {
+		a.sources.look(ethtool.Ifindex(i))
+	}
+}
+
+// foreignRule lets shapes that were refuted be tried again: the rules around them changed.
+func (a *Agent) foreignRule(r *routes.Rule) {
+	if !a.cfg.Plan.OwnRule(r) {
+		clear(a.st.withheld)
+	}
+}
+
+// recheck reads the features of a device again when an event says that one we hold is on. The
+// event may be older than our own write: only what the kernel says now is somebody's change.
+func (a *Agent) recheck(f *ethtool.Features) {
+	for k := range a.st.holds {
+		if k.Index != f.Index {
+			continue
+		}
+		if s, ok := f.Get(k.Feature); ok && s.Wanted {
+			if now, err := a.et.Features(ethtool.Device{Index: f.Index, Name: f.Name}); err == nil {
+				a.st.features[routes.Ifindex(f.Index)] = now
+			}
+			return
+		}
+	}
+}
+
+// echo follows the notifications of our own route writes, and sees what others did in between.
+func (a *Agent) echo(ev routes.Event) {
+	var r routes.Route
+	var from routes.Origin
+	gone := false
+	switch ev := ev.(type) {
+	case routes.RouteSet:
+		r, from = ev.Route, ev.Origin
+	case routes.RouteGone:
+		r, from, gone = ev.Route, ev.Origin, true
+	default:
+		return
+	}
+	if a.rt == nil {
+		return
+	}
+	ours := from.Port != 0 && from.Port == a.rt.Port()
+	if ours {
+		delete(a.st.inflight, from.Seq)
+	}
+	if len(a.st.writing) == 0 || r.Body == nil {
+		return
+	}
+	w := a.st.writing[r.Key()]
+	switch {
+	case w == nil:
+	case ours && from.Seq == w.seq:
+		delete(a.st.writing, r.Key())
+		if w.owner != nil {
+			a.repair(*w.owner, w.want)
+		}
+	case !ours && gone:
+		w.owner = nil
+	case !ours:
+		w.owner = &r
+	}
+}
+
+// input is what the next plan follows from.
+func (a *Agent) input(now time.Time) plan.Input {
+	in := plan.Input{
+		Config: a.cfg.Plan, XFRM: a.st.db, FIB: a.st.fib, Features: a.st.features, Keys: a.st.keys,
+		Lingering: a.st.lingeringCoverages(), Last: a.st.last, Locks: a.st.locks,
+		Withheld: map[plan.ShapeID]string{}, Forwarding: a.st.forwarding,
+	}
+	for id, w := range a.st.withheld {
+		if now.Before(w.until) {
+			in.Withheld[id] = w.why
+		} else {
+			delete(a.st.withheld, id)
+		}
+	}
+	in.Peers = a.peers(plan.PeersOf(a.st.db, in.Lingering))
+	return in
+}
+
+// peers asks the kernel for the MTU of the route to each outer peer: what PMTU discovery has
+// learnt has no event, so it is looked at whenever there is a plan.
+func (a *Agent) peers(list []plan.Peer) map[plan.Peer]int {
+	out := make(map[plan.Peer]int, len(list))
+	for _, p := range list {
+		if mtu := peerMTU(a.rt, a.st.fib, p.Addr, p.Mark); mtu > 0 {
+			out[p] = mtu
+		}
+	}
+	return out
+}
+
+func peerMTU(rt routeTable, fib *routes.FIB, peer netip.Addr, mark xfrmwatch.Mark) int {
+	ans, err := rt.Lookup(routes.Query{Family: routes.FamilyOf(peer), Dst: peer, Mark: mark.Value & mark.Mask})
+	if err != nil {
+		return 0
+	}
+	mtu := 0
+	if l := fib.Link(ans.Oif); l != nil {
+		mtu = l.MTU
+	}
+	for _, m := range []uint32{ans.MTU, ans.PMTU} {
+		if m != 0 && (mtu == 0 || int(m) < mtu) {
+			mtu = int(m)
+		}
+	}
+	return mtu
+}
+
+// round plans and acts once.
+func (a *Agent) round(now time.Time) (next time.Duration, reached bool) {
+	a.st.linger(now, time.Duration(a.cfg.RestoreAfter))
+	a.st.forwarding = readForwarding()
+	in := a.input(now)
+	pl := &plan.Plan{}
+	if a.goal == protect {
+		pl = plan.Make(in)
+		a.st.current = pl.Current
+		a.remember(pl)
+	}
+	steps := plan.Diff(in, pl, plan.Held{Holds: a.st.holds, Locks: a.st.locks})
+	if a.goal == restoreStale {
+		steps = plan.Steps{DropRules: steps.DropRules, DropClones: steps.DropClones}
+	}
+	wrote := false
+	if a.cfg.Mode == Enforce {
+		wrote = a.enforce(pl, &steps, now)
+	}
+	a.lastP = pl
+	a.publish(pl, &steps, now)
+	next = a.nextTimer(now)
+	if wrote {
+		// Look again at once: what was written is to be found in place.
+		return time.Nanosecond, false
+	}
+	return next, steps.Empty() && len(a.st.writing) == 0 && a.st.ready()
+}
+
+// remember keeps the last valid MTU of each coverage while its policy stays.
+func (a *Agent) remember(pl *plan.Plan) {
+	for id, mtu := range pl.MTU {
+		a.st.last[id] = mtu
+	}
+	if a.st.db.Stale() {
+		return
+	}
+	for id := range a.st.last {
+		_, lingers := a.st.lingering[id]
+		if _, there := a.st.db.Policy(id.Policy); !there && !lingers {
+			delete(a.st.last, id)
+		}
+	}
+}
+
+// nextTimer is how long until something is due without an event, 0 for nothing.
+func (a *Agent) nextTimer(now time.Time) time.Duration {
+	var due time.Time
+	add := func(t time.Time) {
+		if !t.IsZero() && (due.IsZero() || t.Before(due)) {
+			due = t
+		}
+	}
+	for _, l := range a.st.lingering {
+		add(l.until)
+	}
+	for _, t := range a.st.release {
+		add(t)
+	}
+	for _, f := range a.st.fights {
+		if f.until.After(now) {
+			add(f.until)
+		}
+	}
+	for _, w := range a.st.withheld {
+		add(w.until)
+	}
+	if len(a.st.inflight) > 0 {
+		add(a.st.patience)
+	}
+	if due.IsZero() {
+		return 0
+	}
+	return max(due.Sub(now), time.Millisecond)
+}

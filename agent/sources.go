@@ -1,0 +1,167 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"tsoagent/ethtool"
+	"tsoagent/routes"
+	"tsoagent/xfrmwatch"
+)
+
+// sources are the watchers of one namespace. A watcher whose socket ends is dialled again:
+// what it knew is stale until then.
+type sources struct {
+	log *slog.Logger
+
+	mu     sync.Mutex
+	xfrm   *xfrmwatch.Watcher // nil where the kernel has no XFRM
+	routes *routes.Watcher
+	eth    *ethtool.Watcher
+}
+
+func dialSources(log *slog.Logger) (*sources, error) {
+	s := &sources{log: log}
+	for _, dial := range []func() error{s.dialXFRM, s.dialRoutes, s.dialFeatures} {
+		if err := dial(); err != nil {
+			return nil, errors.Join(err, s.close())
+		}
+	}
+	return s, nil
+}
+
+func (s *sources) dialXFRM() error {
+	w, err := xfrmwatch.Dial(xfrmwatch.Options{})
+	if errors.Is(err, unix.EPROTONOSUPPORT) {
+		s.log.Info("the kernel has no XFRM: nothing can be covered")
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("agent: %w", err)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.xfrm = w
+	return nil
+}
+
+func (s *sources) dialRoutes() error {
+	w, err := routes.Dial(routes.WatchOptions{})
+	if err != nil {
+		return fmt.Errorf("agent: %w", err)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.routes = w
+	return nil
+}
+
+func (s *sources) dialFeatures() error {
+	w, err := ethtool.NewWatcher()
+	if err != nil {
+		return fmt.Errorf("agent: %w", err)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.eth = w
+	return nil
+}
+
+func (s *sources) close() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var errs []error
+	if s.xfrm != nil {
+		errs = append(errs, s.xfrm.Close())
+	}
+	if s.routes != nil {
+		errs = append(errs, s.routes.Close())
+	}
+	if s.eth != nil {
+		errs = append(errs, s.eth.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// resync asks all watchers for a full dump.
+func (s *sources) resync() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.xfrm != nil {
+		s.xfrm.Resync()
+	}
+	s.routes.Resync(routes.Scope{})
+	s.eth.Resync()
+}
+
+func (s *sources) resyncRoutes(scope routes.Scope) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.routes.Resync(scope)
+}
+
+// look has the features of a device read again.
+func (s *sources) look(i ethtool.Ifindex) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.eth.Look(i)
+}
+
+// run follows all sources until the context ends.
+func (s *sources) run(ctx context.Context, in *inbox) error {
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	if s.xfrm == nil {
+		in.put(batch{xfrm: []xfrmwatch.Event{xfrmwatch.ResyncBegin{}, xfrmwatch.ResyncEnd{}}})
+	} else {
+		wg.Go(func() {
+			s.follow(ctx, "xfrm", s.dialXFRM,
+				func() error { return s.xfrm.Run(ctx, func(ev []xfrmwatch.Event) { in.put(batch{xfrm: ev}) }) },
+				func(err error) { in.put(batch{xfrm: []xfrmwatch.Event{xfrmwatch.Lost{Err: err}}}) })
+		})
+	}
+	wg.Go(func() {
+		s.follow(ctx, "routes", s.dialRoutes,
+			func() error { return s.routes.Run(ctx, func(ev []routes.Event) { in.put(batch{routes: ev}) }) },
+			func(err error) { in.put(batch{routes: []routes.Event{routes.Lost{Err: err}}}) })
+	})
+	wg.Go(func() {
+		s.follow(ctx, "ethtool", s.dialFeatures,
+			func() error { return s.eth.Run(ctx, func(ev []ethtool.Event) { in.put(batch{features: ev}) }) },
+			func(err error) { in.put(batch{features: []ethtool.Event{ethtool.Lost{Err: err}}}) })
+	})
+	<-ctx.Done()
+	return nil
+}
+
+const maxRedial = 30 * time.Second
+
+// follow runs one watcher and dials it again when its socket ends. The namespace is that of the
+// process: an agent never changes its own.
+func (s *sources) follow(ctx context.Context, name string, dial, run func() error, lost func(error)) {
+	for {
+		err := run()
+		if ctx.Err() != nil {
+			return
+		}
+		s.log.Warn("watcher ended, dialling again", "source", name, "err", err)
+		lost(err)
+		for wait := 100 * time.Millisecond; ; wait = min(2*wait, maxRedial) {
+			if err = dial(); err == nil {
+				break
+			}
+			s.log.Warn("watcher can't be dialled", "source", name, "err", err, "again_in", wait)
+			select {
+			case <-ctx.Done():
+				return
+			case <-time.After(wait):
+			}
+		}
+	}
+}

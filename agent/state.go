@@ -1,0 +1,191 @@
+package agent
+
+import (
+	"cmp"
+	"slices"
+	"time"
+
+	"tsoagent/agent/plan"
+	"tsoagent/ethtool"
+	"tsoagent/routes"
+	"tsoagent/sockopt"
+	"tsoagent/xfrmwatch"
+)
+
+// state is what the loop knows. It belongs to the loop alone.
+type state struct {
+	db       *xfrmwatch.DB
+	fib      *routes.FIB
+	features map[routes.Ifindex]*ethtool.Features
+	// fresh collects the features of a dump, nil outside of one.
+	fresh         map[routes.Ifindex]*ethtool.Features
+	featuresStale bool
+	keys          []sockopt.Key
+	forwarding    map[routes.Family]bool
+
+	current   []xfrmwatch.Coverage
+	lingering map[xfrmwatch.CoverageID]lingerer
+	last      map[xfrmwatch.CoverageID]int
+
+	holds     map[plan.HoldKey]plan.HoldClaim
+	locks     map[routes.Key]plan.LockClaim
+	retakes   map[plan.HoldKey]int
+	contested map[plan.HoldKey]string
+	refused   map[plan.HoldKey]string
+	release   map[plan.HoldKey]time.Time     // when a hold that is wanted no more is given back
+	flaps     map[ethtool.Ifindex]flap       // how long that waits
+	fights    map[routes.Key]fight           // how often a lock was written
+	withheld  map[plan.ShapeID]withheldShape // shapes that the kernel's lookup refuted
+
+	// writing are the in-place writes whose notification has not come back yet.
+	writing map[routes.Key]*write
+	// inflight are the sequence numbers of our route writes that the watcher has not seen yet.
+	inflight map[uint32]struct{}
+	patience time.Time // until when they are waited for
+}
+
+type lingerer struct {
+	cov   xfrmwatch.Coverage
+	until time.Time
+}
+
+type flap struct {
+	delay time.Duration
+	last  time.Time
+}
+
+type fight struct {
+	since time.Time
+	n     int
+	until time.Time // no more writes before this
+}
+
+type withheldShape struct {
+	why   string
+	until time.Time
+}
+
+// write is an in-place lock under way. There is no compare-and-swap in rtnetlink: what the
+// owner did between the version that we started from and our write is seen only in the order
+// of the events, the owner's first, then the echo of ours.
+type write struct {
+	seq   uint32
+	want  plan.MTUMetric
+	owner *routes.Route // the owner's version that our write has overwritten, nil for none
+}
+
+func newState() *state {
+	return &state{
+		db:            xfrmwatch.NewDB(),
+		fib:           routes.NewFIB(),
+		features:      map[routes.Ifindex]*ethtool.Features{},
+		featuresStale: true,
+		forwarding:    map[routes.Family]bool{},
+		lingering:     map[xfrmwatch.CoverageID]lingerer{},
+		last:          map[xfrmwatch.CoverageID]int{},
+		holds:         map[plan.HoldKey]plan.HoldClaim{},
+		locks:         map[routes.Key]plan.LockClaim{},
+		retakes:       map[plan.HoldKey]int{},
+		contested:     map[plan.HoldKey]string{},
+		refused:       map[plan.HoldKey]string{},
+		release:       map[plan.HoldKey]time.Time{},
+		flaps:         map[ethtool.Ifindex]flap{},
+		fights:        map[routes.Key]fight{},
+		withheld:      map[plan.ShapeID]withheldShape{},
+		writing:       map[routes.Key]*write{},
+		inflight:      map[uint32]struct{}{},
+	}
+}
+
+// ready reports whether all sources have been read once.
+func (s *state) ready() bool { return !s.db.Stale() && !s.fib.Stale() && !s.featuresStale }
+
+// applyFeatures takes an event of the ethtool watcher.
+func (s *state) applyFeatures(ev ethtool.Event) {
+	switch ev := ev.(type) {
+	case ethtool.Lost:
+		s.featuresStale, s.fresh = true, nil
+	case ethtool.ResyncBegin:
+		s.fresh = map[routes.Ifindex]*ethtool.Features{}
+	case ethtool.ResyncEnd:
+		if s.fresh != nil {
+			s.features, s.fresh, s.featuresStale = s.fresh, nil, false
+		}
+	case ethtool.FeaturesSet:
+		if s.fresh != nil {
+			s.fresh[routes.Ifindex(ev.Features.Index)] = ev.Features
+			return
+		}
+		s.features[routes.Ifindex(ev.Features.Index)] = ev.Features
+	case ethtool.Gone:
+		delete(s.features, routes.Ifindex(ev.Index))
+	}
+}
+
+// linger keeps the coverages whose policy went away since the last plan, and lets those go
+// whose policy is back or whose time is over.
+func (s *state) linger(now time.Time, quiet time.Duration) {
+	if s.db.Stale() {
+		return // what a stale mirror lacks proves nothing
+	}
+	for id, l := range s.lingering {
+		if _, back := s.db.Policy(id.Policy); back || !now.Before(l.until) {
+			delete(s.lingering, id)
+			if !back {
+				delete(s.last, id)
+			}
+		}
+	}
+	for _, c := range s.current {
+		if _, there := s.db.Policy(c.ID.Policy); there {
+			continue
+		}
+		if _, known := s.lingering[c.ID]; !known {
+			s.lingering[c.ID] = lingerer{c, now.Add(quiet)}
+		}
+	}
+	s.inherit()
+}
+
+// inherit hands the last valid MTU of a policy that went away to the one that took its place
+// under another index, as a daemon leaves it that deletes and adds. A lock that comes back late
+// leaves new flows with a wrong MSS for life.
+func (s *state) inherit() {
+	if len(s.lingering) == 0 {
+		return
+	}
+	type same struct {
+		sel  xfrmwatch.Selector
+		mark xfrmwatch.Mark
+		ifID uint32
+	}
+	gone := map[same]int{}
+	for id, l := range s.lingering {
+		if mtu := s.last[id]; mtu != 0 {
+			gone[same{l.cov.Selector, l.cov.Policy.Mark, l.cov.Policy.IfID}] = mtu
+		}
+	}
+	if len(gone) == 0 {
+		return
+	}
+	for c := range s.db.Coverages() {
+		if _, has := s.last[c.ID]; has {
+			continue
+		}
+		if mtu := gone[same{c.Selector, c.Policy.Mark, c.Policy.IfID}]; mtu != 0 {
+			s.last[c.ID] = mtu
+		}
+	}
+}
+
+// lingeringCoverages are those kept, in a stable order.
+func (s *state) lingeringCoverages() []xfrmwatch.Coverage {
+	out := make([]xfrmwatch.Coverage, 0, len(s.lingering))
+	for _, l := range s.lingering {
+		out = append(out, l.cov)
+	}
+	slices.SortFunc(out, func(a, b xfrmwatch.Coverage) int {
+		return cmp.Or(cmp.Compare(a.Policy.Priority, b.Policy.Priority), cmp.Compare(a.ID.Policy, b.ID.Policy), a.ID.Peer.Compare(b.ID.Peer))
+	})
+	return out
+}

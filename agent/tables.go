@@ -1,0 +1,341 @@
+package agent
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"tsoagent/agent/plan"
+	"tsoagent/routes"
+)
+
+// moveClones brings our tables and rules up to the plan: clones whose route moved first, then
+// new ones, then the rules that lead to them. What the kernel answers before and after decides
+// whether a shape stays: a lock never changes where a packet goes.
+func (a *Agent) moveClones(pl *plan.Plan, s *plan.Steps, now time.Time) {
+	if len(s.Clones)+len(s.AddRules) == 0 {
+		return
+	}
+	if err := a.journal.Put(a.tablesEntry()); err != nil {
+		a.failed("journal can't be written, no lock in a table of our own", err)
+		return
+	}
+	failpoint("clone-journal-after")
+	a.putClones(s.Clones)
+	failpoint("clone-written")
+	for i := range pl.Shapes {
+		sh := &pl.Shapes[i]
+		var add []routes.Rule
+		for _, r := range s.AddRules {
+			if slices.Contains(sh.Rules, r) {
+				add = append(add, r)
+			}
+		}
+		moved := slices.ContainsFunc(s.Clones, func(c plan.CloneStep) bool { return c.Shape == sh.ID && c.Moved })
+		switch {
+		case len(add) > 0:
+			a.lead(sh, add, now)
+		case moved:
+			if why := a.compare(a.probes(sh), nil, sh); why != "" {
+				a.withhold(sh, why, now)
+			}
+		}
+	}
+}
+
+func (a *Agent) putClones(steps []plan.CloneStep) {
+	var writes []routes.Write
+	var of []plan.CloneStep
+	for _, c := range steps {
+		msg, err := a.encodeClone(c)
+		if err != nil {
+			a.failed("route can't be cloned", err, "route", c.Clone.Dst.String(), "table", c.Table)
+			continue
+		}
+		writes = append(writes, routes.Write{Op: routes.OpPut, Msg: msg})
+		of = append(of, c)
+	}
+	if len(writes) == 0 {
+		return
+	}
+	results, err := a.rt.Batch(writes)
+	if err != nil {
+		a.failed("clones can't be written", err)
+	}
+	for i, r := range results {
+		c := of[i]
+		if r.Err != nil {
+			a.failed("clone can't be written", r.Err, "route", c.Clone.Dst.String(), "table", c.Table)
+			continue
+		}
+		a.st.inflight[r.Seq] = struct{}{}
+		switch {
+		case c.Clone.Throw:
+			a.did("route thrown to the next rule", "route", c.Clone.Dst.String(), "table", c.Table)
+		case c.Moved:
+			a.did("clone moved", "route", c.Clone.Dst.String(), "table", c.Table, "mtu", c.Clone.MTU.MTU)
+		default:
+			a.did("route cloned with a locked mtu", "route", c.Clone.Dst.String(), "table", c.Table,
+				"mtu", c.Clone.MTU.MTU, "because", ids1(c.Clone.Because))
+		}
+	}
+}
+
+func (a *Agent) encodeClone(c plan.CloneStep) ([]byte, error) {
+	if c.Clone.Throw {
+		return routes.EncodeThrow(routes.FamilyOf(c.Clone.Dst.Addr()), c.Clone.Dst, c.Table, a.cfg.Plan.Protocol, 0)
+	}
+	return routes.EncodeClone(c.Clone.Of, c.Clone.Dst, c.Table, a.cfg.Plan.Protocol, c.Clone.MTU, c.Clone.AdvMSS, 0)
+}
+
+// lead adds the rules of a shape and compares where packets go before and after.
+func (a *Agent) lead(sh *plan.Shape, add []routes.Rule, now time.Time) {
+	probes := a.probes(sh)
+	before := a.ask(probes)
+	for _, r := range add {
+		err := a.rt.AddRule(r)
+		if err != nil && !errors.Is(err, unix.EEXIST) {
+			a.failed("rule can't be added", err, "priority", r.Priority, "table", r.Table)
+			a.withhold(sh, "its rule can't be added: "+err.Error(), now)
+			return
+		}
+		failpoint("rule-added")
+		rule := r
+		a.st.fib.Apply(routes.RuleSet{Rule: &rule})
+		a.did("rule added", "family", r.Family.String(), "priority", r.Priority, "selectors", sh.ID.String(), "table", r.Table)
+	}
+	if why := a.compare(probes, before, sh); why != "" {
+		a.withhold(sh, why, now)
+	}
+}
+
+// withhold takes the rules of a shape away and keeps it from being tried again for a while.
+func (a *Agent) withhold(sh *plan.Shape, why string, now time.Time) {
+	a.log.Warn("lock withdrawn", "shape", sh.ID.String(), "why", why)
+	a.st.withheld[sh.ID] = withheldShape{why, now.Add(withholdFor)}
+	for _, r := range sh.Rules {
+		if err := a.rt.DeleteRule(r); err != nil && !errors.Is(err, unix.ENOENT) {
+			a.failed("rule can't be deleted", err, "priority", r.Priority)
+			continue
+		}
+		rule := r
+		a.st.fib.Apply(routes.RuleGone{Rule: &rule})
+	}
+	a.stats.Actions++
+}
+
+const withholdFor = time.Minute
+
+// probe is one question to the kernel about a clone.
+type probe struct {
+	query routes.Query
+	clone *plan.Clone // nil for a question from inside a VRF
+}
+
+type answer struct {
+	ans routes.Answer
+	err error
+}
+
+func (a answer) same(o answer) bool {
+	if (a.err != nil) != (o.err != nil) {
+		return false
+	}
+	return a.err != nil || a.ans.Type == o.ans.Type && a.ans.Oif == o.ans.Oif && a.ans.Gateway == o.ans.Gateway
+}
+
+// maxProbes bounds the questions for one shape.
+const maxProbes = 32
+
+// probes are the questions for a shape: for each clone one packet of its flows that no more
+// specific entry takes, in main and from within each VRF.
+func (a *Agent) probes(sh *plan.Shape) []probe {
+	f := sh.ID.Flows
+	src, iif, ok := a.source(f)
+	if !ok {
+		return nil
+	}
+	var out []probe
+	for i := range sh.Clones {
+		c := &sh.Clones[i]
+		dst, ok := sample(sh, c.Dst)
+		if !ok {
+			continue
+		}
+		q := routes.Query{
+			Family: f.Family, Dst: dst, Src: src, Iif: iif, Mark: f.Mark,
+			IPProto: f.Proto, Sport: f.Sport.Lo, Dport: f.Dport.Lo,
+		}
+		out = append(out, probe{q, c})
+		if i < 2 {
+			for _, l := range a.st.fib.Links() {
+				if l.VRFTable != 0 {
+					q.Iif, q.Oif = 0, l.Index
+					out = append(out, probe{query: q})
+				}
+			}
+		}
+		if len(out) >= maxProbes {
+			break
+		}
+	}
+	return out
+}
+
+// source is an address that the flows can come from. A source of another host needs the device
+// it comes in by, as IPv4 refuses it otherwise; a host that does not forward has no such flows.
+func (a *Agent) source(f routes.Flows) (src netip.Addr, iif routes.Ifindex, ok bool) {
+	if f.Src.Bits() == 0 {
+		return netip.Addr{}, 0, true
+	}
+	for _, l := range a.st.fib.Links() {
+		for p := range a.st.fib.Addrs(l.Index) {
+			if f.Src.Contains(p.Addr()) {
+				return p.Addr(), 0, true
+			}
+		}
+	}
+	src = f.Src.Addr()
+	if !f.Src.IsSingleIP() {
+		src = src.Next()
+	}
+	if f.Family == routes.IPv6 {
+		return src, 0, true
+	}
+	if !a.st.forwarding[f.Family] {
+		return netip.Addr{}, 0, false
+	}
+	back, err := a.rt.Lookup(routes.Query{Family: f.Family, Dst: src})
+	if err != nil {
+		return netip.Addr{}, 0, false
+	}
+	return src, back.Oif, true
+}
+
+// sample is an address inside the prefix that no other entry of the shape takes.
+func sample(sh *plan.Shape, p netip.Prefix) (netip.Addr, bool) {
+	free := func(x netip.Addr) bool {
+		if !p.Contains(x) {
+			return false
+		}
+		return !slices.ContainsFunc(sh.Clones, func(c plan.Clone) bool {
+			return c.Dst.Bits() > p.Bits() && c.Dst.Contains(x)
+		})
+	}
+	x := p.Addr()
+	if p.IsSingleIP() {
+		return x, true
+	}
+	x = x.Next()
+	// Behind each entry inside there is either free room or the next entry.
+	for range len(sh.Clones) + 1 {
+		if free(x) {
+			return x, true
+		}
+		if !p.Contains(x) {
+			break
+		}
+		for _, c := range sh.Clones {
+			if c.Dst.Bits() > p.Bits() && c.Dst.Contains(x) {
+				x = lastAddr(c.Dst).Next()
+				break
+			}
+		}
+		if !x.IsValid() {
+			break
+		}
+	}
+	return netip.Addr{}, false
+}
+
+func lastAddr(p netip.Prefix) netip.Addr {
+	b := p.Addr().AsSlice()
+	for i := p.Bits(); i < len(b)*8; i++ {
+		b[i/8] |= 1 << (7 - i%8)
+	}
+	a, _ := netip.AddrFromSlice(b)
+	return a
+}
+
+func (a *Agent) ask(probes []probe) []answer {
+	out := make([]answer, len(probes))
+	for i, p := range probes {
+		out[i].ans, out[i].err = a.rt.Lookup(p.query)
+	}
+	return out
+}
+
+// compare asks the probes again and says what is not as it was before, or not as the plan
+// foresaw; empty if all is well. Without answers from before only the plan is compared.
+func (a *Agent) compare(probes []probe, before []answer, sh *plan.Shape) string {
+	for i, now := range a.ask(probes) {
+		p := probes[i]
+		if before != nil && !now.same(before[i]) {
+			return fmt.Sprintf("with it %s would go another way", p.query.Dst)
+		}
+		if now.err != nil || p.clone == nil || p.clone.Throw {
+			continue
+		}
+		if !leavesBy(p.clone.Of.Body, now.ans) {
+			return fmt.Sprintf("the kernel does not send %s where the plan foresaw", p.query.Dst)
+		}
+		if now.ans.Table != 0 && now.ans.Table != sh.Table {
+			return fmt.Sprintf("the kernel does not find %s in table %d but in %d", p.query.Dst, sh.Table, now.ans.Table)
+		}
+	}
+	return ""
+}
+
+func leavesBy(b *routes.Body, ans routes.Answer) bool {
+	return slices.ContainsFunc(b.Nexthops, func(n routes.Nexthop) bool {
+		return n.Oif == ans.Oif && n.Gateway == ans.Gateway
+	})
+}
+
+// dropTables takes away rules and clones that are wanted no more, the rules first.
+func (a *Agent) dropTables(s *plan.Steps) {
+	for _, r := range s.DropRules {
+		if err := a.rt.DeleteRule(r); err != nil && !errors.Is(err, unix.ENOENT) {
+			a.failed("rule can't be deleted", err, "priority", r.Priority)
+			continue
+		}
+		failpoint("rule-dropped")
+		rule := r
+		a.st.fib.Apply(routes.RuleGone{Rule: &rule})
+		a.dropped.rules++
+		a.did("rule deleted", "family", r.Family.String(), "priority", r.Priority, "table", r.Table)
+	}
+	if len(s.DropClones) == 0 {
+		return
+	}
+	writes := make([]routes.Write, 0, len(s.DropClones))
+	var of []routes.Route
+	for _, r := range s.DropClones {
+		msg, err := routes.EncodeDelete(r)
+		if err != nil {
+			a.failed("clone can't be deleted", err, "route", r.Key().String())
+			continue
+		}
+		writes, of = append(writes, routes.Write{Op: routes.OpDelete, Msg: msg}), append(of, r)
+	}
+	results, err := a.rt.Batch(writes)
+	if err != nil {
+		a.failed("clones can't be deleted", err)
+	}
+	for i, res := range results {
+		if res.Err != nil && !errors.Is(res.Err, unix.ESRCH) && !errors.Is(res.Err, unix.ENOENT) {
+			a.failed("clone can't be deleted", res.Err, "route", of[i].Key().String())
+			continue
+		}
+		if res.Err == nil {
+			a.st.inflight[res.Seq] = struct{}{}
+		}
+		a.dropped.clones++
+		a.did("clone deleted", "route", of[i].Key().String())
+	}
+	failpoint("clone-dropped")
+}

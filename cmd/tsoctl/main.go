@@ -1,0 +1,379 @@
+// Command tsoctl shows what tsoagent sees, wants and has done, and undoes it.
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/netip"
+	"os"
+	"os/signal"
+	"runtime/debug"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+
+	"github.com/urfave/cli/v2"
+	"go.yaml.in/yaml/v3"
+
+	"tsoagent/agent"
+)
+
+// Exit codes.
+const (
+	exitFailed   = 1
+	exitUsage    = 2
+	exitDegraded = 3
+	exitNoAgent  = 4
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
+	defer stop()
+	app := newApp()
+	if err := app.RunContext(ctx, flagsFirst(app, os.Args)); err != nil {
+		if text := err.Error(); text != "" {
+			fmt.Fprintln(os.Stderr, "tsoctl:", text)
+		}
+		os.Exit(exitCode(err))
+	}
+}
+
+func exitCode(err error) int {
+	var coder cli.ExitCoder
+	switch {
+	case errors.As(err, &coder):
+		return coder.ExitCode()
+	case errors.Is(err, agent.ErrNoAgent):
+		return exitNoAgent
+	}
+	return exitFailed
+}
+
+// common are the flags that every command takes, before or after its name.
+func common() []cli.Flag {
+	return []cli.Flag{
+		&cli.StringFlag{Name: "output", Aliases: []string{"o"}, Value: "table", Usage: "`FORMAT` table, json or yaml", EnvVars: []string{"TSOCTL_OUTPUT"}},
+		&cli.StringFlag{Name: "run-dir", Value: agent.DefaultRunDir, Usage: "the agent's run directory `DIR`", EnvVars: []string{"TSOAGENT_RUN_DIR"}},
+		&cli.StringFlag{Name: "config", Aliases: []string{"c"}, Usage: "without an agent: plan with the configuration in `FILE`", EnvVars: []string{"TSOAGENT_CONFIG"}},
+	}
+}
+
+// option is the value of a common flag: where it was given, else its default.
+func option(c *cli.Context, name string) string {
+	for _, ctx := range c.Lineage() {
+		if ctx.Command != nil && slices.Contains(ctx.LocalFlagNames(), name) {
+			return ctx.String(name)
+		}
+	}
+	return c.String(name)
+}
+
+// flagsFirst moves flags ahead of other arguments within a command, as the flag parser stops
+// at the first that is none: `tsoctl explain DST --from ADDRESS` is what people type.
+func flagsFirst(app *cli.App, args []string) []string {
+	for i, arg := range args {
+		cmd := app.Command(arg)
+		if i == 0 || cmd == nil {
+			continue
+		}
+		out := slices.Clone(args[:i+1])
+		var rest []string
+		for j := i + 1; j < len(args); j++ {
+			switch {
+			case args[j] == "--":
+				return append(append(out, rest...), args[j:]...)
+			case len(args[j]) < 2 || args[j][0] != '-':
+				rest = append(rest, args[j])
+			default:
+				out = append(out, args[j])
+				if takesValue(cmd, args[j]) && j+1 < len(args) {
+					j++
+					out = append(out, args[j])
+				}
+			}
+		}
+		return append(out, rest...)
+	}
+	return args
+}
+
+func takesValue(cmd *cli.Command, arg string) bool {
+	name := strings.TrimLeft(arg, "-")
+	for _, f := range cmd.Flags {
+		if _, boolean := f.(*cli.BoolFlag); slices.Contains(f.Names(), name) {
+			return !boolean
+		}
+	}
+	return false
+}
+
+func newApp() *cli.App {
+	app := &cli.App{
+		Name:                 "tsoctl",
+		Usage:                "see and undo what tsoagent does",
+		Version:              version(),
+		HideHelpCommand:      true,
+		EnableBashCompletion: true,
+		ExitErrHandler:       func(*cli.Context, error) {}, // main prints
+		OnUsageError:         usage,
+		Description: "Exit codes: 0 done, 1 failed, 2 wrong usage, 3 degraded (something is contested,\n" +
+			"refused or stale), 4 no agent is running.",
+		Flags: common(),
+		Commands: []*cli.Command{
+			{Name: "status", Usage: "one screen: what is covered, held and locked", OnUsageError: usage, Action: status},
+			{Name: "plan", Usage: "every coverage with its verdict; without an agent, read from the kernel", OnUsageError: usage, Action: showPlan},
+			{
+				Name: "explain", Usage: "what happens to packets for an address, and why; works without an agent", ArgsUsage: "DST",
+				OnUsageError: usage, Action: explain,
+				Flags: []cli.Flag{
+					&cli.StringFlag{Name: "from", Usage: "source `ADDRESS`"},
+					&cli.UintFlag{Name: "proto", Usage: "IP protocol `NUMBER`"},
+					&cli.UintFlag{Name: "port", Usage: "destination `PORT`"},
+					&cli.StringFlag{Name: "mark", Usage: "fwmark `MARK`, decimal or 0x…"},
+				},
+			},
+			{
+				Name: "restore", Usage: "undo what an agent that is gone has left", OnUsageError: usage, Action: restore,
+				Flags: []cli.Flag{
+					&cli.BoolFlag{Name: "stale", Usage: "only what can go stale: our rules and clones; holds and in-place locks stay"},
+					&cli.UintFlag{Name: "table", Usage: "the first routing table of ours is `NUMBER` (5450)"},
+					&cli.UintFlag{Name: "protocol", Usage: "our route protocol is `NUMBER` (84)"},
+				},
+			},
+		},
+		Action: func(c *cli.Context) error {
+			if c.Args().Present() {
+				return cli.Exit(fmt.Sprintf("there is no command %q; see tsoctl --help", c.Args().First()), exitUsage)
+			}
+			return cli.ShowAppHelp(c)
+		},
+	}
+	for _, cmd := range app.Commands {
+		cmd.Flags = append(cmd.Flags, common()...)
+	}
+	return app
+}
+
+func usage(_ *cli.Context, err error, _ bool) error {
+	return cli.Exit(fmt.Sprintf("%v; see tsoctl --help", err), exitUsage)
+}
+
+func version() string {
+	info, ok := debug.ReadBuildInfo()
+	if !ok {
+		return "unknown"
+	}
+	return info.Main.Version
+}
+
+// show prints v as the format asks, with table for people.
+func show(c *cli.Context, v any, table func(io.Writer)) error {
+	switch f := option(c, "output"); f {
+	case "table":
+		table(c.App.Writer)
+		return nil
+	case "json":
+		enc := json.NewEncoder(c.App.Writer)
+		enc.SetIndent("", "  ")
+		return enc.Encode(v)
+	case "yaml":
+		return showYAML(c.App.Writer, v)
+	default:
+		return cli.Exit(fmt.Sprintf("--output: %q is not one of table, json, yaml", f), exitUsage)
+	}
+}
+
+// showYAML prints what JSON would, so that both have the same names and order.
+func showYAML(w io.Writer, v any) error {
+	b, err := json.Marshal(v)
+	if err != nil {
+		return err
+	}
+	var n yaml.Node
+	if err := yaml.Unmarshal(b, &n); err != nil {
+		return err
+	}
+	blockStyle(&n)
+	enc := yaml.NewEncoder(w)
+	enc.SetIndent(2)
+	return errors.Join(enc.Encode(&n), enc.Close())
+}
+
+func blockStyle(n *yaml.Node) {
+	n.Style &^= yaml.FlowStyle | yaml.DoubleQuotedStyle
+	for _, c := range n.Content {
+		blockStyle(c)
+	}
+}
+
+func noArgs(c *cli.Context) error {
+	if c.Args().Present() {
+		return cli.Exit(fmt.Sprintf("unexpected argument %q; see tsoctl %s --help", c.Args().First(), c.Command.Name), exitUsage)
+	}
+	return nil
+}
+
+func status(c *cli.Context) error {
+	if err := noArgs(c); err != nil {
+		return err
+	}
+	r, err := agent.NewClient(option(c, "run-dir")).Report(c.Context)
+	if errors.Is(err, agent.ErrNoAgent) {
+		return cli.Exit(fmt.Sprintf("%v; `tsoctl plan` shows what one would do, `tsoagent run` starts one", err), exitNoAgent)
+	}
+	if err != nil {
+		return err
+	}
+	if err := show(c, r, func(w io.Writer) { statusTable(w, r) }); err != nil {
+		return err
+	}
+	if degraded(r) {
+		return cli.Exit("", exitDegraded)
+	}
+	return nil
+}
+
+// degraded reports whether a person should look.
+func degraded(r *agent.Report) bool {
+	if len(r.Stale) > 0 || len(r.Findings) > 0 {
+		return true
+	}
+	for _, h := range r.Holds {
+		if h.State == agent.StateContested || h.State == agent.StateRefused {
+			return true
+		}
+	}
+	return false
+}
+
+// quiet is the log of a command without an agent: only what a person must know.
+func quiet() *slog.Logger {
+	return slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelError}))
+}
+
+func configOf(c *cli.Context) (agent.Config, error) {
+	var cfg agent.Config
+	if file := option(c, "config"); file != "" {
+		var err error
+		if cfg, err = agent.LoadConfig(file); err != nil {
+			return cfg, cli.Exit(err.Error(), exitUsage)
+		}
+	}
+	cfg.RunDir = option(c, "run-dir")
+	return cfg, nil
+}
+
+func showPlan(c *cli.Context) error {
+	if err := noArgs(c); err != nil {
+		return err
+	}
+	r, err := agent.NewClient(option(c, "run-dir")).Report(c.Context)
+	if errors.Is(err, agent.ErrNoAgent) {
+		var cfg agent.Config
+		if cfg, err = configOf(c); err == nil {
+			r, err = agent.Look(c.Context, cfg, quiet(), version(), nil)
+		}
+	}
+	if err != nil {
+		return err
+	}
+	return show(c, r, func(w io.Writer) { planTable(w, r) })
+}
+
+func explain(c *cli.Context) error {
+	q, err := question(c)
+	if err != nil {
+		return cli.Exit(err.Error(), exitUsage)
+	}
+	e, err := agent.NewClient(option(c, "run-dir")).Explain(c.Context, q)
+	if errors.Is(err, agent.ErrNoAgent) {
+		var cfg agent.Config
+		if cfg, err = configOf(c); err == nil {
+			_, err = agent.Look(c.Context, cfg, quiet(), version(), func(ask func(agent.Question) (*agent.Explanation, error)) error {
+				e, err = ask(q)
+				return err
+			})
+		}
+	}
+	if err != nil {
+		return err
+	}
+	return show(c, e, func(w io.Writer) { explainTable(w, e) })
+}
+
+func question(c *cli.Context) (agent.Question, error) {
+	var q agent.Question
+	if c.Args().Len() != 1 {
+		return q, errors.New("give one destination address, after the flags: tsoctl explain [--from ADDRESS] DST")
+	}
+	parse := func(name, s string) (netip.Addr, error) {
+		a, err := netip.ParseAddr(s)
+		if err != nil || a.Zone() != "" {
+			return a, fmt.Errorf("%s: %q is no IP address", name, s)
+		}
+		return a.Unmap(), nil
+	}
+	var err error
+	if q.Dst, err = parse("DST", c.Args().First()); err != nil {
+		return q, err
+	}
+	if s := c.String("from"); s != "" {
+		if q.From, err = parse("--from", s); err != nil {
+			return q, err
+		}
+		if q.From.Is4() != q.Dst.Is4() {
+			return q, errors.New("--from and DST are of different families")
+		}
+	}
+	if c.Uint("proto") > 255 {
+		return q, fmt.Errorf("--proto: %d is no protocol number (0 to 255)", c.Uint("proto"))
+	}
+	if c.Uint("port") > 65535 {
+		return q, fmt.Errorf("--port: %d is no port (0 to 65535)", c.Uint("port"))
+	}
+	q.Proto, q.Port = uint8(c.Uint("proto")), uint16(c.Uint("port"))
+	if s := c.String("mark"); s != "" {
+		m, err := strconv.ParseUint(s, 0, 32)
+		if err != nil {
+			return q, fmt.Errorf("--mark: %q is no mark", s)
+		}
+		q.Mark = uint32(m)
+	}
+	return q, nil
+}
+
+func restore(c *cli.Context) error {
+	if err := noArgs(c); err != nil {
+		return err
+	}
+	cfg, err := configOf(c)
+	if err != nil {
+		return err
+	}
+	if c.Uint("table") > 1<<32-1 || c.Uint("protocol") > 255 {
+		return cli.Exit("--table takes up to 4294967295, --protocol up to 255", exitUsage)
+	}
+	cfg.SetNumbers(c.Uint("table"), c.Uint("protocol"))
+	if wrong := cfg.Validate(); len(wrong) > 0 {
+		return cli.Exit(wrong[0].Key+": "+wrong[0].Text, exitUsage)
+	}
+	r, err := agent.Restore(c.Context, cfg, quiet(), version(), c.Bool("stale"))
+	if errors.Is(err, agent.ErrRunning) {
+		return fmt.Errorf("an agent is running: stop it first, it restores by itself (%w)", err)
+	}
+	if err != nil {
+		return err
+	}
+	if err := show(c, r, func(w io.Writer) { restoreTable(w, r) }); err != nil {
+		return err
+	}
+	if r.Failed > 0 {
+		return cli.Exit(fmt.Sprintf("%d writes failed, see above", r.Failed), exitFailed)
+	}
+	return nil
+}
