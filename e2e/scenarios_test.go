@@ -29,6 +29,8 @@ type bench struct {
 	binaries string
 	// slots limits the machines that run at once to what the host has processors for: each keeps one busy.
 	slots chan struct{}
+	// commandsErr is why tsoagent or tsoctl doesn't build. It fails only the scenarios that use them.
+	commandsErr error
 }
 
 var sharedBench = sync.OnceValues(func() (*bench, error) {
@@ -41,12 +43,14 @@ var sharedBench = sync.OnceValues(func() (*bench, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &bench{
+	b := &bench{
 		kernel:   kernel,
 		tree:     tree,
 		binaries: filepath.Join(workDir, "bin"),
 		slots:    make(chan struct{}, runtime.NumCPU()),
-	}, testkernel.BuildBinaries(ctx, tree, filepath.Join(workDir, "bin"))
+	}
+	b.commandsErr = testkernel.BuildCommands(ctx, tree, b.binaries)
+	return b, testkernel.BuildGuest(ctx, tree, b.binaries)
 })
 
 // workDir holds the binaries and each machine's directory.
@@ -105,28 +109,50 @@ func TestScenarios(t *testing.T) {
 		t.Fatalf("no scenarios: %v", err)
 	}
 	for _, file := range files {
-		t.Run(strings.TrimSuffix(filepath.Base(file), ".txtar"), func(t *testing.T) {
-			t.Parallel()
-			b := newBench(t)
-			job := []string{"scenario", filepath.Join("e2e", file)}
-			if testing.Verbose() {
-				job = append(job, "-v")
-			}
-			result := b.run(t, job...)
-			t.Logf("took %v\n%s", result.Took.Round(time.Millisecond), result.Log)
-			switch result.Outcome {
-			case "pass":
-			case "skip":
-				t.Skip(result.Reason)
-			default:
-				if crash.MatchString(result.Console) {
-					t.Logf("console:\n%s", result.Console)
-				}
-				t.Fail()
-			}
-		})
+		name := strings.TrimSuffix(filepath.Base(file), ".txtar")
+		script, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		variants := variantFile.FindAllSubmatch(script, -1)
+		if variants == nil {
+			t.Run(name, func(t *testing.T) { runScenario(t, file, script) })
+		}
+		for _, v := range variants {
+			t.Run(name+"/"+string(v[1]), func(t *testing.T) { runScenario(t, file, script, "-variant="+string(v[1])) })
+		}
 	}
 }
+
+// variantFile is the head of a file that sets the environment of one variant of a scenario.
+var variantFile = regexp.MustCompile(`(?m)^-- variant-(\w+)\.env --$`)
+
+func runScenario(t *testing.T, file string, script []byte, flags ...string) {
+	t.Parallel()
+	b := newBench(t)
+	if b.commandsErr != nil && usesCommands.Match(script) {
+		t.Fatal(b.commandsErr)
+	}
+	job := append([]string{"scenario", filepath.Join("e2e", file)}, flags...)
+	if testing.Verbose() {
+		job = append(job, "-v")
+	}
+	result := b.run(t, job...)
+	t.Logf("took %v\n%s", result.Took.Round(time.Millisecond), result.Log)
+	switch result.Outcome {
+	case "pass":
+	case "skip":
+		t.Skip(result.Reason)
+	default:
+		if crash.MatchString(result.Console) {
+			t.Logf("console:\n%s", result.Console)
+		}
+		t.Fail()
+	}
+}
+
+// usesCommands finds the scenarios that need tsoagent or tsoctl.
+var usesCommands = regexp.MustCompile(`\btso(agent|ctl)\s`)
 
 // crash is what the kernel prints when something is wrong with it.
 var crash = regexp.MustCompile(`Kernel panic|BUG:|WARNING:|Call Trace:`)

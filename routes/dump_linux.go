@@ -1,7 +1,6 @@
 package routes
 
 import (
-	"encoding/binary"
 	"errors"
 	"fmt"
 
@@ -100,6 +99,6 @@ func linkRequest() []byte {
 	return appendU32(make([]byte, ifinfomsgLen), iflaExtMask, rtextFilterSkipStats)
 }
 
-// rulesPayload etc. are the requests of a full dump, in the order in which the kernel's objects
-// stand on each other.
-func addrRequest(f Family) []byte { return binary.NativeEndian.AppendUint32(genHeader(f, 4), 0) }
+// addrRequest asks for the addresses of a family: the header and four bytes that must be there
+// and zero (struct ifaddrmsg).
+func addrRequest(f Family) []byte { return genHeader(f, ifaddrmsgLen) }

@@ -12,6 +12,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 )
 
@@ -224,4 +225,11 @@ func force(t testing.TB, lines string) {
 	cmd := exec.Command("ip", "-force", "-batch", "-")
 	cmd.Stdin = strings.NewReader(lines)
 	_ = cmd.Run()
+}
+
+func netlinkDump(typ uint16, payload []byte) netlink.Message {
+	return netlink.Message{
+		Header: netlink.Header{Type: netlink.HeaderType(typ), Flags: netlink.Request | netlink.Dump},
+		Data:   payload,
+	}
 }

@@ -187,7 +187,7 @@ var ErrUnreachable = errors.New("unreachable")
 // Query asks the kernel how it would route a packet.
 //
 // What a source address may be differs. IPv4 without Iif looks up a packet of this host's own,
-// and refuses a Src that is no address of the host (EINVAL). With Iif it looks up a forwarded
+// and refuses a Src that is no address of the host (EINVAL, ENETUNREACH on 6.18). With Iif it looks up a forwarded
 // packet, as if it had come in by that device: the device must be up, forwarding must be on
 // there, and Src must pass the reverse path filter, else the answer is EHOSTUNREACH, EXDEV or
 // EINVAL. IPv6 takes any Src, with or without Iif, and asks neither for a local address nor for

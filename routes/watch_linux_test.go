@@ -1,7 +1,7 @@
 package routes
 
 import (
-	cmp2 "cmp"
+	stdcmp "cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -154,7 +154,7 @@ func show(r Route) string {
 	hops := slices.Clone(b.Nexthops)
 	if b.Family == IPv6 {
 		slices.SortFunc(hops, func(a, b Nexthop) int {
-			return cmp2.Or(cmp2.Compare(a.Oif, b.Oif), a.Gateway.Compare(b.Gateway))
+			return stdcmp.Or(stdcmp.Compare(a.Oif, b.Oif), a.Gateway.Compare(b.Gateway))
 		})
 	}
 	return fmt.Sprintf("%s type %d proto %d scope %d src %s nh %v id %d %+v expires %t",
@@ -278,7 +278,7 @@ func TestMirrorFollowsRandomChurn(t *testing.T) {
 	}
 }
 
-// storm replaces n routes one by one, each as fast as the kernel takes it.
+// storm writes n routes one by one, each as fast as the kernel takes it.
 func storm(t testing.TB, tb *Table, n int, op Op, gw byte) {
 	t.Helper()
 	writes := make([]Write, 0, n)
@@ -373,4 +373,18 @@ func TestRunEndsWithItsContext(t *testing.T) {
 		t.Errorf("Run: %v", err)
 	}
 	w.Resync(Scope{}) // does nothing, and does not hang
+}
+
+// The event of a link that goes down comes before its routes are gone, and a dump takes no lock:
+// without the barrier the dump still shows them.
+func TestLinkDownWithManyRoutes(t *testing.T) {
+	vethNS(t)
+	f := follow(t, WatchOptions{})
+	for range 3 {
+		storm(t, f.tb, 20000, OpAdd, 2)
+		f.exact()
+		ip(t, "link set a0 down")
+		f.exact()
+		ip(t, "link set a0 up")
+	}
 }

@@ -7,8 +7,9 @@ import (
 )
 
 // DB mirrors the kernel's policies, SAs and default action from events. The zero value is
-// ready. Applying an event costs the same with ten policies as with 100,000; the first ordered
-// walk after a change costs one pass over all. A DB is not safe for concurrent use.
+// ready. Applying an event costs the same with ten policies as with 100,000, and a walk in
+// precedence order needs no sorting but that of the priorities. A DB is not safe for concurrent
+// use.
 //
 // Precedence. The kernel takes the matching policy with the lowest priority number, and of
 // equal ones the one with the lowest pos (__xfrm_policy_eval_candidates,
@@ -20,13 +21,12 @@ import (
 // on the same side) an update keeps the place in the chain that the old version had, until the
 // kernel rebuilds the chain by pos (xfrm_policy_insert_list, xfrm_policy_inexact_list_reinsert).
 type DB struct {
-	cur      tables
-	next     *tables // what a dump builds, nil outside of one
-	loaded   bool    // a first dump was complete
-	lost     bool
-	version  uint64
-	policies orderedPolicies
-	sas      []*SA // in the order of SAs, nil when it must be sorted again
+	cur     tables
+	next    *tables // what a dump builds, nil outside of one
+	loaded  bool    // a first dump was complete
+	lost    bool
+	version uint64
+	sas     []*SA // in the order of SAs, nil when it must be sorted again
 }
 
 // NewDB returns an empty DB. It is stale until its first ResyncEnd.
@@ -34,18 +34,9 @@ func NewDB() *DB { return &DB{} }
 
 // tables is one complete set of what the kernel holds.
 type tables struct {
-	policies map[PolicyIndex]policyEntry
+	policies policyTable
 	sas      saTable
 	def      Default
-	// ages counts up with each live event, dumpAges down with each item of a dump, since a
-	// dump lists the newest first.
-	ages, dumpAges int64
-	newest         map[uint32]int64 // by priority, the highest age that was given out
-}
-
-type policyEntry struct {
-	policy *Policy
-	age    int64
 }
 
 // Stale says that what the DB holds may not be what the kernel has: before the first complete
@@ -93,16 +84,9 @@ func (db *DB) Apply(ev Event) (changed bool) {
 func (db *DB) apply(t *tables, ev Event) (changed bool) {
 	switch ev := ev.(type) {
 	case PolicySet:
-		return db.setPolicy(t, ev)
+		return t.policies.setPolicy(ev, &db.cur.policies)
 	case PolicyGone:
-		if _, ok := t.policies[ev.Index]; !ok {
-			return false
-		}
-		delete(t.policies, ev.Index)
-		if t == &db.cur {
-			db.policies.remove()
-		}
-		return true
+		return t.policies.remove(ev.Index)
 	case DefaultSet:
 		changed = t.def != ev.Default
 		t.def = ev.Default
@@ -132,61 +116,6 @@ func (db *DB) counted(changed bool) bool {
 	return changed
 }
 
-// setPolicy stores a policy with its age. In a dump it takes over the old value where that is
-// equal, so that a resync leaves the pointers of unchanged policies as they are.
-func (db *DB) setPolicy(t *tables, ev PolicySet) bool {
-	p := ev.Policy
-	if p == nil {
-		return false
-	}
-	if t.policies == nil {
-		t.policies = make(map[PolicyIndex]policyEntry)
-		t.newest = make(map[uint32]int64)
-	}
-	old, had := t.policies[p.Index]
-	if ev.Dumped {
-		if had { // a live event overtook the dump
-			return false
-		}
-		t.dumpAges--
-		t.policies[p.Index] = policyEntry{db.reuse(p), t.dumpAges}
-		if n, ok := t.newest[p.Priority]; !ok || n < t.dumpAges {
-			t.newest[p.Priority] = t.dumpAges
-		}
-		if t == &db.cur {
-			db.policies.add(t.policies[p.Index])
-		}
-		return true
-	}
-	equal := had && old.policy.Equal(p)
-	if equal && t.newest[p.Priority] == old.age {
-		return false // already the youngest of its priority: nothing moves
-	}
-	if equal {
-		p = old.policy
-	} else {
-		p = db.reuse(p)
-	}
-	t.ages++
-	t.policies[p.Index] = policyEntry{p, t.ages}
-	t.newest[p.Priority] = t.ages
-	if t == &db.cur {
-		if had {
-			db.policies.remove()
-		}
-		db.policies.add(t.policies[p.Index])
-	}
-	return true
-}
-
-// reuse returns the policy that is visible now where it equals p, else p.
-func (db *DB) reuse(p *Policy) *Policy {
-	if old, ok := db.cur.policies[p.Index]; ok && old.policy.Equal(p) {
-		return old.policy
-	}
-	return p
-}
-
 // Equal says whether two policies are the same in all that the kernel told.
 func (p *Policy) Equal(q *Policy) bool {
 	if p == q {
@@ -198,46 +127,36 @@ func (p *Policy) Equal(q *Policy) bool {
 		p.Flags == q.Flags && slices.Equal(p.Templates, q.Templates)
 }
 
-// swap makes the fresh set the visible one and says whether that changed anything.
+// swap makes the fresh set the visible one and says whether that changed anything. Equal policies
+// share their pointers in both (see policyTable.setPolicy).
 func (db *DB) swap() bool {
 	if db.next == nil {
 		return false
 	}
 	old, fresh := db.cur, *db.next
-	oldOrder := db.policies.get(&old)
 	db.cur, db.next = fresh, nil
 	db.loaded, db.lost = true, false
-	db.policies = orderedPolicies{}
 	db.sas = nil
-	samePolicies := slices.EqualFunc(oldOrder, db.policies.get(&db.cur), func(a, b policyEntry) bool {
-		return a.policy == b.policy // equal values share a pointer, see reuse
-	})
-	return !samePolicies || old.def != fresh.def || !old.sas.equal(&fresh.sas)
+	return !old.policies.same(&fresh.policies) || old.def != fresh.def || !old.sas.equal(&fresh.sas)
 }
 
 // Policy returns the policy with that index.
 func (db *DB) Policy(index PolicyIndex) (*Policy, bool) {
-	e, ok := db.cur.policies[index]
-	return e.policy, ok
+	if n := db.cur.policies.byIndex[index]; n != nil {
+		return n.policy, true
+	}
+	return nil, false
 }
 
 // PolicyCount is the number of policies.
-func (db *DB) PolicyCount() int { return len(db.cur.policies) }
+func (db *DB) PolicyCount() int { return len(db.cur.policies.byIndex) }
 
 // SACount is the number of SAs, larval ones included.
 func (db *DB) SACount() int { return len(db.cur.sas.byKey) }
 
 // Policies yields all policies of all directions, in the kernel's precedence: lower priority
 // number first, of equal ones the one that was set first. The DB must not change meanwhile.
-func (db *DB) Policies() iter.Seq[*Policy] {
-	return func(yield func(*Policy) bool) {
-		for _, e := range db.policies.get(&db.cur) {
-			if !yield(e.policy) {
-				return
-			}
-		}
-	}
-}
+func (db *DB) Policies() iter.Seq[*Policy] { return db.cur.policies.all() }
 
 // Precedes says whether the kernel looks at a before it looks at b, for two policies that the
 // DB holds: lower priority number first, of equal ones the one that was set first.
@@ -245,7 +164,8 @@ func (db *DB) Precedes(a, b *Policy) bool {
 	if a.Priority != b.Priority {
 		return a.Priority < b.Priority
 	}
-	return db.cur.policies[a.Index].age < db.cur.policies[b.Index].age
+	na, nb := db.cur.policies.byIndex[a.Index], db.cur.policies.byIndex[b.Index]
+	return na != nil && nb != nil && na.age < nb.age
 }
 
 // SA returns the SA with that key.
@@ -275,53 +195,6 @@ func (db *DB) SAs() iter.Seq[*SA] {
 func (k SAKey) compare(o SAKey) int {
 	return cmp.Or(k.Dst.Compare(o.Dst), cmp.Compare(k.Proto, o.Proto), cmp.Compare(k.SPI, o.SPI),
 		cmp.Compare(k.Mark.Value, o.Mark.Value), cmp.Compare(k.Mark.Mask, o.Mark.Mask))
-}
-
-// orderedPolicies keeps policies in precedence order, lazily: changes are collected and merged
-// by the next reader, in one pass.
-type orderedPolicies struct {
-	sorted  []policyEntry
-	added   []policyEntry
-	removed bool
-}
-
-func (o *orderedPolicies) add(e policyEntry) { o.added = append(o.added, e) }
-
-func (o *orderedPolicies) remove() { o.removed = true }
-
-func comparePolicies(a, b policyEntry) int {
-	return cmp.Or(cmp.Compare(a.policy.Priority, b.policy.Priority), cmp.Compare(a.age, b.age))
-}
-
-func (o *orderedPolicies) get(t *tables) []policyEntry {
-	if o.sorted == nil && len(t.policies) > 0 {
-		o.sorted = make([]policyEntry, 0, len(t.policies))
-		for _, e := range t.policies {
-			o.sorted = append(o.sorted, e)
-		}
-		slices.SortFunc(o.sorted, comparePolicies)
-		o.added, o.removed = nil, false
-		return o.sorted
-	}
-	live := func(e policyEntry) bool { return t.policies[e.policy.Index] == e }
-	if o.removed {
-		o.sorted = slices.DeleteFunc(o.sorted, func(e policyEntry) bool { return !live(e) })
-		o.added = slices.DeleteFunc(o.added, func(e policyEntry) bool { return !live(e) })
-		o.removed = false
-	}
-	if len(o.added) > 0 {
-		slices.SortFunc(o.added, comparePolicies)
-		merged := make([]policyEntry, 0, len(o.sorted)+len(o.added))
-		i := 0
-		for _, e := range o.added {
-			n, _ := slices.BinarySearchFunc(o.sorted[i:], e, comparePolicies)
-			merged = append(append(merged, o.sorted[i:i+n]...), e)
-			i += n
-		}
-		o.sorted = append(merged, o.sorted[i:]...)
-		o.added = nil
-	}
-	return o.sorted
 }
 
 // Equal says whether two SAs are the same in all that the kernel told.

@@ -72,6 +72,10 @@ func TestKernelInnerMTU(t *testing.T) {
 		l.setMTU(mtu)
 		for _, name := range slices.Sorted(maps.Keys(algs)) {
 			alg := algs[name]
+			if thin := mtu != 1500 && mtu != 1280 && mtu != 1401; thin && alg.Proto == ESP &&
+				alg.Auth.Name != "" && alg.Auth.ICVBits == 0 {
+				continue // the rarer authentications at three sizes only
+			}
 			for _, mode := range []Mode{Tunnel, Transport, BEET} {
 				for _, families := range [][2]Family{{IPv4, IPv4}, {IPv6, IPv6}, {IPv4, IPv6}, {IPv6, IPv4}} {
 					if mode == Transport && families[0] != families[1] || mtu < 1280 && families != [2]Family{IPv4, IPv4} {

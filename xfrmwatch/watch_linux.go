@@ -204,7 +204,16 @@ func (w *Watcher) follow(wait bool, sink func([]Event)) error {
 	default:
 		return err
 	}
-	err = messages(b, func(m message) bool {
+	w.take(b)
+	if len(w.batch) >= chunk {
+		w.deliver(sink)
+	}
+	return nil
+}
+
+// take decodes the messages of one datagram into the batch.
+func (w *Watcher) take(datagram []byte) {
+	err := messages(datagram, func(m message) bool {
 		if m.typ < unix.NLMSG_MIN_TYPE { // no answers are expected here
 			return true
 		}
@@ -223,10 +232,6 @@ func (w *Watcher) follow(wait bool, sink func([]Event)) error {
 		w.stats.undecodable.Add(1)
 		w.lose(err)
 	}
-	if len(w.batch) >= chunk {
-		w.deliver(sink)
-	}
-	return nil
 }
 
 // lose says that events were lost, once in a row.

@@ -315,3 +315,26 @@ func TestCapturedMessages(t *testing.T) {
 		t.Errorf("%d messages, want 5 or 6", n)
 	}
 }
+
+func TestUndecodableMessageIsALoss(t *testing.T) {
+	good := append([]byte{0, 0, 0, 0, msgNewPolicy, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}, wirePolicy(tunnelPolicy(1, IPv4))...)
+	put32(good, uint32(len(good)))
+	short := slices.Clone(good[:100])
+	put32(short, uint32(len(short)))
+	alien := []byte{16, 0, 0, 0, 0x7f, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}
+	torn := append(slices.Clone(good), 1, 2, 3)
+	for name, datagram := range map[string][]byte{"short": short, "alien": alien, "torn": torn} {
+		t.Run(name, func(t *testing.T) {
+			var w Watcher
+			w.take(good)
+			if w.again || len(w.batch) != 1 {
+				t.Fatalf("a good message: %v", w.batch)
+			}
+			w.take(datagram)
+			lost, ok := w.batch[len(w.batch)-1].(Lost)
+			if !ok || lost.Err == nil || !w.again || w.Stats().Undecodable != 1 {
+				t.Errorf("got %v, again %v, %+v", w.batch, w.again, w.Stats())
+			}
+		})
+	}
+}

@@ -6,6 +6,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strings"
 	"time"
 
 	"tsoagent/e2e/guest/scenario"
@@ -13,13 +14,13 @@ import (
 
 // runJob runs one job and returns the exit status. The first argument says what it is:
 //
-//	scenario FILE [-v]        a txtar script under /mnt/src
-//	test DIR BINARY ARGS...   a compiled Go test, run in DIR under /mnt/src
+//	scenario FILE [-v] [-variant=NAME]   a txtar script under /mnt/src
+//	test DIR BINARY ARGS...              a compiled Go test, run in DIR under /mnt/src
 func runJob(args []string) int {
 	result := "fail"
 	switch {
 	case len(args) >= 2 && args[0] == "scenario":
-		result = runScenario(args[1], slices.Contains(args[2:], "-v"))
+		result = runScenario(args[1], args[2:])
 	case len(args) >= 3 && args[0] == "test":
 		result = runTest(args[1], args[2], args[3:])
 	default:
@@ -32,7 +33,13 @@ func runJob(args []string) int {
 	return 0
 }
 
-func runScenario(file string, verbose bool) string {
+func runScenario(file string, flags []string) string {
+	variant := ""
+	for _, f := range flags {
+		if name, ok := strings.CutPrefix(f, "-variant="); ok {
+			variant = name
+		}
+	}
 	steps, err := os.Create(filepath.Join(exchangeDir, "steps"))
 	if err != nil {
 		fmt.Println("guest: steps:", err)
@@ -47,7 +54,8 @@ func runScenario(file string, verbose bool) string {
 	}
 	return scenario.Run(scenario.Config{
 		File:     filepath.Join(sourceDir, file),
-		Verbose:  verbose,
+		Variant:  variant,
+		Verbose:  slices.Contains(flags, "-v"),
 		Deadline: deadline,
 		Log:      os.Stdout,
 		Steps:    steps,

@@ -33,17 +33,25 @@ func Find(ctx context.Context, tree string) (string, error) {
 	return strings.TrimSpace(string(out)), nil
 }
 
-// BuildBinaries builds the guest's init and this project's commands, static, into dir. A command whose sources aren't there
-// is left out.
-func BuildBinaries(ctx context.Context, tree, dir string) error {
-	var errs []error
-	for _, pkg := range []string{"e2e/guest", "cmd/tsoagent", "cmd/tsoctl"} {
-		if sources, err := filepath.Glob(filepath.Join(tree, pkg, "*.go")); err != nil || len(sources) == 0 {
-			continue
-		}
-		errs = append(errs, goTool(ctx, tree, "build", "-o", filepath.Join(dir, filepath.Base(pkg)), "./"+pkg))
+// BuildGuest builds the guest's init, static, into dir.
+func BuildGuest(ctx context.Context, tree, dir string) error {
+	return buildCommand(ctx, tree, "e2e/guest", dir)
+}
+
+// BuildCommands builds this project's commands, static, into dir. A command whose sources aren't there is left out.
+func BuildCommands(ctx context.Context, tree, dir string) error {
+	return errors.Join(
+		buildCommand(ctx, tree, "cmd/tsoagent", dir),
+		buildCommand(ctx, tree, "cmd/tsoctl", dir),
+	)
+}
+
+func buildCommand(ctx context.Context, tree, pkg, dir string) error {
+	if sources, err := filepath.Glob(filepath.Join(tree, pkg, "*.go")); err != nil || len(sources) == 0 {
+		return err
 	}
-	return errors.Join(errs...)
+	// No version stamp: git refuses to answer in a tree that belongs to somebody else.
+	return goTool(ctx, tree, "build", "-buildvcs=false", "-o", filepath.Join(dir, filepath.Base(pkg)), "./"+pkg)
 }
 
 // BuildTest compiles the tests of a package into dir and returns the binary's name, or "" if the package has no tests.

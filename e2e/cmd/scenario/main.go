@@ -21,20 +21,21 @@ import (
 
 func main() {
 	verbose := flag.Bool("v", false, "print the whole log, too")
+	variant := flag.String("variant", "", "of a scenario with variants, which one")
 	deadline := flag.Duration("deadline", 5*time.Minute, "when to give up")
 	flag.Parse()
 	if flag.NArg() != 1 {
 		fmt.Fprintln(os.Stderr, "usage: scenario [-v] FILE (in the module's root)")
 		os.Exit(2)
 	}
-	os.Exit(exitStatus(flag.Arg(0), *verbose, *deadline))
+	os.Exit(exitStatus(flag.Arg(0), *variant, *verbose, *deadline))
 }
 
 // exitStatus runs the scenario and returns the status to exit with.
-func exitStatus(file string, verbose bool, deadline time.Duration) int {
+func exitStatus(file, variant string, verbose bool, deadline time.Duration) int {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	passed, err := run(ctx, file, verbose, deadline)
+	passed, err := run(ctx, file, variant, verbose, deadline)
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "scenario:", err)
 	}
@@ -45,7 +46,7 @@ func exitStatus(file string, verbose bool, deadline time.Duration) int {
 }
 
 // run runs the scenario in the current directory's module and reports whether it passed.
-func run(ctx context.Context, file string, verbose bool, deadline time.Duration) (bool, error) {
+func run(ctx context.Context, file, variant string, verbose bool, deadline time.Duration) (bool, error) {
 	tree, err := os.Getwd()
 	if err != nil {
 		return false, err
@@ -65,12 +66,19 @@ func run(ctx context.Context, file string, verbose bool, deadline time.Duration)
 			return false, err
 		}
 	}
-	if err := testkernel.BuildBinaries(ctx, tree, binaries); err != nil {
+	if err := testkernel.BuildGuest(ctx, tree, binaries); err != nil {
 		return false, err
+	}
+	if err := testkernel.BuildCommands(ctx, tree, binaries); err != nil {
+		// A scenario that does without them still has something to show.
+		fmt.Fprintln(os.Stderr, "scenario:", err)
 	}
 	job := []string{"scenario", file}
 	if verbose {
 		job = append(job, "-v")
+	}
+	if variant != "" {
+		job = append(job, "-variant="+variant)
 	}
 	machine := testkernel.Machine{Kernel: kernel, Binaries: binaries, Tree: tree, Dir: exchange, Deadline: deadline, Steps: os.Stdout}
 	result, err := machine.Run(ctx, job...)

@@ -167,7 +167,7 @@ func featureLines(namespace string) ([]string, error) {
 	}
 	var lines []string
 	for _, device := range devices {
-		// One by one: the kernel answers a dump of verbose bit sets with EMSGSIZE unless the receive buffer is large.
+		// One by one: a dump of verbose bit sets ended in EMSGSIZE.
 		f, err := readFeatures(namespace, device.Name)
 		if err != nil {
 			return nil, err

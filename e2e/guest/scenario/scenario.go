@@ -17,6 +17,7 @@ import (
 // Config says which script to run and where its output goes.
 type Config struct {
 	File     string    // path of the txtar file
+	Variant  string    // of a script with files variant-NAME.env, which of them sets its environment
 	Verbose  bool      // keep the log of the phases that passed, too
 	Deadline time.Time // when running programs are told to end
 	Log      io.Writer // the script's log, written when it has ended
@@ -48,7 +49,12 @@ func Run(cfg Config) string {
 					s.envNames = append(s.envNames, name)
 				}
 				s.envNames = append(s.envNames, namesSet(file)...)
-				return nil
+				vars, err := variant(file, cfg.Variant)
+				for _, v := range vars {
+					env.Setenv(v.name, v.value)
+					s.envNames = append(s.envNames, v.name)
+				}
+				return err
 			},
 		})
 	})
@@ -99,6 +105,35 @@ func namesSet(file string) []string {
 		}
 	}
 	return names
+}
+
+type variable struct{ name, value string }
+
+// variant returns the variables of a script's variant: the words NAME=VALUE of its file variant-NAME.env. One script can so
+// tell the same story of both address families.
+func variant(file, name string) ([]variable, error) {
+	if name == "" {
+		return nil, nil
+	}
+	archive, err := txtar.ParseFile(file)
+	if err != nil {
+		return nil, err
+	}
+	for _, f := range archive.Files {
+		if f.Name != "variant-"+name+".env" {
+			continue
+		}
+		var out []variable
+		for _, word := range strings.Fields(string(f.Data)) {
+			name, value, ok := strings.Cut(word, "=")
+			if !ok {
+				return nil, fmt.Errorf("%s: %q is not NAME=VALUE", f.Name, word)
+			}
+			out = append(out, variable{name, value})
+		}
+		return out, nil
+	}
+	return nil, fmt.Errorf("%s has no variant %q", file, name)
 }
 
 // result implements testscript.T outside of `go test`.

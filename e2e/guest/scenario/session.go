@@ -45,6 +45,7 @@ func (s *session) repeatable() map[string]command {
 	return map[string]command{
 		"feature": s.feature,
 		"ipmtu":   s.ipMTU,
+		"natt":    s.natt,
 		"tcp":     s.tcp,
 		"udp-df":  s.udpDF,
 		"wire":    s.wire,
@@ -87,7 +88,7 @@ func (s *session) step(ts *testscript.TestScript, neg bool, args []string) {
 	if neg || len(args) == 0 {
 		ts.Fatalf("usage: step text…")
 	}
-	line := fmt.Sprintf("[%8.3fs] %s", time.Since(s.start).Seconds(), strings.Join(args, " "))
+	line := fmt.Sprintf("[%8.3fs] %s", time.Since(s.start).Seconds(), os.Expand(strings.Join(args, " "), ts.Getenv))
 	ts.Logf("%s", line)
 	fmt.Fprintln(s.steps, line)
 }
