@@ -50,6 +50,7 @@ func (a *Agent) moveClones(pl *plan.Plan, s *plan.Steps, now time.Time) {
 func (a *Agent) putClones(steps []plan.CloneStep) {
 	var writes []routes.Write
 	var of []plan.CloneStep
+	var old []bool // the write takes a route away that the clone replaces
 	for _, c := range steps {
 		msg, err := a.encodeClone(c)
 		if err != nil {
@@ -57,7 +58,13 @@ func (a *Agent) putClones(steps []plan.CloneStep) {
 			continue
 		}
 		writes = append(writes, routes.Write{Op: routes.OpPut, Msg: msg})
-		of = append(of, c)
+		of, old = append(of, c), append(old, false)
+		for _, r := range c.Old {
+			if msg, err := routes.EncodeDelete(r); err == nil {
+				writes = append(writes, routes.Write{Op: routes.OpDelete, Msg: msg})
+				of, old = append(of, c), append(old, true)
+			}
+		}
 	}
 	if len(writes) == 0 {
 		return
@@ -68,6 +75,12 @@ func (a *Agent) putClones(steps []plan.CloneStep) {
 	}
 	for i, r := range results {
 		c := of[i]
+		if old[i] {
+			if r.Err == nil {
+				a.st.inflight[r.Seq] = struct{}{}
+			}
+			continue
+		}
 		if r.Err != nil {
 			a.failed("clone can't be written", r.Err, "route", c.Clone.Dst.String(), "table", c.Table)
 			continue
@@ -87,9 +100,9 @@ func (a *Agent) putClones(steps []plan.CloneStep) {
 
 func (a *Agent) encodeClone(c plan.CloneStep) ([]byte, error) {
 	if c.Clone.Throw {
-		return routes.EncodeThrow(routes.FamilyOf(c.Clone.Dst.Addr()), c.Clone.Dst, c.Table, a.cfg.Plan.Protocol, 0)
+		return routes.EncodeThrow(routes.FamilyOf(c.Clone.Dst.Addr()), c.Clone.Dst, c.Table, a.cfg.Plan.Protocol, c.Clone.Metric())
 	}
-	return routes.EncodeClone(c.Clone.Of, c.Clone.Dst, c.Table, a.cfg.Plan.Protocol, c.Clone.MTU, c.Clone.AdvMSS, 0)
+	return routes.EncodeClone(c.Clone.Of, c.Clone.Dst, c.Table, a.cfg.Plan.Protocol, c.Clone.MTU, c.Clone.AdvMSS, c.Clone.Metric())
 }
 
 // lead adds the rules of a shape and compares where packets go before and after.

@@ -103,11 +103,15 @@ func (f *FIB) Apply(ev Event) Effect {
 	case ResyncBegin:
 		f.begin(ev.Scope)
 	case ResyncEnd:
-		e.Changed = f.end(ev.Scope)
+		e = f.end(ev.Scope)
 	default:
 		s := &f.state
 		if f.fresh != nil {
 			s = f.fresh
+			if set, ok := ev.(RouteSet); ok {
+				set.Append = true // a dump lists routes with one key in their order
+				ev = set
+			}
 		}
 		var c Change
 		e, c = s.apply(ev, f.part)
@@ -136,7 +140,7 @@ func (f *FIB) begin(scope Scope) {
 	f.fresh = &s
 }
 
-func (f *FIB) end(scope Scope) bool {
+func (f *FIB) end(scope Scope) Effect {
 	switch {
 	case scope.RoutesOnly && f.part != nil:
 		p := f.part
@@ -145,9 +149,9 @@ func (f *FIB) end(scope Scope) bool {
 	case !scope.RoutesOnly && f.fresh != nil:
 		f.state, f.fresh, f.stale = *f.fresh, nil, false
 		f.note(Change{All: true})
-		return true
+		return Effect{Changed: true}
 	}
-	return false
+	return Effect{}
 }
 
 // apply changes the state. During a partial resync routes are only collected: they take effect

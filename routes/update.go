@@ -53,13 +53,18 @@ func (s *state) setRoute(ev RouteSet) Effect {
 	r := ev.Route
 	old := s.get(r.Body.Family, r.Body.Table, r.Dst)
 	var equals []int
+	known := false
 	for i, b := range old {
-		if b.same(r.Body) {
-			return Effect{}
-		}
+		known = known || b.same(r.Body)
 		if b.sameKey(r.Body) {
 			equals = append(equals, i)
 		}
+	}
+	if known {
+		if ev.Replace && len(equals) > 1 { // which of them it replaced is not said
+			return Effect{Resync: resyncOf(r.Body)}
+		}
+		return Effect{}
 	}
 	bodies := slices.Clone(old)
 	var e Effect
@@ -132,8 +137,7 @@ func (s *state) removeRoute(r Route) Effect {
 }
 
 // prune ends a partial resync: what it found replaces what the mirror has in its scope.
-func (f *FIB) prune(p *partial) bool {
-	changed := false
+func (f *FIB) prune(p *partial) (e Effect) {
 	inScope := func(b *Body) bool {
 		if p.scope.Oif == 0 {
 			return true
@@ -169,7 +173,12 @@ func (f *FIB) prune(p *partial) bool {
 		next := slices.Clone(bodies)
 		slices.SortStableFunc(next, before)
 		for _, b := range old {
-			if !inScope(b) {
+			switch {
+			case inScope(b):
+			case slices.ContainsFunc(bodies, b.sameKey):
+				// Replaced by what was found, or an alias of it: only a dump of both tells.
+				e.Resync = &Scope{RoutesOnly: true, Family: at.k.family}
+			default:
 				next = insertBody(next, b, false)
 			}
 		}
@@ -178,7 +187,7 @@ func (f *FIB) prune(p *partial) bool {
 		}
 		f.store(at.dst, at.k.family, at.k.id, old, next)
 		f.note(Change{Family: at.k.family, Dst: at.dst})
-		changed = true
+		e.Changed = true
 	}
-	return changed
+	return e
 }

@@ -62,7 +62,10 @@ type CloneStep struct {
 	Table routes.TableID
 	Shape ShapeID
 	Clone Clone
-	Moved bool // the clone is there with another content
+	Moved bool // something else of ours is at that destination
+	// Old are the routes of ours at the destination that the clone takes the place of without
+	// replacing them, as their metric differs. They go right behind it.
+	Old []routes.Route
 }
 
 // Unlock gives a route its owner's MTU metric back.
@@ -127,8 +130,9 @@ func diffTables(s *Steps, in Input, pl *Plan, stale bool) {
 		for _, c := range sh.Clones {
 			at := place{sh.Table, c.Dst}
 			want[at] = true
-			if old := have[at]; len(old) == 0 || !c.matches(old[0].Body) {
-				s.Clones = append(s.Clones, CloneStep{Table: sh.Table, Shape: sh.ID, Clone: c, Moved: len(old) > 0})
+			if step, ok := cloneStep(c, have[at]); ok {
+				step.Table, step.Shape = sh.Table, sh.ID
+				s.Clones = append(s.Clones, step)
 			}
 		}
 		for _, r := range sh.Rules {
@@ -149,14 +153,40 @@ func diffTables(s *Steps, in Input, pl *Plan, stale bool) {
 	for at, rs := range have {
 		if !want[at] {
 			s.DropClones = append(s.DropClones, rs...)
-		} else {
-			s.DropClones = append(s.DropClones, rs[1:]...)
 		}
 	}
 	// Clones before throws: a throw that goes first would uncover what lies above it.
 	slices.SortFunc(s.DropClones, func(a, b routes.Route) int {
 		return cmp.Or(cmp.Compare(a.Body.Type, b.Body.Type), a.Key().Compare(b.Key()))
 	})
+}
+
+// cloneStep is what brings the routes of ours at one destination to what the clone says, false
+// if they are that already.
+func cloneStep(c Clone, have []routes.Route) (CloneStep, bool) {
+	step := CloneStep{Clone: c, Moved: len(have) > 0}
+	there := false
+	for _, r := range have {
+		switch {
+		case c.matches(r.Body):
+			there = true
+		case r.Body.Priority != c.Metric():
+			step.Old = append(step.Old, r)
+		}
+	}
+	return step, !there || len(step.Old) > 0
+}
+
+// Metric is the metric (RTA_PRIORITY) that the clone has in our table: its MTU, and 1 for a
+// throw. IPv4 shares one object between all routes with the same nexthop object that agree in
+// table, protocol, scope, source and metric, whatever their MTU metrics are (fib_find_info_nh,
+// net/ipv4/fib_semantics.c), so clones with different MTUs must differ in it; and a delete
+// with metric 0 would match any route (fib_table_delete, net/ipv4/fib_trie.c).
+func (c Clone) Metric() uint32 {
+	if c.Throw {
+		return 1
+	}
+	return c.MTU.MTU
 }
 
 func (c CloneStep) rank() int {
@@ -171,6 +201,9 @@ func (c CloneStep) rank() int {
 
 // matches reports whether a route of ours is what the clone is to be.
 func (c Clone) matches(b *routes.Body) bool {
+	if b.Priority != c.Metric() {
+		return false
+	}
 	if c.Throw {
 		return b.Type == routes.Throw
 	}

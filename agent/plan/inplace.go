@@ -176,6 +176,10 @@ func (p *planner) unsafe(r routes.Route) string {
 		return "it has a lifetime"
 	case p.Config.OwnRoute(r):
 		return "it is ours"
+	case b.Family == routes.IPv4 && b.NHID != 0:
+		// The kernel lets routes with one nexthop object share their metrics (fib_find_info_nh,
+		// net/ipv4/fib_semantics.c): the lock would stay with, and spread to, others.
+		return "it has a nexthop object"
 	}
 	if _, n := p.FIB.Get(r.Key()); n != 1 {
 		return "another route has the same key"
