@@ -21,6 +21,7 @@ build:
 
 run: build
 	@if [ "$$(id -u)" -ne 0 ]; then echo "make run: needs root (sudo may hide go: use a root shell)" >&2; exit 1; fi
+	@echo "make run: look with bin/tsoctl status in another shell; Ctrl-C restores everything and stops"
 	@exec bin/tsoagent run --mode $(MODE)
 
 test:

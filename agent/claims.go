@@ -19,7 +19,26 @@ const (
 	kindHold   journal.Kind = "feature"
 	kindLock   journal.Kind = "route"
 	kindTables journal.Kind = "tables"
+	kindMTU    journal.Kind = "mtu"
 )
+
+// rememberedMTU is the journal's entry for the last valid inner MTU of a coverage, so that it
+// survives a restart while an SA is missing. The rest tells the policy from another one that
+// got its index.
+type rememberedMTU struct {
+	Policy   xfrmwatch.PolicyIndex `json:"policy"`
+	Peer     netip.Addr            `json:"peer,omitzero"`
+	Selector xfrmwatch.Selector    `json:"selector"`
+	Mark     xfrmwatch.Mark        `json:"mark"`
+	IfID     uint32                `json:"if_id"`
+	MTU      int                   `json:"mtu"`
+}
+
+func (m rememberedMTU) id() xfrmwatch.CoverageID {
+	return xfrmwatch.CoverageID{Policy: m.Policy, Peer: m.Peer}
+}
+
+func mtuID(id xfrmwatch.CoverageID) string { return fmt.Sprintf("mtu/%d/%s", id.Policy, id.Peer) }
 
 // heldFeature is the journal's entry for a hold.
 type heldFeature struct {
@@ -157,10 +176,29 @@ func (a *Agent) adoptEntry(e journal.Entry) error {
 			return fmt.Errorf("an earlier run used table %d and protocol %d: run `tsoctl restore --table %d --protocol %d` first",
 				t.Table, t.Protocol, t.Table, t.Protocol)
 		}
+	case kindMTU:
+		var m rememberedMTU
+		if err := json.Unmarshal(e.Data, &m); err != nil {
+			return err
+		}
+		a.st.adopted = append(a.st.adopted, m)
 	default:
 		return fmt.Errorf("unknown kind %q", e.Kind)
 	}
 	return nil
+}
+
+// recallMTUs takes over the last valid MTUs of policies that are still there.
+func (a *Agent) recallMTUs() {
+	for _, m := range a.st.adopted {
+		p, ok := a.st.db.Policy(m.Policy)
+		if ok && p.Selector == m.Selector && p.Mark == m.Mark && p.IfID == m.IfID {
+			a.st.last[m.id()] = m.MTU
+		} else {
+			a.unbook(mtuID(m.id()))
+		}
+	}
+	a.st.adopted = nil
 }
 
 // checkAdopted drops claims that don't hold: on features that are on (the earlier run died
@@ -168,6 +206,7 @@ func (a *Agent) adoptEntry(e journal.Entry) error {
 // the ones that were held: another one can have got the index. It runs once, before the first
 // plan.
 func (a *Agent) checkAdopted() {
+	a.recallMTUs()
 	for k, c := range a.st.holds {
 		if s, ok := a.st.features[routes.Ifindex(k.Index)].Get(k.Feature); ok && s.Wanted {
 			a.dropHold(k)

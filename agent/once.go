@@ -95,8 +95,5 @@ func Restore(ctx context.Context, cfg Config, log *slog.Logger, version string, 
 	}
 	out.Rules, out.Clones = a.dropped.rules, a.dropped.clones
 	out.Actions, out.Failed, out.Findings = a.stats.Actions, a.stats.Failed, list(a.findings)
-	if !stale {
-		a.unbook("tables")
-	}
 	return out, nil
 }

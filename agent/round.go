@@ -4,6 +4,7 @@ import (
 	"net/netip"
 	"time"
 
+	"tsoagent/agent/journal"
 	"tsoagent/agent/plan"
 	"tsoagent/ethtool"
 	"tsoagent/routes"
@@ -198,29 +199,90 @@ func (a *Agent) round(now time.Time) (next time.Duration, reached bool) {
 	if a.cfg.Mode == Enforce {
 		wrote = a.enforce(pl, &steps, now)
 	}
+	first := a.lastP == nil
 	a.lastP = pl
 	a.publish(pl, &steps, now)
+	if first && a.goal == protect && !a.once {
+		a.ready(a.Report())
+	}
+	if a.goal == restoreAll && steps.Empty() && a.cfg.Mode == Enforce {
+		a.closeBooks()
+	}
 	next = a.nextTimer(now)
 	if wrote {
 		// Look again at once: what was written is to be found in place.
 		return time.Nanosecond, false
 	}
-	return next, steps.Empty() && len(a.st.writing) == 0 && a.st.ready()
+	reached = a.st.ready() && (a.cfg.Mode == Observe || steps.Empty() && len(a.st.writing) == 0)
+	if a.once && !reached {
+		return onceAgain, false // nobody else brings the next round
+	}
+	return next, reached
 }
 
-// remember keeps the last valid MTU of each coverage while its policy stays.
-func (a *Agent) remember(pl *plan.Plan) {
-	for id, mtu := range pl.MTU {
-		a.st.last[id] = mtu
+// onceAgain is how soon a restore looks again whether all is done.
+const onceAgain = 5 * time.Millisecond
+
+// closeBooks takes what is no claim out of the journal once everything is given back.
+func (a *Agent) closeBooks() {
+	ids := []string{"tables"}
+	for id := range a.st.last {
+		ids = append(ids, mtuID(id))
 	}
-	if a.st.db.Stale() {
+	a.unbook(ids...)
+}
+
+// ready tells once what the agent sees, and what to look at next.
+func (a *Agent) ready(r *Report) {
+	look := "tsoctl status"
+	if a.cfg.RunDir != DefaultRunDir {
+		look += " --run-dir " + a.cfg.RunDir
+	}
+	says := "nothing is covered: nothing to do, nothing written"
+	switch {
+	case len(r.Coverages) > 0 && a.cfg.Mode == Observe:
+		says = "only looking: nothing is written"
+	case len(r.Coverages) > 0:
+		says = "covered flows get what they need, and nobody else pays for it"
+	}
+	a.log.Info("ready", "mode", r.Mode, "links", r.Links, "routes", r.Routes, "policies", r.Policies, "sas", r.SAs,
+		"coverages", len(r.Coverages), "says", says, "look_next", look)
+}
+
+// remember keeps the last valid MTU of each coverage while its policy stays, in the journal too:
+// a restart in the middle of a rekey must not cost its flows the lock.
+func (a *Agent) remember(pl *plan.Plan) {
+	var entries []journal.Entry
+	for _, c := range pl.Current {
+		mtu, ok := pl.MTU[c.ID]
+		if !ok || a.st.last[c.ID] == mtu {
+			continue
+		}
+		a.st.last[c.ID] = mtu
+		entries = append(entries, entry(mtuID(c.ID), kindMTU, rememberedMTU{
+			Policy: c.ID.Policy, Peer: c.ID.Peer, Selector: c.Policy.Selector, Mark: c.Policy.Mark, IfID: c.Policy.IfID, MTU: mtu,
+		}))
+	}
+	var gone []string
+	if !a.st.db.Stale() {
+		for id := range a.st.last {
+			_, lingers := a.st.lingering[id]
+			if _, there := a.st.db.Policy(id.Policy); !there && !lingers {
+				delete(a.st.last, id)
+				gone = append(gone, mtuID(id))
+			}
+		}
+	}
+	if a.cfg.Mode != Enforce {
 		return
 	}
-	for id := range a.st.last {
-		_, lingers := a.st.lingering[id]
-		if _, there := a.st.db.Policy(id.Policy); !there && !lingers {
-			delete(a.st.last, id)
+	if len(entries) > 0 {
+		if err := a.journal.Put(entries...); err != nil {
+			a.failed("journal can't be written", err)
 		}
+	}
+	if len(gone) > 0 {
+		a.unbook(gone...)
 	}
 }
 

@@ -26,6 +26,8 @@ type state struct {
 	current   []xfrmwatch.Coverage
 	lingering map[xfrmwatch.CoverageID]lingerer
 	last      map[xfrmwatch.CoverageID]int
+	// adopted are the MTUs that the journal remembers, until the first plan.
+	adopted []rememberedMTU
 
 	holds     map[plan.HoldKey]plan.HoldClaim
 	locks     map[routes.Key]plan.LockClaim
@@ -131,9 +133,6 @@ func (s *state) linger(now time.Time, quiet time.Duration) {
 	for id, l := range s.lingering {
 		if _, back := s.db.Policy(id.Policy); back || !now.Before(l.until) {
 			delete(s.lingering, id)
-			if !back {
-				delete(s.last, id)
-			}
 		}
 	}
 	for _, c := range s.current {

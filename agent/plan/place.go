@@ -120,16 +120,21 @@ func (p *planner) rulesOf(s *shaped) []routes.Rule {
 	return append(rules, r)
 }
 
-// onlyDst is the destination that all members share, invalid if they differ. A rule then says
-// exactly what it is for; with several destinations the table itself tells them apart.
+// onlyDst is the destination that all members with a clone share, invalid if they differ. A
+// rule then says exactly what it is for; with several destinations the table itself tells them
+// apart.
 func (s *shaped) onlyDst() netip.Prefix {
-	d := s.members[0].dst
-	for _, m := range s.members[1:] {
-		if m.dst != d {
+	var only netip.Prefix
+	for _, m := range s.members {
+		if !slices.ContainsFunc(s.clones, func(c Clone) bool { return !c.Throw && c.Because == m.cov.ID }) {
+			continue
+		}
+		if only.IsValid() && m.dst != only {
 			return netip.Prefix{}
 		}
+		only = m.dst
 	}
-	return d
+	return only
 }
 
 // room is how many rules fit between the rule and the one ahead of it that is not ours. None

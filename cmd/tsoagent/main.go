@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/signal"
 	"runtime/debug"
+	"strings"
 	"syscall"
 
 	"github.com/urfave/cli/v2"
@@ -46,19 +47,15 @@ func newApp() *cli.App {
 		EnableBashCompletion: true,
 		ExitErrHandler:       func(*cli.Context, error) {}, // main prints
 		OnUsageError:         usage,
-		CommandNotFound: func(c *cli.Context, name string) {
-			fmt.Fprintf(os.Stderr, "tsoagent: there is no command %q; see tsoagent --help\n", name)
-			os.Exit(exitUsage)
-		},
 		Commands: []*cli.Command{
 			{
 				Name: "run", Usage: "follow the kernel, hold features and lock route MTUs until told to stop",
 				OnUsageError: usage, Action: run,
 				Flags: []cli.Flag{
 					config,
-					&cli.StringFlag{Name: "mode", Usage: "`MODE` enforce, or observe: compute and report, change nothing", EnvVars: []string{"TSOAGENT_MODE"}},
+					&cli.StringFlag{Name: "mode", Usage: "enforce, or observe to compute and report and change nothing: `MODE`", EnvVars: []string{"TSOAGENT_MODE"}},
 					&cli.StringFlag{Name: "run-dir", Usage: "keep journal and control socket in `DIR`", EnvVars: []string{"TSOAGENT_RUN_DIR"}},
-					&cli.StringFlag{Name: "log-format", Value: "text", Usage: "`FORMAT` of the log on stderr, text or json", EnvVars: []string{"TSOAGENT_LOG_FORMAT"}},
+					&cli.StringFlag{Name: "log-format", Value: "text", Usage: "log on stderr as text or json: `FORMAT`", EnvVars: []string{"TSOAGENT_LOG_FORMAT"}},
 					&cli.BoolFlag{Name: "debug", Usage: "log events too", EnvVars: []string{"TSOAGENT_DEBUG"}},
 				},
 			},
@@ -105,7 +102,7 @@ func load(c *cli.Context) (agent.Config, error) {
 		cfg.RunDir = v
 	}
 	if wrong := cfg.Validate(); len(wrong) > 0 {
-		return cfg, cli.Exit(fmt.Sprintf("--%s: %s", wrong[0].Key, wrong[0].Text), exitUsage)
+		return cfg, cli.Exit(fmt.Sprintf("--%s: %s", strings.ReplaceAll(wrong[0].Key, "_", "-"), wrong[0].Text), exitUsage)
 	}
 	return cfg, nil
 }
@@ -149,7 +146,7 @@ func logger(c *cli.Context) (*slog.Logger, error) {
 
 func run(c *cli.Context) error {
 	if c.Args().Present() {
-		return cli.Exit(fmt.Sprintf("unexpected argument %q", c.Args().First()), exitUsage)
+		return cli.Exit(fmt.Sprintf("unexpected argument %q; see tsoagent run --help", c.Args().First()), exitUsage)
 	}
 	cfg, err := load(c)
 	if err != nil {

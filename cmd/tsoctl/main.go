@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
 	"net/netip"
 	"os"
@@ -54,23 +55,44 @@ func exitCode(err error) int {
 	return exitFailed
 }
 
-// common are the flags that every command takes, before or after its name.
-func common() []cli.Flag {
+// common are the flags that every command takes, before or after its name. The environment
+// stands behind both places, so only those before the name read it.
+func common(env bool) []cli.Flag {
+	vars := func(name string) []string {
+		if !env {
+			return nil
+		}
+		return []string{name}
+	}
 	return []cli.Flag{
-		&cli.StringFlag{Name: "output", Aliases: []string{"o"}, Value: "table", Usage: "`FORMAT` table, json or yaml", EnvVars: []string{"TSOCTL_OUTPUT"}},
-		&cli.StringFlag{Name: "run-dir", Value: agent.DefaultRunDir, Usage: "the agent's run directory `DIR`", EnvVars: []string{"TSOAGENT_RUN_DIR"}},
-		&cli.StringFlag{Name: "config", Aliases: []string{"c"}, Usage: "without an agent: plan with the configuration in `FILE`", EnvVars: []string{"TSOAGENT_CONFIG"}},
+		&cli.StringFlag{Name: "output", Aliases: []string{"o"}, Value: "table", Usage: "print a table, json or yaml: `FORMAT`", EnvVars: vars("TSOCTL_OUTPUT")},
+		&cli.StringFlag{Name: "run-dir", Value: agent.DefaultRunDir, Usage: "the agent's run directory is `DIR`", EnvVars: vars("TSOAGENT_RUN_DIR")},
+		&cli.StringFlag{Name: "config", Aliases: []string{"c"}, Usage: "without an agent: plan with the configuration in `FILE`", EnvVars: vars("TSOAGENT_CONFIG")},
 	}
 }
 
-// option is the value of a common flag: where it was given, else its default.
-func option(c *cli.Context, name string) string {
+// given is the value of a common flag that was given, before or after the command, or by the
+// environment. An empty one is none.
+func given(c *cli.Context, name string) (string, bool) {
 	for _, ctx := range c.Lineage() {
-		if ctx.Command != nil && slices.Contains(ctx.LocalFlagNames(), name) {
-			return ctx.String(name)
+		if ctx.Command != nil && slices.Contains(ctx.LocalFlagNames(), name) && ctx.String(name) != "" {
+			return ctx.String(name), true
 		}
 	}
-	return c.String(name)
+	return "", false
+}
+
+// option is the value of a common flag: what was given, else its default.
+func option(c *cli.Context, name string) string {
+	if v, ok := given(c, name); ok {
+		return v
+	}
+	for _, f := range common(false) {
+		if f, ok := f.(*cli.StringFlag); ok && f.Name == name {
+			return f.Value
+		}
+	}
+	return ""
 }
 
 // flagsFirst moves flags ahead of other arguments within a command, as the flag parser stops
@@ -123,26 +145,26 @@ func newApp() *cli.App {
 		OnUsageError:         usage,
 		Description: "Exit codes: 0 done, 1 failed, 2 wrong usage, 3 degraded (something is contested,\n" +
 			"refused or stale), 4 no agent is running.",
-		Flags: common(),
+		Flags: common(true),
 		Commands: []*cli.Command{
-			{Name: "status", Usage: "one screen: what is covered, held and locked", OnUsageError: usage, Action: status},
+			{Name: "status", Usage: "what is covered, held off and locked; exit 3 if a person should look", OnUsageError: usage, Action: status},
 			{Name: "plan", Usage: "every coverage with its verdict; without an agent, read from the kernel", OnUsageError: usage, Action: showPlan},
 			{
 				Name: "explain", Usage: "what happens to packets for an address, and why; works without an agent", ArgsUsage: "DST",
 				OnUsageError: usage, Action: explain,
 				Flags: []cli.Flag{
-					&cli.StringFlag{Name: "from", Usage: "source `ADDRESS`"},
-					&cli.UintFlag{Name: "proto", Usage: "IP protocol `NUMBER`"},
-					&cli.UintFlag{Name: "port", Usage: "destination `PORT`"},
-					&cli.StringFlag{Name: "mark", Usage: "fwmark `MARK`, decimal or 0x…"},
+					&cli.StringFlag{Name: "from", Usage: "the packets' source `ADDRESS`; else the one that the kernel picks"},
+					&cli.UintFlag{Name: "proto", Usage: "IP protocol `NUMBER`, 6 for TCP"},
+					&cli.UintFlag{Name: "port", Usage: "the packets' destination `PORT`"},
+					&cli.StringFlag{Name: "mark", Usage: "the packets' fwmark `MARK`, decimal or 0x…"},
 				},
 			},
 			{
 				Name: "restore", Usage: "undo what an agent that is gone has left", OnUsageError: usage, Action: restore,
 				Flags: []cli.Flag{
-					&cli.BoolFlag{Name: "stale", Usage: "only what can go stale: our rules and clones; holds and in-place locks stay"},
-					&cli.UintFlag{Name: "table", Usage: "the first routing table of ours is `NUMBER` (5450)"},
-					&cli.UintFlag{Name: "protocol", Usage: "our route protocol is `NUMBER` (84)"},
+					&cli.BoolFlag{Name: "stale", Usage: "only what can go stale: the agent's rules and clones; holds and in-place locks stay"},
+					&cli.UintFlag{Name: "table", Usage: "the agent's first routing table is `NUMBER`, if not 5450"},
+					&cli.UintFlag{Name: "protocol", Usage: "the agent's route protocol is `NUMBER`, if not 84"},
 				},
 			},
 		},
@@ -154,7 +176,8 @@ func newApp() *cli.App {
 		},
 	}
 	for _, cmd := range app.Commands {
-		cmd.Flags = append(cmd.Flags, common()...)
+		cmd.Flags = append(cmd.Flags, common(false)...)
+		cmd.Before = knownOutput // not after the work is done
 	}
 	return app
 }
@@ -172,10 +195,10 @@ func version() string {
 }
 
 // show prints v as the format asks, with table for people.
-func show(c *cli.Context, v any, table func(io.Writer)) error {
+func show(c *cli.Context, v any, table func(page)) error {
 	switch f := option(c, "output"); f {
 	case "table":
-		table(c.App.Writer)
+		table(pageOf(c.App.Writer))
 		return nil
 	case "json":
 		enc := json.NewEncoder(c.App.Writer)
@@ -184,8 +207,16 @@ func show(c *cli.Context, v any, table func(io.Writer)) error {
 	case "yaml":
 		return showYAML(c.App.Writer, v)
 	default:
+		return knownOutput(c)
+	}
+}
+
+func knownOutput(c *cli.Context) error {
+	f := option(c, "output")
+	if !slices.Contains([]string{"table", "json", "yaml"}, f) {
 		return cli.Exit(fmt.Sprintf("--output: %q is not one of table, json, yaml", f), exitUsage)
 	}
+	return nil
 }
 
 // showYAML prints what JSON would, so that both have the same names and order.
@@ -222,14 +253,18 @@ func status(c *cli.Context) error {
 	if err := noArgs(c); err != nil {
 		return err
 	}
-	r, err := agent.NewClient(option(c, "run-dir")).Report(c.Context)
+	cfg, err := configOf(c)
+	if err != nil {
+		return err
+	}
+	r, err := agent.NewClient(cfg.RunDir).Report(c.Context)
 	if errors.Is(err, agent.ErrNoAgent) {
 		return cli.Exit(fmt.Sprintf("%v; `tsoctl plan` shows what one would do, `tsoagent run` starts one", err), exitNoAgent)
 	}
 	if err != nil {
 		return err
 	}
-	if err := show(c, r, func(w io.Writer) { statusTable(w, r) }); err != nil {
+	if err := show(c, r, func(p page) { statusTable(p, r) }); err != nil {
 		return err
 	}
 	if degraded(r) {
@@ -251,20 +286,25 @@ func degraded(r *agent.Report) bool {
 	return false
 }
 
-// quiet is the log of a command without an agent: only what a person must know.
-func quiet() *slog.Logger {
-	return slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelError}))
+// logAbove is the log of a command without an agent.
+func logAbove(least slog.Level) *slog.Logger {
+	return slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: least}))
 }
 
+// configOf is what the agent is, or would be, configured with: the file, then the flags.
 func configOf(c *cli.Context) (agent.Config, error) {
 	var cfg agent.Config
 	if file := option(c, "config"); file != "" {
 		var err error
-		if cfg, err = agent.LoadConfig(file); err != nil {
+		if cfg, err = agent.LoadConfig(file); errors.Is(err, fs.ErrNotExist) {
+			return cfg, cli.Exit(fmt.Sprintf("there is no configuration file %s", file), exitUsage)
+		} else if err != nil {
 			return cfg, cli.Exit(err.Error(), exitUsage)
 		}
 	}
-	cfg.RunDir = option(c, "run-dir")
+	if _, ok := given(c, "run-dir"); ok || cfg.RunDir == "" {
+		cfg.RunDir = option(c, "run-dir")
+	}
 	return cfg, nil
 }
 
@@ -272,17 +312,18 @@ func showPlan(c *cli.Context) error {
 	if err := noArgs(c); err != nil {
 		return err
 	}
-	r, err := agent.NewClient(option(c, "run-dir")).Report(c.Context)
+	cfg, err := configOf(c)
+	if err != nil {
+		return err
+	}
+	r, err := agent.NewClient(cfg.RunDir).Report(c.Context)
 	if errors.Is(err, agent.ErrNoAgent) {
-		var cfg agent.Config
-		if cfg, err = configOf(c); err == nil {
-			r, err = agent.Look(c.Context, cfg, quiet(), version(), nil)
-		}
+		r, err = agent.Look(c.Context, cfg, logAbove(slog.LevelError), version(), nil)
 	}
 	if err != nil {
 		return err
 	}
-	return show(c, r, func(w io.Writer) { planTable(w, r) })
+	return show(c, r, func(p page) { planTable(p, r) })
 }
 
 func explain(c *cli.Context) error {
@@ -290,26 +331,27 @@ func explain(c *cli.Context) error {
 	if err != nil {
 		return cli.Exit(err.Error(), exitUsage)
 	}
-	e, err := agent.NewClient(option(c, "run-dir")).Explain(c.Context, q)
+	cfg, err := configOf(c)
+	if err != nil {
+		return err
+	}
+	e, err := agent.NewClient(cfg.RunDir).Explain(c.Context, q)
 	if errors.Is(err, agent.ErrNoAgent) {
-		var cfg agent.Config
-		if cfg, err = configOf(c); err == nil {
-			_, err = agent.Look(c.Context, cfg, quiet(), version(), func(ask func(agent.Question) (*agent.Explanation, error)) error {
-				e, err = ask(q)
-				return err
-			})
-		}
+		_, err = agent.Look(c.Context, cfg, logAbove(slog.LevelError), version(), func(ask func(agent.Question) (*agent.Explanation, error)) error {
+			e, err = ask(q)
+			return err
+		})
 	}
 	if err != nil {
 		return err
 	}
-	return show(c, e, func(w io.Writer) { explainTable(w, e) })
+	return show(c, e, func(p page) { explainTable(p, e) })
 }
 
 func question(c *cli.Context) (agent.Question, error) {
 	var q agent.Question
 	if c.Args().Len() != 1 {
-		return q, errors.New("give one destination address, after the flags: tsoctl explain [--from ADDRESS] DST")
+		return q, errors.New("give one destination address: tsoctl explain DST [--from ADDRESS]")
 	}
 	parse := func(name, s string) (netip.Addr, error) {
 		a, err := netip.ParseAddr(s)
@@ -360,16 +402,16 @@ func restore(c *cli.Context) error {
 	}
 	cfg.SetNumbers(c.Uint("table"), c.Uint("protocol"))
 	if wrong := cfg.Validate(); len(wrong) > 0 {
-		return cli.Exit(wrong[0].Key+": "+wrong[0].Text, exitUsage)
+		return cli.Exit(fmt.Sprintf("--%s: %s", strings.ReplaceAll(wrong[0].Key, "_", "-"), wrong[0].Text), exitUsage)
 	}
-	r, err := agent.Restore(c.Context, cfg, quiet(), version(), c.Bool("stale"))
+	r, err := agent.Restore(c.Context, cfg, logAbove(slog.LevelWarn), version(), c.Bool("stale"))
 	if errors.Is(err, agent.ErrRunning) {
 		return fmt.Errorf("an agent is running: stop it first, it restores by itself (%w)", err)
 	}
 	if err != nil {
 		return err
 	}
-	if err := show(c, r, func(w io.Writer) { restoreTable(w, r) }); err != nil {
+	if err := show(c, r, func(p page) { restoreTable(p, r, c.Bool("stale")) }); err != nil {
 		return err
 	}
 	if r.Failed > 0 {

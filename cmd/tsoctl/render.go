@@ -3,93 +3,140 @@ package main
 import (
 	"fmt"
 	"io"
+	"os"
+	"slices"
 	"strings"
 	"text/tabwriter"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"tsoagent/agent"
 )
 
-// Tables are plain text that fits 80 columns wherever the values allow it.
+// Tables are plain text that fits 80 columns wherever the values allow it. On a terminal,
+// sentences are wrapped to its width; elsewhere each stays on one line, so that it can be
+// searched for.
+
+// page is where tables are printed.
+type page struct {
+	io.Writer
+	width int // in columns, 0 for no wrapping
+}
+
+// pageOf is the page for a command's output.
+func pageOf(w io.Writer) page {
+	const most = 100 // wider lines are hard to read
+	if f, ok := w.(*os.File); ok {
+		if size, err := unix.IoctlGetWinsize(int(f.Fd()), unix.TIOCGWINSZ); err == nil {
+			return page{w, min(int(size.Col), most)}
+		}
+	}
+	return page{w, 0}
+}
+
+// text prints a line after an indent. Where it is wrapped, the rest is indented by two more.
+func (p page) text(indent int, format string, args ...any) {
+	line := strings.Repeat(" ", indent)
+	fresh := true
+	for word := range strings.SplitSeq(fmt.Sprintf(format, args...), " ") {
+		switch {
+		case fresh:
+		case p.width > 0 && len(line)+1+len(word) > p.width:
+			fmt.Fprintln(p, line)
+			line = strings.Repeat(" ", indent+2)
+		default:
+			line += " "
+		}
+		line += word
+		fresh = false
+	}
+	fmt.Fprintln(p, line)
+}
 
 func columns(w io.Writer) *tabwriter.Writer { return tabwriter.NewWriter(w, 0, 8, 2, ' ', 0) }
 
-func statusTable(w io.Writer, r *agent.Report) {
-	head := fmt.Sprintf("mode %s, since %s", r.Mode, r.Since.Format(time.DateTime))
-	if r.Live {
-		head += fmt.Sprintf(", pid %d", r.PID)
-	} else {
-		head = "no agent runs; this is what one would want"
-	}
-	fmt.Fprintln(w, head)
-	fmt.Fprintf(w, "%s, %s, %s, %s\n", count(r.Links, "link"), count(r.Routes, "route"),
-		count(r.Policies, "policy"), count(r.SAs, "SA"))
+const nothingCovered = "nothing is covered: no output policy asks for ESP or AH. There is nothing to do."
+
+func statusTable(p page, r *agent.Report) {
+	p.text(0, "mode %s, since %s, pid %d", r.Mode, r.Since.Format(time.DateTime), r.PID)
+	p.text(0, "%s, %s, %s, %s", count(r.Links, "link", "links"), count(r.Routes, "route", "routes"),
+		count(r.Policies, "policy", "policies"), count(r.SAs, "SA", "SAs"))
 	if len(r.Coverages) == 0 {
-		fmt.Fprintln(w, "nothing is covered: no output policy asks for ESP or AH. There is nothing to do.")
+		p.text(0, nothingCovered)
 	} else {
-		fmt.Fprintf(w, "%s, see `tsoctl plan`\n", count(len(r.Coverages), "coverage"))
+		p.text(0, "%s, see `tsoctl plan`", count(len(r.Coverages), "coverage", "coverages"))
 	}
-	holdTable(w, r)
-	lockTable(w, r)
+	holdTable(p, r)
+	lockTable(p, r)
+	findings(p, r)
+}
+
+// findings are what a person should look at.
+func findings(p page, r *agent.Report) {
 	for _, s := range r.Stale {
-		fmt.Fprintf(w, "! %s lost events and is being read again: nothing is given back meanwhile\n", s)
+		p.text(0, "! %s lost events and is being read again: nothing is given back meanwhile", s)
 	}
 	for _, f := range r.Findings {
-		fmt.Fprintln(w, "!", f)
+		p.text(0, "! %s", f)
 	}
 }
 
-func count(n int, what string) string {
-	if n != 1 {
-		what = strings.TrimSuffix(what+"s", "ys")
-		if strings.HasSuffix(what, "polic") {
-			what += "ies"
-		}
+func count[N int | uint64](n N, one, many string) string {
+	if n == 1 {
+		return "1 " + one
 	}
-	return fmt.Sprintf("%d %s", n, what)
+	return fmt.Sprintf("%d %s", n, many)
 }
 
-func holdTable(w io.Writer, r *agent.Report) {
+func holdTable(p page, r *agent.Report) {
 	if len(r.Holds) == 0 {
 		return
 	}
-	fmt.Fprintln(w)
-	t := columns(w)
+	fmt.Fprintln(p)
+	t := columns(p)
 	fmt.Fprintln(t, "DEVICE\tFEATURE HELD OFF\tSTATE\tBECAUSE")
 	for _, h := range r.Holds {
-		fmt.Fprintf(t, "%s\t%s\t%s\t%s\n", h.Device, h.Feature, h.State, short(h.Because))
+		row(t, h.Device, h.Feature, h.State, short(h.Because))
 	}
 	t.Flush()
 	for _, h := range r.Holds {
 		if h.State == agent.StateContested || h.State == agent.StateRefused {
-			fmt.Fprintf(w, "! %s %s: %s\n", h.Device, h.Feature, h.Why)
+			p.text(0, "! %s %s: %s", h.Device, h.Feature, h.Why)
 		}
 	}
 }
 
-func lockTable(w io.Writer, r *agent.Report) {
-	if len(r.Locks)+len(r.Clones) == 0 {
-		return
-	}
-	fmt.Fprintln(w)
-	t := columns(w)
-	fmt.Fprintln(t, "ROUTE\tMTU\tDEVICE\tSTATE")
-	for _, l := range r.Locks {
-		fmt.Fprintf(t, "%s\t%s\t%s\t%s\n", l.Route, mtuText(l.MTU, l.Locked), strings.Join(l.Devices, ","), l.State)
-	}
-	for _, c := range r.Clones {
-		if c.Throw {
-			fmt.Fprintf(t, "%s\t-\t-\ttable %d, throw\n", c.Dst, c.Table)
-			continue
+// row prints cells without blanks at the end.
+func row(t io.Writer, cells ...string) {
+	fmt.Fprintln(t, strings.TrimRight(strings.Join(cells, "\t"), "\t"))
+}
+
+func lockTable(p page, r *agent.Report) {
+	if len(r.Locks)+len(r.Clones) > 0 {
+		fmt.Fprintln(p)
+		t := columns(p)
+		fmt.Fprintln(t, "ROUTE\tMTU\tDEVICE\tSTATE")
+		for _, l := range r.Locks {
+			row(t, l.Route, mtuText(l.MTU, l.Locked), strings.Join(l.Devices, ","), l.State)
 		}
-		fmt.Fprintf(t, "%s\tlock %d\t%s\ttable %d\n", c.Dst, c.MTU, strings.Join(c.Devices, ","), c.Table)
+		for _, c := range r.Clones {
+			if c.Throw {
+				row(t, c.Dst, "-", "-", fmt.Sprintf("table %d, throw", c.Table))
+				continue
+			}
+			row(t, c.Dst, mtuText(c.MTU, true), strings.Join(c.Devices, ","), fmt.Sprintf("table %d", c.Table))
+		}
+		t.Flush()
 	}
-	t.Flush()
 	if len(r.Rules) > 0 {
-		fmt.Fprintln(w)
+		fmt.Fprintln(p)
+		t := columns(p)
+		fmt.Fprintln(t, "PRIORITY\tFAMILY\tRULE")
 		for _, rule := range r.Rules {
-			fmt.Fprintf(w, "rule %d: %s (%s)\n", rule.Priority, rule.Text, rule.Family)
+			row(t, fmt.Sprint(rule.Priority), rule.Family, rule.Text)
 		}
+		t.Flush()
 	}
 }
 
@@ -108,38 +155,59 @@ func short(list []string) string {
 	return strings.Join(list, ", ")
 }
 
-func planTable(w io.Writer, r *agent.Report) {
-	if !r.Live {
-		fmt.Fprintln(w, "no agent runs; read from the kernel")
+func planTable(p page, r *agent.Report) {
+	switch {
+	case !r.Live:
+		p.text(0, "no agent runs; read from the kernel")
+	case r.Mode == agent.Observe:
+		p.text(0, "the agent observes: nothing of this is written")
 	}
 	if len(r.Coverages) == 0 {
-		fmt.Fprintln(w, "nothing is covered: no output policy asks for ESP or AH. There is nothing to do.")
-		return
+		p.text(0, nothingCovered)
 	}
 	for _, c := range r.Coverages {
-		fmt.Fprintln(w, coverageLine(c))
+		p.text(0, "%s", coverageLine(c))
 		mtu := "not known yet"
 		if c.MTU > 0 {
 			mtu = fmt.Sprint(c.MTU)
 		}
-		fmt.Fprintf(w, "  inner mtu %s, segments are cut at the %s\n", mtu, cutText(c.Cut))
-		for _, x := range []struct {
-			name string
-			list []string
-		}{{"carriers", c.Carriers}, {"held off", c.Held}, {"locked", c.Locked}} {
-			if len(x.list) > 0 {
-				fmt.Fprintf(w, "  %s: %s\n", x.name, strings.Join(x.list, "; "))
-			}
+		p.text(2, "inner mtu %s, segments are cut at the %s", mtu, cutText(c.Cut))
+		if len(c.Carriers) > 0 {
+			p.text(2, "carriers: %s", strings.Join(c.Carriers, ", "))
 		}
+		coverageActs(p, c)
 		for _, n := range c.Notes {
-			fmt.Fprintf(w, "  - %s\n", n)
+			p.text(2, "- %s", n)
 		}
 	}
-	holdTable(w, r)
-	lockTable(w, r)
-	for _, f := range r.Findings {
-		fmt.Fprintln(w, "!", f)
+	holdTable(p, r)
+	lockTable(p, r)
+	findings(p, r)
+}
+
+// coverageActs are what was done for a coverage.
+func coverageActs(p page, c agent.CoverageReport) {
+	for _, h := range byDevice(c.Held) {
+		p.text(2, "held off: %s", h)
 	}
+	for _, l := range c.Locked {
+		p.text(2, "locked: %s", l)
+	}
+}
+
+// byDevice joins what is held on one device: "dev a", "dev b" become "dev a, b".
+func byDevice(held []string) []string {
+	var out []string
+	var last string
+	for _, h := range held {
+		device, feature, _ := strings.Cut(h, " ")
+		if len(out) > 0 && device == last {
+			out[len(out)-1] += ", " + feature
+			continue
+		}
+		out, last = append(out, h), device
+	}
+	return out
 }
 
 func coverageLine(c agent.CoverageReport) string {
@@ -172,69 +240,103 @@ func cutText(cut string) string {
 	return "socket, or inside the kernel's ESP"
 }
 
-func explainTable(w io.Writer, e *agent.Explanation) {
+func explainTable(p page, e *agent.Explanation) {
 	line := "packets to " + e.Dst
 	if e.From != "" {
 		line += " from " + e.From
 	}
-	fmt.Fprintln(w, line)
+	p.text(0, "%s", line)
 	via := e.Device
 	if e.Gateway != "" {
 		via += " via " + e.Gateway
 	}
-	fmt.Fprintf(w, "  route: %s, table %d, device mtu %d", via, e.Table, e.DeviceMTU)
+	route := fmt.Sprintf("%s, table %s, device mtu %d", via, tableText(e.Table), e.DeviceMTU)
 	if e.RouteMTU != 0 {
-		fmt.Fprintf(w, ", route mtu %s", mtuText(e.RouteMTU, e.RouteMTULocked))
+		route += ", route mtu " + mtuText(e.RouteMTU, e.RouteMTULocked)
 	}
-	fmt.Fprintln(w)
+	p.text(2, "route: %s", route)
 	switch e.Action {
 	case "none":
-		fmt.Fprintln(w, "  policy: none matches, they leave in the clear")
+		p.text(2, "policy: none matches, they leave in the clear")
 	case "bypass":
-		fmt.Fprintf(w, "  policy: %d bypasses IPsec (%s)\n", e.Policy, e.Selector)
+		p.text(2, "policy: %d bypasses IPsec (%s)", e.Policy, e.Selector)
 	case "block":
-		fmt.Fprintf(w, "  policy: %d blocks them (%s)\n", e.Policy, e.Selector)
+		p.text(2, "policy: %d blocks them (%s)", e.Policy, e.Selector)
 	default:
-		fmt.Fprintf(w, "  policy: %d (%s)\n", e.Policy, e.Selector)
+		p.text(2, "policy: %d (%s)", e.Policy, e.Selector)
 	}
 	for _, l := range e.Losers {
-		fmt.Fprintf(w, "  also matches, but comes later: %s\n", l)
+		p.text(2, "also matches, but comes later: %s", l)
 	}
 	for i := len(e.Costs) - 1; i >= 0; i-- {
-		s := e.Costs[i]
-		fmt.Fprintf(w, "  %s to %s, of %d bytes:\n", s.Template, s.SA, s.MTU)
-		t := tabwriter.NewWriter(w, 0, 8, 2, ' ', tabwriter.AlignRight)
-		for _, it := range s.Items {
-			fmt.Fprintf(t, "    %s\t%d\t\n", it.Name, it.Bytes)
-		}
-		fmt.Fprintf(t, "    leaves\t%d\t\n", s.Inner)
-		t.Flush()
+		costTable(p, e.Costs[i])
 	}
-	if e.MTU > 0 {
-		fmt.Fprintf(w, "  inner mtu %d, TCP MSS %d without options\n", e.MTU, e.MSS)
+	switch c := e.Coverage; {
+	case e.MTU > 0:
+		p.text(2, "inner mtu %d, TCP MSS %d without options", e.MTU, e.MSS)
+	case c != nil && c.MTU > 0:
+		p.text(2, "inner mtu %d", c.MTU)
 	}
 	if c := e.Coverage; c != nil {
-		fmt.Fprintf(w, "  segments are cut at the %s\n", cutText(c.Cut))
-		for _, l := range c.Locked {
-			fmt.Fprintf(w, "  locked: %s\n", l)
-		}
-		for _, h := range c.Held {
-			fmt.Fprintf(w, "  held off: %s\n", h)
-		}
+		p.text(2, "segments are cut at the %s", cutText(c.Cut))
+		coverageActs(p, *c)
 	}
 	for _, n := range e.Notes {
-		fmt.Fprintf(w, "  - %s\n", n)
+		p.text(2, "- %s", n)
 	}
 }
 
-func restoreTable(w io.Writer, r *agent.Restored) {
-	if r.Actions == 0 {
-		fmt.Fprintln(w, "nothing of tsoagent's was in place")
-	} else {
-		fmt.Fprintf(w, "given back: %s, %s; taken away: %s, %s\n", count(r.Holds, "feature"),
-			count(r.Locks, "route mtu"), count(r.Rules, "rule"), count(r.Clones, "clone"))
+// costTable is a subtraction: what one transformation is given, takes and leaves, in bytes.
+func costTable(p page, s agent.StepCost) {
+	p.text(2, "%s to %s:", s.Template, s.SA)
+	wide := len("leaves")
+	for _, it := range s.Items {
+		wide = max(wide, len(it.Name))
+	}
+	line := func(name string, bytes int) { fmt.Fprintf(p, "    %-*s  %5d\n", wide, name, bytes) }
+	line("of", s.MTU)
+	for _, it := range s.Items {
+		line(it.Name, -it.Bytes)
+	}
+	line("leaves", s.Inner)
+}
+
+// tableText is a routing table as `ip` names it.
+func tableText(id uint32) string {
+	switch id {
+	case 253:
+		return "default"
+	case 254:
+		return "main"
+	case 255:
+		return "local"
+	}
+	return fmt.Sprint(id)
+}
+
+func restoreTable(p page, r *agent.Restored, stale bool) {
+	back := some(count(r.Holds, "feature", "features"), count(r.Locks, "route mtu", "route mtus"))
+	away := some(count(r.Rules, "rule", "rules"), count(r.Clones, "clone", "clones"))
+	switch {
+	case r.Actions > 0 && back != "" && away != "":
+		p.text(0, "given back: %s; taken away: %s", back, away)
+	case r.Actions > 0 && back != "":
+		p.text(0, "given back: %s", back)
+	case r.Actions > 0 && away != "":
+		p.text(0, "taken away: %s", away)
+	case r.Actions > 0:
+		p.text(0, "%s undone", count(r.Actions, "change", "changes"))
+	case stale:
+		p.text(0, "no rule or clone of tsoagent's was in place")
+	default:
+		p.text(0, "nothing of tsoagent's was in place")
 	}
 	for _, f := range r.Findings {
-		fmt.Fprintln(w, "!", f)
+		p.text(0, "! %s", f)
 	}
+}
+
+// some joins what there is any of.
+func some(counts ...string) string {
+	return strings.Join(slices.DeleteFunc(counts, func(s string) bool { return strings.HasPrefix(s, "0 ") }), ", ")
 }

@@ -43,6 +43,8 @@ func BuildCommands(ctx context.Context, tree, dir string) error {
 	return errors.Join(
 		buildCommand(ctx, tree, "cmd/tsoagent", dir),
 		buildCommand(ctx, tree, "cmd/tsoctl", dir),
+		// The same agent with places where it kills itself (agent/failpoint_on.go).
+		goTool(ctx, tree, "build", "-buildvcs=false", "-tags", "failpoint", "-o", filepath.Join(dir, "tsoagent-failpoint"), "./cmd/tsoagent"),
 	)
 }
 

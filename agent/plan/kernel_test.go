@@ -1,0 +1,338 @@
+package plan
+
+import (
+	"cmp"
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"tsoagent/routes"
+	"tsoagent/xfrmwatch"
+)
+
+// The simulated kernel: slow and obvious, one packet at a time.
+
+// packet is one lookup. An invalid src is a lookup without a source address (an MSS clamp, an
+// unbound socket). iif is "lo" for what the host itself sends.
+type packet struct {
+	family       routes.Family
+	src, dst     netip.Addr
+	proto        uint8
+	sport, dport uint16
+	mark         uint32
+	uid          uint32
+	tos          uint8
+	iif, oif     string
+}
+
+func (p packet) String() string {
+	return fmt.Sprintf("%s > %s proto %d %d>%d mark %d uid %d tos %d iif %s oif %q",
+		p.src, p.dst, p.proto, p.sport, p.dport, p.mark, p.uid, p.tos, p.iif, p.oif)
+}
+
+// outcome is what the FIB answers: the rule that decided, and its route. No route with a rule
+// is a rule like `blackhole`; no rule at all is "network unreachable".
+type outcome struct {
+	rule  *routes.Rule
+	route routes.Route
+}
+
+// sameWay reports whether a packet goes where it went.
+func (o outcome) sameWay(n outcome) bool {
+	if (o.route.Body == nil) != (n.route.Body == nil) {
+		return false
+	}
+	if o.route.Body == nil {
+		return (o.rule == nil) == (n.rule == nil) && (o.rule == nil || *o.rule == *n.rule)
+	}
+	a, b := o.route.Body, n.route.Body
+	return a.Type == b.Type && a.PrefSrc == b.PrefSrc && routes.SameNexthops(a, b)
+}
+
+func (o outcome) String() string {
+	switch {
+	case o.rule == nil:
+		return "no rule decides"
+	case o.route.Body == nil:
+		return fmt.Sprintf("rule %d: action %d", o.rule.Priority, o.rule.Action)
+	}
+	return fmt.Sprintf("rule %d: %s type %d %s by %v", o.rule.Priority, o.route.Key(), o.route.Body.Type, routes.MTUMetricOf(o.route.Body), o.route.Body.Nexthops)
+}
+
+// lookup walks the rules (fib_rules_lookup, net/core/fib_rules.c).
+func (w *world) lookup(p packet) outcome {
+	vrf := w.vrfOf(p)
+	if l := w.links[p.oif]; l != nil && l.VRFTable != 0 {
+		p.oif = "" // l3mdev_update_flow: a VRF directs the lookup, it is no way out
+	}
+	rules := w.fib.Rules(p.family)
+	for i := 0; i < len(rules); i++ {
+		r := rules[i]
+		if r.L3mdev && vrf == 0 || w.selects(r, p) == r.Invert {
+			continue
+		}
+		switch r.Action {
+		case routes.RuleNop:
+			continue
+		case routes.RuleGoto: // to the first rule with just that priority, nowhere without one
+			if to := slices.IndexFunc(rules, func(o *routes.Rule) bool { return o.Priority == r.Goto }); to > i {
+				i = to - 1
+			}
+			continue
+		case routes.RuleToTable:
+		default:
+			return outcome{rule: r}
+		}
+		table := r.Table
+		if r.L3mdev {
+			table = vrf
+		}
+		if got, ok := w.search(p, table); ok && int32(got.Dst.Bits()) > r.SuppressPrefixLen {
+			return outcome{r, got}
+		}
+	}
+	return outcome{}
+}
+
+// vrfOf is the table of the VRF that the packet is in, 0 for none.
+func (w *world) vrfOf(p packet) routes.TableID {
+	for _, name := range []string{p.oif, p.iif} {
+		l := w.links[name]
+		if l == nil {
+			continue
+		}
+		if l.VRFTable != 0 {
+			return l.VRFTable
+		}
+		if m := w.fib.Link(l.Master); m != nil && m.VRFTable != 0 {
+			return m.VRFTable
+		}
+		if name == p.oif {
+			return 0
+		}
+	}
+	return 0
+}
+
+// selects is fib_rule_match with fib4_rule_match or fib6_rule_match.
+func (w *world) selects(r *routes.Rule, p packet) bool {
+	in := func(x routes.PortRange, port uint16) bool { return x.Any() || x.Lo <= port && port <= x.Hi }
+	src := p.src
+	if !src.IsValid() && p.family == routes.IPv4 {
+		src = netip.IPv4Unspecified() // IPv6 matches no `from` without a source
+	}
+	switch {
+	case r.Src.IsValid() && r.Src.Bits() > 0 && !(src.IsValid() && r.Src.Contains(src)),
+		r.Dst.IsValid() && !r.Dst.Contains(p.dst),
+		(r.Mark^p.mark)&r.Mask != 0,
+		r.IPProto != 0 && r.IPProto != p.proto,
+		!in(r.Sport, p.sport), !in(r.Dport, p.dport),
+		r.Iif != "" && r.Iif != p.iif,
+		r.Oif != "" && r.Oif != p.oif,
+		r.TOS != 0 && r.TOS != p.tos,
+		r.HasUID && (p.uid < r.UIDLo || p.uid > r.UIDHi):
+		return false
+	}
+	return true
+}
+
+// search looks a table up: the longest prefix that has a route that serves, and of its routes
+// the first in the kernel's order. A throw is no answer (fib_table_lookup, fib6_node_lookup).
+func (w *world) search(p packet, table routes.TableID) (routes.Route, bool) {
+	var all []routes.Route
+	for r := range w.fib.Table(p.family, table) {
+		if r.Dst.Contains(p.dst) {
+			all = append(all, r)
+		}
+	}
+	slices.SortStableFunc(all, func(a, b routes.Route) int {
+		return cmp.Or(b.Dst.Bits()-a.Dst.Bits(), srcBits(b)-srcBits(a))
+	})
+	for _, r := range all {
+		b := r.Body
+		if b.TOS != 0 && b.TOS != p.tos || b.Src.IsValid() && !(p.src.IsValid() && b.Src.Contains(p.src)) {
+			continue
+		}
+		if b.Type != routes.Unicast && b.Type != routes.Local && b.Type != routes.Multicast {
+			return r, b.Type != routes.Throw
+		}
+		for _, n := range b.Nexthops {
+			if n.Flags&routes.NexthopDead == 0 && (p.oif == "" || w.links[p.oif] != nil && w.links[p.oif].Index == n.Oif) {
+				return r, true
+			}
+		}
+	}
+	return routes.Route{}, false
+}
+
+func srcBits(r routes.Route) int {
+	if r.Body.Src.IsValid() {
+		return r.Body.Src.Bits()
+	}
+	return 0
+}
+
+// fate is what XFRM does with a packet that leaves by one nexthop.
+type fate struct {
+	kind fateKind
+	cov  xfrmwatch.Coverage // of a covered one
+}
+
+type fateKind int
+
+const (
+	clear   fateKind = iota // no policy with ESP or AH
+	covered                 // ESP or AH, or waiting for an SA
+	dropped                 // never leaves
+	unknown                 // a device that is not understood: it must be left alone
+)
+
+// fates are those of all nexthops that a packet can take.
+func (w *world) fates(p packet, r routes.Route) []fate {
+	if r.Body == nil || r.Body.Type != routes.Unicast {
+		return []fate{{kind: dropped}}
+	}
+	var out []fate
+	for _, n := range r.Body.Nexthops {
+		l := w.fib.Link(n.Oif)
+		switch {
+		case l == nil, n.Encap, l.External, l.Kind == "vti", l.Kind == "vti6":
+			out = append(out, fate{kind: unknown})
+		default:
+			out = append(out, w.fate(p, l))
+		}
+	}
+	return out
+}
+
+// fate follows xfrm_lookup at the route, and for what that leaves alone the one of the xfrm
+// interface (xfrmi_xmit2), which drops what no policy with templates takes.
+func (w *world) fate(p packet, l *routes.Link) fate {
+	f := xfrmwatch.Flow{
+		Src: p.src, Dst: p.dst, Proto: xfrmwatch.Proto(p.proto), Sport: p.sport, Dport: p.dport,
+		Mark: p.mark, Oif: int32(l.Index),
+	}
+	if !f.Src.IsValid() {
+		f.Src = p.family.Any().Addr()
+	}
+	got := w.policyFor(f)
+	if got.kind != clear || l.Kind != "xfrm" {
+		return got
+	}
+	f.IfID = l.IfID
+	got = w.policyFor(f)
+	if got.kind == clear || got.kind == covered && got.cov.Maybe && len(got.cov.Steps) == 0 {
+		return fate{kind: dropped}
+	}
+	return got
+}
+
+func (w *world) policyFor(f xfrmwatch.Flow) fate {
+	if winner, _ := w.db.Lookup(f, xfrmwatch.Out); winner != nil {
+		if winner.Action == xfrmwatch.Block {
+			return fate{kind: dropped}
+		}
+		for _, c := range w.coverages(winner) {
+			if c.Selector.Match(f) {
+				return fate{covered, c}
+			}
+		}
+		return fate{kind: clear}
+	}
+	for _, c := range w.gone { // what lingers is to be treated as if it were still there
+		if c.Policy.IfID == f.IfID && c.Policy.Match(f) && c.Selector.Match(f) {
+			return fate{covered, c}
+		}
+	}
+	if f.IfID == 0 && w.db.Default().Out == xfrmwatch.Block {
+		return fate{kind: dropped}
+	}
+	return fate{kind: clear}
+}
+
+// coverages are those of a policy, with the peers of a split whose MTU is remembered.
+func (w *world) coverages(p *xfrmwatch.Policy) []xfrmwatch.Coverage {
+	covs := w.db.Coverage(p)
+	if len(covs) == 0 {
+		return nil
+	}
+	rest := covs[len(covs)-1]
+	split := !p.Selector.Dst.IsSingleIP()
+	for id := range w.last {
+		if split && id.Policy == p.Index && id.Peer.IsValid() && p.Selector.Dst.Contains(id.Peer) &&
+			!slices.ContainsFunc(covs, func(c xfrmwatch.Coverage) bool { return c.ID == id }) {
+			c := rest
+			c.ID, c.Larval, c.Steps = id, true, nil
+			c.Selector.Dst = netip.PrefixFrom(id.Peer, id.Peer.BitLen())
+			covs = append([]xfrmwatch.Coverage{c}, covs...)
+		}
+	}
+	return covs
+}
+
+// pathMTU is the smallest of the devices' MTU and the metric of a route that we never touched.
+func (w *world) pathMTU(r routes.Route) int {
+	mtu := 0
+	for _, n := range r.Body.Nexthops {
+		if l := w.fib.Link(n.Oif); mtu == 0 || l.MTU < mtu {
+			mtu = l.MTU
+		}
+	}
+	if own := int(r.Body.Metrics.MTU); own != 0 && own < mtu {
+		mtu = own
+	}
+	return mtu
+}
+
+// peerMTU answers for the route to an outer peer as the agent asks the kernel: a lookup of the
+// host's own without a source.
+func (w *world) peerMTU(peer netip.Addr, mark xfrmwatch.Mark) (int, bool) {
+	if mtu, ok := w.peers[Peer{peer, mark}]; ok {
+		return mtu, true
+	}
+	o := w.lookup(packet{family: routes.FamilyOf(peer), dst: peer, mark: mark.Value & mark.Mask, iif: "lo"})
+	if o.route.Body == nil || len(o.route.Body.Nexthops) == 0 || w.fib.Link(o.route.Body.Nexthops[0].Oif) == nil {
+		return 0, false
+	}
+	return w.pathMTU(o.route), true
+}
+
+// expected is the MTU that a covered packet's route is to be locked at, 0 for none.
+func (w *world) expected(c xfrmwatch.Coverage, r routes.Route) int {
+	path := w.pathMTU(r)
+	mtu, status := c.MTU(w.peerMTU, path)
+	if status != xfrmwatch.MTUKnown {
+		last := w.last[c.ID]
+		switch {
+		case last != 0:
+			mtu = min(last, path)
+		case w.cfg.PresumeMTU != 0 && !c.Maybe:
+			mtu = min(w.cfg.PresumeMTU, path)
+		default:
+			return 0
+		}
+	}
+	least := 68
+	if r.Body.Family == routes.IPv6 {
+		least = 1280
+	}
+	if mtu >= path || mtu < least {
+		return 0
+	}
+	return mtu
+}
+
+// input is what Make and Diff get in this world.
+func (w *world) input() Input {
+	in := Input{
+		Config: w.cfg, XFRM: w.db, FIB: w.fib, Features: w.features, Lingering: w.gone,
+		Peers: map[Peer]int{}, Last: w.last, Locks: w.held.Locks, Withheld: w.withheld,
+		Forwarding: w.forwarding,
+	}
+	for _, p := range PeersOf(w.db, w.gone) {
+		if mtu, ok := w.peerMTU(p.Addr, p.Mark); ok {
+			in.Peers[p] = mtu
+		}
+	}
+	return in
+}

@@ -1,0 +1,474 @@
+package plan
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+	"strconv"
+	"strings"
+
+	"tsoagent/ethtool"
+	"tsoagent/routes"
+	"tsoagent/xfrmwatch"
+)
+
+// world is a small host, read from lines in the words of `ip`. The golden files, the
+// regressions and the property test all speak this language, so that a case that the property
+// test finds can be kept as it was printed.
+type world struct {
+	cfg        Config
+	db         *xfrmwatch.DB
+	fib        *routes.FIB
+	in         routes.Interner
+	features   map[routes.Ifindex]*ethtool.Features
+	forwarding map[routes.Family]bool
+	peers      map[Peer]int // fixed answers, where the lines give some
+	last       map[xfrmwatch.CoverageID]int
+	gone       []xfrmwatch.Coverage
+	withheld   map[ShapeID]string
+	held       Held
+	links      map[string]*routes.Link
+	objects    map[uint32][]byte // the nexthops of a nexthop object, as attributes
+	goneIndex  []xfrmwatch.PolicyIndex
+}
+
+// newWorld reads the lines. Each family has the kernel's three rules unless a line says
+// `norules`.
+func newWorld(text string) (*world, error) {
+	w := &world{
+		db: xfrmwatch.NewDB(), fib: routes.NewFIB(),
+		features:   map[routes.Ifindex]*ethtool.Features{},
+		forwarding: map[routes.Family]bool{},
+		peers:      map[Peer]int{},
+		last:       map[xfrmwatch.CoverageID]int{},
+		withheld:   map[ShapeID]string{},
+		held:       Held{Holds: map[HoldKey]HoldClaim{}, Locks: map[routes.Key]LockClaim{}},
+		links:      map[string]*routes.Link{},
+		objects:    map[uint32][]byte{},
+	}
+	w.db.Apply(xfrmwatch.ResyncBegin{})
+	w.db.Apply(xfrmwatch.ResyncEnd{})
+	w.fib.Apply(routes.ResyncBegin{})
+	w.fib.Apply(routes.ResyncEnd{})
+	if !strings.Contains(text, "norules") {
+		for _, f := range []routes.Family{routes.IPv4, routes.IPv6} {
+			for _, d := range []struct {
+				prio  uint32
+				table routes.TableID
+			}{{0, routes.TableLocal}, {32766, routes.TableMain}, {32767, routes.TableDefault}} {
+				if f == routes.IPv6 && d.table == routes.TableDefault {
+					continue
+				}
+				w.fib.Apply(routes.RuleSet{Rule: &routes.Rule{
+					Family: f, Priority: d.prio, Action: routes.RuleToTable, Table: d.table, Protocol: routes.ProtoKernel,
+					SuppressPrefixLen: -1, SuppressIfgroup: -1,
+				}})
+			}
+		}
+	}
+	for i, line := range strings.Split(text, "\n") {
+		line, _, _ = strings.Cut(line, "#")
+		if f := strings.Fields(line); len(f) > 0 {
+			if err := w.line(f[0], &words{w: f[1:]}); err != nil {
+				return nil, fmt.Errorf("line %d: %s: %w", i+1, line, err)
+			}
+		}
+	}
+	for _, index := range w.goneIndex {
+		p, ok := w.db.Policy(index)
+		if !ok {
+			return nil, fmt.Errorf("no policy %d to go away", index)
+		}
+		w.gone = append(w.gone, w.db.Coverage(p)...)
+		w.db.Apply(xfrmwatch.PolicyGone{Index: index})
+	}
+	return w, nil
+}
+
+func (w *world) line(what string, f *words) error {
+	switch what {
+	case "norules":
+		return nil
+	case "config":
+		return w.config(f)
+	case "forwarding":
+		w.forwarding[routes.IPv4], w.forwarding[routes.IPv6] = true, true
+		return nil
+	case "link":
+		return w.link(f)
+	case "features":
+		return w.feature(f)
+	case "rule":
+		return w.rule(f)
+	case "route":
+		return w.route(f)
+	case "policy":
+		return w.policy(f)
+	case "sa":
+		return w.sa(f)
+	case "default":
+		if f.next() == "block" {
+			w.db.Apply(xfrmwatch.DefaultSet{Default: xfrmwatch.Default{Out: xfrmwatch.Block}})
+		}
+		return f.end()
+	case "gone": // the policy goes away, its coverage lingers
+		w.goneIndex = append(w.goneIndex, xfrmwatch.PolicyIndex(f.num()))
+		return f.end()
+	case "last": // last POLICY [peer ADDR] MTU
+		id := xfrmwatch.CoverageID{Policy: xfrmwatch.PolicyIndex(f.num())}
+		if f.is("peer") {
+			id.Peer = f.addr()
+		}
+		w.last[id] = f.num()
+		return f.end()
+	case "peer": // peer ADDR MTU [mark V/M]: as the kernel answers
+		p := Peer{Addr: f.addr()}
+		mtu := f.num()
+		if f.is("mark") {
+			p.Mark.Value, p.Mark.Mask = f.mark()
+		}
+		w.peers[p] = mtu
+		return f.end()
+	}
+	return fmt.Errorf("unknown word %q", what)
+}
+
+// words is a line that is read word by word. The first error stays.
+type words struct {
+	w   []string
+	err error
+}
+
+func (f *words) fail(format string, args ...any) {
+	if f.err == nil {
+		f.err = fmt.Errorf(format, args...)
+	}
+}
+
+func (f *words) more() bool { return len(f.w) > 0 && f.err == nil }
+
+func (f *words) next() string {
+	if len(f.w) == 0 {
+		f.fail("a word is missing at the end")
+		return ""
+	}
+	s := f.w[0]
+	f.w = f.w[1:]
+	return s
+}
+
+// is takes the next word if it is s.
+func (f *words) is(s string) bool {
+	if len(f.w) > 0 && f.w[0] == s {
+		f.w = f.w[1:]
+		return true
+	}
+	return false
+}
+
+func (f *words) num() int {
+	s := f.next()
+	n, err := strconv.ParseInt(strings.TrimSuffix(s, ":"), 0, 64)
+	if err != nil {
+		f.fail("%q is no number", s)
+	}
+	return int(n)
+}
+
+func (f *words) addr() netip.Addr {
+	s := f.next()
+	a, err := netip.ParseAddr(s)
+	if err != nil {
+		f.fail("%q is no address", s)
+	}
+	return a
+}
+
+func (f *words) prefix() netip.Prefix {
+	s := f.next()
+	p, err := netip.ParsePrefix(s)
+	if err != nil {
+		a, err := netip.ParseAddr(s)
+		if err != nil {
+			f.fail("%q is no prefix", s)
+			return netip.Prefix{}
+		}
+		p = netip.PrefixFrom(a, a.BitLen())
+	}
+	if p != p.Masked() {
+		f.fail("%s has bits outside its length", s)
+	}
+	return p
+}
+
+// mark reads value/mask; without a mask all bits count.
+func (f *words) mark() (value, mask uint32) {
+	s := f.next()
+	v, m, masked := strings.Cut(s, "/")
+	a, err := strconv.ParseUint(v, 0, 32)
+	b := uint64(0xffffffff)
+	if err == nil && masked {
+		b, err = strconv.ParseUint(m, 0, 32)
+	}
+	if err != nil {
+		f.fail("%q is no mark", s)
+	}
+	return uint32(a), uint32(b)
+}
+
+func (f *words) proto() uint8 {
+	s := f.next()
+	names := map[string]uint8{"icmp": 1, "tcp": 6, "udp": 17, "gre": 47, "esp": 50, "ah": 51, "comp": 108}
+	if n, ok := names[s]; ok {
+		return n
+	}
+	n, err := strconv.ParseUint(s, 10, 8)
+	if err != nil {
+		f.fail("%q is no protocol", s)
+	}
+	return uint8(n)
+}
+
+func (f *words) end() error {
+	if f.err == nil && len(f.w) > 0 {
+		f.fail("what is %q?", f.w[0])
+	}
+	return f.err
+}
+
+func (w *world) config(f *words) error {
+	for f.more() {
+		switch k := f.next(); k {
+		case "dedicated":
+			w.cfg.Dedicated = Choice(f.next())
+		case "device":
+			w.cfg.Devices = append(w.cfg.Devices, DeviceConfig{Match: f.next(), Dedicated: Choice(f.next())})
+		case "mtu":
+			w.cfg.MTU = MTUMode(f.next())
+		case "partial":
+			w.cfg.Partial = PartialMode(f.next())
+		case "source_less_lookups":
+			w.cfg.SourceLess = SourceLess(f.next())
+		case "presume_mtu":
+			w.cfg.PresumeMTU = f.num()
+		case "max_clones":
+			w.cfg.MaxClones = f.num()
+		case "max_clones_per_coverage":
+			w.cfg.MaxClonesPerCoverage = f.num()
+		default:
+			f.fail("unknown setting %q", k)
+		}
+	}
+	return f.end()
+}
+
+// link INDEX NAME [mtu N] [kind KIND] [if_id N] [external] [vrf TABLE] [master NAME]
+func (w *world) link(f *words) error {
+	l := &routes.Link{Index: routes.Ifindex(f.num()), Name: f.next(), MTU: 1500, Up: true, Running: true, Type: 1}
+	for f.more() {
+		switch k := f.next(); k {
+		case "mtu":
+			l.MTU = f.num()
+		case "kind":
+			l.Kind = f.next()
+		case "if_id":
+			l.Kind, l.IfID = "xfrm", uint32(f.num())
+		case "external":
+			l.Kind, l.External = "xfrm", true
+		case "vrf":
+			l.Kind, l.VRFTable = "vrf", routes.TableID(f.num())
+		case "master":
+			l.Master = w.dev(f)
+		default:
+			f.fail("unknown setting %q", k)
+		}
+	}
+	if l.Name == "lo" {
+		l.Type = arphrdLoopback
+	}
+	w.links[l.Name] = l
+	w.fib.Apply(routes.LinkSet{Link: l})
+	w.setFeatures(l, map[ethtool.Feature]string{})
+	return f.end()
+}
+
+func (w *world) dev(f *words) routes.Ifindex {
+	name := f.next()
+	l := w.links[name]
+	if l == nil {
+		f.fail("no device %q", name)
+		return 0
+	}
+	return l.Index
+}
+
+// features NAME FEATURE on|off|fixed|on-fixed ...
+func (w *world) feature(f *words) error {
+	l := w.fib.Link(w.dev(f))
+	set := map[ethtool.Feature]string{}
+	for f.more() {
+		name := ethtool.Feature(f.next())
+		set[name] = f.next()
+	}
+	if f.err == nil {
+		w.setFeatures(l, set)
+	}
+	return f.end()
+}
+
+func (w *world) setFeatures(l *routes.Link, set map[ethtool.Feature]string) {
+	state := map[ethtool.Feature]ethtool.State{}
+	for _, name := range []ethtool.Feature{ethtool.TCPSegmentation, ethtool.TCP6Segmentation, ethtool.TCPECNSegmentation} {
+		state[name] = ethtool.State{Active: true, Wanted: true, Changeable: true}
+	}
+	for name, s := range set {
+		on := strings.HasPrefix(s, "on")
+		state[name] = ethtool.State{Active: on, Wanted: on, Changeable: s == "on" || s == "off"}
+	}
+	w.features[l.Index] = ethtool.NewFeatures(ethtool.Ifindex(l.Index), l.Name, state)
+}
+
+// rule PRIORITY [not] [from P] [to P] … lookup TABLE | goto N | nop | blackhole | …, in the
+// words of `ip rule`. The family is that of the addresses, or the word inet6.
+func (w *world) rule(f *words) error {
+	r := routes.Rule{Family: routes.IPv4, Priority: uint32(f.num()), SuppressPrefixLen: -1, SuppressIfgroup: -1, Protocol: routes.ProtoBoot}
+	actions := map[string]uint8{
+		"nop": routes.RuleNop, "blackhole": routes.RuleBlackhole,
+		"unreachable": routes.RuleUnreachable, "prohibit": routes.RuleProhibit,
+	}
+	for f.more() {
+		switch k := f.next(); k {
+		case "inet6":
+			r.Family = routes.IPv6
+		case "not":
+			r.Invert = true
+		case "from", "to":
+			if f.is("all") {
+				break
+			}
+			p := f.prefix()
+			r.Family = routes.FamilyOf(p.Addr())
+			if k == "from" {
+				r.Src = p
+			} else {
+				r.Dst = p
+			}
+		case "fwmark":
+			r.Mark, r.Mask = f.mark()
+		case "ipproto":
+			r.IPProto = f.proto()
+		case "sport":
+			r.Sport = f.ports()
+		case "dport":
+			r.Dport = f.ports()
+		case "iif":
+			r.Iif = f.next()
+		case "oif":
+			r.Oif = f.next()
+		case "tos":
+			r.TOS = uint8(f.num())
+		case "uidrange":
+			r.HasUID, r.UIDLo, r.UIDHi = true, uint32(f.num()), uint32(f.num())
+		case "l3mdev":
+			r.L3mdev, r.Action = true, routes.RuleToTable
+		case "lookup":
+			r.Action, r.Table = routes.RuleToTable, tableOf(f)
+		case "suppress_prefixlength":
+			r.SuppressPrefixLen = int32(f.num())
+		case "goto":
+			r.Action, r.Goto = routes.RuleGoto, uint32(f.num())
+		case "proto":
+			r.Protocol = routes.Protocol(f.num())
+		default:
+			a, ok := actions[k]
+			if !ok {
+				f.fail("unknown word %q", k)
+			}
+			r.Action = a
+		}
+	}
+	if err := f.end(); err != nil {
+		return err
+	}
+	w.fib.Apply(routes.RuleSet{Rule: &r})
+	return nil
+}
+
+func (f *words) ports() routes.PortRange {
+	lo, hi, ranged := strings.Cut(f.next(), "-")
+	a, err := strconv.ParseUint(lo, 10, 16)
+	b := a
+	if err == nil && ranged {
+		b, err = strconv.ParseUint(hi, 10, 16)
+	}
+	if err != nil {
+		f.fail("no port")
+	}
+	return routes.PortRange{Lo: uint16(a), Hi: uint16(b)}
+}
+
+func tableOf(f *words) routes.TableID {
+	names := map[string]routes.TableID{"main": routes.TableMain, "local": routes.TableLocal, "default": routes.TableDefault}
+	if len(f.w) > 0 {
+		if t, ok := names[f.w[0]]; ok {
+			f.next()
+			return t
+		}
+	}
+	return routes.TableID(f.num())
+}
+
+// clone copies the world by its events, so that a plan can be applied to the copy.
+func (w *world) clone() *world {
+	n := *w
+	n.fib = routes.NewFIB()
+	n.fib.Apply(routes.ResyncBegin{})
+	for _, l := range w.fib.Links() {
+		n.fib.Apply(routes.LinkSet{Link: l})
+	}
+	for _, f := range []routes.Family{routes.IPv4, routes.IPv6} {
+		for _, r := range w.fib.Rules(f) {
+			n.fib.Apply(routes.RuleSet{Rule: r})
+		}
+		for _, id := range w.fib.Tables(f) {
+			for r := range w.fib.Table(f, id) {
+				n.fib.Apply(routes.RouteSet{Route: r, Append: true})
+			}
+		}
+	}
+	n.fib.Apply(routes.ResyncEnd{})
+	n.features, n.last = map[routes.Ifindex]*ethtool.Features{}, map[xfrmwatch.CoverageID]int{}
+	for k, v := range w.features {
+		n.features[k] = v
+	}
+	for k, v := range w.last {
+		n.last[k] = v
+	}
+	n.held = Held{Holds: map[HoldKey]HoldClaim{}, Locks: map[routes.Key]LockClaim{}}
+	for k, v := range w.held.Holds {
+		n.held.Holds[k] = v
+	}
+	for k, v := range w.held.Locks {
+		n.held.Locks[k] = v
+	}
+	return &n
+}
+
+// state is all routes and rules as text.
+func (w *world) state() string {
+	var lines []string
+	for _, f := range []routes.Family{routes.IPv4, routes.IPv6} {
+		for i, r := range w.fib.Rules(f) {
+			lines = append(lines, fmt.Sprintf("rule %s %02d %+v", f, i, *r))
+		}
+		for _, id := range w.fib.Tables(f) {
+			byDst := map[netip.Prefix]int{}
+			for r := range w.fib.Table(f, id) {
+				byDst[r.Dst]++
+				lines = append(lines, fmt.Sprintf("route %s #%d %x", r.Key(), byDst[r.Dst], r.Body.Raw))
+			}
+		}
+	}
+	slices.Sort(lines)
+	return strings.Join(lines, "\n")
+}
