@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -19,11 +20,11 @@ func (a *Agent) enforce(pl *plan.Plan, s *plan.Steps, now time.Time) bool {
 	before := a.stats.Actions
 	a.moveClones(pl, s, now)
 	a.setLocks(s.Locks, now)
-	a.setHolds(s.Holds, false)
-	a.setHolds(s.Retaken, true)
+	a.setHolds(s.Holds, false, now)
+	a.setHolds(s.Retaken, true, now)
 	a.dropTables(s)
 	a.unlock(s.Unlocks)
-	a.unhold(s.Unholds, now)
+	a.unhold(pl, s.Unholds, now)
 	a.forget(s)
 	a.forgiveHolds(pl)
 	if len(a.st.inflight) > 0 {
@@ -167,7 +168,7 @@ func (a *Agent) unlock(list []plan.Unlock) {
 
 // setHolds switches features off, device by device: journal first, then the kernel. A retaken
 // hold overrules somebody who turned the feature on; that happens once.
-func (a *Agent) setHolds(holds []plan.Hold, retaken bool) {
+func (a *Agent) setHolds(holds []plan.Hold, retaken bool, now time.Time) {
 	for len(holds) > 0 {
 		dev := holds[0].Device
 		n := 0
@@ -181,7 +182,7 @@ func (a *Agent) setHolds(holds []plan.Hold, retaken bool) {
 			}
 		}
 		if len(due) > 0 {
-			a.holdDevice(dev, due)
+			a.holdDevice(dev, due, now)
 		}
 		holds = holds[n:]
 	}
@@ -209,7 +210,7 @@ func (a *Agent) mayHold(h plan.Hold, retaken bool) bool {
 	return false
 }
 
-func (a *Agent) holdDevice(dev ethtool.Device, due []plan.Hold) {
+func (a *Agent) holdDevice(dev ethtool.Device, due []plan.Hold, at time.Time) {
 	want := map[ethtool.Feature]bool{}
 	for _, h := range due {
 		want[h.Feature] = false
@@ -241,6 +242,7 @@ func (a *Agent) holdDevice(dev ethtool.Device, due []plan.Hold) {
 		a.refuse(dev, due, err.Error())
 		return
 	}
+	again := false
 	for _, h := range due {
 		k := plan.HoldKey{Index: dev.Index, Feature: h.Feature}
 		if refused != nil {
@@ -250,10 +252,14 @@ func (a *Agent) holdDevice(dev ethtool.Device, due []plan.Hold) {
 				continue
 			}
 		}
+		_, had := a.st.holds[k]
+		again = again || !had
 		a.st.holds[k] = a.claimOf(h)
 		delete(a.st.release, k)
-		a.reflap(dev.Index)
 		a.did("feature held off", "device", dev.Name, "feature", h.Feature, "because", ids(h.Because))
+	}
+	if again {
+		a.reflap(dev.Index, at)
 	}
 }
 
@@ -272,26 +278,36 @@ func (a *Agent) dropHold(k plan.HoldKey) {
 // maxFlap is the longest time that a hold of a flapping carrier outlives its cause.
 const maxFlap = 60 * time.Second
 
-// unhold gives features back once it has been quiet.
-func (a *Agent) unhold(keys []plan.HoldKey, now time.Time) {
-	wanted := map[plan.HoldKey]bool{}
-	for _, k := range keys {
-		wanted[k] = true
-		due, waiting := a.st.release[k]
-		if !waiting {
-			due = now.Add(a.quiet(k.Index, now))
-			if a.once {
-				due = now
-			}
-			a.st.release[k] = due
+// unhold gives features back once it has been quiet. The time of a hold whose policies are all
+// gone and only linger runs already, so that features are given back with the locks and not
+// after waiting twice.
+func (a *Agent) unhold(pl *plan.Plan, keys []plan.HoldKey, now time.Time) {
+	if len(keys)+len(a.st.release)+len(a.st.lingering) == 0 {
+		return
+	}
+	waning := map[plan.HoldKey]bool{}
+	wane := func(k plan.HoldKey) time.Time {
+		waning[k] = true
+		if _, runs := a.st.release[k]; !runs {
+			a.st.release[k] = now.Add(a.quiet(k.Index, now))
 		}
-		if !now.Before(due) || a.once {
+		return a.st.release[k]
+	}
+	for _, h := range pl.Holds {
+		k := plan.HoldKey{Index: h.Device.Index, Feature: h.Feature}
+		_, ours := a.st.holds[k]
+		if ours && !a.st.db.Stale() && !slices.ContainsFunc(h.Because, a.st.lives) {
+			wane(k)
+		}
+	}
+	for _, k := range keys {
+		if due := wane(k); a.once || !now.Before(due) {
 			a.release(k, now)
 		}
 	}
 	for k := range a.st.release {
-		if !wanted[k] {
-			delete(a.st.release, k) // the cause is back
+		if !waning[k] {
+			delete(a.st.release, k) // the cause is back, or a mirror is stale
 		}
 	}
 }
@@ -306,10 +322,14 @@ func (a *Agent) quiet(i ethtool.Ifindex, now time.Time) time.Duration {
 	return f.delay
 }
 
-// reflap notes that a carrier is held again shortly after it was released.
-func (a *Agent) reflap(i ethtool.Ifindex) {
+// reflap notes that a carrier is held again: it flaps if it was released a short while ago.
+func (a *Agent) reflap(i ethtool.Ifindex, now time.Time) {
 	f, ok := a.st.flaps[i]
 	if !ok {
+		return
+	}
+	if now.Sub(f.last) > maxFlap {
+		delete(a.st.flaps, i)
 		return
 	}
 	f.delay = min(2*max(f.delay, time.Duration(a.cfg.RestoreAfter)), maxFlap)

@@ -254,11 +254,14 @@ func (a *Agent) ready(r *Report) {
 func (a *Agent) remember(pl *plan.Plan) {
 	var entries []journal.Entry
 	for _, c := range pl.Current {
-		mtu, ok := pl.MTU[c.ID]
-		if !ok || a.st.last[c.ID] == mtu {
+		if mtu, ok := pl.MTU[c.ID]; ok {
+			a.st.last[c.ID] = mtu
+		}
+		mtu, ok := a.st.last[c.ID] // also one that was inherited
+		if !ok || a.st.booked[c.ID] == mtu {
 			continue
 		}
-		a.st.last[c.ID] = mtu
+		a.st.booked[c.ID] = mtu
 		entries = append(entries, entry(mtuID(c.ID), kindMTU, rememberedMTU{
 			Policy: c.ID.Policy, Peer: c.ID.Peer, Selector: c.Policy.Selector, Mark: c.Policy.Mark, IfID: c.Policy.IfID, MTU: mtu,
 		}))
@@ -269,6 +272,7 @@ func (a *Agent) remember(pl *plan.Plan) {
 			_, lingers := a.st.lingering[id]
 			if _, there := a.st.db.Policy(id.Policy); !there && !lingers {
 				delete(a.st.last, id)
+				delete(a.st.booked, id)
 				gone = append(gone, mtuID(id))
 			}
 		}

@@ -26,6 +26,7 @@ type state struct {
 	current   []xfrmwatch.Coverage
 	lingering map[xfrmwatch.CoverageID]lingerer
 	last      map[xfrmwatch.CoverageID]int
+	booked    map[xfrmwatch.CoverageID]int // those of last that are in the journal
 	// adopted are the MTUs that the journal remembers, until the first plan.
 	adopted []rememberedMTU
 
@@ -85,6 +86,7 @@ func newState() *state {
 		forwarding:    map[routes.Family]bool{},
 		lingering:     map[xfrmwatch.CoverageID]lingerer{},
 		last:          map[xfrmwatch.CoverageID]int{},
+		booked:        map[xfrmwatch.CoverageID]int{},
 		holds:         map[plan.HoldKey]plan.HoldClaim{},
 		locks:         map[routes.Key]plan.LockClaim{},
 		retakes:       map[plan.HoldKey]int{},
@@ -127,11 +129,15 @@ func (s *state) applyFeatures(ev ethtool.Event) {
 // linger keeps the coverages whose policy went away since the last plan, and lets those go
 // whose policy is back or whose time is over.
 func (s *state) linger(now time.Time, quiet time.Duration) {
-	if s.db.Stale() {
-		return // what a stale mirror lacks proves nothing
-	}
 	for id, l := range s.lingering {
-		if _, back := s.db.Policy(id.Policy); back || !now.Before(l.until) {
+		_, back := s.db.Policy(id.Policy)
+		switch {
+		case back:
+			delete(s.lingering, id)
+		case s.db.Stale():
+			// What a stale mirror lacks proves nothing: the time begins when it is fresh.
+			s.lingering[id] = lingerer{l.cov, now.Add(quiet)}
+		case !now.Before(l.until):
 			delete(s.lingering, id)
 		}
 	}
@@ -144,6 +150,12 @@ func (s *state) linger(now time.Time, quiet time.Duration) {
 		}
 	}
 	s.inherit()
+}
+
+// lives reports whether a coverage's policy is there and doesn't only linger.
+func (s *state) lives(id xfrmwatch.CoverageID) bool {
+	_, gone := s.lingering[id]
+	return !gone
 }
 
 // inherit hands the last valid MTU of a policy that went away to the one that took its place

@@ -33,7 +33,8 @@ type Part struct {
 	// Containing is the longest route that contains Flows.Dst, with its destination; Paths is
 	// nil where there is none.
 	Containing Match
-	// Inside are the routes to destinations inside Flows.Dst.
+	// Inside are the routes to destinations inside Flows.Dst. It is never nil; a rule that leads
+	// to no table has none.
 	Inside iter.Seq[Match]
 }
 
@@ -102,7 +103,7 @@ func (f *FIB) Resolve(flows Flows, skip func(*Rule) bool) []Part {
 		if r.Action == RuleNop {
 			continue
 		}
-		p := Part{Rule: r, Flows: sub, Whole: whole, Blocked: blocked}
+		p := Part{Rule: r, Flows: sub, Whole: whole, Blocked: blocked, Inside: nothing}
 		if r.Action == RuleToTable {
 			p.Containing, p.Inside = f.Cover(flows.Family, r.Table, sub.Dst)
 			if suppressed(r, p.Containing) {
@@ -142,7 +143,7 @@ func (p Part) empty() bool {
 func (f *FIB) Cover(fam Family, id TableID, dst netip.Prefix) (Match, iter.Seq[Match]) {
 	t := f.tables[tableKey{fam, id}]
 	if t == nil {
-		return Match{}, func(func(Match) bool) {}
+		return Match{}, nothing
 	}
 	var m Match
 	if lpm, paths, ok := t.LookupPrefixLPM(dst); ok {
@@ -150,6 +151,8 @@ func (f *FIB) Cover(fam Family, id TableID, dst netip.Prefix) (Match, iter.Seq[M
 	}
 	return m, inside(t, dst)
 }
+
+func nothing(func(Match) bool) {}
 
 func inside(t *bart.Table[*Paths], dst netip.Prefix) iter.Seq[Match] {
 	return func(yield func(Match) bool) {

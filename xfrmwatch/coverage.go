@@ -108,7 +108,7 @@ func (db *DB) Coverage(p *Policy) []Coverage {
 		return nil
 	}
 	first := p.Templates[0]
-	if !first.takesFlow() || p.Selector.Dst.IsSingleIP() {
+	if !first.TakesFlow() || p.Selector.Dst.IsSingleIP() {
 		return []Coverage{db.coverage(p, maybe, netip.Addr{})}
 	}
 	var out []Coverage
@@ -118,15 +118,15 @@ func (db *DB) Coverage(p *Policy) []Coverage {
 	return append(out, db.coverage(p, maybe, netip.Addr{}))
 }
 
-// takesFlow says that the template has no addresses of its own.
-func (t Template) takesFlow() bool { return t.Mode != Tunnel && t.Mode != BEET }
+// TakesFlow says that the template has no addresses of its own: the kernel takes the flow's.
+func (t Template) TakesFlow() bool { return t.Mode != Tunnel && t.Mode != BEET }
 
 // peers are the destinations inside the policy's selector that some SA of its leading
 // transport templates has, sorted.
 func (db *DB) peers(p *Policy) []netip.Addr {
 	var peers []netip.Addr
 	for _, t := range p.Templates {
-		if !t.takesFlow() {
+		if !t.TakesFlow() {
 			break
 		}
 		for peer := range db.cur.sas.peers[t.Reqid] {
@@ -152,7 +152,7 @@ func (db *DB) coverage(p *Policy, maybe bool, peer netip.Addr) Coverage {
 	local := netip.Addr{} // not known: any source in the selector
 	tunnelled := false
 	for _, t := range p.Templates {
-		if !t.takesFlow() {
+		if !t.TakesFlow() {
 			remote, local, tunnelled = t.Dst, t.Src, true
 		}
 		var sas []*SA
@@ -261,7 +261,7 @@ func (c Coverage) MTU(path func(peer netip.Addr, outputMark Mark) (int, bool), r
 	routes[0] = route
 	for i, step := range c.Steps {
 		behind := routes[i]
-		if !step.Template.takesFlow() {
+		if !step.Template.TakesFlow() {
 			for j, sa := range step.SAs {
 				mtu, ok := path(sa.Dst, sa.OutputMark)
 				if !ok {

@@ -13,12 +13,17 @@ func (w *world) apply(s Steps) error {
 	cfg := w.cfg.WithDefaults()
 	for _, c := range s.Clones {
 		f := routes.FamilyOf(c.Clone.Dst.Addr())
-		msg, err := routes.EncodeThrow(f, c.Clone.Dst, c.Table, cfg.Protocol, 0)
+		msg, err := routes.EncodeThrow(f, c.Clone.Dst, c.Table, cfg.Protocol, c.Clone.Metric())
 		if !c.Clone.Throw {
-			msg, err = routes.EncodeClone(c.Clone.Of, c.Clone.Dst, c.Table, cfg.Protocol, c.Clone.MTU, c.Clone.AdvMSS, 0)
+			msg, err = routes.EncodeClone(c.Clone.Of, c.Clone.Dst, c.Table, cfg.Protocol, c.Clone.MTU, c.Clone.AdvMSS, c.Clone.Metric())
 		}
 		if err := w.put(msg, err); err != nil {
 			return err
+		}
+		for _, old := range c.Old {
+			if !w.fib.Apply(routes.RouteGone{Route: old}).Changed {
+				return fmt.Errorf("no old clone %s to drop", old.Key())
+			}
 		}
 	}
 	for _, r := range s.AddRules {

@@ -184,5 +184,10 @@ func (p *planner) unsafe(r routes.Route) string {
 	if _, n := p.FIB.Get(r.Key()); n != 1 {
 		return "another route has the same key"
 	}
+	for peer := range p.outer.Subnets(r.Dst) {
+		if m, _ := p.FIB.Cover(b.Family, b.Table, peer); m.Dst == r.Dst {
+			return "the outer packets to " + peer.Addr().String() + " use it too"
+		}
+	}
 	return ""
 }

@@ -299,6 +299,9 @@ func (w *world) peerMTU(peer netip.Addr, mark xfrmwatch.Mark) (int, bool) {
 
 // expected is the MTU that a covered packet's route is to be locked at, 0 for none.
 func (w *world) expected(c xfrmwatch.Coverage, r routes.Route) int {
+	if !slices.ContainsFunc(c.Policy.Templates, func(t xfrmwatch.Template) bool { return !t.TakesFlow() }) {
+		return 0 // transport: the ESP packets would meet the lock themselves
+	}
 	path := w.pathMTU(r)
 	mtu, status := c.MTU(w.peerMTU, path)
 	if status != xfrmwatch.MTUKnown {

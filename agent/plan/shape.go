@@ -144,7 +144,7 @@ func (p *planner) fill(s *shaped) {
 }
 
 // pointsOf are the destinations at which the outcome can differ inside a member's destination:
-// itself, each route inside it, and each policy inside it.
+// itself, and each route, policy and outer peer inside it.
 func (p *planner) pointsOf(s *shaped, m member) ([]netip.Prefix, bool) {
 	var points []netip.Prefix
 	full := func() bool {
@@ -159,6 +159,11 @@ func (p *planner) pointsOf(s *shaped, m member) ([]netip.Prefix, bool) {
 		_, inside := p.FIB.Cover(s.id.Flows.Family, s.id.Table, seed)
 		for r := range inside {
 			if points = append(points, r.Dst); full() {
+				return nil, false
+			}
+		}
+		for peer := range p.outer.Subnets(seed) {
+			if points = append(points, peer); full() {
 				return nil, false
 			}
 		}
@@ -202,6 +207,11 @@ func (p *planner) decide(s *shaped, x netip.Prefix) Clone {
 	r, ok := m.First()
 	if !ok || int32(m.Dst.Bits()) <= s.base.SuppressPrefixLen || r.Body.Type != routes.Unicast ||
 		p.locked[r.Key()] || linkLocal(x) {
+		return throw
+	}
+	if _, outer := p.outer.Get(x); outer {
+		// A lock that outer packets met would be taken for their path's MTU, and what it costs be
+		// subtracted again, plan after plan.
 		return throw
 	}
 	ifID, ok := p.domain(r.Body)

@@ -454,16 +454,22 @@ func (w *world) clone() *world {
 	return &n
 }
 
-// state is all routes and rules as text.
+// state is all routes and rules that are not ours as text.
 func (w *world) state() string {
 	var lines []string
 	for _, f := range []routes.Family{routes.IPv4, routes.IPv6} {
 		for i, r := range w.fib.Rules(f) {
+			if w.cfg.WithDefaults().OwnRule(r) {
+				continue
+			}
 			lines = append(lines, fmt.Sprintf("rule %s %02d %+v", f, i, *r))
 		}
 		for _, id := range w.fib.Tables(f) {
 			byDst := map[netip.Prefix]int{}
 			for r := range w.fib.Table(f, id) {
+				if w.cfg.WithDefaults().OwnRoute(r) {
+					continue
+				}
 				byDst[r.Dst]++
 				lines = append(lines, fmt.Sprintf("route %s #%d %x", r.Key(), byDst[r.Dst], r.Body.Raw))
 			}

@@ -294,7 +294,7 @@ func costTable(p page, s agent.StepCost) {
 		wide = max(wide, len(it.Name))
 	}
 	line := func(name string, bytes int) { fmt.Fprintf(p, "    %-*s  %5d\n", wide, name, bytes) }
-	line("of", s.MTU)
+	line("given", s.MTU)
 	for _, it := range s.Items {
 		line(it.Name, -it.Bytes)
 	}

@@ -1,0 +1,587 @@
+package agent
+
+import (
+	"bytes"
+	"cmp"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"net/netip"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"tsoagent/agent/journal"
+	"tsoagent/ethtool"
+	"tsoagent/routes"
+	"tsoagent/xfrmwatch"
+)
+
+// world is a fake kernel with an agent on it. Nothing happens by itself: the test emits events,
+// sets the time and has the loop's step called by settle. Every write to the kernel and to the
+// journal is one line of ops, in the order in which it was made.
+type world struct {
+	t    *testing.T
+	a    *Agent
+	now  time.Time
+	next time.Duration // what the last step asked for
+	logs bytes.Buffer
+
+	kernel *routes.FIB // what the kernel really has
+	feats  map[ethtool.Ifindex]*ethtool.Features
+	book   map[string]journal.Entry
+	queue  []batch // events on their way to the agent
+	seq    uint32
+	ops    []string
+
+	refuse     map[ethtool.Feature]bool
+	setErr     error // of the next Set
+	putErr     error // of the journal's Put
+	replaceErr error
+	ruleErr    error
+	beforeSet  func()                            // runs once, ahead of the next Set
+	beforeEcho func()                            // runs once, when the next Replace reaches the kernel, ahead of it
+	lookup     func(routes.Query) *routes.Answer // overrides the fake's own answer
+}
+
+const ourPort, ownerPort = 4242, 4711
+
+// newWorld is a world with nothing but lo and nic1 (192.0.2.1/24, 10.1.0.1/16, a default route by 192.0.2.254).
+// The agent has not read it yet.
+func newWorld(t *testing.T, cfg Config) *world {
+	t.Helper()
+	w := &world{
+		t: t, now: time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC), kernel: routes.NewFIB(),
+		feats: map[ethtool.Ifindex]*ethtool.Features{}, book: map[string]journal.Entry{},
+	}
+	w.kernel.Apply(routes.ResyncBegin{})
+	w.kernel.Apply(routes.ResyncEnd{})
+	for _, f := range []routes.Family{routes.IPv4, routes.IPv6} {
+		for p, table := range map[uint32]routes.TableID{0: routes.TableLocal, 32766: routes.TableMain} {
+			w.kernel.Apply(routes.RuleSet{Rule: &routes.Rule{
+				Family: f, Priority: p, Action: routes.RuleToTable, Table: table, Protocol: routes.ProtoKernel,
+				SuppressPrefixLen: -1, SuppressIfgroup: -1,
+			}})
+		}
+	}
+	w.addLink(&routes.Link{Index: 1, Name: "lo", Type: 772, MTU: 65536, Up: true}, "192.0.2.1/32")
+	w.addLink(&routes.Link{Index: 2, Name: "nic1", Type: 1, MTU: 1500, Up: true, PermAddr: "02:00:00:00:00:02"}, "192.0.2.1/24", "10.1.0.1/16")
+	w.addRoute("192.0.2.0/24", hop{oif: 2}, proto(routes.ProtoKernel))
+	w.addRoute("10.1.0.0/16", hop{oif: 2}, proto(routes.ProtoKernel))
+	w.addRoute("0.0.0.0/0", hop{oif: 2, gw: "192.0.2.254"})
+	w.queue = nil
+	w.restart(cfg)
+	return w
+}
+
+// restart gives the world a new agent, as after a crash of the old one: it finds the journal and
+// reads everything anew.
+func (w *world) restart(cfg Config) {
+	w.a = newAgent(cfg, slog.New(slog.NewTextHandler(&w.logs, &slog.HandlerOptions{Level: slog.LevelDebug})), "test")
+	if cfg.Plan.SourceLess == "" {
+		// Whether this host forwards is not to matter.
+		w.a.cfg.Plan.SourceLess = "off"
+	}
+	w.a.started = w.now
+	w.a.rt, w.a.et, w.a.journal = w, w, (*fakeBook)(w)
+	w.queue, w.ops = nil, nil
+}
+
+// resync queues a dump of everything but the policies and SAs, which the test sends.
+func (w *world) resync() {
+	w.queue = append(w.queue, batch{routes: w.dumpRoutes()}, batch{features: w.dumpFeatures()})
+}
+
+func (w *world) dumpRoutes() []routes.Event {
+	out := []routes.Event{routes.ResyncBegin{}}
+	for _, l := range w.kernel.Links() {
+		out = append(out, routes.LinkSet{Link: l})
+		for p := range w.kernel.Addrs(l.Index) {
+			out = append(out, routes.AddrSet{Addr: routes.Addr{Ifindex: l.Index, Prefix: p}})
+		}
+	}
+	for _, f := range []routes.Family{routes.IPv4, routes.IPv6} {
+		for _, r := range w.kernel.Rules(f) {
+			out = append(out, routes.RuleSet{Rule: r})
+		}
+		for _, id := range w.kernel.Tables(f) {
+			for r := range w.kernel.Table(f, id) {
+				out = append(out, routes.RouteSet{Route: r})
+			}
+		}
+	}
+	return append(out, routes.ResyncEnd{})
+}
+
+func (w *world) dumpFeatures() []ethtool.Event {
+	out := []ethtool.Event{ethtool.ResyncBegin{}}
+	for _, i := range slices.Sorted(maps.Keys(w.feats)) {
+		out = append(out, ethtool.FeaturesSet{Features: w.feats[i]})
+	}
+	return append(out, ethtool.ResyncEnd{})
+}
+
+// dumpXFRM queues a dump of these policies and SAs.
+func (w *world) dumpXFRM(items ...xfrmwatch.Event) {
+	ev := []xfrmwatch.Event{xfrmwatch.ResyncBegin{}}
+	for _, it := range slices.Backward(items) {
+		switch it := it.(type) {
+		case xfrmwatch.PolicySet:
+			it.Dumped = true
+			ev = append(ev, it)
+		case xfrmwatch.SASet:
+			it.Dumped = true
+			ev = append(ev, it)
+		}
+	}
+	w.queue = append(w.queue, batch{xfrm: append(ev, xfrmwatch.ResyncEnd{})})
+}
+
+// start lets the agent read everything, and settles.
+func (w *world) start(items ...xfrmwatch.Event) {
+	w.t.Helper()
+	w.resync()
+	w.dumpXFRM(items...)
+	w.settle()
+}
+
+// xfrm and routing queue events; settle delivers them.
+func (w *world) xfrm(ev ...xfrmwatch.Event) { w.queue = append(w.queue, batch{xfrm: ev}) }
+
+// routing changes the fake kernel's routing and queues the events.
+func (w *world) routing(ev ...routes.Event) {
+	for _, e := range ev {
+		w.kernel.Apply(e)
+	}
+	w.queue = append(w.queue, batch{routes: ev})
+}
+
+func (w *world) features(ev ...ethtool.Event) { w.queue = append(w.queue, batch{features: ev}) }
+
+// step delivers what is queued and calls the loop's step once.
+func (w *world) step() (reached bool) {
+	queue := w.queue
+	w.queue = nil
+	for _, b := range queue {
+		w.a.inbox.put(b)
+	}
+	w.next, reached = w.a.step(w.now)
+	return reached
+}
+
+// settle steps until the agent wants nothing more at this moment.
+func (w *world) settle() (reached bool) {
+	w.t.Helper()
+	for range 100 {
+		reached = w.step()
+		if len(w.queue) == 0 && w.next != time.Nanosecond {
+			return reached
+		}
+	}
+	w.t.Fatalf("the loop does not come to rest; last:\n%s", strings.Join(w.ops[max(0, len(w.ops)-20):], "\n"))
+	return false
+}
+
+// advance lets time pass, as far as the loop's timers want, and settles at each of them.
+func (w *world) advance(d time.Duration) {
+	w.t.Helper()
+	end := w.now.Add(d)
+	for range 10000 {
+		if w.next <= 0 || w.now.Add(w.next).After(end) {
+			w.now = end
+			w.settle()
+			return
+		}
+		w.now = w.now.Add(w.next)
+		w.settle()
+	}
+	w.t.Fatalf("the loop spins: its timer is %s", w.next)
+}
+
+// took returns the writes since the last call.
+func (w *world) took() []string {
+	ops := w.ops
+	w.ops = nil
+	return ops
+}
+
+func (w *world) wrote(format string, args ...any) {
+	w.ops = append(w.ops, fmt.Sprintf(format, args...))
+}
+
+// quiet fails if anything but the journal's notes of MTUs was written since the last call of
+// took.
+func (w *world) quiet(what string) {
+	w.t.Helper()
+	if ops := w.tookButMTUs(); len(ops) > 0 {
+		w.t.Errorf("%s: written:\n%s", what, strings.Join(ops, "\n"))
+	}
+}
+
+func (w *world) tookButMTUs() []string {
+	return slices.DeleteFunc(w.took(), func(op string) bool {
+		return strings.HasPrefix(op, "journal put mtu/") || strings.HasPrefix(op, "journal remove mtu/")
+	})
+}
+
+// route is the fake kernel's route to a destination in table main, as text; "none" without one.
+func (w *world) route(dst string) string {
+	p := netip.MustParsePrefix(dst)
+	var out []string
+	for r := range w.kernel.Table(routes.FamilyOf(p.Addr()), routes.TableMain) {
+		if r.Dst == p {
+			out = append(out, show(r))
+		}
+	}
+	slices.Sort(out)
+	return cmp.Or(strings.Join(out, "; "), "none")
+}
+
+func show(r routes.Route) string {
+	var via []string
+	for _, n := range r.Body.Nexthops {
+		s := fmt.Sprintf("dev %d", n.Oif)
+		if n.Gateway.IsValid() {
+			s = "via " + n.Gateway.String() + " " + s
+		}
+		via = append(via, s)
+	}
+	if r.Body.Type == routes.Throw {
+		via = []string{"throw"}
+	}
+	if m := routes.MTUMetricOf(r.Body); m.MTU != 0 {
+		via = append(via, m.String())
+	}
+	return strings.Join(via, " ")
+}
+
+// held is what is off on a device, as a list of features.
+func (w *world) held(i ethtool.Ifindex) string {
+	var off []string
+	for f, s := range w.feats[i].All() {
+		if !s.Wanted && s.Changeable {
+			off = append(off, string(f))
+		}
+	}
+	return strings.Join(off, " ")
+}
+
+const allTSO = "tx-tcp-ecn-segmentation tx-tcp-segmentation tx-tcp6-segmentation"
+
+func (w *world) hold(feature ethtool.Feature) HoldReport {
+	w.t.Helper()
+	for _, h := range w.a.Report().Holds {
+		if h.Feature == string(feature) {
+			return h
+		}
+	}
+	w.t.Fatalf("the report has no hold of %s: %+v", feature, w.a.Report().Holds)
+	return HoldReport{}
+}
+
+// The fake kernel's routes and rules.
+
+func (w *world) Port() uint32 { return ourPort }
+
+func (w *world) parse(msg []byte) routes.Route {
+	w.t.Helper()
+	var in routes.Interner
+	r, err := in.ParseRoute(msg)
+	if err != nil {
+		w.t.Fatalf("the agent wrote a route that does not parse: %v", err)
+	}
+	return r
+}
+
+func (w *world) Replace(msg []byte) (uint32, error) {
+	r := w.parse(msg)
+	w.seq++
+	seq := w.seq
+	if fn := w.beforeEcho; fn != nil {
+		w.beforeEcho = nil
+		fn()
+	}
+	w.wrote("replace %s %s", r.Key(), show(r))
+	if w.replaceErr != nil {
+		return seq, w.replaceErr
+	}
+	have, n := w.kernel.Get(r.Key())
+	if n == 0 {
+		return seq, fmt.Errorf("fake: %w", unix.ENOENT)
+	}
+	if r.Body.Family == routes.IPv4 && have.Body.Raw == r.Body.Raw {
+		return seq, nil // IPv4 tells nothing of a replace that changes nothing
+	}
+	w.routing(routes.RouteSet{Route: r, Replace: true, Origin: routes.Origin{Port: ourPort, Seq: seq}})
+	return seq, nil
+}
+
+func (w *world) Batch(writes []routes.Write) ([]routes.Result, error) {
+	out := make([]routes.Result, 0, len(writes))
+	for _, x := range writes {
+		r := w.parse(x.Msg)
+		w.seq++
+		res := routes.Result{Seq: w.seq}
+		from := routes.Origin{Port: ourPort, Seq: w.seq}
+		switch x.Op {
+		case routes.OpPut:
+			w.wrote("put %s %s", r.Key(), show(r))
+			w.routing(routes.RouteSet{Route: r, Replace: true, Origin: from})
+		case routes.OpDelete:
+			w.wrote("delete %s", r.Key())
+			if _, n := w.kernel.Get(r.Key()); n == 0 {
+				res.Err = fmt.Errorf("fake: %w", unix.ESRCH)
+			} else {
+				w.routing(routes.RouteGone{Route: r, Origin: from})
+			}
+		default:
+			w.t.Fatalf("op %d in a batch", x.Op)
+		}
+		out = append(out, res)
+	}
+	return out, nil
+}
+
+func (w *world) AddRule(r routes.Rule) error {
+	w.wrote("add rule %d %s", r.Priority, ruleText(r))
+	if w.ruleErr != nil {
+		return w.ruleErr
+	}
+	w.routing(routes.RuleSet{Rule: &r})
+	return nil
+}
+
+func (w *world) DeleteRule(r routes.Rule) error {
+	w.wrote("delete rule %d %s", r.Priority, ruleText(r))
+	if !slices.ContainsFunc(w.kernel.Rules(r.Family), func(o *routes.Rule) bool { return *o == r }) {
+		return fmt.Errorf("fake: %w", unix.ENOENT)
+	}
+	w.routing(routes.RuleGone{Rule: &r})
+	return nil
+}
+
+// Lookup walks the rules and tables as the kernel does, as far as the tests need it.
+func (w *world) Lookup(q routes.Query) (routes.Answer, error) {
+	if w.lookup != nil {
+		if ans := w.lookup(q); ans != nil {
+			return *ans, nil
+		}
+	}
+	fam := routes.FamilyOf(q.Dst)
+	for _, r := range w.kernel.Rules(fam) {
+		if r.Src.IsValid() && (!q.Src.IsValid() || !r.Src.Contains(q.Src)) || r.Dst.IsValid() && !r.Dst.Contains(q.Dst) {
+			continue
+		}
+		m, _ := w.kernel.Cover(fam, r.Table, netip.PrefixFrom(q.Dst, q.Dst.BitLen()))
+		first, ok := m.First()
+		if !ok || first.Body.Type == routes.Throw {
+			continue
+		}
+		mm := routes.MTUMetricOf(first.Body)
+		n := first.Body.Nexthops[0]
+		return routes.Answer{
+			Type: first.Body.Type, Table: r.Table, Oif: n.Oif, Gateway: n.Gateway,
+			PrefSrc: netip.MustParseAddr("10.1.0.1"), MTU: mm.MTU, MTULocked: mm.Locked,
+		}, nil
+	}
+	return routes.Answer{}, fmt.Errorf("%w: %w", routes.ErrUnreachable, unix.ENETUNREACH)
+}
+
+// The fake kernel's features.
+
+func (w *world) Features(dev ethtool.Device) (*ethtool.Features, error) {
+	f := w.feats[dev.Index]
+	if f == nil || dev.Name != "" && f.Name != dev.Name {
+		return nil, fmt.Errorf("fake: %w", errNoDevice)
+	}
+	return f, nil
+}
+
+// errNoDevice is ENODEV as package ethtool tells it.
+var errNoDevice = errors.Join(unix.ENODEV, errNotExist)
+
+var errNotExist = unix.ENOENT // matches os.ErrNotExist
+
+func (w *world) Set(dev ethtool.Device, want map[ethtool.Feature]bool) (*ethtool.Features, error) {
+	if fn := w.beforeSet; fn != nil {
+		w.beforeSet = nil
+		fn()
+	}
+	for _, name := range slices.Sorted(maps.Keys(want)) {
+		w.wrote("set %s %s %v", dev.Name, name, want[name])
+	}
+	if err := w.setErr; err != nil {
+		w.setErr = nil
+		return nil, err
+	}
+	f, err := w.Features(dev)
+	if err != nil {
+		return nil, err
+	}
+	refused := &ethtool.RefusedError{Device: dev, Refused: map[ethtool.Feature]ethtool.State{}}
+	for name, on := range want {
+		if w.refuse[name] {
+			s, _ := f.Get(name)
+			refused.Refused[name] = s
+			continue
+		}
+		f = w.turn(dev.Index, name, on)
+	}
+	if len(refused.Refused) > 0 {
+		return f, refused
+	}
+	return f, nil
+}
+
+// turn switches a feature, as anybody could, and queues the event; a no-op is no event.
+func (w *world) turn(i ethtool.Ifindex, name ethtool.Feature, on bool) *ethtool.Features {
+	old := w.feats[i]
+	state := maps.Collect(old.All())
+	state[name] = ethtool.State{Active: on, Wanted: on, Changeable: true}
+	f := ethtool.NewFeatures(i, old.Name, state)
+	if !f.Equal(old) {
+		w.feats[i] = f
+		w.features(ethtool.FeaturesSet{Features: f})
+	}
+	return f
+}
+
+// fakeBook is the world's journal.
+type fakeBook world
+
+func (b *fakeBook) Put(entries ...journal.Entry) error {
+	if b.putErr != nil {
+		return b.putErr
+	}
+	for _, e := range entries {
+		(*world)(b).wrote("journal put %s", e.ID)
+		b.book[e.ID] = e
+	}
+	return nil
+}
+
+func (b *fakeBook) Remove(ids ...string) error {
+	for _, id := range ids {
+		if _, ok := b.book[id]; ok {
+			(*world)(b).wrote("journal remove %s", id)
+		}
+		delete(b.book, id)
+	}
+	return nil
+}
+
+func (b *fakeBook) Entries() []journal.Entry {
+	return slices.SortedFunc(maps.Values(b.book), func(x, y journal.Entry) int { return cmp.Compare(x.ID, y.ID) })
+}
+
+// found is what a restarted agent finds in the journal.
+func (w *world) found() *journal.Recovery {
+	return &journal.Recovery{Entries: (*fakeBook)(w).Entries()}
+}
+
+// Devices and routes of the world.
+
+// addLink adds a device with TSO on.
+func (w *world) addLink(l *routes.Link, addrs ...string) {
+	ev := []routes.Event{routes.LinkSet{Link: l}}
+	for _, s := range addrs {
+		ev = append(ev, routes.AddrSet{Addr: routes.Addr{Ifindex: l.Index, Prefix: netip.MustParsePrefix(s)}})
+	}
+	w.routing(ev...)
+	on := ethtool.State{Active: true, Wanted: true, Changeable: true}
+	f := ethtool.NewFeatures(ethtool.Ifindex(l.Index), l.Name, map[ethtool.Feature]ethtool.State{
+		ethtool.TCPSegmentation: on, ethtool.TCP6Segmentation: on, ethtool.TCPECNSegmentation: on,
+		ethtool.GenericSegm: on,
+	})
+	w.feats[f.Index] = f
+	w.features(ethtool.FeaturesSet{Features: f})
+}
+
+type hop struct {
+	oif routes.Ifindex
+	gw  string
+	mtu routes.MTUMetric
+}
+
+type routeOption func(*routeSpec)
+
+type routeSpec struct {
+	proto  routes.Protocol
+	table  routes.TableID
+	metric uint32
+}
+
+func proto(p routes.Protocol) routeOption { return func(s *routeSpec) { s.proto = p } }
+
+func metric(m uint32) routeOption { return func(s *routeSpec) { s.metric = m } }
+
+// newRoute builds a route as a daemon would write it.
+func newRoute(t *testing.T, dst string, h hop, opts ...routeOption) routes.Route {
+	t.Helper()
+	p := netip.MustParsePrefix(dst)
+	s := routeSpec{proto: routes.ProtoStatic, table: routes.TableMain}
+	for _, o := range opts {
+		o(&s)
+	}
+	b := make([]byte, 12)
+	b[0], b[1], b[4], b[5], b[7] = byte(routes.FamilyOf(p.Addr())), byte(p.Bits()), byte(s.table), byte(s.proto), byte(routes.Unicast)
+	attr := func(typ uint16, v []byte) {
+		b = binary.NativeEndian.AppendUint16(b, uint16(4+len(v)))
+		b = binary.NativeEndian.AppendUint16(b, typ)
+		b = append(b, v...)
+	}
+	u32 := func(v uint32) []byte { return binary.NativeEndian.AppendUint32(nil, v) }
+	attr(unix.RTA_TABLE, u32(uint32(s.table)))
+	attr(unix.RTA_DST, p.Addr().AsSlice())
+	if s.metric != 0 {
+		attr(unix.RTA_PRIORITY, u32(s.metric))
+	}
+	attr(unix.RTA_OIF, u32(uint32(h.oif)))
+	if h.gw != "" {
+		attr(unix.RTA_GATEWAY, netip.MustParseAddr(h.gw).AsSlice())
+	}
+	var in routes.Interner
+	r, err := in.ParseRoute(b)
+	if err == nil && h.mtu.MTU != 0 {
+		if b, err = routes.EncodeLock(r, h.mtu); err == nil {
+			r, err = in.ParseRoute(b)
+		}
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return r
+}
+
+// addRoute is what `ip route add` does.
+func (w *world) addRoute(dst string, h hop, opts ...routeOption) {
+	w.t.Helper()
+	w.seq++
+	w.routing(routes.RouteSet{Route: newRoute(w.t, dst, h, opts...), Origin: routes.Origin{Port: ownerPort, Seq: w.seq}})
+}
+
+// replaceRoute is what `ip route replace` does.
+func (w *world) replaceRoute(dst string, h hop, opts ...routeOption) {
+	w.t.Helper()
+	w.seq++
+	w.routing(routes.RouteSet{Route: newRoute(w.t, dst, h, opts...), Replace: true, Origin: routes.Origin{Port: ownerPort, Seq: w.seq}})
+}
+
+// deleteRoute is what `ip route del` does.
+func (w *world) deleteRoute(dst string) {
+	w.t.Helper()
+	p := netip.MustParsePrefix(dst)
+	for r := range w.kernel.Table(routes.FamilyOf(p.Addr()), routes.TableMain) {
+		if r.Dst == p {
+			w.seq++
+			w.routing(routes.RouteGone{Route: r, Origin: routes.Origin{Port: ownerPort, Seq: w.seq}})
+			return
+		}
+	}
+	w.t.Fatalf("no route to %s", dst)
+}

@@ -1,0 +1,436 @@
+package plan
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"net/netip"
+	"slices"
+	"strings"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
+
+	"tsoagent/routes"
+	"tsoagent/xfrmwatch"
+)
+
+// laws checks all that DESIGN.md promises of a plan for one world, with packets drawn from rng.
+// The error says which promise is broken.
+func laws(w *world, rng *rand.Rand, packets int) error {
+	in := w.input()
+	pl := Make(in)
+	if diff := cmp.Diff(pl, Make(in), comparePlans...); diff != "" {
+		return fmt.Errorf("the same input gives another plan (-first +second):\n%s", diff)
+	}
+	steps := Diff(in, pl, w.held)
+	with := w.clone()
+	if err := with.apply(steps); err != nil {
+		return err
+	}
+	if err := structure(with, pl); err != nil {
+		return err
+	}
+	for _, p := range w.packets(rng, packets) {
+		if err := judgePacket(w, with, pl, p); err != nil {
+			return fmt.Errorf("%s\n\t%w", p, err)
+		}
+	}
+	if err := holdsOnlyWhatIsCovered(w, pl); err != nil {
+		return err
+	}
+	return settles(w, with, pl)
+}
+
+var comparePlans = []cmp.Option{
+	cmpopts.EquateComparable(netip.Addr{}, netip.Prefix{}),
+	cmp.Comparer(func(a, b *routes.Rule) bool { return a == nil && b == nil || a != nil && b != nil && *a == *b }),
+	cmp.Comparer(func(a, b *routes.Body) bool { return a == b || a != nil && b != nil && routes.EqualButMTU(a, b) }),
+	cmp.Comparer(func(a, b *xfrmwatch.Policy) bool { return a.Equal(b) }),
+	cmpopts.EquateEmpty(),
+}
+
+// structure checks the rules: few, directly ahead of their bases, the others in their order.
+func structure(w *world, pl *Plan) error {
+	cfg := w.cfg.WithDefaults()
+	for _, f := range []routes.Family{routes.IPv4, routes.IPv6} {
+		n := 0
+		rules := w.fib.Rules(f)
+		seen := map[uint32]bool{}
+		for i, r := range rules {
+			if !cfg.OwnRule(r) {
+				continue
+			}
+			n++
+			if seen[r.Priority] {
+				return fmt.Errorf("two rules of ours with priority %d", r.Priority)
+			}
+			seen[r.Priority] = true
+			if i > 0 && rules[i-1].Priority == r.Priority {
+				return fmt.Errorf("rule %d of ours has the priority of another one", r.Priority)
+			}
+			for _, sh := range pl.Shapes {
+				if !slices.Contains(sh.Rules, *r) {
+					continue
+				}
+				next := rules[i+1:]
+				at := slices.IndexFunc(next, func(o *routes.Rule) bool { return !cfg.OwnRule(o) })
+				if at < 0 || *next[at] != *sh.Base {
+					return fmt.Errorf("rule %d is not directly ahead of its base %d", r.Priority, sh.Base.Priority)
+				}
+			}
+		}
+		if n > MaxRules {
+			return fmt.Errorf("%d rules of ours for %s", n, f)
+		}
+	}
+	return nil
+}
+
+// judgePacket compares where a packet goes, and with which MTU, with and without the plan.
+func judgePacket(w, with *world, pl *Plan, p packet) error {
+	before, after := w.lookup(p), with.lookup(p)
+	if !before.sameWay(after) {
+		return fmt.Errorf("goes another way: %s\n\tinstead of: %s", after, before)
+	}
+	if before.route.Body == nil {
+		return nil
+	}
+	have, own := routes.MTUMetricOf(after.route.Body), routes.MTUMetricOf(before.route.Body)
+	cloned := with.cfg.WithDefaults().OwnRoute(after.route)
+	locked := slices.ContainsFunc(pl.Locks, func(l Lock) bool { return l.Route.Key() == after.route.Key() })
+	fates := w.fates(p, before.route)
+	if !cloned && !locked {
+		if have != own {
+			return fmt.Errorf("has %s and no lock of ours, the owner set %s", have, own)
+		}
+		return noSilence(w, pl, p, before, fates)
+	}
+	if path := w.pathMTU(before.route); int(have.MTU) >= path {
+		return fmt.Errorf("%s on a route with %d: %s", have, path, after)
+	}
+	if p.family == routes.IPv6 && have.MTU < 1280 {
+		return fmt.Errorf("%s on IPv6", have)
+	}
+	if have.Locked != (with.cfg.MTU != MTUAdvise) {
+		return fmt.Errorf("%s in mode %q", have, with.cfg.MTU)
+	}
+	if cloned {
+		if err := advmss(before.route, after.route); err != nil {
+			return err
+		}
+		if sourceLess(after.rule) {
+			if with.cfg.SourceLess == ServeOff || !with.forwarding[p.family] {
+				return fmt.Errorf("lookups without a source are served: %s", after)
+			}
+			return nil
+		}
+	}
+	if outer(w, p) {
+		return fmt.Errorf("%s for the outer packets of a tunnel: %s", have, after)
+	}
+	for _, f := range fates {
+		switch f.kind {
+		case dropped:
+			continue
+		case clear:
+			return fmt.Errorf("%s for a packet that no policy covers: %s", have, after)
+		case unknown:
+			return fmt.Errorf("%s by a device that is not understood: %s", have, after)
+		}
+		want := w.expected(f.cov, before.route)
+		if want == 0 && f.cov.Larval && w.last[f.cov.ID] == 0 {
+			continue // no such packet passes before there is an SA
+		}
+		if want != int(have.MTU) {
+			return fmt.Errorf("%s for policy %d, not %d: %s", have, f.cov.ID.Policy, want, after)
+		}
+	}
+	return nil
+}
+
+// sourceLess says that a rule of ours serves lookups without a source; it takes more than
+// covered traffic, as documented.
+func sourceLess(r *routes.Rule) bool {
+	return r.Iif == "lo" || r.Src == netip.PrefixFrom(netip.IPv4Unspecified(), 32)
+}
+
+func advmss(before, after routes.Route) error {
+	header := uint32(40)
+	if after.Body.Family == routes.IPv6 {
+		header = 60
+	}
+	want := after.Body.Metrics.MTU - header
+	if own := before.Body.Metrics.AdvMSS; own != 0 {
+		want = min(want, own)
+	}
+	if after.Body.Metrics.AdvMSS != want {
+		return fmt.Errorf("advmss %d, not %d: %s", after.Body.Metrics.AdvMSS, want, after.Key())
+	}
+	return nil
+}
+
+// outer says that the packet is to be taken for an outer packet of a tunnel, which no policy
+// sees: protocol ESP, from the tunnel's own end (or looked up without a source, as for the
+// peer's MTU) to its peer, through a device of the outside.
+func outer(w *world, p packet) bool {
+	if p.iif != "lo" || p.oif != "" || p.proto != 50 && p.src.IsValid() {
+		return false
+	}
+	o := w.lookup(p)
+	if o.route.Body == nil || slices.ContainsFunc(o.route.Body.Nexthops, func(n routes.Nexthop) bool { return w.fib.Link(n.Oif).Kind == "xfrm" }) {
+		return false
+	}
+	for c := range w.db.Coverages() {
+		for _, st := range c.Steps {
+			for _, sa := range st.SAs {
+				if st.Template.Mode == xfrmwatch.Tunnel && sa.Dst == p.dst && p.mark == sa.OutputMark.Value&sa.OutputMark.Mask &&
+					(!p.src.IsValid() || p.src == sa.Src) {
+					return true
+				}
+			}
+		}
+	}
+	return false
+}
+
+// noSilence: a packet that is covered, and whose route would need a lock, has one, or the
+// verdict says why not.
+func noSilence(w *world, pl *Plan, p packet, before outcome, fates []fate) error {
+	if p.oif != "" || w.vrfOf(p) != 0 || !p.src.IsValid() || w.cfg.MTU == MTUOff {
+		return nil
+	}
+	for _, f := range fates {
+		if f.kind != covered || w.expected(f.cov, before.route) == 0 {
+			continue
+		}
+		v := verdictOf(pl, f.cov.ID)
+		if v == nil {
+			return fmt.Errorf("no verdict for policy %d", f.cov.ID.Policy)
+		}
+		if len(v.Notes) == 0 {
+			return fmt.Errorf("covered by policy %d without a lock, and the verdict does not say why: %s", f.cov.ID.Policy, before)
+		}
+	}
+	return nil
+}
+
+func verdictOf(pl *Plan, id xfrmwatch.CoverageID) *Verdict {
+	for i := range pl.Verdicts {
+		if pl.Verdicts[i].Key == nil && pl.Verdicts[i].ID == id {
+			return &pl.Verdicts[i]
+		}
+	}
+	return nil
+}
+
+// holdsOnlyWhatIsCovered tries every packet that can leave by a device with a hold.
+func holdsOnlyWhatIsCovered(w *world, pl *Plan) error {
+	held := map[routes.Ifindex]bool{}
+	for _, h := range pl.Holds {
+		i := routes.Ifindex(h.Device.Index)
+		held[i] = true
+		st, ok := w.features[i].Get(h.Feature)
+		if !ok || !st.Changeable {
+			return fmt.Errorf("hold on %s %s, which is %s", h.Device.Name, h.Feature, st)
+		}
+		if w.cfg.WithDefaults().dedicated(h.Device.Name) == Keep {
+			return fmt.Errorf("hold on %s, which is to be kept", h.Device.Name)
+		}
+		if len(h.Because) == 0 {
+			return fmt.Errorf("hold on %s without a cause", h.Device.Name)
+		}
+		for _, id := range h.Because {
+			if v := verdictOf(pl, id); v == nil || v.Maybe {
+				return fmt.Errorf("hold on %s because of policy %d, whose templates are optional", h.Device.Name, id.Policy)
+			}
+		}
+	}
+	if len(held) == 0 {
+		return nil
+	}
+	for _, f := range []routes.Family{routes.IPv4, routes.IPv6} {
+		for _, p := range w.everyPacket(f) {
+			o := w.lookup(p)
+			if o.route.Body == nil {
+				continue
+			}
+			for i, ft := range w.fates(p, o.route) {
+				if ft.kind == dropped || ft.kind == covered && !ft.cov.Maybe || !held[o.route.Body.Nexthops[i].Oif] {
+					continue
+				}
+				// An xfrm interface drops what no policy for its if_id takes.
+				if l := w.fib.Link(o.route.Body.Nexthops[i].Oif); l.Kind != "xfrm" || l.External {
+					return fmt.Errorf("%s\n\tleaves uncovered by %s, which is held: %s", p, l.Name, o)
+				}
+			}
+		}
+	}
+	return nil
+}
+
+// settles: once applied, there is nothing more to do, the plan stays, a stale mirror gives
+// nothing back, and an empty plan gives everything back.
+func settles(w, with *world, pl *Plan) error {
+	for id, mtu := range pl.MTU {
+		with.last[id] = mtu
+	}
+	in := with.input()
+	again := Make(in)
+	if diff := cmp.Diff(pl, again, comparePlans...); diff != "" {
+		return fmt.Errorf("the plan changes once it is applied (-first +second):\n%s", diff)
+	}
+	if s := Diff(in, again, with.held); !s.Empty() {
+		return fmt.Errorf("there are still steps to take: %+v", s)
+	}
+	with.db.Apply(xfrmwatch.Lost{})
+	if s := Diff(in, &Plan{}, with.held); !s.Empty() {
+		return fmt.Errorf("given back although the policies may be stale: %+v", s)
+	}
+	with.db.Apply(xfrmwatch.ResyncBegin{})
+	unlose(w.db)
+	with.fib.Apply(routes.Lost{})
+	if s := Diff(in, &Plan{}, with.held); !s.Empty() {
+		return fmt.Errorf("given back although the routes may be stale: %+v", s)
+	}
+	with = with.clone()
+	if err := with.apply(Diff(with.input(), &Plan{}, with.held)); err != nil {
+		return err
+	}
+	if diff := cmp.Diff(strings.Split(w.state(), "\n"), strings.Split(with.state(), "\n")); diff != "" {
+		return fmt.Errorf("not as before (-before +after):\n%s", diff)
+	}
+	for i, f := range w.features {
+		if !f.Equal(with.features[i]) {
+			return fmt.Errorf("features of %s not as before", f.Name)
+		}
+	}
+	return nil
+}
+
+// unlose ends a dump that found all that was there.
+func unlose(db *xfrmwatch.DB) {
+	var events []xfrmwatch.Event
+	for p := range db.Policies() {
+		events = append(events, xfrmwatch.PolicySet{Policy: p})
+	}
+	for sa := range db.SAs() {
+		events = append(events, xfrmwatch.SASet{SA: sa})
+	}
+	events = append(events, xfrmwatch.DefaultSet{Default: db.Default()})
+	db.Apply(xfrmwatch.ResyncBegin{})
+	for _, ev := range events {
+		db.Apply(ev)
+	}
+	db.Apply(xfrmwatch.ResyncEnd{})
+}
+
+// packets are n packets over the world's interesting values.
+func (w *world) packets(rng *rand.Rand, n int) []packet {
+	var out []packet
+	every := map[routes.Family][]netip.Addr{}
+	for _, f := range []routes.Family{routes.IPv4, routes.IPv6} {
+		every[f] = w.addresses(f)
+	}
+	pick := func(s ...string) string { return s[rng.IntN(len(s))] }
+	devs := []string{""}
+	for _, l := range w.fib.Links() {
+		devs = append(devs, l.Name)
+	}
+	for len(out) < n {
+		f := routes.IPv4
+		if len(every[routes.IPv4]) == 0 || len(every[routes.IPv6]) > 0 && rng.IntN(2) == 0 {
+			f = routes.IPv6
+		}
+		if len(every[f]) == 0 {
+			return out
+		}
+		p := packet{
+			family: f, src: every[f][rng.IntN(len(every[f]))], dst: every[f][rng.IntN(len(every[f]))],
+			proto: []uint8{6, 17, 50, 1}[rng.IntN(4)], sport: uint16(rng.IntN(3) * 5), dport: []uint16{80, 443, 65535}[rng.IntN(3)],
+			mark: []uint32{0, 0, 0, 1, 2, 3}[rng.IntN(6)], iif: pick("lo", "lo", devs[rng.IntN(len(devs))]),
+		}
+		if p.iif == "" {
+			p.iif = "lo"
+		}
+		if p.proto == 50 || p.proto == 1 {
+			p.sport, p.dport = 0, 0
+		}
+		switch rng.IntN(12) {
+		case 0, 1:
+			p.src = netip.Addr{}
+		case 2:
+			p.oif = pick(devs...)
+		case 3:
+			p.uid = 1000
+		case 4:
+			p.tos = 0x10
+		}
+		out = append(out, p)
+	}
+	return out
+}
+
+// everyPacket is a grid over the world's addresses, for what must hold without exception.
+func (w *world) everyPacket(f routes.Family) []packet {
+	var out []packet
+	addrs := w.addresses(f)
+	for _, dst := range addrs {
+		for _, src := range addrs {
+			for i, proto := range []uint8{6, 17, 50} {
+				p := packet{family: f, src: src, dst: dst, proto: proto, mark: uint32(i), iif: "lo"}
+				if proto != 50 {
+					p.sport, p.dport = 5, 80
+				}
+				out = append(out, p)
+			}
+		}
+	}
+	return out
+}
+
+// addresses are the first and last ones of all prefixes in the world.
+func (w *world) addresses(f routes.Family) []netip.Addr {
+	seen := map[netip.Addr]bool{}
+	add := func(p netip.Prefix) {
+		if p.IsValid() && routes.FamilyOf(p.Addr()) == f {
+			seen[p.Addr()], seen[lastOf(p)] = true, true
+		}
+	}
+	for p := range w.db.Policies() {
+		add(p.Selector.Src)
+		add(p.Selector.Dst)
+	}
+	for _, c := range w.gone {
+		add(c.Selector.Dst)
+	}
+	for sa := range w.db.SAs() {
+		add(netip.PrefixFrom(sa.Dst, sa.Dst.BitLen()))
+		add(netip.PrefixFrom(sa.Src, sa.Src.BitLen()))
+	}
+	for _, r := range w.fib.Rules(f) {
+		add(r.Src)
+		add(r.Dst)
+	}
+	for _, id := range w.fib.Tables(f) {
+		for r := range w.fib.Table(f, id) {
+			add(r.Dst)
+			add(r.Body.Src)
+		}
+	}
+	out := make([]netip.Addr, 0, len(seen))
+	for a := range seen {
+		out = append(out, a)
+	}
+	slices.SortFunc(out, netip.Addr.Compare)
+	return out
+}
+
+func lastOf(p netip.Prefix) netip.Addr {
+	b := p.Addr().AsSlice()
+	for i := p.Bits(); i < len(b)*8; i++ {
+		b[i/8] |= 1 << (7 - i%8)
+	}
+	a, _ := netip.AddrFromSlice(b)
+	return a
+}
+

@@ -1,0 +1,105 @@
+package main
+
+import (
+	"os"
+	"reflect"
+	"regexp"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
+	"github.com/urfave/cli/v2"
+
+	"tsoagent/agent"
+)
+
+func document(t *testing.T, name string) string {
+	t.Helper()
+	b, err := os.ReadFile("../../docs/" + name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(b)
+}
+
+// keys are the configuration's YAML keys, those of entries in lists as well.
+func keys(typ reflect.Type) []string {
+	for typ.Kind() == reflect.Slice {
+		typ = typ.Elem()
+	}
+	var out []string
+	if typ.Kind() != reflect.Struct {
+		return nil
+	}
+	for f := range typ.Fields() {
+		if name, _, _ := strings.Cut(f.Tag.Get("yaml"), ","); name != "" {
+			out = append(out, name)
+		}
+		out = append(out, keys(f.Type)...)
+	}
+	return out
+}
+
+// TestReferenceFileHasTheDefaults reads docs/tsoagent.yaml as the agent would.
+func TestReferenceFileHasTheDefaults(t *testing.T) {
+	got, err := agent.ReadConfig(strings.NewReader(document(t, "tsoagent.yaml")), "docs/tsoagent.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(agent.Config{}.WithDefaults(), got, cmpopts.EquateEmpty()); diff != "" {
+		t.Errorf("docs/tsoagent.yaml has other values than the defaults (-default +file)\n%s", diff)
+	}
+}
+
+func TestEveryKeyIsDocumented(t *testing.T) {
+	reference, text := document(t, "tsoagent.yaml"), document(t, "configuration.md")
+	names := keys(reflect.TypeFor[agent.Config]())
+	if len(names) < 10 {
+		t.Fatalf("found %d keys only: %v", len(names), names)
+	}
+	for _, name := range names {
+		// As a key, or in the comment of a list's entry.
+		if !regexp.MustCompile(`(?m)^(#? *(- )?)` + name + `:`).MatchString(reference) {
+			t.Errorf("%s is not in docs/tsoagent.yaml", name)
+		}
+		if !strings.Contains(text, "`"+name+"`") {
+			t.Errorf("%s is not in docs/configuration.md", name)
+		}
+	}
+}
+
+func TestEveryFlagIsDocumented(t *testing.T) {
+	text := document(t, "commands.md")
+	app := newApp()
+	flags := app.Flags
+	for _, cmd := range app.Commands {
+		if !strings.Contains(text, "### tsoagent "+cmd.Name+"\n") {
+			t.Errorf("%s has no section in docs/commands.md", cmd.Name)
+		}
+		flags = append(flags, cmd.Flags...)
+	}
+	checkFlags(t, text, flags)
+}
+
+func checkFlags(t *testing.T, text string, flags []cli.Flag) {
+	t.Helper()
+	for _, f := range flags {
+		for _, name := range f.Names() {
+			dashes := "--"
+			if len(name) == 1 {
+				dashes = "-"
+			}
+			if !regexp.MustCompile("`" + dashes + name + "[ `]").MatchString(text) {
+				t.Errorf("%s%s is not in docs/commands.md", dashes, name)
+			}
+		}
+		if d, ok := f.(cli.DocGenerationFlag); ok {
+			for _, env := range d.GetEnvVars() {
+				if !strings.Contains(text, "`"+env+"`") {
+					t.Errorf("%s is not in docs/commands.md", env)
+				}
+			}
+		}
+	}
+}

@@ -1,0 +1,223 @@
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"flag"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"go.yaml.in/yaml/v3"
+	"golang.org/x/tools/txtar"
+
+	"tsoagent/agent"
+)
+
+var update = flag.Bool("update", false, "write what is rendered to testdata/tables.txtar")
+
+const golden = "testdata/tables.txtar"
+
+// covered has a bit of everything.
+func covered() *agent.Report {
+	return &agent.Report{
+		Version: agent.ReportVersion, PID: 143, Mode: agent.Enforce, Live: true,
+		Since: time.Date(2026, 11, 22, 10, 33, 18, 0, time.UTC),
+		Links: 7, Routes: 35, Policies: 8, SAs: 1,
+		Coverages: []agent.CoverageReport{
+			{
+				Policy: 1, Src: "10.9.0.0/24", Dst: "10.2.0.0/16", IfID: 1, Priority: 100, MTU: 1422, Cut: "socket",
+				Notes: []string{"no route leads to these flows, or another policy takes them first: nothing to lock"},
+			},
+			{
+				Policy: 17, Src: "10.9.0.0/24", Dst: "10.2.0.0/16", IfID: 2, Priority: 100, MTU: 1446, Cut: "device",
+				Carriers: []string{"ipsec2"}, Held: []string{"ipsec2 tx-tcp-segmentation", "ipsec2 tx-tcp-ecn-segmentation", "ipsec2 tx-tcp6-segmentation"},
+				Locked: []string{"10.2.0.0/16 mtu 1446"},
+			},
+			{
+				Policy: 49, Src: "10.9.0.0/24", Dst: "10.3.0.0/16", Proto: 6, Sport: 179, Dport: 443, Mark: "0x1/0xff", Priority: 100,
+				MTU: 1446, Cut: "socket", Locked: []string{"10.3.0.0/16 table 5450 mtu 1446"},
+			},
+			{Policy: 57, Src: "fd09::/64", Dst: "fd02::/32", Priority: 100, Cut: "socket", Notes: []string{"no valid SA yet: no lock before the first one (presume_mtu sets one)"}},
+		},
+		Holds: []agent.HoldReport{
+			{Device: "ipsec2", Feature: "tx-tcp-ecn-segmentation", State: agent.StateInPlace, Because: []string{"policy 17"}},
+			{Device: "ipsec2", Feature: "tx-tcp-segmentation", State: agent.StateInPlace, Because: []string{"policy 17", "policy 18"}},
+			{Device: "ipsec2", Feature: "tx-tcp6-segmentation", State: agent.StateInPlace, Because: []string{"policy 17", "policy 18", "policy 19", "policy 20"}},
+			{Device: "old0", Feature: "tx-tcp-segmentation", State: agent.StateReleasing, Because: []string{}},
+		},
+		Locks: []agent.LockReport{
+			{Route: "10.2.0.0/16", MTU: 1446, Locked: true, Devices: []string{"ipsec2"}, State: agent.StateInPlace},
+			{Route: "10.4.0.0/16 metric 100", MTU: 1422, Devices: []string{"ipsec3", "ipsec4"}, State: agent.StateWanted},
+		},
+		Clones: []agent.CloneReport{
+			{Table: 5450, Dst: "10.3.0.0/16", MTU: 1446, Devices: []string{"nic1"}},
+			{Table: 5450, Dst: "10.3.7.0/24", Throw: true},
+		},
+		Rules: []agent.RuleReport{
+			{Family: "ipv4", Priority: 219, Table: 5451, Text: "from 10.9.0.0/24 ipproto 6 lookup 5451"},
+			{Family: "ipv4", Priority: 32765, Table: 5450, Text: "from 10.9.0.0/24 lookup 5450"},
+		},
+	}
+}
+
+// degradedReport is one that a person should look at.
+func degradedReport() *agent.Report {
+	r := covered()
+	r.Coverages, r.Locks, r.Clones, r.Rules = r.Coverages[1:2], nil, nil, nil
+	r.Stale = []string{"routes"}
+	r.Findings = []string{"2 journal entries belong to another boot or network namespace and are left alone"}
+	r.Holds = []agent.HoldReport{
+		{Device: "ipsec2", Feature: "tx-tcp-segmentation", State: agent.StateContested, Why: "somebody turned it on again after it was overruled once", Because: []string{"policy 17"}},
+		{Device: "ipsec2", Feature: "tx-tcp6-segmentation", State: agent.StateRefused, Why: "the device refuses to switch it off (it is on [fixed])", Because: []string{"policy 17"}},
+		{Device: "nic1", Feature: "tx-tcp-segmentation", State: agent.StateNotOurs, Because: []string{"policy 17"}},
+	}
+	return r
+}
+
+func nested() *agent.Explanation {
+	r := covered()
+	return &agent.Explanation{
+		Version: agent.ReportVersion, Dst: "10.2.0.1", From: "10.9.0.1", Device: "ipsec2", Table: 254, DeviceMTU: 1500,
+		RouteMTU: 1406, RouteMTULocked: true, Policy: 17, Action: "ipsec", Selector: "src 10.9.0.0/24 dst 10.2.0.0/16",
+		Losers: []string{"policy 49 priority 200 src 10.9.0.0/24 dst 10.0.0.0/8"},
+		Costs: []agent.StepCost{
+			{
+				Template: "ah transport", SA: "10.1.2.2 spi 0x122 reqid 2", MTU: 1438, Inner: 1414,
+				Items: []agent.CostItem{{Name: "AH header", Bytes: 24}},
+			},
+			{
+				Template: "esp tunnel", SA: "10.1.2.2 spi 0x121 reqid 2", MTU: 1500, Inner: 1438,
+				Items: []agent.CostItem{
+					{Name: "outer IP header", Bytes: 20}, {Name: "ESP header", Bytes: 8}, {Name: "IV", Bytes: 16},
+					{Name: "ICV", Bytes: 16}, {Name: "ESP trailer", Bytes: 2},
+				},
+			},
+		},
+		MTU: 1414, MSS: 1374, Coverage: &r.Coverages[1], Notes: []string{"a path MTU of 1400 was learnt, for 599 more seconds"},
+	}
+}
+
+func TestTables(t *testing.T) {
+	observed := covered()
+	observed.Mode = agent.Observe
+	alone := degradedReport()
+	alone.Live = false
+	quiet := &agent.Report{Mode: agent.Observe, Live: true, Since: covered().Since, PID: 1, Links: 1, Routes: 1, Policies: 1}
+	clear := &agent.Explanation{Dst: "10.3.0.1", From: "10.8.0.1", Device: "nic1", Gateway: "10.1.1.2", Table: 254, DeviceMTU: 1500, Action: "none"}
+	bypass := &agent.Explanation{Dst: "10.3.7.1", From: "10.9.0.1", Device: "nic1", Gateway: "10.1.1.2", Table: 100, DeviceMTU: 1500, RouteMTU: 1480, Action: "bypass", Policy: 33, Selector: "src 10.9.0.0/24 dst 10.3.7.0/24"}
+	block := &agent.Explanation{Dst: "fd03::1", From: "fd09::1", Device: "nic1", Table: 254, DeviceMTU: 1500, Action: "block", Policy: 41, Selector: "src fd09::/64 dst fd03::/32"}
+	presumed := &agent.Explanation{
+		Dst: "10.3.0.1", From: "10.9.0.1", Device: "nic1", Table: 5450, DeviceMTU: 1500, RouteMTU: 1400, RouteMTULocked: true,
+		Action: "ipsec", Policy: 49, Selector: "src 10.9.0.0/24 dst 10.3.0.0/16",
+		Coverage: &agent.CoverageReport{MTU: 1400, Cut: "socket", Locked: []string{"10.3.0.0/16 table 5450 mtu 1400"}}, Notes: []string{"no valid SA yet; presume_mtu 1400"},
+	}
+	var have txtar.Archive
+	for _, tt := range []struct {
+		name  string
+		width int
+		table func(page)
+	}{
+		{"status", 80, func(p page) { statusTable(p, covered()) }},
+		{"status, nothing covered", 80, func(p page) { statusTable(p, quiet) }},
+		{"status, degraded", 80, func(p page) { statusTable(p, degradedReport()) }},
+		{"plan", 80, func(p page) { planTable(p, covered()) }},
+		{"plan, not on a terminal", 0, func(p page) { planTable(p, covered()) }},
+		{"plan, observing", 80, func(p page) { observed.Coverages = observed.Coverages[1:2]; planTable(p, observed) }},
+		{"plan, no agent", 80, func(p page) { planTable(p, alone) }},
+		{"plan, nothing covered", 80, func(p page) { planTable(p, quiet) }},
+		{"explain", 80, func(p page) { explainTable(p, nested()) }},
+		{"explain, in the clear", 80, func(p page) { explainTable(p, clear) }},
+		{"explain, bypass", 80, func(p page) { explainTable(p, bypass) }},
+		{"explain, block", 80, func(p page) { explainTable(p, block) }},
+		{"explain, presumed", 80, func(p page) { explainTable(p, presumed) }},
+		{"restore", 80, func(p page) {
+			restoreTable(p, &agent.Restored{Holds: 3, Locks: 1, Rules: 2, Clones: 2, Actions: 8}, false)
+		}},
+		{"restore, one kind", 80, func(p page) { restoreTable(p, &agent.Restored{Locks: 2, Actions: 2}, false) }},
+		{"restore, nothing", 80, func(p page) {
+			restoreTable(p, &agent.Restored{Findings: []string{"journal entry x can't be used: unknown kind \"y\""}}, false)
+		}},
+		{"restore --stale", 80, func(p page) { restoreTable(p, &agent.Restored{Rules: 1, Clones: 10, Actions: 11}, true) }},
+		{"restore --stale, nothing", 80, func(p page) { restoreTable(p, &agent.Restored{}, true) }},
+	} {
+		var b bytes.Buffer
+		tt.table(page{&b, tt.width})
+		for line := range strings.Lines(b.String()) {
+			line = strings.TrimSuffix(line, "\n")
+			if tt.width > 0 && len(line) > tt.width {
+				t.Errorf("%s: wider than %d columns: %q", tt.name, tt.width, line)
+			}
+			if strings.TrimRight(line, " ") != line {
+				t.Errorf("%s: blanks at the end: %q", tt.name, line)
+			}
+		}
+		have.Files = append(have.Files, txtar.File{Name: tt.name, Data: b.Bytes()})
+	}
+	have.Comment = []byte("What tsoctl prints for people. go test ./cmd/tsoctl -run TestTables -update writes it.\n\n")
+	if *update {
+		if err := os.WriteFile(golden, txtar.Format(&have), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		return
+	}
+	want, err := os.ReadFile(golden)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(string(want), string(txtar.Format(&have))); diff != "" {
+		t.Errorf("tables differ, -update writes them (-want +got)\n%s", diff)
+	}
+}
+
+// TestJSONAndYAMLHaveTheSameNames reads both back.
+func TestJSONAndYAMLHaveTheSameNames(t *testing.T) {
+	for name, v := range map[string]any{"report": covered(), "explanation": nested(), "restored": &agent.Restored{Holds: 1, Findings: []string{"a: b", "1", "true", ""}}} {
+		t.Run(name, func(t *testing.T) {
+			asJSON, err := json.Marshal(v)
+			if err != nil {
+				t.Fatal(err)
+			}
+			var asYAML bytes.Buffer
+			if err := showYAML(&asYAML, v); err != nil {
+				t.Fatal(err)
+			}
+			// JSON is YAML: the same decoder makes the same values of both.
+			var fromJSON, fromYAML any
+			if err := yaml.Unmarshal(asJSON, &fromJSON); err != nil {
+				t.Fatal(err)
+			}
+			if err := yaml.Unmarshal(asYAML.Bytes(), &fromYAML); err != nil {
+				t.Fatalf("%v\n%s", err, asYAML.String())
+			}
+			if diff := cmp.Diff(fromJSON, fromYAML); diff != "" {
+				t.Errorf("JSON and YAML differ (-json +yaml)\n%s", diff)
+			}
+			for line := range strings.Lines(asYAML.String()) {
+				if strings.HasPrefix(strings.TrimSpace(line), "{") {
+					t.Errorf("not in block style: %s", line)
+				}
+			}
+		})
+	}
+}
+
+func TestDegraded(t *testing.T) {
+	for name, tt := range map[string]struct {
+		report *agent.Report
+		want   bool
+	}{
+		"all in place": {covered(), false},
+		"stale":        {&agent.Report{Stale: []string{"xfrm"}}, true},
+		"finding":      {&agent.Report{Findings: []string{"x"}}, true},
+		"contested":    {&agent.Report{Holds: []agent.HoldReport{{State: agent.StateContested}}}, true},
+		"refused":      {&agent.Report{Holds: []agent.HoldReport{{State: agent.StateRefused}}}, true},
+		"off already":  {&agent.Report{Holds: []agent.HoldReport{{State: agent.StateNotOurs}}}, false},
+	} {
+		if got := degraded(tt.report); got != tt.want {
+			t.Errorf("%s: got %v, want %v", name, got, tt.want)
+		}
+	}
+}
