@@ -5,7 +5,7 @@
 # make testkernel         the test kernel, if it isn't in the cache (about 5 minutes on 2 processors)
 # make lint               golangci-lint and govulncheck
 # make fuzz               every fuzz target for FUZZTIME
-# make scenario NAME=…    one scenario in the test kernel, with its whole log
+# make scenario NAME=…    one scenario in the test kernel, with its whole log (VARIANT=v4 or v6 where it has both)
 
 MODE     ?= enforce
 FUZZTIME ?= 10s
@@ -34,10 +34,10 @@ testkernel:
 	@e2e/testkernel/build
 
 demo: setup testkernel
-	@go run ./e2e/cmd/scenario e2e/testdata/scenarios/10-story.txtar
+	@go run ./e2e/cmd/scenario -variant v4 e2e/testdata/scenarios/10-story.txtar
 
 scenario: setup testkernel
-	@go run ./e2e/cmd/scenario -v e2e/testdata/scenarios/$(NAME).txtar
+	@go run ./e2e/cmd/scenario -v -variant "$(VARIANT)" e2e/testdata/scenarios/$(NAME).txtar
 
 lint:
 	@tools/lint || [ $$? -eq 4 ]

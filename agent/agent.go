@@ -127,10 +127,24 @@ func New(cfg Config, log *slog.Logger, version string) (*Agent, error) {
 	a.closers = append(a.closers, j.Close)
 	a.journal = j
 	a.adopt(found)
+	if err := a.checkTables(); err != nil {
+		return nil, errors.Join(err, a.Close())
+	}
 	if err := a.dial(); err != nil {
 		return nil, errors.Join(err, a.Close())
 	}
 	return a, nil
+}
+
+// checkTables refuses to run with other tables than an earlier run has left in place: nobody
+// would follow those.
+func (a *Agent) checkTables() error {
+	t := a.st.tables
+	if t == nil || t.Table == a.cfg.Plan.Table && t.Protocol == a.cfg.Plan.Protocol {
+		return nil
+	}
+	return fmt.Errorf("agent: an earlier run has used table %d and protocol %d, and they may still be in place: run `tsoctl restore --table %d --protocol %d` first",
+		t.Table, t.Protocol, t.Table, t.Protocol)
 }
 
 func newAgent(cfg Config, log *slog.Logger, version string) *Agent {
@@ -176,7 +190,7 @@ func (a *Agent) Report() *Report { return a.report.Load() }
 func SocketPath(runDir string) string { return filepath.Join(runDir, "tsoagent.sock") }
 
 // Run follows the kernel until the context ends, then restores or keeps what is held as the
-// configuration says. The error is nil after a graceful stop.
+// configuration says: with keep, only the rules and clones go, which nobody would follow. The error is nil after a graceful stop.
 func (a *Agent) Run(ctx context.Context) error {
 	watch, cancel := context.WithCancel(context.Background())
 	var wg sync.WaitGroup
@@ -206,11 +220,15 @@ func (a *Agent) loop(ctx context.Context, failed <-chan error) error {
 		select {
 		case <-done:
 			done = nil
-			if a.once || a.cfg.Mode == Observe || a.cfg.OnStop == KeepOnStop || a.goal != protect {
+			if a.once || a.cfg.Mode == Observe || a.goal != protect {
 				return a.stopped(ctx)
 			}
-			a.log.Info("stopping: everything is given back", "holds", len(a.st.holds), "locks", len(a.st.locks))
 			a.goal, a.once = restoreAll, true
+			if a.cfg.OnStop == KeepOnStop {
+				// Nobody follows the rules and clones from now on; holds and in-place locks don't go stale.
+				a.goal = restoreStale
+			}
+			a.log.Info("stopping", "on_stop", a.cfg.OnStop, "holds", len(a.st.holds), "locks", len(a.st.locks))
 			deadline = time.After(stopWithin)
 			timer.Reset(0)
 		case <-deadline:

@@ -109,9 +109,15 @@ func (a *Agent) lockEntries(locks []plan.Lock) []journal.Entry {
 	out := make([]journal.Entry, 0, len(locks))
 	for _, l := range locks {
 		k := l.Route.Key()
+		// Prev is what is in place if we die ahead of the write: after a crash that can be the
+		// claim's own Prev.
+		prev := a.st.locks[k].Ours
+		if have := routes.MTUMetricOf(l.Route.Body); a.st.locks[k].Wrote(have) {
+			prev = have
+		}
 		rec := lockedRoute{
 			Family: k.Family, Table: k.Table, Dst: k.Dst, Src: k.Src, TOS: k.TOS, Priority: k.Priority,
-			Claim: plan.LockClaim{Was: l.Owner, Ours: l.Want, Prev: a.st.locks[k].Ours},
+			Claim: plan.LockClaim{Was: l.Owner, Ours: l.Want, Prev: prev},
 		}
 		rec.Owner, _ = routes.EncodeLock(l.Route, l.Owner)
 		rec.Written, _ = routes.EncodeLock(l.Route, l.Want)
@@ -122,6 +128,9 @@ func (a *Agent) lockEntries(locks []plan.Lock) []journal.Entry {
 
 // unbook takes entries out of the journal after they were undone.
 func (a *Agent) unbook(ids ...string) {
+	if a.cfg.Mode == Observe {
+		return // it undoes nothing
+	}
 	if err := a.journal.Remove(ids...); err != nil {
 		a.failed("journal entry can't be removed", err, "entry", strings.Join(ids, " "))
 	}
@@ -172,10 +181,7 @@ func (a *Agent) adoptEntry(e journal.Entry) error {
 		if err := json.Unmarshal(e.Data, &t); err != nil {
 			return err
 		}
-		if t.Table != a.cfg.Plan.Table || t.Protocol != a.cfg.Plan.Protocol {
-			return fmt.Errorf("an earlier run used table %d and protocol %d: run `tsoctl restore --table %d --protocol %d` first",
-				t.Table, t.Protocol, t.Table, t.Protocol)
-		}
+		a.st.tables = &t
 	case kindMTU:
 		var m rememberedMTU
 		if err := json.Unmarshal(e.Data, &m); err != nil {

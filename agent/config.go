@@ -1,9 +1,11 @@
 package agent
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"os"
 	"path"
 	"regexp"
@@ -12,6 +14,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+	"unicode"
+	"unicode/utf8"
 
 	"go.yaml.in/yaml/v3"
 
@@ -69,6 +73,9 @@ func (d *Duration) UnmarshalYAML(n *yaml.Node) error {
 	if err != nil {
 		// The form of yaml.TypeError, so that all mistakes of a file are told at once.
 		return &yaml.TypeError{Errors: []string{fmt.Sprintf("line %d: %q is no duration with a unit such as 1s", n.Line, n.Value)}}
+	}
+	if v == 0 { // which means the default
+		return &yaml.TypeError{Errors: []string{fmt.Sprintf("line %d: %q is no duration above 0", n.Line, n.Value)}}
 	}
 	*d = Duration(v)
 	return nil
@@ -153,8 +160,15 @@ func ReadConfig(r io.Reader, name string) (Config, error) {
 	if err := dec.Decode(&c); err != nil && !errors.Is(err, io.EOF) {
 		found = append(found, mistakes(name, err)...)
 	}
+	var second yaml.Node
+	switch err := dec.Decode(&second); {
+	case err == nil:
+		found = append(found, &Mistake{File: name, Line: second.Line, Text: "a second document: one file is one configuration"})
+	case !errors.Is(err, io.EOF):
+		found = append(found, mistakes(name, err)...)
+	}
 	for _, w := range c.Validate() {
-		found = append(found, &Mistake{File: name, Line: lineOf(&root, w.Key), Text: w.Key + ": " + w.Text})
+		found = append(found, &Mistake{File: name, Line: lineOf(&root, w.Key, w.entry), Text: w.Key + ": " + w.Text})
 	}
 	if len(found) == 0 {
 		return c, nil
@@ -170,8 +184,9 @@ func ReadConfig(r io.Reader, name string) (Config, error) {
 const maxConfig = 1 << 20
 
 var (
-	yamlLine    = regexp.MustCompile(`^(?:yaml: )?line (\d+): (.*)$`)
-	yamlUnknown = regexp.MustCompile(`^field (\S+) not found in type \S+$`)
+	yamlLine    = regexp.MustCompile(`(?s)^(?:yaml: )?line (\d+): (.*)$`)
+	yamlType    = regexp.MustCompile("(?s)^cannot unmarshal !!(\\w+) ?(.*) into (\\S+)$")
+	yamlUnknown = regexp.MustCompile(`(?s)^field (.*) not found in type \S+$`)
 )
 
 // mistakes turns what the YAML decoder says into mistakes, in the words of the configuration.
@@ -191,25 +206,63 @@ func mistakes(file string, err error) []*Mistake {
 		if g := yamlUnknown.FindStringSubmatch(m.Text); g != nil {
 			m.Text = fmt.Sprintf("unknown key %q (see the configuration reference in docs/configuration.md)", g[1])
 		}
+		if g := yamlType.FindStringSubmatch(m.Text); g != nil {
+			value := strings.Trim(g[2], "`")
+			if value == "" {
+				value = map[string]string{"seq": "a list", "map": "a mapping"}[g[1]]
+			}
+			m.Text = fmt.Sprintf("%s is not %s", cmp.Or(value, `""`), kindOf(g[3]))
+		}
+		m.Text = printable(m.Text)
 		out = append(out, m)
 	}
 	return out
 }
 
+// printable escapes what would break the line, or a terminal.
+func printable(s string) string {
+	if strings.ContainsFunc(s, unprintable) {
+		q := strconv.Quote(s)
+		return strings.ReplaceAll(q[1:len(q)-1], `\"`, `"`)
+	}
+	return s
+}
+
+func unprintable(r rune) bool { return !strconv.IsPrint(r) || r == utf8.RuneError }
+
+// kindOf names what a value of a Go type is called in a configuration.
+func kindOf(goType string) string {
+	switch {
+	case strings.HasPrefix(goType, "[]"):
+		return "a list"
+	case strings.Contains(goType, "int"), strings.Contains(goType, "TableID"), strings.Contains(goType, "Protocol"):
+		return "a number in range"
+	case strings.HasSuffix(goType, "Config"):
+		return "a mapping of keys to values"
+	}
+	return "a text"
+}
+
 // Wrong is a value that Validate refuses.
-type Wrong struct{ Key, Text string }
+type Wrong struct {
+	Key, Text string
+	entry     int // of a list, from 1; 0 for the key itself
+}
 
 // Validate returns what is wrong with the values.
 func (c Config) Validate() []Wrong {
 	var out []Wrong
+	wrong := func(key, format string, args ...any) {
+		out = append(out, Wrong{Key: key, Text: fmt.Sprintf(format, args...)})
+	}
 	oneOf := func(key, have string, allowed ...string) {
 		if have != "" && !slices.Contains(allowed, have) {
-			out = append(out, Wrong{key, fmt.Sprintf("%q is not one of %s", have, strings.Join(allowed, ", "))})
+			wrong(key, "%q is not one of %s", have, strings.Join(allowed, ", "))
 		}
 	}
 	atLeast := func(key string, have, least int) {
 		if have != 0 && have < least {
-			out = append(out, Wrong{key, fmt.Sprintf("%d is less than %d", have, least)})
+			wrong(key, "%d is less than %d", have, least)
 		}
 	}
 	p := c.Plan
@@ -223,35 +276,63 @@ func (c Config) Validate() []Wrong {
 	atLeast("max_clones_per_coverage", p.MaxClonesPerCoverage, 1)
 	atLeast("max_clones", p.MaxClones, 1)
 	if c.RestoreAfter < 0 {
-		out = append(out, Wrong{"restore_after", "a negative duration"})
+		wrong("restore_after", "a negative duration")
 	}
 	if c.ResyncEvery != 0 && time.Duration(c.ResyncEvery) < time.Minute {
-		out = append(out, Wrong{"resync_every", "less than 1m"})
+		wrong("resync_every", "less than 1m")
 	}
-	if c.RunDir != "" && !path.IsAbs(c.RunDir) {
-		out = append(out, Wrong{"run_dir", "not an absolute path"})
+	switch {
+	case c.RunDir == "":
+	case !path.IsAbs(c.RunDir):
+		wrong("run_dir", "not an absolute path")
+	case strings.ContainsFunc(c.RunDir, unprintable):
+		wrong("run_dir", "%q has characters that can't be printed", c.RunDir)
+	case len(SocketPath(c.RunDir)) > maxSocketPath:
+		wrong("run_dir", "too long for the path of a socket: %s may have %d bytes", SocketPath("…"), maxSocketPath)
 	}
-	if t := p.Table; t != 0 && t <= 255 && t+plan.MaxRules > 252 {
-		out = append(out, Wrong{"table", fmt.Sprintf("%d to %d reach the tables that the kernel itself uses (253, 254, 255)", t, t+plan.MaxRules-1)})
+	switch t := p.Table; {
+	case t != 0 && t <= 255 && t+plan.MaxRules > 252:
+		wrong("table", "%d to %d reach the tables that the kernel itself uses (253, 254, 255)", t, t+plan.MaxRules-1)
+	case t > math.MaxUint32-plan.MaxRules:
+		wrong("table", "%d leaves no room for the %d tables from it on", t, plan.MaxRules)
 	}
 	if p.Protocol != 0 && p.Protocol <= 4 {
-		out = append(out, Wrong{"protocol", fmt.Sprintf("%d is one of the kernel's and iproute2's own (0 to 4)", p.Protocol)})
+		wrong("protocol", "%d is one of the kernel's and iproute2's own (0 to 4)", p.Protocol)
 	}
 	for _, f := range p.Features {
 		if !slices.Contains(holdable, f) {
-			out = append(out, Wrong{"features", fmt.Sprintf("%q is no feature that can be held: %v", f, holdable)})
+			wrong("features", "%q is no feature that can be held: %v", f, holdable)
 		}
 	}
 	for i, d := range p.Devices {
-		if _, err := path.Match(d.Match, "x"); err != nil || d.Match == "" {
-			out = append(out, Wrong{"devices", fmt.Sprintf("entry %d: %q is no glob for a device name", i+1, d.Match)})
+		n := len(out)
+		if !isGlob(d.Match) {
+			wrong("devices", "entry %d: %q is no glob for a device name", i+1, d.Match)
 		}
-		if d.Dedicated == "" {
-			out = append(out, Wrong{"devices", fmt.Sprintf("entry %d: dedicated is missing (auto, off or keep)", i+1)})
+		switch d.Dedicated {
+		case plan.Auto, plan.Off, plan.Keep:
+		case "":
+			wrong("devices", "entry %d: dedicated is missing (auto, off or keep)", i+1)
+		default:
+			wrong("devices", "entry %d: %q is not one of auto, off, keep", i+1, string(d.Dedicated))
 		}
-		oneOf("devices", string(d.Dedicated), string(plan.Auto), string(plan.Off), string(plan.Keep), "")
+		for ; n < len(out); n++ {
+			out[n].entry = i + 1
+		}
 	}
 	return out
+}
+
+// maxSocketPath is what sun_path holds besides its end (struct sockaddr_un, linux/un.h).
+const maxSocketPath = 107
+
+// isGlob reports whether a pattern can match the name of a device: the kernel has none with
+// white space or a slash (dev_valid_name, net/core/dev.c).
+func isGlob(pattern string) bool {
+	_, err := path.Match(pattern, "x")
+	return err == nil && pattern != "" && !strings.ContainsFunc(pattern, func(r rune) bool {
+		return unprintable(r) || unicode.IsSpace(r) || r == '/'
+	})
 }
 
 var holdable = []ethtool.Feature{
@@ -259,16 +340,20 @@ var holdable = []ethtool.Feature{
 	ethtool.UDPSegmentation, ethtool.GenericSegm,
 }
 
-// lineOf is the line of a top-level key, 0 if it is not there.
-func lineOf(root *yaml.Node, key string) int {
+// lineOf is the line of a top-level key, or of an entry of its list, 0 if it is not there.
+func lineOf(root *yaml.Node, key string, entry int) int {
 	if len(root.Content) == 0 || root.Content[0].Kind != yaml.MappingNode {
 		return 0
 	}
 	m := root.Content[0].Content
 	for i := 0; i+1 < len(m); i += 2 {
-		if m[i].Value == key {
-			return m[i].Line
+		if m[i].Value != key {
+			continue
 		}
+		if list := m[i+1].Content; entry > 0 && entry <= len(list) {
+			return list[entry-1].Line
+		}
+		return m[i].Line
 	}
 	return 0
 }

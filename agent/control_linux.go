@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -56,7 +57,7 @@ func (a *Agent) handler() http.Handler {
 			answerJSON(w, http.StatusOK, r)
 			return
 		}
-		answerError(w, http.StatusServiceUnavailable, errors.New("the agent is still reading the kernel's state; try again in a moment"))
+		answerError(w, http.StatusServiceUnavailable, errNotReady)
 	})
 	mux.HandleFunc("GET /v1/explain", func(w http.ResponseWriter, r *http.Request) {
 		q, err := questionFrom(r.URL.Query())
@@ -65,8 +66,15 @@ func (a *Agent) handler() http.Handler {
 			return
 		}
 		var e *Explanation
-		if callErr := a.call(r.Context(), func() { e, err = a.explain(q) }); callErr != nil {
-			answerError(w, http.StatusServiceUnavailable, callErr)
+		callErr := a.call(r.Context(), func() {
+			if a.lastP == nil {
+				err = errNotReady
+				return
+			}
+			e, err = a.explain(q)
+		})
+		if callErr != nil || errors.Is(err, errNotReady) {
+			answerError(w, http.StatusServiceUnavailable, cmp.Or(callErr, err))
 			return
 		}
 		if err != nil {
@@ -75,8 +83,19 @@ func (a *Agent) handler() http.Handler {
 		}
 		answerJSON(w, http.StatusOK, e)
 	})
+	for _, path := range []string{"/v1/report", "/v1/explain"} {
+		mux.HandleFunc(path, func(w http.ResponseWriter, r *http.Request) {
+			w.Header().Set("Allow", "GET, HEAD")
+			answerError(w, http.StatusMethodNotAllowed, fmt.Errorf("%s takes GET, not %s", path, r.Method))
+		})
+	}
+	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
+		answerError(w, http.StatusNotFound, fmt.Errorf("there is no %q; this agent has /v1/report and /v1/explain", r.URL.Path))
+	})
 	return mux
 }
+
+var errNotReady = errors.New("the agent is still reading the kernel's state; try again in a moment")
 
 func answerJSON(w http.ResponseWriter, code int, v any) {
 	w.Header().Set("Content-Type", "application/json")
@@ -133,7 +152,7 @@ func (c *Client) get(ctx context.Context, path string, query url.Values, into an
 		var op *net.OpError
 		if errors.As(err, &op) && op.Op == "dial" {
 			if errors.Is(err, os.ErrPermission) {
-				return fmt.Errorf("the control socket %s is not yours to open: run it as root, or join its group: %w", c.path, ErrPermission)
+				return fmt.Errorf("the control socket %s is not yours to open: run it as root: %w", c.path, ErrPermission)
 			}
 			return fmt.Errorf("%w (nobody answers on %s)", ErrNoAgent, c.path)
 		}

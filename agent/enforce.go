@@ -3,6 +3,7 @@ package agent
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"slices"
 	"time"
@@ -18,6 +19,7 @@ import (
 // next round looks whether it is in place.
 func (a *Agent) enforce(pl *plan.Plan, s *plan.Steps, now time.Time) bool {
 	before := a.stats.Actions
+	a.settleFights(now)
 	a.moveClones(pl, s, now)
 	a.setLocks(s.Locks, now)
 	a.setHolds(s.Holds, false, now)
@@ -63,10 +65,20 @@ func (a *Agent) setLocks(locks []plan.Lock, now time.Time) {
 	failpoint("lock-journal-before")
 	if err := a.journal.Put(entries...); err != nil {
 		a.failed("journal can't be written, nothing is locked", err)
+		for _, l := range due { // the owner is not to blame
+			f := a.st.fights[l.Route.Key()]
+			f.n--
+			a.st.fights[l.Route.Key()] = f
+		}
 		return
 	}
 	failpoint("lock-journal-after")
 	for _, l := range due {
+		if routes.MTUMetricOf(l.Route.Body) == l.Want {
+			// A crash came ahead of another value. IPv4 would tell nothing of the write.
+			a.st.locks[l.Route.Key()] = plan.LockClaim{Was: l.Owner, Ours: l.Want}
+			continue
+		}
 		a.setLock(l)
 	}
 }
@@ -99,18 +111,66 @@ func (a *Agent) setLock(l plan.Lock) {
 }
 
 // repair writes the owner's version of a route again, with the lock, after our write has
-// overwritten it.
-func (a *Agent) repair(owner routes.Route, want plan.MTUMetric) {
-	a.stats.Repairs++
-	k := owner.Key()
-	failpoint("lock-stale")
-	a.log.Info("the route's owner changed it while it was locked: the owner's version is written again", "route", k.String())
-	l := plan.Lock{Route: owner, Owner: routes.MTUMetricOf(owner.Body), Want: want}
-	if err := a.journal.Put(a.lockEntries([]plan.Lock{l})...); err != nil {
+// overwritten it. echo is what our write has made of the route.
+func (a *Agent) repair(w *write, echo routes.Route) {
+	k := echo.Key()
+	l := plan.Lock{Route: *w.owner, Owner: routes.MTUMetricOf(w.owner.Body), Want: w.want}
+	if claim, ok := a.st.locks[k]; ok && claim.Wrote(l.Owner) {
+		l.Owner = claim.Was // a lock of ours is not the owner's
+	}
+	_, n := a.st.fib.Get(k)
+	if w.back || n > 1 { // with a second route of the key a lock is not safe
+		l.Want = l.Owner
+	}
+	same := routes.EqualButMTU(w.owner.Body, echo.Body) && routes.MTUMetricOf(echo.Body) == l.Want
+	if !same {
+		a.stats.Repairs++
+		failpoint("lock-stale")
+		a.log.Info("the route's owner changed it while we wrote: the owner's version is written again", "route", k.String())
+	}
+	if w.back || n > 1 {
+		if !same {
+			if err := a.giveBack(l.Route, l.Want); err != nil {
+				a.failed("the owner's version can't be written again", err, "route", k.String())
+			}
+		}
+		delete(a.st.locks, k)
+		a.unbook(lockID(k))
+		return
+	}
+	err := a.journal.Put(a.lockEntries([]plan.Lock{l})...)
+	switch {
+	case err != nil && same:
+		a.failed("journal can't be written", err)
+	case same:
+		a.st.locks[k] = plan.LockClaim{Was: l.Owner, Ours: l.Want}
+	case err != nil:
 		a.failed("journal can't be written", err)
 		l.Want = l.Owner // without a journal entry, no lock
+		fallthrough
+	default:
+		a.setLock(l)
 	}
-	a.setLock(l)
+}
+
+// giveBack writes a route with its owner's MTU metric.
+func (a *Agent) giveBack(r routes.Route, was plan.MTUMetric) error {
+	k := r.Key()
+	msg, err := routes.EncodeLock(r, was)
+	if err != nil {
+		return err
+	}
+	w := &write{want: was, back: true}
+	a.st.writing[k] = w
+	if w.seq, err = a.rt.Replace(msg); err != nil {
+		delete(a.st.writing, k)
+		if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ESRCH) {
+			return nil // gone: there is nothing to give back
+		}
+		return err
+	}
+	a.st.inflight[w.seq] = struct{}{}
+	return nil
 }
 
 const (
@@ -123,40 +183,43 @@ const (
 // the lock, and we put it back without a fight.
 func (a *Agent) mayWrite(k routes.Key, now time.Time) bool {
 	f := a.st.fights[k]
-	if now.Before(f.until) {
-		return false
-	}
-	if now.Sub(f.since) > fightWindow {
-		f = fight{since: now}
-	}
-	f.n++
-	if f.n > fightWrites {
-		f.until = now.Add(fightRest)
+	may, rests := f.once(now)
+	a.st.fights[k] = f
+	if rests {
 		a.log.Warn("somebody keeps replacing a route that is to be locked: resting", "route", k.String(), "for", fightRest)
 	}
-	a.st.fights[k] = f
-	return f.until.IsZero() || !now.Before(f.until)
+	return may
+}
+
+// once counts a write and says whether it may be done; rests says that the rest begins now.
+func (f *fight) once(now time.Time) (may, rests bool) {
+	if now.Before(f.until) {
+		return false, false
+	}
+	if now.Sub(f.since) > fightWindow {
+		*f = fight{since: now}
+	}
+	if f.n++; f.n <= fightWrites {
+		return true, false
+	}
+	f.until = now.Add(fightRest)
+	return false, true
+}
+
+// settle forgets the writes that are too long ago to count.
+func (a *Agent) settleFights(now time.Time) {
+	over := func(f fight) bool { return now.Sub(f.since) > fightWindow && !now.Before(f.until) }
+	maps.DeleteFunc(a.st.fights, func(_ routes.Key, f fight) bool { return over(f) })
+	maps.DeleteFunc(a.st.placed, func(_ plan.ShapeID, f fight) bool { return over(f) })
 }
 
 // unlock gives routes their owner's MTU metric back.
 func (a *Agent) unlock(list []plan.Unlock) {
 	for _, u := range list {
 		k := u.Route.Key()
-		msg, err := routes.EncodeLock(u.Route, u.Was)
-		if err == nil {
-			a.st.writing[k] = &write{want: u.Was}
-			var seq uint32
-			if seq, err = a.rt.Replace(msg); err == nil {
-				a.st.writing[k].seq = seq
-				a.st.inflight[seq] = struct{}{}
-			}
-		}
-		if err != nil {
-			delete(a.st.writing, k)
-			if !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.ESRCH) {
-				a.failed("mtu can't be given back", err, "route", k.String())
-				continue
-			}
+		if err := a.giveBack(u.Route, u.Was); err != nil {
+			a.failed("mtu can't be given back", err, "route", k.String())
+			continue
 		}
 		failpoint("unlock-written")
 		delete(a.st.locks, k)
@@ -224,9 +287,12 @@ func (a *Agent) holdDevice(dev ethtool.Device, due []plan.Hold, at time.Time) {
 	now, err := a.et.Set(dev, want)
 	failpoint("hold-written")
 	if now != nil {
-		a.st.features[routes.Ifindex(dev.Index)] = now
+		a.st.know(now)
 	}
 	var refused *ethtool.RefusedError
+	if err != nil && !errors.As(err, &refused) && a.didHold(dev, due) {
+		err = nil // done, but not read back
+	}
 	if err != nil && !errors.As(err, &refused) {
 		for _, h := range due {
 			a.dropHold(plan.HoldKey{Index: dev.Index, Feature: h.Feature})
@@ -263,6 +329,19 @@ func (a *Agent) holdDevice(dev ethtool.Device, due []plan.Hold, at time.Time) {
 	}
 }
 
+// didHold reads whether all features are off after a Set whose outcome is not known.
+func (a *Agent) didHold(dev ethtool.Device, due []plan.Hold) bool {
+	now, err := a.et.Features(dev)
+	if err != nil {
+		return false
+	}
+	a.st.know(now)
+	return !slices.ContainsFunc(due, func(h plan.Hold) bool {
+		s, ok := now.Get(h.Feature)
+		return !ok || s.Wanted
+	})
+}
+
 func (a *Agent) refuse(dev ethtool.Device, holds []plan.Hold, why string) {
 	for _, h := range holds {
 		a.st.refused[plan.HoldKey{Index: dev.Index, Feature: h.Feature}] = why
@@ -272,6 +351,7 @@ func (a *Agent) refuse(dev ethtool.Device, holds []plan.Hold, why string) {
 
 func (a *Agent) dropHold(k plan.HoldKey) {
 	delete(a.st.holds, k)
+	delete(a.st.retakes, k)
 	a.unbook(holdID(k))
 }
 
@@ -344,23 +424,27 @@ func (a *Agent) release(k plan.HoldKey, now time.Time) {
 	}
 	fresh, err := a.et.Features(dev)
 	if err == nil {
-		a.st.features[routes.Ifindex(k.Index)] = fresh
+		a.st.know(fresh)
 		if s, ok := fresh.Get(k.Feature); ok && s.Wanted {
 			return // somebody turned it on since; the next plan drops the claim
 		}
 		fresh, err = a.et.Set(dev, map[ethtool.Feature]bool{k.Feature: claim.Was})
 	}
 	if fresh != nil {
-		a.st.features[routes.Ifindex(k.Index)] = fresh
+		a.st.know(fresh)
 	}
 	failpoint("unhold-written")
-	if err != nil && !errors.Is(err, os.ErrNotExist) {
+	switch {
+	case errors.Is(err, os.ErrNotExist):
+		// Gone or renamed, which its event tells: a device that is gone takes the claim along.
+		a.st.release[k] = now.Add(time.Duration(a.cfg.RestoreAfter))
+		return
+	case err != nil:
 		a.failed("feature can't be given back", err, "device", dev.Name, "feature", k.Feature)
 		a.st.release[k] = now.Add(maxFlap)
 		return
 	}
 	delete(a.st.release, k)
-	delete(a.st.retakes, k)
 	f := a.st.flaps[k.Index]
 	f.last = now
 	a.st.flaps[k.Index] = f
@@ -420,6 +504,7 @@ func (a *Agent) forgetDevice(i routes.Ifindex) {
 		for k := range m {
 			if routes.Ifindex(k.Index) == i {
 				delete(m, k)
+				delete(a.st.retakes, k)
 			}
 		}
 	}

@@ -3,6 +3,7 @@ package agent
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 
 	"tsoagent/agent/plan"
 	"tsoagent/routes"
@@ -91,6 +92,10 @@ func (a *Agent) explain(q Question) (*Explanation, error) {
 		e.Losers = append(e.Losers, fmt.Sprintf("policy %d priority %d %s", p.Index, p.Priority, selectorText(p.Selector)))
 	}
 	if win == nil {
+		if a.st.db.Default().Out == xfrmwatch.Block {
+			e.Action = "block"
+			e.note("no policy matches, and the default action for output is block: the flow is dropped")
+		}
 		if ifID != 0 {
 			e.Notes = append(e.Notes, fmt.Sprintf("no policy has if_id %#x and matches: %s drops the flow", ifID, e.Device))
 		}
@@ -133,20 +138,32 @@ func (a *Agent) explainPolicy(e *Explanation, q Question, p *xfrmwatch.Policy) {
 		if !c.Selector.Dst.Contains(q.Dst) {
 			continue
 		}
-		a.cost(e, c)
+		status := a.cost(e, c)
 		for i, v := range a.lastP.Verdicts {
 			if v.ID == c.ID && v.Key == nil {
 				r := coverageReports(&plan.Plan{Verdicts: a.lastP.Verdicts[i : i+1]})[0]
 				e.Coverage = &r
-				e.Notes = append(e.Notes, r.Notes...)
+				for _, n := range r.Notes {
+					e.note(n)
+				}
 			}
+		}
+		if e.Coverage == nil && status != xfrmwatch.MTUKnown {
+			e.note(status.String())
 		}
 		return
 	}
 }
 
+// note adds a sentence once.
+func (e *Explanation) note(text string) {
+	if !slices.Contains(e.Notes, text) {
+		e.Notes = append(e.Notes, text)
+	}
+}
+
 // cost itemises the coverage's transformations, with the SA that the kernel uses first.
-func (a *Agent) cost(e *Explanation, c xfrmwatch.Coverage) {
+func (a *Agent) cost(e *Explanation, c xfrmwatch.Coverage) xfrmwatch.MTUStatus {
 	route := e.DeviceMTU
 	path := func(peer netip.Addr, mark xfrmwatch.Mark) (int, bool) {
 		mtu := peerMTU(a.rt, a.st.fib, peer, mark)
@@ -154,8 +171,7 @@ func (a *Agent) cost(e *Explanation, c xfrmwatch.Coverage) {
 	}
 	mtu, status := c.MTU(path, route)
 	if status != xfrmwatch.MTUKnown {
-		e.Notes = append(e.Notes, status.String())
-		return
+		return status
 	}
 	e.MTU = mtu
 	header := 40
@@ -173,8 +189,8 @@ func (a *Agent) cost(e *Explanation, c xfrmwatch.Coverage) {
 		sa := c.Steps[i].SAs[0]
 		items, inner, err := sa.Costs(outer)
 		if err != nil {
-			e.Notes = append(e.Notes, err.Error())
-			return
+			e.note(err.Error())
+			return status
 		}
 		s := StepCost{
 			Template: fmt.Sprintf("%s %s", protoName(sa.Proto), modeName(sa.Mode)),
@@ -186,6 +202,7 @@ func (a *Agent) cost(e *Explanation, c xfrmwatch.Coverage) {
 		e.Costs = append([]StepCost{s}, e.Costs...)
 		outer = inner
 	}
+	return status
 }
 
 func selectorText(s xfrmwatch.Selector) string {

@@ -36,6 +36,7 @@ type world struct {
 	feats  map[ethtool.Ifindex]*ethtool.Features
 	book   map[string]journal.Entry
 	queue  []batch // events on their way to the agent
+	live   bool    // events don't wait for the test: the agent's own loop runs
 	seq    uint32
 	ops    []string
 
@@ -94,7 +95,8 @@ func (w *world) restart(cfg Config) {
 
 // resync queues a dump of everything but the policies and SAs, which the test sends.
 func (w *world) resync() {
-	w.queue = append(w.queue, batch{routes: w.dumpRoutes()}, batch{features: w.dumpFeatures()})
+	w.send(batch{routes: w.dumpRoutes()})
+	w.send(batch{features: w.dumpFeatures()})
 }
 
 func (w *world) dumpRoutes() []routes.Event {
@@ -139,7 +141,7 @@ func (w *world) dumpXFRM(items ...xfrmwatch.Event) {
 			ev = append(ev, it)
 		}
 	}
-	w.queue = append(w.queue, batch{xfrm: append(ev, xfrmwatch.ResyncEnd{})})
+	w.send(batch{xfrm: append(ev, xfrmwatch.ResyncEnd{})})
 }
 
 // start lets the agent read everything, and settles.
@@ -151,17 +153,25 @@ func (w *world) start(items ...xfrmwatch.Event) {
 }
 
 // xfrm and routing queue events; settle delivers them.
-func (w *world) xfrm(ev ...xfrmwatch.Event) { w.queue = append(w.queue, batch{xfrm: ev}) }
+func (w *world) xfrm(ev ...xfrmwatch.Event) { w.send(batch{xfrm: ev}) }
+
+func (w *world) send(b batch) {
+	if w.live {
+		w.a.inbox.put(b)
+		return
+	}
+	w.queue = append(w.queue, b)
+}
 
 // routing changes the fake kernel's routing and queues the events.
 func (w *world) routing(ev ...routes.Event) {
 	for _, e := range ev {
 		w.kernel.Apply(e)
 	}
-	w.queue = append(w.queue, batch{routes: ev})
+	w.send(batch{routes: ev})
 }
 
-func (w *world) features(ev ...ethtool.Event) { w.queue = append(w.queue, batch{features: ev}) }
+func (w *world) features(ev ...ethtool.Event) { w.send(batch{features: ev}) }
 
 // step delivers what is queued and calls the loop's step once.
 func (w *world) step() (reached bool) {

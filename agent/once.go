@@ -55,9 +55,39 @@ type readOnly struct{}
 
 var errReadOnly = errors.New("agent: nothing is written in observe mode")
 
+// Put refuses.
 func (readOnly) Put(...journal.Entry) error { return errReadOnly }
-func (readOnly) Remove(...string) error     { return nil }
-func (readOnly) Entries() []journal.Entry   { return nil }
+
+// Remove does nothing.
+func (readOnly) Remove(...string) error { return nil }
+
+// Entries is empty.
+func (readOnly) Entries() []journal.Entry { return nil }
+
+// LeftOver counts the holds and locks that the journal in a run directory remembers, and tells
+// whether there may be rules and clones. With no agent running they are what one that was
+// killed has left.
+func LeftOver(runDir string) (holds, locks int, tables bool) {
+	scope, err := journal.ReadScope()
+	if err != nil {
+		return 0, 0, false
+	}
+	found, err := journal.Read(runDir, scope)
+	if err != nil {
+		return 0, 0, false
+	}
+	for _, e := range found.Entries {
+		switch e.Kind {
+		case kindHold:
+			holds++
+		case kindLock:
+			locks++
+		case kindTables:
+			tables = true
+		}
+	}
+	return holds, locks, tables
+}
 
 // Restored says what Restore did.
 type Restored struct {

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"fmt"
 	"maps"
+	"net/netip"
 	"os"
 	"slices"
 	"time"
@@ -40,6 +41,16 @@ type Report struct {
 	Clones    []CloneReport    `json:"clones"`
 	Findings  []string         `json:"findings"`
 	Counters  Counters         `json:"counters"`
+	Sources   []SourceReport   `json:"sources"`
+}
+
+// SourceReport counts what a source of events brought since it was dialled.
+type SourceReport struct {
+	Source      string `json:"source"` // xfrm, routes or ethtool
+	Events      uint64 `json:"events"`
+	Dumps       uint64 `json:"dumps"`
+	Overruns    uint64 `json:"overruns"`    // receive buffer overflows
+	Undecodable uint64 `json:"undecodable"` // messages that made no sense; each led to a new dump
 }
 
 // CoverageReport is the verdict for one coverage.
@@ -103,6 +114,7 @@ type RuleReport struct {
 	Priority uint32 `json:"priority"`
 	Table    uint32 `json:"table"`
 	Text     string `json:"text"`
+	State    string `json:"state"` // in place or wanted
 }
 
 // CloneReport is one route in a table of ours.
@@ -111,7 +123,9 @@ type CloneReport struct {
 	Dst     string   `json:"dst"`
 	Throw   bool     `json:"throw,omitempty"`
 	MTU     uint32   `json:"mtu,omitempty"`
+	Locked  bool     `json:"locked,omitempty"`
 	Devices []string `json:"devices,omitempty"`
+	State   string   `json:"state"` // in place or wanted
 }
 
 // publish makes the report of a round.
@@ -122,23 +136,81 @@ func (a *Agent) publish(pl *plan.Plan, s *plan.Steps, now time.Time) {
 		Links: len(a.st.fib.Links()), Routes: a.st.fib.Len(),
 		Policies: a.st.db.PolicyCount(), SAs: a.st.db.SACount(),
 		Coverages: coverageReports(pl), Holds: a.holdReports(pl), Locks: a.lockReports(pl, s),
-		Findings: slices.Concat(a.findings, a.conflicts(now)), Counters: a.stats,
-		Rules: []RuleReport{}, Clones: []CloneReport{},
+		Findings: list(slices.Concat(a.findings, a.conflicts(now))), Counters: a.stats,
+		Rules: []RuleReport{}, Clones: []CloneReport{}, Sources: []SourceReport{},
+	}
+	if a.sources != nil {
+		r.Sources = a.sources.stats()
+	}
+	noteHolds(r)
+	a.tableReports(r, pl, s)
+	a.report.Store(r)
+}
+
+// tableReports lists our rules and clones. In observe mode what would have to be written is
+// wanted only.
+func (a *Agent) tableReports(r *Report, pl *plan.Plan, s *plan.Steps) {
+	state := func(pending bool) string {
+		if pending && a.cfg.Mode == Observe {
+			return StateWanted
+		}
+		return StateInPlace
+	}
+	type place struct {
+		table routes.TableID
+		dst   netip.Prefix
+	}
+	put := make(map[place]bool, len(s.Clones))
+	for _, c := range s.Clones {
+		put[place{c.Table, c.Clone.Dst}] = true
 	}
 	for i := range pl.Shapes {
 		sh := &pl.Shapes[i]
 		for _, rule := range sh.Rules {
-			r.Rules = append(r.Rules, RuleReport{rule.Family.String(), rule.Priority, uint32(rule.Table), ruleText(rule)})
+			r.Rules = append(r.Rules, RuleReport{
+				rule.Family.String(), rule.Priority, uint32(rule.Table), ruleText(rule),
+				state(slices.Contains(s.AddRules, rule)),
+			})
 		}
 		for _, c := range sh.Clones {
-			cr := CloneReport{Table: uint32(sh.Table), Dst: c.Dst.String(), Throw: c.Throw, MTU: c.MTU.MTU}
+			cr := CloneReport{
+				Table: uint32(sh.Table), Dst: c.Dst.String(), Throw: c.Throw, MTU: c.MTU.MTU, Locked: c.MTU.Locked,
+				State: state(put[place{sh.Table, c.Dst}]),
+			}
 			if !c.Throw {
 				cr.Devices = a.devices(c.Of.Body)
 			}
 			r.Clones = append(r.Clones, cr)
 		}
 	}
-	a.report.Store(r)
+}
+
+// noteHolds says in the verdicts of coverages which of their holds are not in place, and why.
+func noteHolds(r *Report) {
+	for _, h := range r.Holds {
+		if h.State != StateContested && h.State != StateRefused {
+			continue
+		}
+		for i := range r.Coverages {
+			c := &r.Coverages[i]
+			if c.Key == "" && slices.Contains(h.Because, c.name()) {
+				c.Notes = append(slices.Clone(c.Notes), fmt.Sprintf("%s %s is %s: %s", h.Device, h.Feature, h.State, h.Why))
+				c.Held = slices.DeleteFunc(slices.Clone(c.Held), func(s string) bool { return s == h.Device+" "+h.Feature })
+				if len(c.Held) == 0 {
+					c.Cut = string(plan.CutSocket)
+				}
+			}
+		}
+	}
+}
+
+// name is how a coverage is called where it is a cause.
+func (c *CoverageReport) name() string {
+	s := fmt.Sprintf("policy %d", c.Policy)
+	if c.Peer != "" {
+		s += " to " + c.Peer
+	}
+	return s
 }
 
 func (a *Agent) staleSources() []string {
@@ -227,9 +299,11 @@ func (a *Agent) holdReports(pl *plan.Plan) []HoldReport {
 
 func (a *Agent) lockReports(pl *plan.Plan, s *plan.Steps) []LockReport {
 	out := []LockReport{}
-	pending := map[routes.Key]bool{}
+	// What was to be written and is not on its way rests, or failed.
+	missing := map[routes.Key]bool{}
 	for _, l := range s.Locks {
-		pending[l.Route.Key()] = true
+		k := l.Route.Key()
+		missing[k] = a.st.writing[k] == nil && routes.MTUMetricOf(l.Route.Body) != l.Want
 	}
 	for _, l := range pl.Locks {
 		k := l.Route.Key()
@@ -237,7 +311,7 @@ func (a *Agent) lockReports(pl *plan.Plan, s *plan.Steps) []LockReport {
 			Route: k.String(), Family: k.Family.String(), MTU: l.Want.MTU, Locked: l.Want.Locked,
 			Was: l.Owner.MTU, Devices: a.devices(l.Route.Body), State: StateInPlace,
 		}
-		if _, ours := a.st.locks[k]; !ours || pending[k] && a.cfg.Mode == Observe {
+		if _, ours := a.st.locks[k]; !ours || missing[k] {
 			r.State = StateWanted
 		}
 		for _, id := range l.Because {
@@ -256,10 +330,12 @@ func (a *Agent) conflicts(now time.Time) []string {
 			out = append(out, fmt.Sprintf("route %s is replaced again and again by its owner: its lock rests", k))
 		}
 	}
+	var withdrawn []string
 	for id, w := range a.st.withheld {
-		out = append(out, fmt.Sprintf("lock for %s withdrawn: %s", id, w.why))
+		withdrawn = append(withdrawn, fmt.Sprintf("lock for %s withdrawn: %s", id, w.why))
 	}
-	return out
+	slices.Sort(withdrawn)
+	return append(out, withdrawn...)
 }
 
 // devices are the names of the devices that a route leaves by.

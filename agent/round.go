@@ -2,6 +2,7 @@ package agent
 
 import (
 	"net/netip"
+	"slices"
 	"time"
 
 	"tsoagent/agent/journal"
@@ -56,9 +57,16 @@ func (a *Agent) applyRoute(ev routes.Event) {
 		delete(a.st.features, ev.Index)
 		a.forgetDevice(ev.Index)
 	case routes.RuleSet:
-		a.foreignRule(ev.Rule)
+		// A dump repeats the rules that are known.
+		if !slices.ContainsFunc(a.st.fib.Rules(ev.Rule.Family), func(r *routes.Rule) bool { return *r == *ev.Rule }) {
+			a.foreignRule(ev.Rule)
+		}
 	case routes.RuleGone:
 		a.foreignRule(ev.Rule)
+	case routes.ResyncBegin:
+		a.st.dumping = true
+	case routes.ResyncEnd:
+		a.st.dumping = false
 	}
 	if e := a.st.fib.Apply(ev); e.Resync != nil && a.sources != nil {
 		a.sources.resyncRoutes(*e.Resync)
@@ -88,7 +96,7 @@ func (a *Agent) recheck(f *ethtool.Features) {
 		}
 		if s, ok := f.Get(k.Feature); ok && s.Wanted {
 			if now, err := a.et.Features(ethtool.Device{Index: f.Index, Name: f.Name}); err == nil {
-				a.st.features[routes.Ifindex(f.Index)] = now
+				a.st.know(now)
 			}
 			return
 		}
@@ -115,8 +123,8 @@ func (a *Agent) echo(ev routes.Event) {
 	if ours {
 		delete(a.st.inflight, from.Seq)
 	}
-	if len(a.st.writing) == 0 || r.Body == nil {
-		return
+	if len(a.st.writing) == 0 || r.Body == nil || a.st.dumping {
+		return // an item of a dump may be older than our write, and is nobody's change
 	}
 	w := a.st.writing[r.Key()]
 	switch {
@@ -124,12 +132,15 @@ func (a *Agent) echo(ev routes.Event) {
 	case ours && from.Seq == w.seq:
 		delete(a.st.writing, r.Key())
 		if w.owner != nil {
-			a.repair(*w.owner, w.want)
+			a.repair(w, r)
 		}
 	case !ours && gone:
 		w.owner = nil
 	case !ours:
-		w.owner = &r
+		// Of several with the key our write replaces the first; one that was appended is safe.
+		if first, n := a.st.fib.Get(r.Key()); n < 2 || first.Body == r.Body {
+			w.owner = &r
+		}
 	}
 }
 
@@ -195,7 +206,7 @@ func (a *Agent) round(now time.Time) (next time.Duration, reached bool) {
 	if a.goal == restoreStale {
 		steps = plan.Steps{DropRules: steps.DropRules, DropClones: steps.DropClones}
 	}
-	wrote := false
+	wrote, failures := false, a.stats.Failed
 	if a.cfg.Mode == Enforce {
 		wrote = a.enforce(pl, &steps, now)
 	}
@@ -205,7 +216,7 @@ func (a *Agent) round(now time.Time) (next time.Duration, reached bool) {
 	if first && a.goal == protect && !a.once {
 		a.ready(a.Report())
 	}
-	if a.goal == restoreAll && steps.Empty() && a.cfg.Mode == Enforce {
+	if a.goal != protect && steps.Empty() && a.cfg.Mode == Enforce {
 		a.closeBooks()
 	}
 	next = a.nextTimer(now)
@@ -214,20 +225,29 @@ func (a *Agent) round(now time.Time) (next time.Duration, reached bool) {
 		return time.Nanosecond, false
 	}
 	reached = a.st.ready() && (a.cfg.Mode == Observe || steps.Empty() && len(a.st.writing) == 0)
-	if a.once && !reached {
-		return onceAgain, false // nobody else brings the next round
+	if a.once && !reached { // nobody else brings the next round
+		if a.stats.Failed != failures {
+			return onceFailed, false
+		}
+		return onceAgain, false
 	}
 	return next, reached
 }
 
-// onceAgain is how soon a restore looks again whether all is done.
-const onceAgain = 5 * time.Millisecond
+// onceAgain is how soon a restore looks again whether all is done, onceFailed how soon it tries
+// again what has failed.
+const (
+	onceAgain  = 5 * time.Millisecond
+	onceFailed = time.Second
+)
 
 // closeBooks takes what is no claim out of the journal once everything is given back.
 func (a *Agent) closeBooks() {
 	ids := []string{"tables"}
-	for id := range a.st.last {
-		ids = append(ids, mtuID(id))
+	if a.goal == restoreAll {
+		for id := range a.st.last {
+			ids = append(ids, mtuID(id))
+		}
 	}
 	a.unbook(ids...)
 }

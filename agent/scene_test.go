@@ -174,3 +174,5 @@ func sortedLines(l []string) string {
 	slices.Sort(l)
 	return strings.Join(l, "\n")
 }
+
+func xfrmSA(s xfrmwatch.SA) xfrmwatch.SASet { return xfrmwatch.SASet{SA: &s} }

@@ -106,6 +106,21 @@ func (s *sources) resyncRoutes(scope routes.Scope) {
 	s.routes.Resync(scope)
 }
 
+// stats are the counters of each source since it was dialled.
+func (s *sources) stats() []SourceReport {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var out []SourceReport
+	if s.xfrm != nil {
+		st := s.xfrm.Stats()
+		out = append(out, SourceReport{"xfrm", st.Events, st.Dumps, st.Overruns, st.Undecodable})
+	}
+	r, e := s.routes.Stats(), s.eth.Stats()
+	return append(out,
+		SourceReport{"routes", r.Messages, r.Dumps, r.Overruns, r.Undecodable},
+		SourceReport{"ethtool", e.Notifications, e.Dumps, e.Overruns, e.Undecodable})
+}
+
 // look has the features of a device read again.
 func (s *sources) look(i ethtool.Ifindex) {
 	s.mu.Lock()

@@ -29,6 +29,8 @@ type state struct {
 	booked    map[xfrmwatch.CoverageID]int // those of last that are in the journal
 	// adopted are the MTUs that the journal remembers, until the first plan.
 	adopted []rememberedMTU
+	// tables are the numbers that an earlier run used, nil for none.
+	tables *ownTables
 
 	holds     map[plan.HoldKey]plan.HoldClaim
 	locks     map[routes.Key]plan.LockClaim
@@ -38,6 +40,7 @@ type state struct {
 	release   map[plan.HoldKey]time.Time     // when a hold that is wanted no more is given back
 	flaps     map[ethtool.Ifindex]flap       // how long that waits
 	fights    map[routes.Key]fight           // how often a lock was written
+	placed    map[plan.ShapeID]fight         // how often rules were added
 	withheld  map[plan.ShapeID]withheldShape // shapes that the kernel's lookup refuted
 
 	// writing are the in-place writes whose notification has not come back yet.
@@ -45,6 +48,7 @@ type state struct {
 	// inflight are the sequence numbers of our route writes that the watcher has not seen yet.
 	inflight map[uint32]struct{}
 	patience time.Time // until when they are waited for
+	dumping  bool      // between a ResyncBegin and its end
 }
 
 type lingerer struct {
@@ -74,6 +78,7 @@ type withheldShape struct {
 type write struct {
 	seq   uint32
 	want  plan.MTUMetric
+	back  bool          // it gives the route back: no claim is left
 	owner *routes.Route // the owner's version that our write has overwritten, nil for none
 }
 
@@ -95,6 +100,7 @@ func newState() *state {
 		release:       map[plan.HoldKey]time.Time{},
 		flaps:         map[ethtool.Ifindex]flap{},
 		fights:        map[routes.Key]fight{},
+		placed:        map[plan.ShapeID]fight{},
 		withheld:      map[plan.ShapeID]withheldShape{},
 		writing:       map[routes.Key]*write{},
 		inflight:      map[uint32]struct{}{},
@@ -123,6 +129,15 @@ func (s *state) applyFeatures(ev ethtool.Event) {
 		s.features[routes.Ifindex(ev.Features.Index)] = ev.Features
 	case ethtool.Gone:
 		delete(s.features, routes.Ifindex(ev.Index))
+	}
+}
+
+// know takes features that were read from the kernel just now. A dump that is under way may
+// have read them earlier.
+func (s *state) know(f *ethtool.Features) {
+	s.features[routes.Ifindex(f.Index)] = f
+	if s.fresh != nil {
+		s.fresh[routes.Ifindex(f.Index)] = f
 	}
 }
 

@@ -25,77 +25,118 @@ func (a *Agent) moveClones(pl *plan.Plan, s *plan.Steps, now time.Time) {
 		return
 	}
 	failpoint("clone-journal-after")
-	a.putClones(s.Clones)
+	broken := a.putClones(s.Clones)
 	failpoint("clone-written")
 	for i := range pl.Shapes {
 		sh := &pl.Shapes[i]
+		if why, no := broken[sh.ID]; no {
+			a.withhold(sh, why, now)
+			continue
+		}
 		var add []routes.Rule
 		for _, r := range s.AddRules {
 			if slices.Contains(sh.Rules, r) {
 				add = append(add, r)
 			}
 		}
-		moved := slices.ContainsFunc(s.Clones, func(c plan.CloneStep) bool { return c.Shape == sh.ID && c.Moved })
+		written := map[netip.Prefix]bool{}
+		for _, c := range s.Clones {
+			if c.Shape == sh.ID {
+				written[c.Clone.Dst] = true
+			}
+		}
 		switch {
 		case len(add) > 0:
 			a.lead(sh, add, now)
-		case moved:
-			if why := a.compare(a.probes(sh), nil, sh); why != "" {
+		case len(written) > 0:
+			if why := a.compare(a.probes(sh, written), nil, sh); why != "" {
 				a.withhold(sh, why, now)
 			}
 		}
 	}
 }
 
-func (a *Agent) putClones(steps []plan.CloneStep) {
+// putClones writes clones, and takes the ones away that they replace: a clone with another MTU
+// has another metric, so the old one stays until the new one is there. Where a clone can't be
+// written, a throw goes there, as the next rule knows better than a wider clone; a shape for
+// which that fails too is broken.
+func (a *Agent) putClones(steps []plan.CloneStep) (broken map[plan.ShapeID]string) {
+	broken = map[plan.ShapeID]string{}
 	var writes []routes.Write
 	var of []plan.CloneStep
-	var old []bool // the write takes a route away that the clone replaces
 	for _, c := range steps {
 		msg, err := a.encodeClone(c)
 		if err != nil {
 			a.failed("route can't be cloned", err, "route", c.Clone.Dst.String(), "table", c.Table)
+			msg, err = a.encodeThrow(c)
+		}
+		if err != nil {
+			broken[c.Shape] = err.Error()
 			continue
 		}
-		writes = append(writes, routes.Write{Op: routes.OpPut, Msg: msg})
-		of, old = append(of, c), append(old, false)
+		writes, of = append(writes, routes.Write{Op: routes.OpPut, Msg: msg}), append(of, c)
+	}
+	var old []routes.Write
+	for i, err := range a.batch(writes) {
+		c := of[i]
+		if err == nil {
+			a.didClone(c)
+		} else {
+			a.failed("clone can't be written", err, "route", c.Clone.Dst.String(), "table", c.Table)
+			msg, terr := a.encodeThrow(c)
+			if terr == nil {
+				terr = a.batch([]routes.Write{{Op: routes.OpPut, Msg: msg}})[0]
+			}
+			if terr != nil {
+				broken[c.Shape] = fmt.Sprintf("neither a clone nor a throw can be written for %s: %v", c.Clone.Dst, terr)
+				continue
+			}
+		}
 		for _, r := range c.Old {
 			if msg, err := routes.EncodeDelete(r); err == nil {
-				writes = append(writes, routes.Write{Op: routes.OpDelete, Msg: msg})
-				of, old = append(of, c), append(old, true)
+				old = append(old, routes.Write{Op: routes.OpDelete, Msg: msg})
 			}
 		}
 	}
+	a.batch(old) // what is gone already is as good
+	return broken
+}
+
+// batch does the writes and returns the error of each. The loop waits for their echoes.
+func (a *Agent) batch(writes []routes.Write) []error {
+	out := make([]error, len(writes))
 	if len(writes) == 0 {
-		return
+		return out
 	}
 	results, err := a.rt.Batch(writes)
-	if err != nil {
-		a.failed("clones can't be written", err)
-	}
-	for i, r := range results {
-		c := of[i]
-		if old[i] {
-			if r.Err == nil {
-				a.st.inflight[r.Seq] = struct{}{}
-			}
-			continue
-		}
-		if r.Err != nil {
-			a.failed("clone can't be written", r.Err, "route", c.Clone.Dst.String(), "table", c.Table)
-			continue
-		}
-		a.st.inflight[r.Seq] = struct{}{}
+	for i := range out {
 		switch {
-		case c.Clone.Throw:
-			a.did("route thrown to the next rule", "route", c.Clone.Dst.String(), "table", c.Table)
-		case c.Moved:
-			a.did("clone moved", "route", c.Clone.Dst.String(), "table", c.Table, "mtu", c.Clone.MTU.MTU)
+		case i >= len(results):
+			out[i] = err
+		case results[i].Err != nil:
+			out[i] = results[i].Err
 		default:
-			a.did("route cloned with a locked mtu", "route", c.Clone.Dst.String(), "table", c.Table,
-				"mtu", c.Clone.MTU.MTU, "because", ids1(c.Clone.Because))
+			a.st.inflight[results[i].Seq] = struct{}{}
 		}
 	}
+	return out
+}
+
+func (a *Agent) didClone(c plan.CloneStep) {
+	switch {
+	case c.Clone.Throw:
+		a.did("route thrown to the next rule", "route", c.Clone.Dst.String(), "table", c.Table)
+	case c.Moved:
+		a.did("clone moved", "route", c.Clone.Dst.String(), "table", c.Table, "mtu", c.Clone.MTU.MTU)
+	default:
+		a.did("route cloned with a locked mtu", "route", c.Clone.Dst.String(), "table", c.Table,
+			"mtu", c.Clone.MTU.MTU, "because", ids1(c.Clone.Because))
+	}
+}
+
+func (a *Agent) encodeThrow(c plan.CloneStep) ([]byte, error) {
+	c.Clone = plan.Clone{Dst: c.Clone.Dst, Throw: true}
+	return a.encodeClone(c)
 }
 
 func (a *Agent) encodeClone(c plan.CloneStep) ([]byte, error) {
@@ -107,7 +148,16 @@ func (a *Agent) encodeClone(c plan.CloneStep) ([]byte, error) {
 
 // lead adds the rules of a shape and compares where packets go before and after.
 func (a *Agent) lead(sh *plan.Shape, add []routes.Rule, now time.Time) {
-	probes := a.probes(sh)
+	f := a.st.placed[sh.ID]
+	may, rests := f.once(now)
+	a.st.placed[sh.ID] = f
+	if !may {
+		if rests {
+			a.withhold(sh, "somebody keeps deleting its rules", now)
+		}
+		return
+	}
+	probes := a.probes(sh, nil)
 	before := a.ask(probes)
 	for _, r := range add {
 		err := a.rt.AddRule(r)
@@ -118,7 +168,7 @@ func (a *Agent) lead(sh *plan.Shape, add []routes.Rule, now time.Time) {
 		}
 		failpoint("rule-added")
 		rule := r
-		a.st.fib.Apply(routes.RuleSet{Rule: &rule})
+		a.st.fib.Own(routes.RuleSet{Rule: &rule})
 		a.did("rule added", "family", r.Family.String(), "priority", r.Priority, "selectors", sh.ID.String(), "table", r.Table)
 	}
 	if why := a.compare(probes, before, sh); why != "" {
@@ -136,7 +186,7 @@ func (a *Agent) withhold(sh *plan.Shape, why string, now time.Time) {
 			continue
 		}
 		rule := r
-		a.st.fib.Apply(routes.RuleGone{Rule: &rule})
+		a.st.fib.Own(routes.RuleGone{Rule: &rule})
 	}
 	a.stats.Actions++
 }
@@ -164,18 +214,22 @@ func (a answer) same(o answer) bool {
 // maxProbes bounds the questions for one shape.
 const maxProbes = 32
 
-// probes are the questions for a shape: for each clone one packet of its flows that no more
-// specific entry takes, in main and from within each VRF.
-func (a *Agent) probes(sh *plan.Shape) []probe {
+// probes are the questions for a shape: for each clone, or for those at the destinations given,
+// one packet of its flows that no more specific entry takes and that is not for this host; for
+// the first ones also from within each VRF.
+func (a *Agent) probes(sh *plan.Shape, only map[netip.Prefix]bool) []probe {
 	f := sh.ID.Flows
-	src, iif, ok := a.source(f)
+	src, iif, ok := a.source(sh)
 	if !ok {
 		return nil
 	}
 	var out []probe
 	for i := range sh.Clones {
 		c := &sh.Clones[i]
-		dst, ok := sample(sh, c.Dst)
+		if only != nil && !only[c.Dst] {
+			continue
+		}
+		dst, ok := a.sample(sh, c.Dst)
 		if !ok {
 			continue
 		}
@@ -184,7 +238,7 @@ func (a *Agent) probes(sh *plan.Shape) []probe {
 			IPProto: f.Proto, Sport: f.Sport.Lo, Dport: f.Dport.Lo,
 		}
 		out = append(out, probe{q, c})
-		if i < 2 {
+		if len(out) == 1 {
 			for _, l := range a.st.fib.Links() {
 				if l.VRFTable != 0 {
 					q.Iif, q.Oif = 0, l.Index
@@ -199,68 +253,87 @@ func (a *Agent) probes(sh *plan.Shape) []probe {
 	return out
 }
 
-// source is an address that the flows can come from. A source of another host needs the device
-// it comes in by, as IPv4 refuses it otherwise; a host that does not forward has no such flows.
-func (a *Agent) source(f routes.Flows) (src netip.Addr, iif routes.Ifindex, ok bool) {
+// source is an address that the flows can come from and that no rule ahead of ours takes. A
+// source of another host needs the device it comes in by, as IPv4 refuses it otherwise; a host
+// that does not forward has no such flows.
+func (a *Agent) source(sh *plan.Shape) (src netip.Addr, iif routes.Ifindex, ok bool) {
+	f := sh.ID.Flows
 	if f.Src.Bits() == 0 {
 		return netip.Addr{}, 0, true
 	}
 	for _, l := range a.st.fib.Links() {
 		for p := range a.st.fib.Addrs(l.Index) {
-			if f.Src.Contains(p.Addr()) {
+			if f.Src.Contains(p.Addr()) && a.free(sh, p.Addr()) {
 				return p.Addr(), 0, true
 			}
 		}
+	}
+	if f.Family == routes.IPv4 && !a.st.forwarding[f.Family] {
+		return netip.Addr{}, 0, false
 	}
 	src = f.Src.Addr()
 	if !f.Src.IsSingleIP() {
 		src = src.Next()
 	}
-	if f.Family == routes.IPv6 {
-		return src, 0, true
+	for range 8 { // a few tries: rules for single sources are rare
+		if f.Src.Contains(src) && a.free(sh, src) {
+			ok = true
+			break
+		}
+		src = src.Next()
 	}
-	if !a.st.forwarding[f.Family] {
-		return netip.Addr{}, 0, false
+	if !ok || f.Family == routes.IPv6 {
+		return src, 0, ok
 	}
 	back, err := a.rt.Lookup(routes.Query{Family: f.Family, Dst: src})
-	if err != nil {
+	if err != nil || back.Type == routes.Local {
 		return netip.Addr{}, 0, false
 	}
 	return src, back.Oif, true
 }
 
-// sample is an address inside the prefix that no other entry of the shape takes.
-func sample(sh *plan.Shape, p netip.Prefix) (netip.Addr, bool) {
-	free := func(x netip.Addr) bool {
-		if !p.Contains(x) {
+// free reports whether no rule ahead of the shape's base selects by that source.
+func (a *Agent) free(sh *plan.Shape, src netip.Addr) bool {
+	for _, r := range a.st.fib.Rules(sh.ID.Flows.Family) {
+		if r.Priority >= sh.ID.Base {
+			break
+		}
+		if r.Src.IsValid() && r.Src.Contains(src) && r.Table != sh.Table {
 			return false
 		}
-		return !slices.ContainsFunc(sh.Clones, func(c plan.Clone) bool {
-			return c.Dst.Bits() > p.Bits() && c.Dst.Contains(x)
-		})
 	}
-	x := p.Addr()
-	if p.IsSingleIP() {
-		return x, true
-	}
-	x = x.Next()
-	// Behind each entry inside there is either free room or the next entry.
-	for range len(sh.Clones) + 1 {
-		if free(x) {
-			return x, true
-		}
-		if !p.Contains(x) {
-			break
-		}
+	return true
+}
+
+// sample is an address inside the prefix that no other entry of the shape takes and that is not
+// for this host.
+func (a *Agent) sample(sh *plan.Shape, p netip.Prefix) (netip.Addr, bool) {
+	inside := func(x netip.Addr) (netip.Prefix, bool) {
 		for _, c := range sh.Clones {
 			if c.Dst.Bits() > p.Bits() && c.Dst.Contains(x) {
-				x = lastAddr(c.Dst).Next()
-				break
+				return c.Dst, true
 			}
 		}
-		if !x.IsValid() {
+		local := netip.PrefixFrom(x, x.BitLen())
+		if m, _ := a.st.fib.Cover(sh.ID.Flows.Family, routes.TableLocal, local); m.Paths != nil {
+			return m.Dst, true
+		}
+		return netip.Prefix{}, false
+	}
+	x := p.Addr()
+	if !p.IsSingleIP() {
+		x = x.Next()
+	}
+	// Behind each entry inside there is either free room or the next entry.
+	for range len(sh.Clones) + 16 {
+		if !x.IsValid() || !p.Contains(x) {
 			break
 		}
+		in, taken := inside(x)
+		if !taken {
+			return x, true
+		}
+		x = lastAddr(in).Next()
 	}
 	return netip.Addr{}, false
 }
@@ -282,22 +355,21 @@ func (a *Agent) ask(probes []probe) []answer {
 	return out
 }
 
-// compare asks the probes again and says what is not as it was before, or not as the plan
-// foresaw; empty if all is well. Without answers from before only the plan is compared.
+// compare asks the probes again and says what makes the shape unfit; empty if nothing does.
+// With answers from before the rule was there, a packet that goes another way now is one. A
+// clone that takes its packet where its route does not lead is one in any case. A packet that
+// goes where it went without finding the clone is neither: another rule takes it.
 func (a *Agent) compare(probes []probe, before []answer, sh *plan.Shape) string {
 	for i, now := range a.ask(probes) {
 		p := probes[i]
-		if before != nil && !now.same(before[i]) {
+		if i < len(before) && !now.same(before[i]) {
 			return fmt.Sprintf("with it %s would go another way", p.query.Dst)
 		}
-		if now.err != nil || p.clone == nil || p.clone.Throw {
+		if now.err != nil || p.clone == nil || p.clone.Throw || now.ans.Table != sh.Table {
 			continue
 		}
 		if !leavesBy(p.clone.Of.Body, now.ans) {
 			return fmt.Sprintf("the kernel does not send %s where the plan foresaw", p.query.Dst)
-		}
-		if now.ans.Table != 0 && now.ans.Table != sh.Table {
-			return fmt.Sprintf("the kernel does not find %s in table %d but in %d", p.query.Dst, sh.Table, now.ans.Table)
 		}
 	}
 	return ""
@@ -318,7 +390,7 @@ func (a *Agent) dropTables(s *plan.Steps) {
 		}
 		failpoint("rule-dropped")
 		rule := r
-		a.st.fib.Apply(routes.RuleGone{Rule: &rule})
+		a.st.fib.Own(routes.RuleGone{Rule: &rule})
 		a.dropped.rules++
 		a.did("rule deleted", "family", r.Family.String(), "priority", r.Priority, "table", r.Table)
 	}

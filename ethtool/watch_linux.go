@@ -9,6 +9,7 @@ import (
 	"os"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/mdlayher/genetlink"
@@ -45,6 +46,24 @@ type Watcher struct {
 	looking chan struct{}
 	mu      sync.Mutex
 	look    map[Ifindex]struct{}
+
+	stats struct{ notifications, dumps, overruns, undecodable atomic.Uint64 }
+}
+
+// Stats counts what a Watcher saw.
+type Stats struct {
+	Notifications uint64 // of features
+	Dumps         uint64 // complete ones
+	Overruns      uint64 // receive buffer overflows (ENOBUFS)
+	Undecodable   uint64 // notifications that made no sense
+}
+
+// Stats returns the counters. It is safe for concurrent use.
+func (w *Watcher) Stats() Stats {
+	return Stats{
+		Notifications: w.stats.notifications.Load(), Dumps: w.stats.dumps.Load(),
+		Overruns: w.stats.overruns.Load(), Undecodable: w.stats.undecodable.Load(),
+	}
 }
 
 // NewWatcher subscribes to the notifications in the network namespace of the calling thread;
@@ -136,11 +155,12 @@ type delivery struct {
 // Run dumps the features of all devices and then follows them, until ctx is cancelled, which is
 // the error that it returns then, or until the notification socket can't be read any more.
 //
-// sink is called from this goroutine only; the slice is the sink's to keep. Changes are told in
+// Run closes the Watcher. sink is called from this goroutine only; the slice is the sink's to keep. Changes are told in
 // the order in which the kernel made them. A notification that was queued when a dump or a
 // request ran may be older than what that found; the newer notification that makes up for it
 // follows right behind.
 func (w *Watcher) Run(ctx context.Context, sink func([]Event)) error {
+	defer w.Close()
 	ctx, cancel := context.WithCancelCause(ctx)
 	deliveries := make(chan delivery, 64)
 	var reader sync.WaitGroup
@@ -190,6 +210,7 @@ func (w *Watcher) read(ctx context.Context, fail context.CancelCauseFunc, out ch
 		case errors.Is(err, unix.ENOBUFS):
 			// The kernel reports the overflow before it hands out what is still queued. That is
 			// older than what was lost, and older than the dump that follows: away with it.
+			w.stats.overruns.Add(1)
 			w.drain()
 		case errors.Is(err, net.ErrClosed), errors.Is(err, os.ErrClosed):
 			fail(fmt.Errorf("ethtool: receive notifications: %w", err))
@@ -251,8 +272,10 @@ func (r *watchRun) deliver(d delivery, more <-chan delivery) {
 			if m.Header.Command != unix.ETHTOOL_MSG_FEATURES_NTF {
 				continue
 			}
+			r.stats.notifications.Add(1)
 			f, _, err := decodeFeatures(m.Data, r.client.names)
 			if err != nil {
+				r.stats.undecodable.Add(1)
 				events = r.lost(events, fmt.Errorf("ethtool: decode a notification: %w", err))
 				continue
 			}
@@ -295,6 +318,7 @@ func (r *watchRun) dump(ctx context.Context) {
 	case err != nil:
 		r.send(r.lost(nil, err))
 	default:
+		r.stats.dumps.Add(1)
 		r.stale = false
 		r.retry.Stop()
 		r.send(append(events, ResyncEnd{}))

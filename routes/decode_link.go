@@ -15,6 +15,7 @@ const (
 	iflaMaster      = 10
 	iflaWireless    = 11
 	iflaLinkInfo    = 18
+	iflaAFSpec      = 26
 	iflaLinkNetnsid = 37
 	iflaPermAddress = 54
 	iflaExtMask     = 29
@@ -26,6 +27,9 @@ const (
 	iflaXfrmIfID            = 2
 	iflaXfrmCollectMetadata = 3
 	iflaVRFTable            = 1
+
+	iflaInet6Conf = 2 // in IFLA_AF_SPEC's AF_INET6: an array of 32-bit values
+	devconfMTU6   = 2 // DEVCONF_MTU6, linux/ipv6.h
 
 	iffUp      = 1 << 0
 	iffRunning = 1 << 6
@@ -76,6 +80,8 @@ func decodeLink(data []byte) (*Link, error) {
 			l.PermAddr = net.HardwareAddr(a.val).String()
 		case iflaLinkInfo:
 			a.err = l.decodeInfo(a.val)
+		case iflaAFSpec:
+			a.err = l.decodeSpec(a.val)
 		}
 	}
 	if a.err == nil && l.Name == "" {
@@ -84,7 +90,30 @@ func decodeLink(data []byte) (*Link, error) {
 	if a.err != nil {
 		return nil, a.err
 	}
+	if l.MTU6 >= l.MTU { // the first events of a device come before IPv6 is on it
+		l.MTU6 = 0
+	}
 	return l, nil
+}
+
+// decodeSpec decodes the IPv6 MTU from IFLA_AF_SPEC (inet6_fill_link_af, net/ipv6/addrconf.c).
+func (l *Link) decodeSpec(b []byte) error {
+	a := attrs{b: b}
+	for a.next() {
+		if a.typ != uint16(IPv6) {
+			continue
+		}
+		c := attrs{b: a.val}
+		for c.next() {
+			if at := 4 * devconfMTU6; c.typ == iflaInet6Conf && len(c.val) >= at+4 {
+				l.MTU6 = int(binary.NativeEndian.Uint32(c.val[at:]))
+			}
+		}
+		if c.err != nil {
+			return c.err
+		}
+	}
+	return a.err
 }
 
 // decodeInfo decodes IFLA_LINKINFO. The kind stands before its data on the wire, but nothing

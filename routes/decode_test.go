@@ -271,3 +271,39 @@ func BenchmarkDecodeRoute(b *testing.B) {
 		}
 	}
 }
+
+// TestDecodeLinkIPv6MTU reads the MTU that IPv6 has of its own on a device.
+func TestDecodeLinkIPv6MTU(t *testing.T) {
+	for _, tc := range []struct {
+		name      string
+		mtu6      uint32
+		want      int
+		wantFor6  int
+		shortened bool
+	}{
+		{name: "smaller", mtu6: 1400, want: 1400, wantFor6: 1400},
+		{name: "the device's", mtu6: 1500, want: 0, wantFor6: 1500},
+		{name: "an array without it", mtu6: 1400, want: 0, wantFor6: 1500, shortened: true},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			msg := make([]byte, ifinfomsgLen)
+			binary.NativeEndian.PutUint32(msg[4:], 7)
+			msg = appendAttr(msg, iflaIfname, []byte("eth0\x00"))
+			msg = appendU32(msg, iflaMTU, 1500)
+			conf := make([]byte, 12)
+			binary.NativeEndian.PutUint32(conf[8:], tc.mtu6)
+			if tc.shortened {
+				conf = conf[:8]
+			}
+			inet6 := appendAttr(nil, iflaInet6Conf, conf)
+			msg = appendAttr(msg, iflaAFSpec, appendAttr(nil, uint16(IPv6), inet6))
+			l, err := decodeLink(msg)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if l.MTU6 != tc.want || l.MTUFor(IPv6) != tc.wantFor6 || l.MTUFor(IPv4) != 1500 {
+				t.Errorf("MTU6 %d, for IPv6 %d, for IPv4 %d; want %d, %d, 1500", l.MTU6, l.MTUFor(IPv6), l.MTUFor(IPv4), tc.want, tc.wantFor6)
+			}
+		})
+	}
+}

@@ -125,6 +125,19 @@ func (f *FIB) Apply(ev Event) Effect {
 	return e
 }
 
+// Own takes what the program itself has just written and the kernel confirmed: it holds at once,
+// also in the middle of a dump, which may have passed by it already.
+func (f *FIB) Own(ev Event) {
+	e, c := f.state.apply(ev, nil)
+	if f.fresh != nil {
+		f.fresh.apply(ev, nil)
+	}
+	if e.Changed {
+		f.vers++
+		f.note(c)
+	}
+}
+
 func (f *FIB) note(c Change) {
 	if f.dirty != nil {
 		f.dirty(c)
@@ -193,8 +206,10 @@ func (s *state) apply(ev Event, p *partial) (Effect, Change) {
 		return Effect{Changed: had}, Change{All: true}
 	case RouteSet:
 		if p != nil {
-			k := ev.Route.Key()
-			p.seen[k] = append(p.seen[k], ev.Route.Body)
+			// A dump that is repeated brings what it has brought before again.
+			if k := ev.Route.Key(); !slices.ContainsFunc(p.seen[k], ev.Route.Body.same) {
+				p.seen[k] = append(p.seen[k], ev.Route.Body)
+			}
 			return Effect{}, Change{}
 		}
 		return s.setRoute(ev), Change{Family: ev.Route.Body.Family, Dst: ev.Route.Dst}

@@ -75,7 +75,8 @@ func (m Match) TOSSpecific() bool {
 // rule that can decide finds for the whole destination prefix, up to the rule that leaves
 // nothing over. Rules for which skip returns true (our own) are passed over. Rules for VRF
 // traffic (l3mdev) and for sockets bound to a device (oif) don't concern flows that are in no
-// VRF and are passed over as well. (fib_rules_lookup, net/core/fib_rules.c)
+// VRF and are passed over as well. Where a goto rule takes a part of the flows is not followed:
+// that part is blocked. (fib_rules_lookup, net/core/fib_rules.c)
 func (f *FIB) Resolve(flows Flows, skip func(*Rule) bool) []Part {
 	var parts []Part
 	rules := f.rules[flows.Family]
@@ -89,13 +90,14 @@ func (f *FIB) Resolve(flows Flows, skip func(*Rule) bool) []Part {
 			continue
 		}
 		if r.Action == RuleGoto && blocked == "" {
-			if !whole {
+			// A goto leads to the first rule with just that priority, nowhere without one.
+			next := slices.IndexFunc(rules, func(o *Rule) bool { return o.Priority == r.Goto && !skip(o) })
+			switch {
+			case next <= i:
+				continue
+			case !whole:
 				blocked = "a goto rule takes a part of them"
-			} else {
-				next := slices.IndexFunc(rules, func(o *Rule) bool { return o.Priority >= r.Goto })
-				if next <= i {
-					return parts
-				}
+			default:
 				i = next - 1
 				continue
 			}
@@ -126,9 +128,23 @@ func suppressed(r *Rule, m Match) bool {
 	return m.Paths != nil && r.SuppressPrefixLen >= 0 && int32(m.Dst.Bits()) <= r.SuppressPrefixLen
 }
 
+// answers reports whether the rule's table answers for the whole destination: nothing is thrown
+// or suppressed to later rules. Of very many routes inside only the first are looked at.
 func (p Part) answers() bool {
 	first, ok := p.Containing.First()
-	return ok && first.Body.Type != Throw && !p.Containing.SourceSpecific()
+	if !ok || first.Body.Type == Throw || p.Containing.SourceSpecific() {
+		return false
+	}
+	n := 0
+	for m := range p.Inside {
+		if r, ok := m.First(); ok && r.Body.Type == Throw || suppressed(p.Rule, m) {
+			return false
+		}
+		if n++; n == maxIndexedRoutes {
+			break
+		}
+	}
+	return true
 }
 
 func (p Part) empty() bool {
@@ -203,7 +219,8 @@ func (r *Rule) intersect(f Flows) (sub Flows, whole bool, blocked string) {
 	}
 	if r.Mask&^f.Mask != 0 {
 		whole = false
-		sub.Mark, sub.Mask = f.Mark|r.Mark, f.Mask|r.Mask
+		// Bits of the rule's mark outside its mask count for nothing (fib_rule_match).
+		sub.Mark, sub.Mask = f.Mark&f.Mask|r.Mark&r.Mask, f.Mask|r.Mask
 	}
 	if blocked = r.inexpressible(); blocked != "" {
 		return f, false, blocked

@@ -169,8 +169,15 @@ func (d *dumper) routesOf(f Family, oif Ifindex) error {
 			return nil
 		}
 		d.w.interrupted.Add(1)
-		if try == maxTries {
+		switch {
+		case try < maxTries:
+		case err != nil:
 			return errInterrupted
+		default:
+			// The table never rests. What is joined can only have too much, and the events tell what
+			// of it is gone; once more when it is quieter.
+			d.w.losses.due.add(Scope{RoutesOnly: true, Family: f})
+			return nil
 		}
 	}
 }

@@ -106,6 +106,7 @@ type Link struct {
 	SlaveKind string // IFLA_INFO_SLAVE_KIND
 	Type      uint16 // ARPHRD_*
 	MTU       int    // bytes
+	MTU6      int    // IPv6's own MTU in bytes where it is smaller (conf/DEV/mtu, router advertisements), else 0
 	Up        bool   // IFF_UP
 	Running   bool   // IFF_LOWER_UP
 	Master    Ifindex
@@ -118,6 +119,15 @@ type Link struct {
 	IfID     uint32
 	External bool    // an xfrm interface in collect_md mode
 	VRFTable TableID // the table of a VRF device
+}
+
+// MTUFor is the device's MTU for packets of a family, in bytes: IPv6 can have a smaller one of
+// its own.
+func (l *Link) MTUFor(f Family) int {
+	if f == IPv6 && l.MTU6 != 0 {
+		return min(l.MTU, l.MTU6)
+	}
+	return l.MTU
 }
 
 // Tunnel reports whether the device is one that encapsulates. A nil Link is none.

@@ -72,7 +72,16 @@ func (s *state) setRoute(ev RouteSet) Effect {
 	case len(equals) == 0:
 		bodies = insertBody(bodies, r.Body, false)
 	case ev.Replace:
-		bodies[equals[0]] = r.Body
+		at := equals[0]
+		if r.Body.Family == IPv6 { // the first that can be joined with others as the new one can
+			for _, i := range equals {
+				if old[i].multipathable() == r.Body.multipathable() {
+					at = i
+					break
+				}
+			}
+		}
+		bodies[at] = r.Body
 		// With several routes of one key the kernel may have removed a sibling as well
 		// (fib6_add_rt2node), which the event does not tell.
 		if len(equals) > 1 {
@@ -94,9 +103,11 @@ func (s *state) setRoute(ev RouteSet) Effect {
 	return e
 }
 
+// resyncOf is the dump that shows what a replace did. On IPv6 it may have hit a route of another
+// device than the new one's, which a dump by that device does not show.
 func resyncOf(b *Body) *Scope {
 	sc := &Scope{RoutesOnly: true, Family: b.Family}
-	if b.NHID == 0 && len(b.Nexthops) == 1 {
+	if b.Family == IPv4 && b.NHID == 0 && len(b.Nexthops) == 1 {
 		sc.Oif = b.Nexthops[0].Oif
 	}
 	return sc

@@ -88,8 +88,36 @@ func (w *world) put(msg []byte, err error) error {
 			return err
 		}
 	}
+	if r, err = w.in.ParseRoute(w.markDead(msg)); err != nil {
+		return err
+	}
 	w.fib.Apply(routes.RouteSet{Route: r, Replace: true})
 	return nil
+}
+
+// markDead sets the flag that the kernel gives a nexthop by a device that is down.
+func (w *world) markDead(msg []byte) []byte {
+	down := func(oif []byte) bool {
+		l := w.fib.Link(routes.Ifindex(binary.NativeEndian.Uint32(oif)))
+		return l != nil && !l.Up
+	}
+	for b := msg[12:]; len(b) >= 4; {
+		n := int(binary.NativeEndian.Uint16(b))
+		switch binary.NativeEndian.Uint16(b[2:]) {
+		case rtaOif:
+			if down(b[4:]) {
+				msg[8] |= routes.NexthopDead
+			}
+		case rtaMultipath:
+			for h := b[4:n]; len(h) >= 8; h = h[binary.NativeEndian.Uint16(h):] {
+				if down(h[4:]) {
+					h[2] |= routes.NexthopDead
+				}
+			}
+		}
+		b = b[min((n+3)&^3, len(b)):]
+	}
+	return msg
 }
 
 // dropEmptyMetrics leaves out an RTA_METRICS without any, which the kernel does not tell.

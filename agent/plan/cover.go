@@ -39,10 +39,12 @@ type planner struct {
 	Input
 	plan     *Plan
 	covers   []*coverage
+	peers    map[xfrmwatch.PolicyIndex][]netip.Addr // of splits, as remembered
 	byIfID   map[uint32]*bart.Table[[]*entry]
 	outer    bart.Table[bool]    // the destinations of outer packets
+	ways     map[uint32][]*ways  // by if_id
 	locked   map[routes.Key]bool // routes that are locked in place
-	order    map[*entry]int      // the place of the shape that serves a coverage
+	serving  map[serves]*shaped  // the shapes that serve coverages
 	features map[routes.Ifindex][]string
 }
 
@@ -50,11 +52,11 @@ type planner struct {
 func Make(in Input) *Plan {
 	in.Config = in.Config.WithDefaults()
 	p := &planner{
-		Input:  in,
-		plan:   &Plan{MTU: map[xfrmwatch.CoverageID]int{}},
-		byIfID: map[uint32]*bart.Table[[]*entry]{},
-		locked: map[routes.Key]bool{},
-		order:  map[*entry]int{},
+		Input:   in,
+		plan:    &Plan{MTU: map[xfrmwatch.CoverageID]int{}},
+		byIfID:  map[uint32]*bart.Table[[]*entry]{},
+		locked:  map[routes.Key]bool{},
+		serving: map[serves]*shaped{},
 	}
 	p.collect()
 	if p.Config.MTU != MTUOff {
@@ -111,13 +113,25 @@ func (p *planner) withRemembered(pol *xfrmwatch.Policy, covs []xfrmwatch.Coverag
 	if len(covs) == 0 || len(p.Last) == 0 || covs[len(covs)-1].Selector.Dst.IsSingleIP() {
 		return covs
 	}
+	if p.peers == nil {
+		p.peers = map[xfrmwatch.PolicyIndex][]netip.Addr{}
+		for id := range p.Last {
+			if id.Peer.IsValid() {
+				p.peers[id.Policy] = append(p.peers[id.Policy], id.Peer)
+			}
+		}
+	}
 	rest := covs[len(covs)-1]
+	there := make(map[netip.Addr]bool, len(covs))
+	for _, c := range covs {
+		there[c.ID.Peer] = true
+	}
 	var missing []xfrmwatch.Coverage
-	for id := range p.Last {
-		if id.Policy != pol.Index || !id.Peer.IsValid() || !pol.Selector.Dst.Contains(id.Peer) ||
-			slices.ContainsFunc(covs, func(c xfrmwatch.Coverage) bool { return c.ID == id }) {
+	for _, peer := range p.peers[pol.Index] {
+		if there[peer] || !pol.Selector.Dst.Contains(peer) {
 			continue
 		}
+		id := xfrmwatch.CoverageID{Policy: pol.Index, Peer: peer}
 		c := rest
 		c.ID, c.Larval, c.Steps = id, true, nil
 		c.Selector.Dst = netip.PrefixFrom(id.Peer, id.Peer.BitLen())
@@ -237,6 +251,19 @@ func (p *planner) overlapping(ifID uint32, dst netip.Prefix, inside bool) []*ent
 	}
 	slices.SortFunc(out, func(a, b *entry) int { return cmp.Compare(a.order, b.order) })
 	return out
+}
+
+// applying returns the entries that apply to what leaves by a route of a domain, in the
+// kernel's order. The route lookup itself applies the policies without an if_id, whatever the
+// device (ip_route_output_flow calls xfrm_lookup_route, net/ipv4/route.c); an xfrm interface
+// gets what they leave alone.
+func (p *planner) applying(ifID uint32, dst netip.Prefix, inside bool) []*entry {
+	out := p.overlapping(0, dst, inside)
+	if ifID == 0 {
+		return out
+	}
+	out = slices.DeleteFunc(out, func(e *entry) bool { return e.cov == nil && !e.block })
+	return append(out, p.overlapping(ifID, dst, inside)...)
 }
 
 // domain is the if_id of the policies that apply to what leaves by a route: that of its xfrm

@@ -226,10 +226,14 @@ func diffLocks(s *Steps, in Input, pl *Plan, held Held, stale bool) {
 			continue
 		}
 		r, n := in.FIB.Get(k)
+		wrote := n > 0 && claim.Wrote(routes.MTUMetricOf(r.Body))
 		switch {
 		case n == 0:
 			s.LostLocks = append(s.LostLocks, Lost[routes.Key]{Key: k})
-		case !claim.Wrote(routes.MTUMetricOf(r.Body)) || n > 1:
+		case n > 1 && (k.Family == routes.IPv6 || !wrote):
+			// The owner has put others beside it. IPv4 replaces the first, but on IPv6 a replace
+			// would take a sibling along: the claim is kept until there is one again.
+		case !wrote:
 			s.LostLocks = append(s.LostLocks, Lost[routes.Key]{Key: k, Changed: true})
 		default:
 			s.Unlocks = append(s.Unlocks, Unlock{Route: r, Was: claim.Was})

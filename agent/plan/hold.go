@@ -118,13 +118,22 @@ const arphrdLoopback = 772 // ARPHRD_LOOPBACK, linux/if_arp.h
 func (p *planner) wholly(l *routes.Link) []*coverage {
 	keys, _ := p.FIB.DeviceRoutes(l.Index) // nil if there are too many: shared
 	var out []*coverage
+	seen := map[*coverage]bool{}
 	for _, k := range keys {
+		r, n := p.FIB.Get(k)
+		if n == 0 || p.Config.OwnRoute(r) {
+			continue
+		}
+		if _, known := p.domain(r.Body); !known {
+			return nil
+		}
 		covs := p.whole(k.Dst)
 		if covs == nil {
 			return nil
 		}
 		for _, c := range covs {
-			if !slices.Contains(out, c) {
+			if !seen[c] {
+				seen[c] = true
 				out = append(out, c)
 			}
 		}

@@ -5,6 +5,8 @@ import (
 	"net/netip"
 	"slices"
 
+	"github.com/gaissmai/bart"
+
 	"tsoagent/routes"
 	"tsoagent/xfrmwatch"
 )
@@ -25,18 +27,19 @@ func (p *planner) lockInPlace() {
 }
 
 // candidates are the routes that a coverage can fill as a whole: for a policy with an if_id
-// those through its xfrm interfaces, for others those inside its destination, if it takes
+// those through its xfrm interfaces, unless they were tried already, for others those inside its destination, if it takes
 // every source and protocol.
 func (p *planner) candidates(c *coverage) []routes.Route {
 	if c.Policy.IfID != 0 {
 		var out []routes.Route
-		for _, l := range p.carriers(c) {
-			keys, _ := p.FIB.DeviceRoutes(l.Index)
-			for _, k := range keys {
-				if k.Dst.Overlaps(c.Selector.Dst) && !linkLocal(k.Dst) {
-					if r, n := p.FIB.Get(k); n > 0 {
-						out = append(out, r)
-					}
+		for _, w := range p.waysOf(c.Policy.IfID) {
+			if w.tried {
+				continue // whatever the coverage, its routes are judged as a whole
+			}
+			w.tried = true
+			for _, k := range w.keys {
+				if r, n := p.FIB.Get(k); n > 0 {
+					out = append(out, r)
 				}
 			}
 		}
@@ -84,25 +87,48 @@ func (p *planner) parts(c *coverage) []routes.Part {
 // destination, in order.
 func (p *planner) carriers(c *coverage) []*routes.Link {
 	var out []*routes.Link
-	for _, l := range p.xfrmis(c.Policy.IfID) {
-		keys, _ := p.FIB.DeviceRoutes(l.Index)
-		if slices.ContainsFunc(keys, func(k routes.Key) bool {
-			return k.Dst.Overlaps(c.Selector.Dst) && !linkLocal(k.Dst)
-		}) {
-			out = append(out, l)
+	for _, w := range p.waysOf(c.Policy.IfID) {
+		if w.byDst.OverlapsPrefix(c.Selector.Dst) {
+			out = append(out, w.link)
 		}
 	}
 	return out
 }
 
-func (p *planner) xfrmis(ifID uint32) []*routes.Link {
-	var out []*routes.Link
-	for _, l := range p.FIB.Links() {
-		if l.Kind == "xfrm" && !l.External && l.IfID == ifID && ifID != 0 {
-			out = append(out, l)
+// ways are the routes that leave by one xfrm interface and are not ours, without those of no
+// tunnel's flows.
+type ways struct {
+	link  *routes.Link
+	keys  []routes.Key // in order
+	byDst bart.Table[[]routes.Key]
+	tried bool // they were tried for a lock in place
+}
+
+// waysOf are the ways of the xfrm interfaces with an if_id, in the order of the interfaces.
+func (p *planner) waysOf(ifID uint32) []*ways {
+	if p.ways == nil {
+		p.ways = map[uint32][]*ways{}
+		for _, l := range p.FIB.Links() {
+			if l.Kind == "xfrm" && !l.External && l.IfID != 0 {
+				p.ways[l.IfID] = append(p.ways[l.IfID], p.waysBy(l))
+			}
 		}
 	}
-	return out
+	return p.ways[ifID]
+}
+
+func (p *planner) waysBy(l *routes.Link) *ways {
+	w := &ways{link: l}
+	keys, _ := p.FIB.DeviceRoutes(l.Index)
+	for _, k := range keys {
+		if r, n := p.FIB.Get(k); n == 0 || p.Config.OwnRoute(r) || linkLocal(k.Dst) {
+			continue
+		}
+		w.keys = append(w.keys, k)
+		have, _ := w.byDst.Get(k.Dst)
+		w.byDst.Insert(k.Dst, append(have, k))
+	}
+	return w
 }
 
 // linkLocal says that a destination is never one of a tunnel's flows: link-local or multicast.
@@ -133,7 +159,7 @@ func (p *planner) alike(r routes.Route) (mtu int, by []*coverage, ok bool) {
 	if !ok {
 		return 0, nil, false
 	}
-	for _, e := range p.overlapping(ifID, r.Dst, true) {
+	for _, e := range p.applying(ifID, r.Dst, true) {
 		if e.cov == nil {
 			if ifID != 0 || e.block { // bypass on an xfrm interface: dropped as well
 				continue

@@ -153,7 +153,7 @@ func (w *world) search(p packet, table routes.TableID) (routes.Route, bool) {
 		if b.TOS != 0 && b.TOS != p.tos || b.Src.IsValid() && !(p.src.IsValid() && b.Src.Contains(p.src)) {
 			continue
 		}
-		if b.Type != routes.Unicast && b.Type != routes.Local && b.Type != routes.Multicast {
+		if b.Type != routes.Unicast {
 			return r, b.Type != routes.Throw
 		}
 		for _, n := range b.Nexthops {

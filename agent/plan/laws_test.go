@@ -30,15 +30,19 @@ func laws(w *world, rng *rand.Rand, packets int) error {
 	if err := structure(with, pl); err != nil {
 		return err
 	}
+	without := w.clone()
+	if err := without.apply(Diff(in, &Plan{}, w.held)); err != nil {
+		return err
+	}
 	for _, p := range w.packets(rng, packets) {
-		if err := judgePacket(w, with, pl, p); err != nil {
+		if err := judgePacket(without, with, pl, p); err != nil {
 			return fmt.Errorf("%s\n\t%w", p, err)
 		}
 	}
 	if err := holdsOnlyWhatIsCovered(w, pl); err != nil {
 		return err
 	}
-	return settles(w, with, pl)
+	return settles(without, with, pl)
 }
 
 var comparePlans = []cmp.Option{
@@ -433,4 +437,3 @@ func lastOf(p netip.Prefix) netip.Addr {
 	a, _ := netip.AddrFromSlice(b)
 	return a
 }
-

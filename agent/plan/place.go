@@ -7,11 +7,13 @@ import (
 	"strings"
 
 	"tsoagent/routes"
+	"tsoagent/xfrmwatch"
 )
 
 // place gives each shape its table and its rules their priorities, directly ahead of the rule
-// whose table decides.
-func (p *planner) place(shapes []*shaped) {
+// whose table decides. It is false where there was no room for some: they are marked.
+func (p *planner) place(shapes []*shaped) bool {
+	all := true
 	used := map[routes.Family]int{}
 	taken := p.takenTables()
 	byBase := map[*routes.Rule][]*shaped{}
@@ -20,6 +22,7 @@ func (p *planner) place(shapes []*shaped) {
 		s.table = p.tableFor(s, taken)
 		if s.table == 0 {
 			s.note("no lock: no free routing table of our own")
+			s.out, all = true, false
 			continue
 		}
 		if byBase[s.base] == nil {
@@ -27,14 +30,21 @@ func (p *planner) place(shapes []*shaped) {
 		}
 		byBase[s.base] = append(byBase[s.base], s)
 	}
+	var placed [][]ruled
 	for _, base := range bases {
 		group := byBase[base]
 		room := min(p.room(base), MaxRules-used[base.Family])
+		if j := p.jumpTo(base.Family, base.Priority); j != nil {
+			for _, s := range group {
+				s.note(fmt.Sprintf("rule %d jumps to rule %d: no lock for the flows that it sends there", j.Priority, base.Priority))
+			}
+		}
 		var first, second []ruled
 		for _, s := range group {
 			rs := p.rulesOf(s)
 			if len(rs)+len(first)+len(second) > room {
 				s.note(fmt.Sprintf("no lock: no free rule priority directly ahead of rule %d, or more than %d rules", base.Priority, MaxRules))
+				s.out, all = true, false
 				continue
 			}
 			first = append(first, ruled{s, rs[:1]})
@@ -45,8 +55,15 @@ func (p *planner) place(shapes []*shaped) {
 		used[base.Family] += len(first) + len(second)
 		// Lookups without a source match several shapes: the smallest MTU goes first.
 		slices.SortStableFunc(second, func(a, b ruled) int { return a.s.minMTU - b.s.minMTU })
-		p.emit(base, append(first, second...))
+		placed = append(placed, append(first, second...))
 	}
+	if !all {
+		return false
+	}
+	for i, list := range placed {
+		p.emit(bases[i], list)
+	}
+	return true
 }
 
 type ruled struct {
@@ -76,15 +93,13 @@ func (p *planner) emit(base *routes.Rule, list []ruled) {
 }
 
 func (p *planner) noteClones(s *shaped) {
+	of := make(map[xfrmwatch.CoverageID]*coverage, len(s.members))
+	for _, m := range s.members {
+		of[m.cov.ID] = m.cov
+	}
 	for _, c := range s.clones {
-		if c.Throw {
-			continue
-		}
-		for _, m := range s.members {
-			if m.cov.ID == c.Because {
-				m.cov.verdict.Locked = append(m.cov.verdict.Locked, fmt.Sprintf("%s table %d mtu %d", c.Dst, s.table, c.MTU.MTU))
-				break
-			}
+		if cov := of[c.Because]; cov != nil && !c.Throw {
+			cov.verdict.Locked = append(cov.verdict.Locked, fmt.Sprintf("%s table %d mtu %d", c.Dst, s.table, c.MTU.MTU))
 		}
 	}
 }
@@ -112,12 +127,25 @@ func (p *planner) rulesOf(s *shaped) []routes.Rule {
 	}
 	if f.Family == routes.IPv4 {
 		r.Src = netip.PrefixFrom(netip.IPv4Unspecified(), 32)
-		s.note("lookups without a source are served: the host's own unbound sockets to these destinations have the lock too")
+		s.noteServed("lookups without a source are served: the host's own unbound sockets to these destinations have the lock too")
 	} else {
 		r.Src, r.Iif = netip.Prefix{}, "lo"
-		s.note("lookups without a source are served: the host's own traffic to these destinations has the lock too")
+		s.noteServed("lookups without a source are served: the host's own traffic to these destinations has the lock too")
 	}
 	return append(rules, r)
+}
+
+// serves reports whether the shape has a clone for the member.
+func (s *shaped) serves(m member) bool {
+	return slices.ContainsFunc(s.clones, func(c Clone) bool { return !c.Throw && c.Because == m.cov.ID })
+}
+
+func (s *shaped) noteServed(text string) {
+	for _, m := range s.members {
+		if s.serves(m) {
+			m.cov.verdict.note(text)
+		}
+	}
 }
 
 // onlyDst is the destination that all members with a clone share, invalid if they differ. A
@@ -126,7 +154,7 @@ func (p *planner) rulesOf(s *shaped) []routes.Rule {
 func (s *shaped) onlyDst() netip.Prefix {
 	var only netip.Prefix
 	for _, m := range s.members {
-		if !slices.ContainsFunc(s.clones, func(c Clone) bool { return !c.Throw && c.Because == m.cov.ID }) {
+		if !s.serves(m) {
 			continue
 		}
 		if only.IsValid() && m.dst != only {
@@ -137,19 +165,35 @@ func (s *shaped) onlyDst() netip.Prefix {
 	return only
 }
 
+// jumpTo is a rule that goes to that priority, nil if there is none.
+func (p *planner) jumpTo(f routes.Family, priority uint32) *routes.Rule {
+	for _, r := range p.FIB.Rules(f) {
+		if r.Action == routes.RuleGoto && r.Goto == priority {
+			return r
+		}
+	}
+	return nil
+}
+
 // room is how many rules fit between the rule and the one ahead of it that is not ours. None
-// fit where another rule has the same priority and stands ahead.
+// fit where another rule has the same priority and stands ahead. A priority that a rule wants to
+// jump to in vain is not free: a rule there would be its target (fib_nl_newrule).
 func (p *planner) room(base *routes.Rule) int {
 	room := int(min(base.Priority, MaxRules*4))
 	for _, r := range p.FIB.Rules(base.Family) {
 		if *r == *base {
-			return room
+			break
 		}
 		if !p.Config.OwnRule(r) {
 			room = min(int(base.Priority)-int(r.Priority)-1, MaxRules*4)
 		}
 	}
-	return 0
+	for i := range room {
+		if p.jumpTo(base.Family, base.Priority-uint32(i)-1) != nil {
+			return i
+		}
+	}
+	return room
 }
 
 // takenTables are the table numbers that hold or lead to something that is not ours.

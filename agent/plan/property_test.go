@@ -102,6 +102,7 @@ func genWorld(t *rapid.T) string {
 	m.line("link 6 red vrf 100")
 	m.line("link 7 eth2 master red")
 	m.line("link 8 xfrmx external")
+	m.line("link 9 eth3 down")
 	if m.some("fixed", 6) {
 		m.line("features xfrm0 tx-tcp-segmentation %s", m.of("state", "off", "fixed", "on-fixed"))
 	}
@@ -207,7 +208,7 @@ func (m *maker) route() {
 	}
 	switch m.num("extra", 0, 15) {
 	case 0:
-		l += " proto " + m.of("proto", "kernel", "ra", "84")
+		l += " proto " + m.of("proto", "kernel", "ra")
 	case 1, 2:
 		l += " mtu " + m.of("mtu", "1446", "lock 1300", "1500", "9000")
 	case 3:
@@ -217,13 +218,13 @@ func (m *maker) route() {
 	case 5:
 		l += " tos 0x10"
 	case 6:
-		l += " dead"
-	case 7:
 		if m.v6 {
 			l += " from " + m.src("source")
 		}
 	}
-	dev := func() string { return m.of("dev", "eth0", "eth0", "eth1", "xfrm0", "xfrm0", "xfrm1", "eth2", "xfrmx") }
+	dev := func() string {
+		return m.of("dev", "eth0", "eth0", "eth1", "xfrm0", "xfrm0", "xfrm1", "eth2", "eth3", "xfrmx")
+	}
 	via := "192.0.2.9"
 	if m.v6 {
 		via = "fd00:2::9"

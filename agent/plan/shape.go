@@ -16,10 +16,21 @@ type shaped struct {
 	id      ShapeID
 	base    *routes.Rule
 	members []member
-	minMTU  int
-	clones  []Clone
-	table   routes.TableID
 	order   int
+	out     bool // there is no room for it
+
+	// What fill works out.
+	minMTU int
+	clones []Clone
+	points bart.Lite        // the destinations that were looked at
+	kept   bart.Table[bool] // true for a clone, false for a throw
+	table  routes.TableID
+}
+
+// serves names the shape that serves an entry ahead of a rule.
+type serves struct {
+	e    *entry
+	base *routes.Rule
 }
 
 // member is a coverage in a shape, with the part of its destination that the base rule takes.
@@ -35,27 +46,46 @@ func (p *planner) shape() {
 	for i, s := range shapes {
 		s.order = i
 		for _, m := range s.members {
-			if have, ok := p.order[m.cov.entry]; !ok || i < have {
-				p.order[m.cov.entry] = i
-			}
+			p.serving[serves{m.cov.entry, s.base}] = s
 		}
 	}
-	total := 0
-	shapes = slices.DeleteFunc(shapes, func(s *shaped) bool {
+	// A shape without room leaves its flows to the shapes behind it, which then have to look
+	// again.
+	for !p.place(p.fillAll(shapes)) {
+	}
+}
+
+// fillAll fills the shapes in their order and returns those that have clones.
+func (p *planner) fillAll(shapes []*shaped) []*shaped {
+	var filled []*shaped
+	total, used := 0, map[routes.Family]int{}
+	for _, s := range shapes {
+		s.clones, s.kept, s.points, s.minMTU, s.table = nil, bart.Table[bool]{}, bart.Lite{}, 0, 0
+		if s.out {
+			continue
+		}
 		if why, ok := p.Withheld[s.id]; ok {
 			s.note("no lock in a table of our own: " + why)
-			return true
+			s.out = true
+			continue
+		}
+		if used[s.id.Flows.Family] == MaxRules {
+			s.note(fmt.Sprintf("no lock: more than %d rules", MaxRules))
+			s.out = true
+			continue
 		}
 		p.fill(s)
-		total += len(s.clones)
-		if total > p.Config.MaxClones {
+		if total+len(s.clones) > p.Config.MaxClones {
 			s.note(fmt.Sprintf("no lock: more than %d clones in all (max_clones)", p.Config.MaxClones))
-			total -= len(s.clones)
-			return true
+			s.out, s.clones, s.kept = true, nil, bart.Table[bool]{}
 		}
-		return len(s.clones) == 0
-	})
-	p.place(shapes)
+		if len(s.clones) > 0 {
+			total += len(s.clones)
+			used[s.id.Flows.Family]++
+			filled = append(filled, s)
+		}
+	}
+	return filled
 }
 
 func (s *shaped) note(text string) {
@@ -71,9 +101,7 @@ func (p *planner) group() []*shaped {
 	var shapes []*shaped
 	for _, c := range p.covers {
 		if c.inexact != "" {
-			if !p.lockedWhole(c) {
-				c.verdict.note("no lock in a table of our own: " + c.inexact)
-			}
+			c.verdict.note("no lock where other flows share a route: " + c.inexact)
 			continue
 		}
 		for _, part := range p.parts(c) {
@@ -81,7 +109,11 @@ func (p *planner) group() []*shaped {
 				c.verdict.note(fmt.Sprintf("rule %d (%s) decides for a part of the flows: no lock there", part.Rule.Priority, part.Blocked))
 				continue
 			}
-			if part.Rule.Action != routes.RuleToTable || p.Config.OwnTable(part.Rule.Table) {
+			if part.Rule.Action != routes.RuleToTable {
+				continue
+			}
+			if p.Config.OwnTable(part.Rule.Table) {
+				c.verdict.note(fmt.Sprintf("rule %d is not ours and leads to table %d, which is: no lock there", part.Rule.Priority, part.Rule.Table))
 				continue
 			}
 			id := ShapeID{Flows: part.Flows, Base: part.Rule.Priority, Table: part.Rule.Table}
@@ -115,24 +147,22 @@ func (p *planner) fill(s *shaped) {
 	sorted := make([]netip.Prefix, 0, len(points))
 	for x := range points {
 		sorted = append(sorted, x)
+		s.points.Insert(x)
 	}
 	// Wider ones first, so that a throw finds the clone that it cuts a hole into.
 	slices.SortFunc(sorted, func(a, b netip.Prefix) int {
 		return cmp.Or(cmp.Compare(a.Bits(), b.Bits()), routes.ComparePrefix(a, b))
 	})
-	var kept bart.Table[bool] // true for a clone, false for a throw
 	for _, x := range sorted {
-		clone := p.decide(s, x)
-		if clone.Throw {
-			above := false
-			if x.Bits() > 0 {
-				above, _ = kept.LookupPrefix(netip.PrefixFrom(x.Addr(), x.Bits()-1).Masked())
-			}
-			if !above {
-				continue
-			}
+		above := false // a clone of a wider destination would take what is not taken here
+		if x.Bits() > 0 {
+			above, _ = s.kept.LookupPrefix(netip.PrefixFrom(x.Addr(), x.Bits()-1).Masked())
 		}
-		kept.Insert(x, !clone.Throw)
+		clone := p.decide(s, x, above)
+		if clone.Throw && !above {
+			continue
+		}
+		s.kept.Insert(x, !clone.Throw)
 		s.clones = append(s.clones, clone)
 	}
 	for _, c := range s.clones {
@@ -188,11 +218,20 @@ func (p *planner) seeds(s *shaped, m member) []netip.Prefix {
 		return []netip.Prefix{m.dst}
 	}
 	var seeds []netip.Prefix
-	for _, l := range p.xfrmis(m.cov.Policy.IfID) {
-		keys, _ := p.FIB.DeviceRoutes(l.Index)
+	add := func(keys []routes.Key) {
 		for _, k := range keys {
-			if x, ok := routes.Intersect(k.Dst, m.dst); ok && k.Table == s.id.Table && !p.locked[k] && !linkLocal(k.Dst) {
+			if x, ok := routes.Intersect(k.Dst, m.dst); ok && k.Table == s.id.Table && !p.locked[k] {
 				seeds = append(seeds, x)
+			}
+		}
+	}
+	for _, w := range p.waysOf(m.cov.Policy.IfID) {
+		for _, keys := range w.byDst.Supernets(m.dst) {
+			add(keys)
+		}
+		for pfx, keys := range w.byDst.Subnets(m.dst) {
+			if pfx != m.dst {
+				add(keys)
 			}
 		}
 	}
@@ -200,34 +239,41 @@ func (p *planner) seeds(s *shaped, m member) []netip.Prefix {
 }
 
 // decide says what our table holds at one destination: a clone of the route that the kernel
-// uses there, if one coverage takes all of the shape's flows to it, else a throw.
-func (p *planner) decide(s *shaped, x netip.Prefix) Clone {
+// uses there, if one coverage takes all of the shape's flows to it, else a throw. above says that
+// there is a clone of a wider destination.
+func (p *planner) decide(s *shaped, x netip.Prefix, above bool) Clone {
 	throw := Clone{Dst: x, Throw: true}
 	m, _ := p.FIB.Cover(s.id.Flows.Family, s.id.Table, x)
 	r, ok := m.First()
+	if !ok && m.Paths != nil {
+		p.noteAt(s, x, m, "its route is down or for some sources only")
+	}
 	if !ok || int32(m.Dst.Bits()) <= s.base.SuppressPrefixLen || r.Body.Type != routes.Unicast ||
 		p.locked[r.Key()] || linkLocal(x) {
 		return throw
 	}
-	if _, outer := p.outer.Get(x); outer {
-		// A lock that outer packets met would be taken for their path's MTU, and what it costs be
-		// subtracted again, plan after plan.
-		return throw
-	}
 	ifID, ok := p.domain(r.Body)
 	if !ok || m.SourceSpecific() || m.TOSSpecific() {
-		if c := p.winnerAt(s, x, 0); c != nil {
-			c.verdict.note(fmt.Sprintf("%s: its routes are for some sources, TOS values or kinds of nexthop only: no lock there", x))
-		}
+		p.noteAt(s, x, m, "its routes are for some sources or TOS values only, or by ways with different policies")
 		return throw
 	}
 	c := p.winnerAt(s, x, ifID)
 	if c == nil {
 		return throw
 	}
+	if _, outer := p.outer.Get(x); outer {
+		// A lock that outer packets met would be taken for their path's MTU, and what it costs be
+		// subtracted again, plan after plan.
+		c.verdict.note(fmt.Sprintf("%s: the outer packets to this address use the route too: no lock there", x.Addr()))
+		return throw
+	}
 	mtu, why := p.mtuAt(c, r)
 	if mtu == 0 {
 		c.verdict.note(fmt.Sprintf("%s: %s", x, why))
+		return throw
+	}
+	if above && otherWays(m, r) {
+		c.verdict.note(fmt.Sprintf("%s: sockets bound to a device can take another route there: no lock", x))
 		return throw
 	}
 	header := uint32(40)
@@ -241,11 +287,40 @@ func (p *planner) decide(s *shaped, x netip.Prefix) Clone {
 	return Clone{Dst: x, Of: r, MTU: p.metric(mtu), AdvMSS: adv, Because: c.ID}
 }
 
+// otherWays reports whether a socket that is bound to a device could take another of the routes
+// than the first: it passes over those that don't leave by its device, and in our table it would
+// then find a wider clone.
+func otherWays(m routes.Match, first routes.Route) bool {
+	return slices.ContainsFunc(m.Paths.Bodies(), func(b *routes.Body) bool {
+		return b.Type != routes.Unicast || slices.ContainsFunc(b.Nexthops, func(n routes.Nexthop) bool {
+			return !slices.ContainsFunc(first.Body.Nexthops, func(o routes.Nexthop) bool { return o.Oif == n.Oif })
+		})
+	})
+}
+
+// noteAt tells each coverage that can take the shape's flows to a destination why there is no
+// lock.
+func (p *planner) noteAt(s *shaped, x netip.Prefix, m routes.Match, why string) {
+	ids := []uint32{0}
+	for _, b := range m.Paths.Bodies() {
+		for _, nh := range b.Nexthops {
+			if l := p.FIB.Link(nh.Oif); l != nil && !slices.Contains(ids, l.IfID) {
+				ids = append(ids, l.IfID)
+			}
+		}
+	}
+	for _, id := range ids {
+		if c := p.winnerAt(s, x, id); c != nil {
+			c.verdict.note(fmt.Sprintf("%s: %s: no lock there", x, why))
+		}
+	}
+}
+
 // winnerAt is the coverage that takes all of the shape's flows to a destination, nil if there
 // is none or if another policy takes a part of them out that no shape ahead of this one serves.
 func (p *planner) winnerAt(s *shaped, x netip.Prefix, ifID uint32) *coverage {
 	var parts []*entry
-	for _, e := range p.overlapping(ifID, x, false) {
+	for _, e := range p.applying(ifID, x, false) {
 		all, some := e.takes(s.id.Flows)
 		if !some {
 			continue
@@ -258,7 +333,7 @@ func (p *planner) winnerAt(s *shaped, x netip.Prefix, ifID uint32) *coverage {
 			return nil
 		}
 		for _, q := range parts {
-			if at, served := p.order[q]; q.cov == nil || !served || at >= s.order || q.cov.inexact != "" {
+			if ahead := p.serving[serves{q, s.base}]; ahead == nil || ahead.order >= s.order || !ahead.takesAll(x, s) {
 				e.cov.verdict.note(fmt.Sprintf("%s: a policy with priority over this one takes a part of the flows: no lock there", x))
 				return nil
 			}
@@ -266,4 +341,20 @@ func (p *planner) winnerAt(s *shaped, x netip.Prefix, ifID uint32) *coverage {
 		return e.cov
 	}
 	return nil
+}
+
+// takesAll reports whether the shape's table leaves nothing to a destination over for a shape
+// behind it, but where that one looks again.
+func (s *shaped) takesAll(x netip.Prefix, behind *shaped) bool {
+	if clone, ok := s.kept.LookupPrefix(x); !ok || !clone {
+		return false
+	}
+	for y, clone := range s.kept.Subnets(x) {
+		if !clone {
+			if at, ok := behind.points.LookupPrefixLPM(y); !ok || at.Bits() <= x.Bits() {
+				return false
+			}
+		}
+	}
+	return true
 }

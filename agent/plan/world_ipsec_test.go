@@ -11,8 +11,8 @@ import (
 )
 
 // route [TYPE] DST [table T] [proto P] [metric N] [tos N] [src A] [from P] [mtu [lock] N]
-// [advmss N] [expires] [nhid N] { [via A] [dev D] | nexthop [via A] dev D … } [dead], in the
-// words of `ip route`.
+// [advmss N] [expires] [nhid N] { [via A] [dev D] | nexthop [via A] dev D … }, in the words of
+// `ip route`.
 func (w *world) route(f *words) error {
 	var b routeBytes
 	b.kind, b.proto, b.table = routes.Unicast, routes.ProtoStatic, routes.TableMain
@@ -50,8 +50,6 @@ func (w *world) route(f *words) error {
 			b.expires = true
 		case "nhid":
 			b.nhid = uint32(f.num())
-		case "dead":
-			b.flags |= routes.NexthopDead
 		case "via", "dev":
 			if len(b.hops) == 0 {
 				b.hops = append(b.hops, hop{})
@@ -74,7 +72,7 @@ func (w *world) route(f *words) error {
 	if b.nhid != 0 {
 		w.objects[b.nhid] = b.ways()
 	}
-	r, err := w.in.ParseRoute(b.bytes())
+	r, err := w.in.ParseRoute(w.markDead(b.bytes()))
 	if err != nil {
 		return err
 	}
@@ -114,7 +112,7 @@ type routeBytes struct {
 	kind            routes.Type
 	proto           routes.Protocol
 	table           routes.TableID
-	tos, flags      uint8
+	tos             uint8
 	metric          uint32
 	prefsrc         netip.Addr
 	mtu, advmss     uint32
@@ -147,7 +145,7 @@ const (
 func (b *routeBytes) bytes() []byte {
 	out := make([]byte, 12)
 	out[0], out[1], out[3], out[4] = byte(routes.FamilyOf(b.dst.Addr())), byte(b.dst.Bits()), b.tos, 252
-	out[5], out[7], out[8] = byte(b.proto), byte(b.kind), b.flags
+	out[5], out[7] = byte(b.proto), byte(b.kind)
 	if b.table < 256 {
 		out[4] = byte(b.table)
 	}
@@ -210,7 +208,7 @@ func (b *routeBytes) ways() []byte {
 	for _, h := range b.hops {
 		rest := one(h)
 		nh := binary.NativeEndian.AppendUint16(nil, uint16(8+len(rest)))
-		nh = append(nh, b.flags, h.weight)
+		nh = append(nh, 0, h.weight)
 		nh = append(binary.NativeEndian.AppendUint32(nh, uint32(h.oif)), rest...)
 		out = append(out, nh...)
 	}

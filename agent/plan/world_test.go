@@ -262,7 +262,7 @@ func (w *world) config(f *words) error {
 	return f.end()
 }
 
-// link INDEX NAME [mtu N] [kind KIND] [if_id N] [external] [vrf TABLE] [master NAME]
+// link INDEX NAME [mtu N] [kind KIND] [if_id N] [external] [vrf TABLE] [master NAME] [down]
 func (w *world) link(f *words) error {
 	l := &routes.Link{Index: routes.Ifindex(f.num()), Name: f.next(), MTU: 1500, Up: true, Running: true, Type: 1}
 	for f.more() {
@@ -277,6 +277,8 @@ func (w *world) link(f *words) error {
 			l.Kind, l.External = "xfrm", true
 		case "vrf":
 			l.Kind, l.VRFTable = "vrf", routes.TableID(f.num())
+		case "down":
+			l.Up, l.Running = false, false
 		case "master":
 			l.Master = w.dev(f)
 		default:

@@ -32,16 +32,21 @@ const (
 	exitNoAgent  = 4
 )
 
-func main() {
+func main() { os.Exit(run(os.Args)) }
+
+// run returns the exit code.
+func run(args []string) int {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
 	defer stop()
 	app := newApp()
-	if err := app.RunContext(ctx, flagsFirst(app, os.Args)); err != nil {
-		if text := err.Error(); text != "" {
-			fmt.Fprintln(os.Stderr, "tsoctl:", text)
-		}
-		os.Exit(exitCode(err))
+	err := app.RunContext(ctx, flagsFirst(app, args))
+	if err == nil {
+		return 0
 	}
+	if text := err.Error(); text != "" {
+		fmt.Fprintln(os.Stderr, "tsoctl:", text)
+	}
+	return exitCode(err)
 }
 
 func exitCode(err error) int {
@@ -259,7 +264,7 @@ func status(c *cli.Context) error {
 	}
 	r, err := agent.NewClient(cfg.RunDir).Report(c.Context)
 	if errors.Is(err, agent.ErrNoAgent) {
-		return cli.Exit(fmt.Sprintf("%v; `tsoctl plan` shows what one would do, `tsoagent run` starts one", err), exitNoAgent)
+		return cli.Exit(fmt.Sprintf("%v; %s", err, nextWithout(cfg.RunDir)), exitNoAgent)
 	}
 	if err != nil {
 		return err
@@ -271,6 +276,19 @@ func status(c *cli.Context) error {
 		return cli.Exit("", exitDegraded)
 	}
 	return nil
+}
+
+// nextWithout says what to do where no agent runs.
+func nextWithout(runDir string) string {
+	holds, locks, tables := agent.LeftOver(runDir)
+	if holds+locks == 0 && !tables {
+		return "`tsoctl plan` shows what one would do, `tsoagent run` starts one"
+	}
+	left := count(holds, "held feature", "held features") + " and " + count(locks, "locked route", "locked routes")
+	if tables {
+		left += ", rules and clones"
+	}
+	return fmt.Sprintf("one that was killed or told to keep has left %s: `tsoagent run` takes them over, `tsoctl restore` gives them back", left)
 }
 
 // degraded reports whether a person should look.

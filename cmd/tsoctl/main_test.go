@@ -41,9 +41,9 @@ func TestWithAgent(t *testing.T) {
 		}
 	}
 	bin := t.TempDir()
-	build := exec.Command("go", "build", "-buildvcs=false", "-o", bin, "tsoagent/cmd/tsoagent")
+	build := exec.Command("go", "build", "-buildvcs=false", "-o", bin, "tsoagent/cmd/tsoagent", "tsoagent/cmd/tsoctl")
 	if out, err := build.CombinedOutput(); err != nil {
-		t.Fatalf("build tsoagent: %v\n%s", err, out)
+		t.Fatalf("build the commands: %v\n%s", err, out)
 	}
 	testscript.Run(t, testscript.Params{
 		Dir:  "testdata/agent",

@@ -54,7 +54,16 @@ func (p page) text(indent int, format string, args ...any) {
 	fmt.Fprintln(p, line)
 }
 
-func columns(w io.Writer) *tabwriter.Writer { return tabwriter.NewWriter(w, 0, 8, 2, ' ', 0) }
+// table prints rows in columns, the first one being their heads, after an empty line.
+func (p page) table(rows [][]string) {
+	fmt.Fprintln(p)
+	t := tabwriter.NewWriter(p, 0, 8, 2, ' ', 0)
+	for _, cells := range rows {
+		// No blanks at the end of a line.
+		fmt.Fprintln(t, strings.TrimRight(strings.Join(cells, "\t"), "\t"))
+	}
+	_ = t.Flush() // as with Fprintln, nothing helps where stdout is gone
+}
 
 const nothingCovered = "nothing is covered: no output policy asks for ESP or AH. There is nothing to do."
 
@@ -67,9 +76,34 @@ func statusTable(p page, r *agent.Report) {
 	} else {
 		p.text(0, "%s, see `tsoctl plan`", count(len(r.Coverages), "coverage", "coverages"))
 	}
+	observing(p, r)
 	holdTable(p, r)
-	lockTable(p, r)
+	shown := shorten(r)
+	lockTable(p, shown)
+	leftOut(p, r, shown)
 	findings(p, r)
+}
+
+// screen is how many locks and clones, and how many rules, fit a status of one screen.
+const screen = 12
+
+// shorten leaves of the locks, clones and rules what fits one screen.
+func shorten(r *agent.Report) *agent.Report {
+	s := *r
+	s.Locks = s.Locks[:min(len(s.Locks), screen)]
+	s.Clones = s.Clones[:min(len(s.Clones), screen-len(s.Locks))]
+	s.Rules = s.Rules[:min(len(s.Rules), screen)]
+	return &s
+}
+
+// leftOut says how much more there is than was shown.
+func leftOut(p page, r, shown *agent.Report) {
+	if n := len(r.Locks) + len(r.Clones) - len(shown.Locks) - len(shown.Clones); n > 0 {
+		p.text(0, "and %s, see `tsoctl plan`", count(n, "more route", "more routes"))
+	}
+	if n := len(r.Rules) - len(shown.Rules); n > 0 {
+		p.text(0, "and %s, see `tsoctl plan`", count(n, "more rule", "more rules"))
+	}
 }
 
 // findings are what a person should look at.
@@ -93,13 +127,11 @@ func holdTable(p page, r *agent.Report) {
 	if len(r.Holds) == 0 {
 		return
 	}
-	fmt.Fprintln(p)
-	t := columns(p)
-	fmt.Fprintln(t, "DEVICE\tFEATURE HELD OFF\tSTATE\tBECAUSE")
+	rows := [][]string{{"DEVICE", "FEATURE HELD OFF", "STATE", "BECAUSE"}}
 	for _, h := range r.Holds {
-		row(t, h.Device, h.Feature, h.State, short(h.Because))
+		rows = append(rows, []string{h.Device, h.Feature, h.State, short(h.Because)})
 	}
-	t.Flush()
+	p.table(rows)
 	for _, h := range r.Holds {
 		if h.State == agent.StateContested || h.State == agent.StateRefused {
 			p.text(0, "! %s %s: %s", h.Device, h.Feature, h.Why)
@@ -107,37 +139,37 @@ func holdTable(p page, r *agent.Report) {
 	}
 }
 
-// row prints cells without blanks at the end.
-func row(t io.Writer, cells ...string) {
-	fmt.Fprintln(t, strings.TrimRight(strings.Join(cells, "\t"), "\t"))
+func lockTable(p page, r *agent.Report) {
+	rows := [][]string{{"ROUTE", "MTU", "DEVICE", "STATE"}}
+	for _, l := range r.Locks {
+		rows = append(rows, []string{l.Route, mtuText(l.MTU, l.Locked), strings.Join(l.Devices, ","), l.State})
+	}
+	for _, c := range r.Clones {
+		if c.Throw {
+			rows = append(rows, []string{c.Dst, "-", "-", placeText(c) + ", throw"})
+			continue
+		}
+		rows = append(rows, []string{c.Dst, mtuText(c.MTU, c.Locked), strings.Join(c.Devices, ","), placeText(c)})
+	}
+	if len(rows) > 1 {
+		p.table(rows)
+	}
+	rows = [][]string{{"PRIORITY", "FAMILY", "RULE"}}
+	for _, rule := range r.Rules {
+		rows = append(rows, []string{fmt.Sprint(rule.Priority), rule.Family, rule.Text})
+	}
+	if len(rows) > 1 {
+		p.table(rows)
+	}
 }
 
-func lockTable(p page, r *agent.Report) {
-	if len(r.Locks)+len(r.Clones) > 0 {
-		fmt.Fprintln(p)
-		t := columns(p)
-		fmt.Fprintln(t, "ROUTE\tMTU\tDEVICE\tSTATE")
-		for _, l := range r.Locks {
-			row(t, l.Route, mtuText(l.MTU, l.Locked), strings.Join(l.Devices, ","), l.State)
-		}
-		for _, c := range r.Clones {
-			if c.Throw {
-				row(t, c.Dst, "-", "-", fmt.Sprintf("table %d, throw", c.Table))
-				continue
-			}
-			row(t, c.Dst, mtuText(c.MTU, true), strings.Join(c.Devices, ","), fmt.Sprintf("table %d", c.Table))
-		}
-		t.Flush()
+// placeText is where a clone is, or would be.
+func placeText(c agent.CloneReport) string {
+	text := fmt.Sprintf("table %d", c.Table)
+	if c.State == agent.StateWanted {
+		text += ", " + c.State
 	}
-	if len(r.Rules) > 0 {
-		fmt.Fprintln(p)
-		t := columns(p)
-		fmt.Fprintln(t, "PRIORITY\tFAMILY\tRULE")
-		for _, rule := range r.Rules {
-			row(t, fmt.Sprint(rule.Priority), rule.Family, rule.Text)
-		}
-		t.Flush()
-	}
+	return text
 }
 
 func mtuText(mtu uint32, locked bool) string {
@@ -156,12 +188,10 @@ func short(list []string) string {
 }
 
 func planTable(p page, r *agent.Report) {
-	switch {
-	case !r.Live:
-		p.text(0, "no agent runs; read from the kernel")
-	case r.Mode == agent.Observe:
-		p.text(0, "the agent observes: nothing of this is written")
+	if !r.Live {
+		p.text(0, "no agent runs; read from the kernel, this is what one would do")
 	}
+	observing(p, r)
 	if len(r.Coverages) == 0 {
 		p.text(0, nothingCovered)
 	}
@@ -208,6 +238,13 @@ func byDevice(held []string) []string {
 		out, last = append(out, h), device
 	}
 	return out
+}
+
+// observing says that what follows is only what an agent would do.
+func observing(p page, r *agent.Report) {
+	if r.Live && r.Mode == agent.Observe && len(r.Coverages) > 0 {
+		p.text(0, "the agent only observes: nothing of this is written")
+	}
 }
 
 func coverageLine(c agent.CoverageReport) string {

@@ -53,7 +53,7 @@ func covered() *agent.Report {
 			{Route: "10.4.0.0/16 metric 100", MTU: 1422, Devices: []string{"ipsec3", "ipsec4"}, State: agent.StateWanted},
 		},
 		Clones: []agent.CloneReport{
-			{Table: 5450, Dst: "10.3.0.0/16", MTU: 1446, Devices: []string{"nic1"}},
+			{Table: 5450, Dst: "10.3.0.0/16", MTU: 1446, Locked: true, Devices: []string{"nic1"}, State: agent.StateInPlace},
 			{Table: 5450, Dst: "10.3.7.0/24", Throw: true},
 		},
 		Rules: []agent.RuleReport{
@@ -102,7 +102,7 @@ func nested() *agent.Explanation {
 
 func TestTables(t *testing.T) {
 	observed := covered()
-	observed.Mode = agent.Observe
+	observed.Mode, observed.Coverages = agent.Observe, observed.Coverages[1:2]
 	alone := degradedReport()
 	alone.Live = false
 	quiet := &agent.Report{Mode: agent.Observe, Live: true, Since: covered().Since, PID: 1, Links: 1, Routes: 1, Policies: 1}
@@ -123,9 +123,10 @@ func TestTables(t *testing.T) {
 		{"status", 80, func(p page) { statusTable(p, covered()) }},
 		{"status, nothing covered", 80, func(p page) { statusTable(p, quiet) }},
 		{"status, degraded", 80, func(p page) { statusTable(p, degradedReport()) }},
+		{"status, observing", 80, func(p page) { statusTable(p, observed) }},
 		{"plan", 80, func(p page) { planTable(p, covered()) }},
 		{"plan, not on a terminal", 0, func(p page) { planTable(p, covered()) }},
-		{"plan, observing", 80, func(p page) { observed.Coverages = observed.Coverages[1:2]; planTable(p, observed) }},
+		{"plan, observing", 80, func(p page) { planTable(p, observed) }},
 		{"plan, no agent", 80, func(p page) { planTable(p, alone) }},
 		{"plan, nothing covered", 80, func(p page) { planTable(p, quiet) }},
 		{"explain", 80, func(p page) { explainTable(p, nested()) }},

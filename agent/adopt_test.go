@@ -1,0 +1,415 @@
+package agent
+
+import (
+	"errors"
+	"maps"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"tsoagent/agent/journal"
+	"tsoagent/ethtool"
+	"tsoagent/routes"
+)
+
+// bothWorld has the tunnel and the partial policy in place.
+func bothWorld(t *testing.T) *world {
+	t.Helper()
+	w := tunnelWorld(t, dedicatedOff())
+	w.start(tunnelPolicy, tunnelSA, partPolicy, partSA)
+	w.mustProtect()
+	w.mustLead()
+	w.took()
+	return w
+}
+
+// crash restarts the agent, as after kill -9, with what its journal says.
+func (w *world) crash(cfg Config) {
+	w.restart(cfg)
+	w.putErr, w.replaceErr, w.setErr, w.beforeSet, w.beforeEcho = nil, nil, nil, nil, nil
+	w.a.adopt(w.found())
+}
+
+func TestRestartTouchesNothingThatIsInPlace(t *testing.T) {
+	w := bothWorld(t)
+	w.crash(dedicatedOff())
+	w.start(tunnelPolicy, tunnelSA, partPolicy, partSA)
+	if ops := w.took(); len(ops) > 0 {
+		t.Errorf("written:\n%s", strings.Join(ops, "\n"))
+	}
+	if w.a.stats.Rounds != 1 || w.a.stats.Actions != 0 {
+		t.Errorf("%d rounds, %d actions; want one round and nothing done", w.a.stats.Rounds, w.a.stats.Actions)
+	}
+	w.mustProtect()
+	w.mustLead()
+	for _, h := range w.a.Report().Holds {
+		if h.State != StateInPlace {
+			t.Errorf("hold %+v", h)
+		}
+	}
+	for _, l := range w.a.Report().Locks {
+		if l.State != StateInPlace || l.Was != 0 {
+			t.Errorf("lock %+v", l)
+		}
+	}
+	w.dumpXFRM()
+	w.settle()
+	w.advance(time.Minute)
+	w.mustBeBareOfTables()
+}
+
+// mustBeBareOfTables is mustBeBare where there were rules: the entry of our tables stays while
+// the agent runs.
+func (w *world) mustBeBareOfTables() {
+	w.t.Helper()
+	delete(w.book, "tables")
+	w.mustBeBare()
+	if got := w.ownRules() + w.table(5450); got != "" {
+		w.t.Errorf("still there: %s", got)
+	}
+}
+
+func TestRestartGivesBackWhatHasNoCauseAnyMore(t *testing.T) {
+	w := bothWorld(t)
+	w.crash(dedicatedOff())
+	w.start()
+	w.advance(time.Minute)
+	w.mustBeBareOfTables()
+}
+
+func TestRestartWhileAnSAIsMissingKeepsTheLock(t *testing.T) {
+	again := policy(33, "0.0.0.0/0", "10.2.0.0/16", 1)
+	w := coveredWorld(t)
+	w.xfrm(gone(tunnelPolicy), again)
+	w.settle()
+	w.advance(time.Minute)
+	w.took()
+	w.crash(dedicatedOff())
+	w.start(again) // larval
+	w.advance(time.Hour)
+	w.quiet("the MTU was inherited from the policy's last index, and remembered")
+	w.mustProtect()
+}
+
+// The journal is written first, so an entry says "may have been changed".
+func TestCrashBetweenTheJournalAndTheKernel(t *testing.T) {
+	crash := func(w *world) { panic("crash") }
+	for name, arm := range map[string]func(*world){
+		"ahead of the hold": func(w *world) { w.beforeSet = func() { crash(w) } },
+		"ahead of the lock": func(w *world) { w.beforeEcho = func() { crash(w) } },
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := tunnelWorld(t, dedicatedOff())
+			arm(w)
+			func() {
+				defer func() { _ = recover() }()
+				w.start(tunnelPolicy, tunnelSA)
+				t.Fatal("no crash")
+			}()
+			w.crash(dedicatedOff())
+			w.start(tunnelPolicy, tunnelSA)
+			w.mustProtect()
+			if len(w.a.st.retakes) > 0 || strings.Contains(w.logs.String(), "overruled") {
+				t.Errorf("the crash is taken for somebody's change: %v", w.a.st.retakes)
+			}
+			w.xfrm(gone(tunnelPolicy))
+			w.settle()
+			w.advance(time.Minute)
+			w.mustBeBare()
+		})
+		t.Run(name+", and the cause is gone", func(t *testing.T) {
+			w := tunnelWorld(t, dedicatedOff())
+			arm(w)
+			func() {
+				defer func() { _ = recover() }()
+				w.start(tunnelPolicy, tunnelSA)
+			}()
+			w.crash(dedicatedOff())
+			w.start()
+			w.advance(time.Minute)
+			w.mustBeBare()
+		})
+	}
+}
+
+// A lock that changes its value has two values in the journal: either can be in the kernel.
+func TestCrashWhileALockChangesItsValue(t *testing.T) {
+	small := cbc(0x101, 1)
+	crashed := func(t *testing.T) *world {
+		w := coveredWorld(t)
+		w.beforeEcho = func() { panic("crash") }
+		func() {
+			defer func() { _ = recover() }()
+			w.xfrm(small)
+			w.settle()
+			t.Fatal("no crash")
+		}()
+		w.crash(dedicatedOff())
+		return w
+	}
+	t.Run("goes on", func(t *testing.T) {
+		w := crashed(t)
+		w.start(tunnelPolicy, tunnelSA, small)
+		if got := w.route("10.2.0.0/16"); got != "dev 7 mtu lock 1438" {
+			t.Errorf("the route is %q", got)
+		}
+		w.dumpXFRM()
+		w.settle()
+		w.advance(time.Minute)
+		w.mustBeBare()
+	})
+	t.Run("back to the value before", func(t *testing.T) {
+		w := crashed(t)
+		w.start(tunnelPolicy, tunnelSA)
+		if n := w.count("replace"); n > 0 {
+			t.Errorf("what is in place already was written %d times", n)
+		}
+		if w.next != 0 {
+			t.Errorf("the loop waits %s for something that never comes", w.next)
+		}
+		w.mustProtect()
+		w.dumpXFRM()
+		w.settle()
+		w.advance(time.Minute)
+		w.mustBeBare()
+	})
+	t.Run("the cause is gone", func(t *testing.T) {
+		w := crashed(t)
+		w.start()
+		w.advance(time.Minute)
+		w.mustBeBare()
+	})
+	t.Run("crashes again", func(t *testing.T) {
+		w := crashed(t)
+		natt := *small.SA
+		natt.Encap.Type = 2
+		w.beforeEcho = func() { panic("crash") }
+		func() {
+			defer func() { _ = recover() }()
+			w.start(tunnelPolicy, xfrmSA(natt))
+			t.Fatal("no crash")
+		}()
+		w.crash(dedicatedOff())
+		w.start()
+		w.advance(time.Minute)
+		w.mustBeBare()
+	})
+}
+
+func TestEntriesOfAnotherBootAreReportedAndLeftAlone(t *testing.T) {
+	w := bothWorld(t)
+	found := w.found()
+	w.restart(dedicatedOff())
+	w.a.adopt(&journal.Recovery{Foreign: found.Entries, Torn: 1, Problems: []string{"line 3: nonsense"}})
+	before := maps.Clone(w.feats)
+	w.start()
+	w.advance(time.Minute)
+	want := []string{
+		"1 writes to the journal were cut short; the kernel was not touched for them",
+		"7 journal entries belong to another boot or network namespace and are left alone",
+		"line 3: nonsense",
+	}
+	if d := cmp.Diff(want, w.a.Report().Findings); d != "" {
+		t.Errorf("findings (-want +got):\n%s", d)
+	}
+	for i, f := range before {
+		if !f.Equal(w.feats[i]) {
+			t.Errorf("%s was touched", f.Name)
+		}
+	}
+	if got := w.route("10.2.0.0/16"); got != "dev 7 mtu lock 1446" {
+		t.Errorf("a route that we don't know to be ours: %q", got)
+	}
+}
+
+// Nobody would follow the tables of an earlier run that had other numbers.
+func TestOtherTablesThanAnEarlierRunHasLeftAreRefused(t *testing.T) {
+	w := partWorld(t, Config{})
+	cfg := Config{}
+	cfg.Plan.Table = 7000
+	w.crash(cfg)
+	if err := w.a.checkTables(); err == nil || !strings.Contains(err.Error(), "run `tsoctl restore --table 5450 --protocol 84` first") {
+		t.Errorf("got %v", err)
+	}
+	w.crash(Config{})
+	if err := w.a.checkTables(); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestEntriesThatCannotBeUsedAreReported(t *testing.T) {
+	w := tunnelWorld(t, Config{})
+	w.a.adopt(&journal.Recovery{Entries: []journal.Entry{
+		{ID: "feature/7/x", Kind: kindHold, Data: []byte(`{"device":7}`)},
+		{ID: "route/1", Kind: kindLock, Data: []byte(`[]`)},
+		{ID: "mtu/1", Kind: kindMTU, Data: []byte(`"x"`)},
+		{ID: "lane/7", Kind: "lane", Data: []byte(`{}`)},
+	}})
+	w.start()
+	w.quiet("nothing can be trusted")
+	f := w.a.Report().Findings
+	if len(f) != 4 {
+		t.Errorf("findings:\n%s", strings.Join(f, "\n"))
+	}
+}
+
+// The index of a device that is gone can be given to another one.
+func TestHoldOfAnotherDeviceIsDropped(t *testing.T) {
+	var cfg Config
+	cfg.Plan.Dedicated = "off"
+	for name, c := range map[string]struct {
+		link    *routes.Link
+		dropped bool
+	}{
+		"another name":                 {&routes.Link{Index: ipsec1, Name: "eth9", Type: 1, MTU: 1500, Up: true}, true},
+		"same name, another address":   {&routes.Link{Index: ipsec1, Name: "ipsec1", Type: 1, MTU: 1500, Up: true, PermAddr: "02:00:00:00:00:99"}, true},
+		"other name, the same address": {&routes.Link{Index: 2, Name: "wan0", Type: 1, MTU: 1500, Up: true, PermAddr: "02:00:00:00:00:02"}, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := coveredWorld(t)
+			if !c.dropped { // hold a device with a permanent address instead
+				w.xfrm(gone(tunnelPolicy))
+				w.settle()
+				w.advance(time.Minute)
+				w.xfrm(policy(73, "0.0.0.0/0", "0.0.0.0/0", 0), sa(0x400, 0))
+				w.settle()
+				if w.held(2) != allTSO {
+					t.Fatalf("off on nic1: %q", w.held(2))
+				}
+			}
+			w.rename(c.link)
+			w.routing(routes.LinkSet{Link: c.link})
+			w.crash(cfg)
+			w.start()
+			w.advance(time.Minute)
+			if c.dropped {
+				if n := w.count("set "); n > 0 {
+					t.Errorf("another device was touched:\n%s", strings.Join(w.ops, "\n"))
+				}
+				if f := w.a.Report().Findings; len(f) == 0 || !strings.Contains(f[0], "its features stay as they are") {
+					t.Errorf("findings %q", f)
+				}
+			} else if w.held(2) != "" {
+				t.Errorf("not given back under its new name: %q", w.held(2))
+			}
+			if i := slices.IndexFunc(w.ids(), func(id string) bool { return strings.HasPrefix(id, "feature/") }); i >= 0 {
+				t.Errorf("the journal still has %s", w.ids()[i])
+			}
+		})
+	}
+}
+
+func TestRouteThatItsOwnerChangedWhileWeWereAwayStays(t *testing.T) {
+	w := coveredWorld(t)
+	w.routing(routes.RouteSet{Route: newRoute(t, "10.2.0.0/16", hop{oif: ipsec1, mtu: routes.MTUMetric{MTU: 1300}}), Replace: true})
+	w.crash(dedicatedOff())
+	w.start()
+	w.advance(time.Minute)
+	if got := w.route("10.2.0.0/16"); got != "dev 7 mtu 1300" {
+		t.Errorf("the route is %q", got)
+	}
+}
+
+func TestObserveWritesNothingAtAll(t *testing.T) {
+	cfg := dedicatedOff()
+	cfg.Mode = Observe
+	w := tunnelWorld(t, cfg)
+	w.start(tunnelPolicy, tunnelSA, partPolicy, partSA)
+	r := w.a.Report()
+	if len(r.Coverages) != 2 || len(r.Holds) != 3 || len(r.Locks) != 1 || len(r.Rules) != 1 || len(r.Clones) != 1 {
+		t.Errorf("the report lacks something: %+v", r)
+	}
+	for _, h := range r.Holds {
+		if h.State != StateWanted {
+			t.Errorf("hold %+v", h)
+		}
+	}
+	if r.Locks[0].State != StateWanted {
+		t.Errorf("lock %+v", r.Locks[0])
+	}
+	w.turn(ipsec1, tso, false)
+	w.turn(ipsec1, tso, true)
+	w.replaceRoute("10.2.0.0/16", hop{oif: ipsec2})
+	w.settle()
+	w.dumpXFRM()
+	w.settle()
+	w.advance(time.Hour)
+	if ops := w.took(); len(ops) > 0 {
+		t.Errorf("written:\n%s", strings.Join(ops, "\n"))
+	}
+
+	// Nor does it change the journal that an earlier run has left.
+	e := bothWorld(t)
+	e.turn(ipsec1, tso, true)
+	e.crash(cfg)
+	e.start(policy(81, "0.0.0.0/0", "10.2.0.0/16", 1))
+	e.turn(ipsec1, ethtool.TCP6Segmentation, true)
+	e.routing(routes.LinkGone{Index: ipsec1})
+	e.settle()
+	e.advance(time.Hour)
+	if ops := e.took(); len(ops) > 0 {
+		t.Errorf("after an earlier run, written:\n%s", strings.Join(ops, "\n"))
+	}
+}
+
+func TestRestoreWithoutAnAgent(t *testing.T) {
+	t.Run("everything", func(t *testing.T) {
+		w := bothWorld(t)
+		w.crash(Config{})
+		w.a.once, w.a.goal = true, restoreAll
+		w.start(tunnelPolicy, tunnelSA, partPolicy, partSA)
+		if !w.settle() {
+			t.Error("the goal is not reached")
+		}
+		w.mustBeBare()
+		if got := w.ownRules() + w.table(5450); got != "" || w.a.dropped.rules != 1 || w.a.dropped.clones != 1 {
+			t.Errorf("still there: %s; dropped %+v", got, w.a.dropped)
+		}
+	})
+	t.Run("without a journal, by the numbers", func(t *testing.T) {
+		w := bothWorld(t)
+		w.restart(Config{})
+		w.a.once, w.a.goal = true, restoreAll
+		w.start()
+		if got := w.ownRules() + w.table(5450); got != "" {
+			t.Errorf("still there: %s", got)
+		}
+	})
+	t.Run("stale only", func(t *testing.T) {
+		w := bothWorld(t)
+		w.crash(Config{})
+		w.a.once, w.a.goal = true, restoreStale
+		w.start(tunnelPolicy, tunnelSA, partPolicy, partSA)
+		if !w.settle() {
+			t.Error("the goal is not reached")
+		}
+		want := []string{"delete rule 32765 from 10.1.0.0/16 to 10.3.0.0/16 lookup 5450", "delete 10.3.0.0/16 table 5450 metric 1446", "journal remove tables"}
+		if d := cmp.Diff(want, w.took()); d != "" {
+			t.Errorf("(-want +got):\n%s", d)
+		}
+		w.mustProtect()
+		w.crash(dedicatedOff())
+		w.start(tunnelPolicy, tunnelSA, partPolicy, partSA)
+		w.mustLead()
+		if n := w.count("set ") + w.count("replace "); n > 0 {
+			t.Errorf("holds and locks were there:\n%s", strings.Join(w.ops, "\n"))
+		}
+	})
+	t.Run("a feature that can't be given back keeps its entry", func(t *testing.T) {
+		w := coveredWorld(t)
+		w.crash(Config{})
+		w.a.once, w.a.goal = true, restoreAll
+		w.setErr = errors.New("out of order")
+		w.resync()
+		w.dumpXFRM()
+		if w.step() {
+			t.Error("the goal is reached although a feature is still off")
+		}
+		w.settle()
+		w.advance(time.Second)
+		w.mustBeBare()
+	})
+}

@@ -1,0 +1,61 @@
+package plan
+
+import (
+	"fmt"
+	"strings"
+	"testing"
+)
+
+// BenchmarkMake plans from scratch, in the worlds that large hosts have. The time for a
+// coverage must not grow with their number.
+func BenchmarkMake(b *testing.B) {
+	const outside = "link 1 lo\nlink 2 eth0\nlink 3 eth1\nlink 4 xfrm0 if_id 7\nroute 192.0.2.0/24 dev eth0 proto kernel\n"
+	worlds := []struct {
+		name  string
+		head  string
+		lines func(i int) string
+	}{
+		{"xfrmi routes", outside + "sa esp 192.0.2.1 192.0.2.2 spi 1 gcm if_id 7\n", func(i int) string {
+			return fmt.Sprintf("route 10.%d.%d.0/24 dev xfrm0\npolicy %d src 0.0.0.0/0 dst 10.%[1]d.%[2]d.0/24 if_id 7 tmpl esp tunnel 192.0.2.1 192.0.2.2\n", i>>8, i&255, i+1)
+		}},
+		{"xfrmi default route", outside + "route 0.0.0.0/0 dev xfrm0\nsa esp 192.0.2.1 192.0.2.2 spi 1 gcm if_id 7\n", func(i int) string {
+			return fmt.Sprintf("policy %d src 0.0.0.0/0 dst 10.%d.%d.0/24 if_id 7 tmpl esp tunnel 192.0.2.1 192.0.2.2\n", i+1, i>>8, i&255)
+		}},
+		{"one source net", outside + "route 0.0.0.0/0 via 192.0.2.9 dev eth0\nsa esp 192.0.2.1 192.0.2.2 spi 1 gcm\n", func(i int) string {
+			return fmt.Sprintf("policy %d src 172.16.0.0/16 dst 10.%d.%d.0/24 tmpl esp tunnel 192.0.2.1 192.0.2.2\n", i+1, i>>8, i&255)
+		}},
+		{"many sources", outside + "route 0.0.0.0/0 via 192.0.2.9 dev eth0\nsa esp 192.0.2.1 192.0.2.2 spi 1 gcm\n", func(i int) string {
+			return fmt.Sprintf("policy %d src 10.%d.%d.0/24 dst 172.16.0.0/16 tmpl esp tunnel 192.0.2.1 192.0.2.2\n", i+1, i>>8, i&255)
+		}},
+		{"dedicated nic", outside + "route 10.0.0.0/8 dev eth1\nsa esp 192.0.2.1 192.0.2.2 spi 1 gcm\ndefault block\n", func(i int) string {
+			return fmt.Sprintf("policy %d src 0.0.0.0/0 dst 10.%d.%d.0/24 tmpl esp tunnel 192.0.2.1 192.0.2.2\n", i+1, i>>8, i&255)
+		}},
+		{"transport peers", outside + "route 10.0.0.0/8 dev eth1\npolicy 1 src 0.0.0.0/0 dst 10.0.0.0/8 tmpl esp transport\n", func(i int) string {
+			return fmt.Sprintf("sa esp 192.0.2.1 10.%d.%d.1 spi 1 gcm transport\nlast 1 peer 10.%[1]d.%[2]d.2 1400\n", i>>8, i&255)
+		}},
+	}
+	for _, world := range worlds {
+		for _, n := range []int{10, 1000, 10000} {
+			b.Run(fmt.Sprintf("%s/%d", world.name, n), func(b *testing.B) {
+				if testing.Short() && n > 10 {
+					b.Skip("large")
+				}
+				var text strings.Builder
+				text.WriteString(world.head)
+				for i := range n {
+					text.WriteString(world.lines(i))
+				}
+				w, err := newWorld(text.String())
+				if err != nil {
+					b.Fatal(err)
+				}
+				in := w.input()
+				b.ReportAllocs()
+				for b.Loop() {
+					Make(in)
+				}
+				b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N)/float64(n), "ns/coverage")
+			})
+		}
+	}
+}
