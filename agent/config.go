@@ -185,7 +185,7 @@ const maxConfig = 1 << 20
 
 var (
 	yamlLine    = regexp.MustCompile(`(?s)^(?:yaml: )?line (\d+): (.*)$`)
-	yamlType    = regexp.MustCompile("(?s)^cannot unmarshal !!(\\w+) ?(.*) into (\\S+)$")
+	yamlType    = regexp.MustCompile(`(?s)^cannot unmarshal !!(\w+) ?(.*) into (\S+)$`)
 	yamlUnknown = regexp.MustCompile(`(?s)^field (.*) not found in type \S+$`)
 )
 

@@ -2,7 +2,6 @@ package agent
 
 import (
 	"fmt"
-	"net/netip"
 	"slices"
 
 	"tsoagent/agent/plan"
@@ -165,8 +164,8 @@ func (e *Explanation) note(text string) {
 // cost itemises the coverage's transformations, with the SA that the kernel uses first.
 func (a *Agent) cost(e *Explanation, c xfrmwatch.Coverage) xfrmwatch.MTUStatus {
 	route := e.DeviceMTU
-	path := func(peer netip.Addr, mark xfrmwatch.Mark) (int, bool) {
-		mtu := peerMTU(a.rt, a.st.fib, peer, mark)
+	path := func(sa *xfrmwatch.SA) (int, bool) {
+		mtu := peerMTU(a.rt, a.st.fib, plan.PeerOf(sa))
 		return mtu, mtu > 0
 	}
 	mtu, status := c.MTU(path, route)
@@ -181,7 +180,7 @@ func (a *Agent) cost(e *Explanation, c xfrmwatch.Coverage) xfrmwatch.MTUStatus {
 	e.MSS = mtu - header
 	outer := route
 	if last := c.Steps[len(c.Steps)-1]; last.Template.Mode == xfrmwatch.Tunnel {
-		if m, ok := path(last.SAs[0].Dst, last.SAs[0].OutputMark); ok {
+		if m, ok := path(last.SAs[0]); ok {
 			outer = m
 		}
 	}

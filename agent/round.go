@@ -167,21 +167,32 @@ func (a *Agent) input(now time.Time) plan.Input {
 func (a *Agent) peers(list []plan.Peer) map[plan.Peer]int {
 	out := make(map[plan.Peer]int, len(list))
 	for _, p := range list {
-		if mtu := peerMTU(a.rt, a.st.fib, p.Addr, p.Mark); mtu > 0 {
+		if mtu := peerMTU(a.rt, a.st.fib, p); mtu > 0 {
 			out[p] = mtu
 		}
 	}
 	return out
 }
 
-func peerMTU(rt routeTable, fib *routes.FIB, peer netip.Addr, mark xfrmwatch.Mark) int {
-	ans, err := rt.Lookup(routes.Query{Family: routes.FamilyOf(peer), Dst: peer, Mark: mark.Value & mark.Mask})
+// peerMTU is the MTU of the route that outer packets to a peer take, 0 if there is none. The
+// kernel looks it up with the SA's own source (xfrm_dst_lookup, net/xfrm/xfrm_policy.c), which
+// can lead another way than no source; one that is no address of this host has no answer.
+func peerMTU(rt routeTable, fib *routes.FIB, p plan.Peer) int {
+	q := routes.Query{Family: routes.FamilyOf(p.Addr), Dst: p.Addr, Mark: p.Mark.Value & p.Mark.Mask}
+	if p.Src.IsValid() && !p.Src.IsUnspecified() {
+		q.Src = p.Src
+	}
+	ans, err := rt.Lookup(q)
+	if err != nil && q.Src.IsValid() {
+		q.Src = netip.Addr{}
+		ans, err = rt.Lookup(q)
+	}
 	if err != nil {
 		return 0
 	}
 	mtu := 0
 	if l := fib.Link(ans.Oif); l != nil {
-		mtu = l.MTU
+		mtu = l.MTUFor(q.Family)
 	}
 	for _, m := range []uint32{ans.MTU, ans.PMTU} {
 		if m != 0 && (mtu == 0 || int(m) < mtu) {

@@ -343,6 +343,15 @@ func (f *FIB) LinkByName(name string) *Link {
 	return nil
 }
 
+// Nexthops returns all nexthop objects in the order of their ids.
+func (f *FIB) Nexthops() []*NexthopObject {
+	out := make([]*NexthopObject, 0, len(f.nexthops))
+	for _, id := range slices.Sorted(maps.Keys(f.nexthops)) {
+		out = append(out, f.nexthops[id])
+	}
+	return out
+}
+
 // Addrs returns the addresses of a device in no particular order.
 func (f *FIB) Addrs(i Ifindex) iter.Seq[netip.Prefix] { return maps.Keys(f.addrs[i]) }
 

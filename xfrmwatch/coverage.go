@@ -241,15 +241,15 @@ func (db *DB) candidates(p *Policy, t Template, sel Selector, remote, local neti
 	return exact
 }
 
-// MTU is the inner MTU that the coverage leaves, in bytes. path gives the MTU of the route to an
-// outer peer, false if that is not known; outputMark is the SA's, which takes part in that
-// lookup. route is the MTU of the covered flow's own route: the cap, and the path of templates
+// MTU is the inner MTU that the coverage leaves, in bytes. path gives the MTU of the route that an
+// SA's outer packets take, false if that is not known: its destination, source and output mark
+// take part in that lookup. route is the MTU of the covered flow's own route: the cap, and the path of templates
 // in transport mode.
 //
 // It goes from the outermost template inward and takes the minimum with each route on the way
 // (xfrm_bundle_create and xfrm_init_pmtu, net/xfrm/xfrm_policy.c). Where a step has several SAs,
 // the smallest holds. The value is 0 unless the status is MTUKnown.
-func (c Coverage) MTU(path func(peer netip.Addr, outputMark Mark) (int, bool), route int) (mtu int, why MTUStatus) {
+func (c Coverage) MTU(path func(*SA) (int, bool), route int) (mtu int, why MTUStatus) {
 	if c.Larval {
 		return 0, MTULarval
 	}
@@ -263,7 +263,7 @@ func (c Coverage) MTU(path func(peer netip.Addr, outputMark Mark) (int, bool), r
 		behind := routes[i]
 		if !step.Template.TakesFlow() {
 			for j, sa := range step.SAs {
-				mtu, ok := path(sa.Dst, sa.OutputMark)
+				mtu, ok := path(sa)
 				if !ok {
 					return 0, MTUUnknownPath
 				}

@@ -2,7 +2,6 @@ package xfrmwatch
 
 import (
 	"fmt"
-	"net/netip"
 	"slices"
 	"testing"
 
@@ -212,8 +211,8 @@ func TestCoverageMTU(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			p := outPolicy("10.1.0.0/16", "10.2.0.1/32", tt.templates...)
 			cover := loaded([]*Policy{p}, tt.sas).Coverage(p)
-			mtu, why := cover[0].MTU(func(peer netip.Addr, _ Mark) (int, bool) {
-				mtu, ok := paths[peer.String()]
+			mtu, why := cover[0].MTU(func(sa *SA) (int, bool) {
+				mtu, ok := paths[sa.Dst.String()]
 				return mtu, ok
 			}, tt.route)
 			if mtu != tt.want || why != tt.why {

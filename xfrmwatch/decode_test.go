@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
@@ -238,7 +237,7 @@ func FuzzDecode(f *testing.F) {
 			}
 		}
 		for c := range db.Coverages() {
-			c.MTU(func(_ netip.Addr, _ Mark) (int, bool) { return 1500, true }, 1500)
+			c.MTU(func(*SA) (int, bool) { return 1500, true }, 1500)
 		}
 	})
 }

@@ -78,7 +78,7 @@ func (l *lab) setMTU(mtu int) {
 	}
 }
 
-func (l *lab) path(netip.Addr, Mark) (int, bool) { return l.mtu, true }
+func (l *lab) path(*SA) (int, bool) { return l.mtu, true }
 
 // The key lengths, in bytes, that the kernel wants.
 var keyLengths = map[string]int{

@@ -309,8 +309,8 @@ func (p *planner) pathMTU(r routes.Route) int {
 		if l == nil {
 			return 0
 		}
-		if mtu == 0 || l.MTU < mtu {
-			mtu = l.MTU
+		if m := l.MTUFor(r.Body.Family); mtu == 0 || m < mtu {
+			mtu = m
 		}
 	}
 	if own := int(p.owner(r).MTU); own != 0 {
@@ -337,7 +337,7 @@ func (p *planner) mtuAt(c *coverage, r routes.Route) (int, string) {
 		default:
 			return 0, status.String()
 		}
-	} else if have, ok := p.plan.MTU[c.ID]; !ok || mtu < have {
+	} else if have, ok := p.plan.MTU[c.ID]; c.tunnels && (!ok || mtu < have) {
 		p.plan.MTU[c.ID] = mtu
 	}
 	if c.verdict.MTU == 0 || mtu < c.verdict.MTU {
@@ -356,8 +356,8 @@ func (p *planner) mtuAt(c *coverage, r routes.Route) (int, string) {
 	return mtu, ""
 }
 
-func (p *planner) peerMTU(peer netip.Addr, mark xfrmwatch.Mark) (int, bool) {
-	mtu, ok := p.Peers[Peer{peer, mark}]
+func (p *planner) peerMTU(sa *xfrmwatch.SA) (int, bool) {
+	mtu, ok := p.Peers[PeerOf(sa)]
 	return mtu, ok && mtu > 0
 }
 
@@ -374,7 +374,7 @@ func PeersOf(db *xfrmwatch.DB, lingering []xfrmwatch.Coverage) []Peer {
 				continue
 			}
 			for _, sa := range st.SAs {
-				seen[Peer{sa.Dst, sa.OutputMark}] = true
+				seen[PeerOf(sa)] = true
 			}
 		}
 	}
@@ -389,7 +389,7 @@ func PeersOf(db *xfrmwatch.DB, lingering []xfrmwatch.Coverage) []Peer {
 		peers = append(peers, k)
 	}
 	slices.SortFunc(peers, func(a, b Peer) int {
-		return cmp.Or(a.Addr.Compare(b.Addr), cmp.Compare(a.Mark.Value, b.Mark.Value), cmp.Compare(a.Mark.Mask, b.Mark.Mask))
+		return cmp.Or(a.Addr.Compare(b.Addr), a.Src.Compare(b.Src), cmp.Compare(a.Mark.Value, b.Mark.Value), cmp.Compare(a.Mark.Mask, b.Mark.Mask))
 	})
 	return peers
 }

@@ -102,9 +102,22 @@ func (p *planner) wholeDevices() []*routes.Link {
 	if !slices.ContainsFunc(p.covers, func(c *coverage) bool { return c.Policy.IfID == 0 && c.entry.all() }) {
 		return nil
 	}
+	// What goes through an upper device (a VLAN, a macvlan), or by a nexthop object whose routes
+	// don't name their devices (net.ipv4.nexthop_compat_mode 0), is not in a device's own routes.
+	shared := map[routes.Ifindex]bool{}
+	for _, l := range p.FIB.Links() {
+		if !l.ParentElsewhere {
+			shared[l.Parent] = true
+		}
+		shared[l.Master] = true
+	}
+	for _, nh := range p.FIB.Nexthops() {
+		shared[nh.Oif] = true
+	}
 	var out []*routes.Link
 	for _, l := range p.FIB.Links() {
-		if _, n := p.FIB.DeviceRoutes(l.Index); n > 0 && !l.Tunnel() && l.Type != arphrdLoopback {
+		_, n := p.FIB.DeviceRoutes(l.Index)
+		if n > 0 && !l.Tunnel() && l.Type != arphrdLoopback && !shared[l.Index] {
 			out = append(out, l)
 		}
 	}

@@ -285,12 +285,13 @@ func (w *world) pathMTU(r routes.Route) int {
 }
 
 // peerMTU answers for the route to an outer peer as the agent asks the kernel: a lookup of the
-// host's own without a source.
-func (w *world) peerMTU(peer netip.Addr, mark xfrmwatch.Mark) (int, bool) {
-	if mtu, ok := w.peers[Peer{peer, mark}]; ok {
+// host's own, with the SA's source.
+func (w *world) peerMTU(sa *xfrmwatch.SA) (int, bool) {
+	p := PeerOf(sa)
+	if mtu, ok := w.peers[Peer{Addr: p.Addr, Mark: p.Mark}]; ok {
 		return mtu, true
 	}
-	o := w.lookup(packet{family: routes.FamilyOf(peer), dst: peer, mark: mark.Value & mark.Mask, iif: "lo"})
+	o := w.lookup(packet{family: routes.FamilyOf(p.Addr), dst: p.Addr, src: p.Src, mark: p.Mark.Value & p.Mark.Mask, iif: "lo"})
 	if o.route.Body == nil || len(o.route.Body.Nexthops) == 0 || w.fib.Link(o.route.Body.Nexthops[0].Oif) == nil {
 		return 0, false
 	}
@@ -333,7 +334,7 @@ func (w *world) input() Input {
 		Forwarding: w.forwarding,
 	}
 	for _, p := range PeersOf(w.db, w.gone) {
-		if mtu, ok := w.peerMTU(p.Addr, p.Mark); ok {
+		if mtu, ok := w.peerMTU(&xfrmwatch.SA{Dst: p.Addr, Src: p.Src, OutputMark: p.Mark}); ok {
 			in.Peers[p] = mtu
 		}
 	}

@@ -135,16 +135,24 @@ func (p *planner) rulesOf(s *shaped) []routes.Rule {
 	return append(rules, r)
 }
 
-// serves reports whether the shape has a clone for the member.
-func (s *shaped) serves(m member) bool {
-	return slices.ContainsFunc(s.clones, func(c Clone) bool { return !c.Throw && c.Because == m.cov.ID })
+// served are the members that the shape has a clone for.
+func (s *shaped) served() []member {
+	of := map[xfrmwatch.CoverageID]bool{}
+	for _, c := range s.clones {
+		of[c.Because] = of[c.Because] || !c.Throw
+	}
+	var out []member
+	for _, m := range s.members {
+		if of[m.cov.ID] {
+			out = append(out, m)
+		}
+	}
+	return out
 }
 
 func (s *shaped) noteServed(text string) {
-	for _, m := range s.members {
-		if s.serves(m) {
-			m.cov.verdict.note(text)
-		}
+	for _, m := range s.served() {
+		m.cov.verdict.note(text)
 	}
 }
 
@@ -153,10 +161,7 @@ func (s *shaped) noteServed(text string) {
 // apart.
 func (s *shaped) onlyDst() netip.Prefix {
 	var only netip.Prefix
-	for _, m := range s.members {
-		if !s.serves(m) {
-			continue
-		}
+	for _, m := range s.served() {
 		if only.IsValid() && m.dst != only {
 			return netip.Prefix{}
 		}

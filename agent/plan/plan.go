@@ -37,11 +37,14 @@ type Input struct {
 	Forwarding map[routes.Family]bool
 }
 
-// Peer is an outer peer of an SA with the mark that takes part in its lookup.
+// Peer is an outer peer of an SA with what takes part in the lookup of the route to it.
 type Peer struct {
-	Addr netip.Addr
-	Mark xfrmwatch.Mark
+	Addr, Src netip.Addr
+	Mark      xfrmwatch.Mark
 }
+
+// PeerOf is the peer of an SA.
+func PeerOf(sa *xfrmwatch.SA) Peer { return Peer{Addr: sa.Dst, Src: sa.Src, Mark: sa.OutputMark} }
 
 // MTUMetric is a route's MTU metric: its value in bytes, 0 for none, and its lock bit.
 type MTUMetric = routes.MTUMetric

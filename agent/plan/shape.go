@@ -22,8 +22,8 @@ type shaped struct {
 	// What fill works out.
 	minMTU int
 	clones []Clone
-	points bart.Lite        // the destinations that were looked at
-	kept   bart.Table[bool] // true for a clone, false for a throw
+	points bart.Lite             // the destinations that were looked at
+	kept   bart.Table[*coverage] // that of a clone, nil for a throw
 	table  routes.TableID
 }
 
@@ -60,7 +60,7 @@ func (p *planner) fillAll(shapes []*shaped) []*shaped {
 	var filled []*shaped
 	total, used := 0, map[routes.Family]int{}
 	for _, s := range shapes {
-		s.clones, s.kept, s.points, s.minMTU, s.table = nil, bart.Table[bool]{}, bart.Lite{}, 0, 0
+		s.clones, s.kept, s.points, s.minMTU, s.table = nil, bart.Table[*coverage]{}, bart.Lite{}, 0, 0
 		if s.out {
 			continue
 		}
@@ -77,7 +77,7 @@ func (p *planner) fillAll(shapes []*shaped) []*shaped {
 		p.fill(s)
 		if total+len(s.clones) > p.Config.MaxClones {
 			s.note(fmt.Sprintf("no lock: more than %d clones in all (max_clones)", p.Config.MaxClones))
-			s.out, s.clones, s.kept = true, nil, bart.Table[bool]{}
+			s.out, s.clones, s.kept = true, nil, bart.Table[*coverage]{}
 		}
 		if len(s.clones) > 0 {
 			total += len(s.clones)
@@ -154,15 +154,15 @@ func (p *planner) fill(s *shaped) {
 		return cmp.Or(cmp.Compare(a.Bits(), b.Bits()), routes.ComparePrefix(a, b))
 	})
 	for _, x := range sorted {
-		above := false // a clone of a wider destination would take what is not taken here
+		var above *coverage // a clone of a wider destination would take what is not taken here
 		if x.Bits() > 0 {
 			above, _ = s.kept.LookupPrefix(netip.PrefixFrom(x.Addr(), x.Bits()-1).Masked())
 		}
-		clone := p.decide(s, x, above)
-		if clone.Throw && !above {
+		clone, c := p.decide(s, x, above)
+		if clone.Throw && above == nil {
 			continue
 		}
-		s.kept.Insert(x, !clone.Throw)
+		s.kept.Insert(x, c)
 		s.clones = append(s.clones, clone)
 	}
 	for _, c := range s.clones {
@@ -239,42 +239,46 @@ func (p *planner) seeds(s *shaped, m member) []netip.Prefix {
 }
 
 // decide says what our table holds at one destination: a clone of the route that the kernel
-// uses there, if one coverage takes all of the shape's flows to it, else a throw. above says that
-// there is a clone of a wider destination.
-func (p *planner) decide(s *shaped, x netip.Prefix, above bool) Clone {
+// uses there, if one coverage takes all of the shape's flows to it, else a throw. above is
+// that of the clone of a wider destination, nil if there is none.
+func (p *planner) decide(s *shaped, x netip.Prefix, above *coverage) (Clone, *coverage) {
 	throw := Clone{Dst: x, Throw: true}
 	m, _ := p.FIB.Cover(s.id.Flows.Family, s.id.Table, x)
 	r, ok := m.First()
 	if !ok && m.Paths != nil {
-		p.noteAt(s, x, m, "its route is down or for some sources only")
+		p.noteAt(s, x, m, above, "its route is down or for some sources only")
 	}
 	if !ok || int32(m.Dst.Bits()) <= s.base.SuppressPrefixLen || r.Body.Type != routes.Unicast ||
 		p.locked[r.Key()] || linkLocal(x) {
-		return throw
+		return throw, nil
 	}
 	ifID, ok := p.domain(r.Body)
 	if !ok || m.SourceSpecific() || m.TOSSpecific() {
-		p.noteAt(s, x, m, "its routes are for some sources or TOS values only, or by ways with different policies")
-		return throw
+		p.noteAt(s, x, m, above, "its routes are for some sources or TOS values only, or by ways with different policies")
+		return throw, nil
 	}
 	c := p.winnerAt(s, x, ifID)
 	if c == nil {
-		return throw
+		return throw, nil
 	}
 	if _, outer := p.outer.Get(x); outer {
 		// A lock that outer packets met would be taken for their path's MTU, and what it costs be
 		// subtracted again, plan after plan.
 		c.verdict.note(fmt.Sprintf("%s: the outer packets to this address use the route too: no lock there", x.Addr()))
-		return throw
+		return throw, nil
 	}
 	mtu, why := p.mtuAt(c, r)
 	if mtu == 0 {
 		c.verdict.note(fmt.Sprintf("%s: %s", x, why))
-		return throw
+		return throw, nil
 	}
-	if above && otherWays(m, r) {
+	if why := p.follows(m); why != "" {
+		c.verdict.note(fmt.Sprintf("%s: %s: no lock there", x, why))
+		return throw, nil
+	}
+	if above != nil && otherWays(m, r) {
 		c.verdict.note(fmt.Sprintf("%s: sockets bound to a device can take another route there: no lock", x))
-		return throw
+		return throw, nil
 	}
 	header := uint32(40)
 	if s.id.Flows.Family == routes.IPv6 {
@@ -284,7 +288,29 @@ func (p *planner) decide(s *shaped, x netip.Prefix, above bool) Clone {
 	if own := r.Body.Metrics.AdvMSS; own != 0 {
 		adv = min(adv, own)
 	}
-	return Clone{Dst: x, Of: r, MTU: p.metric(mtu), AdvMSS: adv, Because: c.ID}
+	return Clone{Dst: x, Of: r, MTU: p.metric(mtu), AdvMSS: adv, Because: c.ID}, c
+}
+
+// follows says why a clone could not follow the kernel's choice among the routes to a
+// destination, or is empty.
+func (p *planner) follows(m routes.Match) string {
+	neighbours := false
+	for _, b := range m.Paths.Bodies() {
+		if b.Expires {
+			// An expired IPv6 route is passed over at once, but its event comes up to 30 s later
+			// (fib6_age, net/ipv6/ip6_fib.c).
+			return "its route has a lifetime, at whose end no event tells of the next best"
+		}
+		for _, nh := range b.Nexthops {
+			neighbours = neighbours || b.Family == routes.IPv6 && !p.FIB.Link(nh.Oif).Tunnel()
+		}
+	}
+	if neighbours && len(m.Paths.Bodies()) > 1 {
+		// A host passes over a router that does not answer (RT6_LOOKUP_F_REACHABLE,
+		// net/ipv6/route.c), which no event tells either.
+		return "it has several IPv6 routes, between which the kernel chooses by who answers"
+	}
+	return ""
 }
 
 // otherWays reports whether a socket that is bound to a device could take another of the routes
@@ -300,7 +326,10 @@ func otherWays(m routes.Match, first routes.Route) bool {
 
 // noteAt tells each coverage that can take the shape's flows to a destination why there is no
 // lock.
-func (p *planner) noteAt(s *shaped, x netip.Prefix, m routes.Match, why string) {
+func (p *planner) noteAt(s *shaped, x netip.Prefix, m routes.Match, above *coverage, why string) {
+	if above != nil {
+		above.verdict.note(fmt.Sprintf("%s: %s: no lock there", x, why))
+	}
 	ids := []uint32{0}
 	for _, b := range m.Paths.Bodies() {
 		for _, nh := range b.Nexthops {
@@ -346,11 +375,11 @@ func (p *planner) winnerAt(s *shaped, x netip.Prefix, ifID uint32) *coverage {
 // takesAll reports whether the shape's table leaves nothing to a destination over for a shape
 // behind it, but where that one looks again.
 func (s *shaped) takesAll(x netip.Prefix, behind *shaped) bool {
-	if clone, ok := s.kept.LookupPrefix(x); !ok || !clone {
+	if clone, ok := s.kept.LookupPrefix(x); !ok || clone == nil {
 		return false
 	}
 	for y, clone := range s.kept.Subnets(x) {
-		if !clone {
+		if clone == nil {
 			if at, ok := behind.points.LookupPrefixLPM(y); !ok || at.Bits() <= x.Bits() {
 				return false
 			}
