@@ -81,6 +81,8 @@ addr add 10.1.0.1/16 dev n0
 addr add 2001:db8::1/64 dev n0 nodad
 route add default via 192.0.2.254`)
 	ns.ip("-6 route add default via 2001:db8::fe")
+	// The kernel adds its own IPv6 routes a moment after a device came up.
+	ns.shows("-6 route show table local", "local 2001:db8::1 dev n0", "multicast ff00::/8 dev n0", "multicast ff00::/8 dev n1")
 	return ns
 }
 

@@ -39,7 +39,7 @@ func laws(w *world, rng *rand.Rand, packets int) error {
 			return fmt.Errorf("%s\n\t%w", p, err)
 		}
 	}
-	if err := holdsOnlyWhatIsCovered(w, pl); err != nil {
+	if err := holdsOnlyWhatIsCovered(without, pl); err != nil {
 		return err
 	}
 	return settles(without, with, pl)
