@@ -103,7 +103,8 @@ func (in *Interner) route(data []byte) (r Route, ok bool, err error) {
 	if !knownFamily(data[0]) || binary.NativeEndian.Uint32(data[8:])&rtmFCloned != 0 {
 		return Route{}, false, nil
 	}
-	key := append(in.scratch[:0], data[:rtmsgLen]...)
+	key := in.scratch[:0]
+	key = append(key, data[:rtmsgLen]...)
 	key[1] = 0
 	var dst []byte
 	var expires byte

@@ -176,7 +176,7 @@ func openTable(t testing.TB) *Table {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { tb.Close() })
+	t.Cleanup(func() { _ = tb.Close() })
 	return tb
 }
 

@@ -26,7 +26,7 @@ func (w *Watcher) resync(ctx context.Context, scopes []Scope, sink func([]Event)
 		return err
 	}
 	w.release(sink)
-	if w.losses.objects && !(len(scopes) > 0 && scopes[0] == Scope{}) {
+	if w.losses.objects && (len(scopes) == 0 || scopes[0] != Scope{}) {
 		more, err := w.resyncObjects(ctx, sink)
 		if err != nil {
 			return err

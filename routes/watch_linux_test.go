@@ -5,7 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"math/rand"
+	"math/rand/v2"
 	"net/netip"
 	"os"
 	"slices"
@@ -211,13 +211,13 @@ route add 198.18.5.0/24 via 10.0.0.2 table 77
 func churn(rng *rand.Rand, n int) string {
 	var b strings.Builder
 	for range n {
-		k := rng.Intn(12)
-		via := []string{"10.0.0.2", "10.0.0.3", "10.0.1.2"}[rng.Intn(3)]
-		via6 := []string{"fd00:a::2", "fd00:a::3", "fd00:b::2"}[rng.Intn(3)]
-		dev := []string{"a", "b"}[rng.Intn(2)]
-		switch rng.Intn(24) {
+		k := rng.IntN(12)
+		via := []string{"10.0.0.2", "10.0.0.3", "10.0.1.2"}[rng.IntN(3)]
+		via6 := []string{"fd00:a::2", "fd00:a::3", "fd00:b::2"}[rng.IntN(3)]
+		dev := []string{"a", "b"}[rng.IntN(2)]
+		switch rng.IntN(24) {
 		case 0, 1, 2:
-			fmt.Fprintf(&b, "route add 198.18.%d.0/24 via %s metric %d\n", k, via, rng.Intn(2))
+			fmt.Fprintf(&b, "route add 198.18.%d.0/24 via %s metric %d\n", k, via, rng.IntN(2))
 		case 3, 4:
 			fmt.Fprintf(&b, "route replace 198.18.%d.0/24 via %s\n", k, via)
 		case 5:
@@ -227,7 +227,7 @@ func churn(rng *rand.Rand, n int) string {
 		case 7, 8:
 			fmt.Fprintf(&b, "route del 198.18.%d.0/24\n", k)
 		case 9, 10:
-			fmt.Fprintf(&b, "route add 2001:db8:%d::/48 via %s metric %d\n", k, via6, 5+rng.Intn(2))
+			fmt.Fprintf(&b, "route add 2001:db8:%d::/48 via %s metric %d\n", k, via6, 5+rng.IntN(2))
 		case 11:
 			fmt.Fprintf(&b, "route replace 2001:db8:%d::/48 via %s metric 5\n", k, via6)
 		case 12, 13:
@@ -249,7 +249,7 @@ func churn(rng *rand.Rand, n int) string {
 		case 21:
 			fmt.Fprintf(&b, "nexthop del id %d\n", 1+k%3)
 		case 22:
-			fmt.Fprintf(&b, "route replace 198.18.%d.0/24 nhid %d\n", k, 1+rng.Intn(3))
+			fmt.Fprintf(&b, "route replace 198.18.%d.0/24 nhid %d\n", k, 1+rng.IntN(3))
 		case 23:
 			fmt.Fprintf(&b, "route replace 198.18.%d.0/24 nexthop via 10.0.0.2 dev a0 nexthop via 10.0.1.2 dev b0\n", k)
 		}
@@ -266,7 +266,7 @@ func TestMirrorFollowsRandomChurn(t *testing.T) {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
 			vethNS(t)
 			f := follow(t, WatchOptions{})
-			rng := rand.New(rand.NewSource(int64(seed)))
+			rng := rand.New(rand.NewPCG(uint64(seed), 0))
 			for range 4 {
 				force(t, churn(rng, 80))
 				f.exact()

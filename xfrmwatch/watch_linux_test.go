@@ -222,7 +222,9 @@ func TestStoppingLeaksNothing(t *testing.T) {
 	started, done := make(chan struct{}, 8), make(chan error)
 	go func() { done <- w.Run(context.Background(), func([]Event) { started <- struct{}{} }) }()
 	<-started
-	w.Close()
+	if err := w.Close(); err != nil {
+		t.Error(err)
+	}
 	select {
 	case err := <-done:
 		if !errors.Is(err, os.ErrClosed) {

@@ -137,7 +137,7 @@ func Open(dir string, scope Scope, opts ...Option) (*Journal, *Recovery, error) 
 	}
 	recovery, err := j.open()
 	if err != nil {
-		j.release()
+		err = errors.Join(err, j.release())
 		if locked := (*LockedError)(nil); errors.As(err, &locked) {
 			return nil, nil, err
 		}

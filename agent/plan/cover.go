@@ -37,15 +37,14 @@ type coverage struct {
 // planner holds one run of Make.
 type planner struct {
 	Input
-	plan     *Plan
-	covers   []*coverage
-	peers    map[xfrmwatch.PolicyIndex][]netip.Addr // of splits, as remembered
-	byIfID   map[uint32]*bart.Table[[]*entry]
-	outer    bart.Table[bool]    // the destinations of outer packets
-	ways     map[uint32][]*ways  // by if_id
-	locked   map[routes.Key]bool // routes that are locked in place
-	serving  map[serves]*shaped  // the shapes that serve coverages
-	features map[routes.Ifindex][]string
+	plan    *Plan
+	covers  []*coverage
+	peers   map[xfrmwatch.PolicyIndex][]netip.Addr // of splits, as remembered
+	byIfID  map[uint32]*bart.Table[[]*entry]
+	outer   bart.Table[bool]    // the destinations of outer packets
+	ways    map[uint32][]*ways  // by if_id
+	locked  map[routes.Key]bool // routes that are locked in place
+	serving map[serves]*shaped  // the shapes that serve coverages
 }
 
 // Make works out the plan. It is from scratch: what it costs grows with all that is covered.

@@ -121,8 +121,9 @@ func (w *world) selects(r *routes.Rule, p packet) bool {
 	if !src.IsValid() && p.family == routes.IPv4 {
 		src = netip.IPv4Unspecified() // IPv6 matches no `from` without a source
 	}
+	from := !r.Src.IsValid() || r.Src.Bits() == 0 || src.IsValid() && r.Src.Contains(src)
 	switch {
-	case r.Src.IsValid() && r.Src.Bits() > 0 && !(src.IsValid() && r.Src.Contains(src)),
+	case !from,
 		r.Dst.IsValid() && !r.Dst.Contains(p.dst),
 		(r.Mark^p.mark)&r.Mask != 0,
 		r.IPProto != 0 && r.IPProto != p.proto,
@@ -150,7 +151,8 @@ func (w *world) search(p packet, table routes.TableID) (routes.Route, bool) {
 	})
 	for _, r := range all {
 		b := r.Body
-		if b.TOS != 0 && b.TOS != p.tos || b.Src.IsValid() && !(p.src.IsValid() && b.Src.Contains(p.src)) {
+		from := !b.Src.IsValid() || p.src.IsValid() && b.Src.Contains(p.src)
+		if !from || b.TOS != 0 && b.TOS != p.tos {
 			continue
 		}
 		if b.Type != routes.Unicast {
@@ -181,10 +183,10 @@ type fate struct {
 type fateKind int
 
 const (
-	clear   fateKind = iota // no policy with ESP or AH
-	covered                 // ESP or AH, or waiting for an SA
-	dropped                 // never leaves
-	unknown                 // a device that is not understood: it must be left alone
+	uncovered fateKind = iota // no policy with ESP or AH
+	covered                   // ESP or AH, or waiting for an SA
+	dropped                   // never leaves
+	unknown                   // a device that is not understood: it must be left alone
 )
 
 // fates are those of all nexthops that a packet can take.
@@ -216,12 +218,12 @@ func (w *world) fate(p packet, l *routes.Link) fate {
 		f.Src = p.family.Any().Addr()
 	}
 	got := w.policyFor(f)
-	if got.kind != clear || l.Kind != "xfrm" {
+	if got.kind != uncovered || l.Kind != "xfrm" {
 		return got
 	}
 	f.IfID = l.IfID
 	got = w.policyFor(f)
-	if got.kind == clear || got.kind == covered && got.cov.Maybe && len(got.cov.Steps) == 0 {
+	if got.kind == uncovered || got.kind == covered && got.cov.Maybe && len(got.cov.Steps) == 0 {
 		return fate{kind: dropped}
 	}
 	return got
@@ -237,7 +239,7 @@ func (w *world) policyFor(f xfrmwatch.Flow) fate {
 				return fate{covered, c}
 			}
 		}
-		return fate{kind: clear}
+		return fate{kind: uncovered}
 	}
 	for _, c := range w.gone { // what lingers is to be treated as if it were still there
 		if c.Policy.IfID == f.IfID && c.Policy.Match(f) && c.Selector.Match(f) {
@@ -247,7 +249,7 @@ func (w *world) policyFor(f xfrmwatch.Flow) fate {
 	if f.IfID == 0 && w.db.Default().Out == xfrmwatch.Block {
 		return fate{kind: dropped}
 	}
-	return fate{kind: clear}
+	return fate{kind: uncovered}
 }
 
 // coverages are those of a policy, with the peers of a split whose MTU is remembered.

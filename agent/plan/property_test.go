@@ -11,8 +11,8 @@ import (
 	"pgregory.net/rapid"
 )
 
-// checks is how many worlds the property test builds, unless -rapid.checks says otherwise.
-const checks = "2000"
+// checks is how many worlds each property test builds, unless -rapid.checks says otherwise.
+const checks = "800"
 
 func TestMain(m *testing.M) {
 	flag.Parse()
