@@ -206,7 +206,7 @@ func TestEntriesOfAnotherBootAreReportedAndLeftAlone(t *testing.T) {
 	w.start()
 	w.advance(time.Minute)
 	want := []string{
-		"1 writes to the journal were cut short; the kernel was not touched for them",
+		"writes to the journal that were cut short: 1; the kernel was not touched for them",
 		"7 journal entries belong to another boot or network namespace and are left alone",
 		"line 3: nonsense",
 	}

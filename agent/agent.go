@@ -223,6 +223,13 @@ func (a *Agent) loop(ctx context.Context, failed <-chan error) error {
 			if a.once || a.cfg.Mode == Observe || a.goal != protect {
 				return a.stopped(ctx)
 			}
+			if a.lastP == nil {
+				// Not even read yet: this run has written nothing.
+				if n := len(a.st.holds) + len(a.st.locks); n > 0 {
+					return fmt.Errorf("agent: stopped before the kernel's state was read: %d holds and locks of an earlier run are still in place; run `tsoctl restore`", n)
+				}
+				return nil
+			}
 			a.goal, a.once = restoreAll, true
 			if a.cfg.OnStop == KeepOnStop {
 				// Nobody follows the rules and clones from now on; holds and in-place locks don't go stale.

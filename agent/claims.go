@@ -148,7 +148,7 @@ func (a *Agent) adopt(found *journal.Recovery) {
 		}
 	}
 	if found.Torn > 0 {
-		a.findings = append(a.findings, fmt.Sprintf("%d writes to the journal were cut short; the kernel was not touched for them", found.Torn))
+		a.findings = append(a.findings, fmt.Sprintf("writes to the journal that were cut short: %d; the kernel was not touched for them", found.Torn))
 	}
 	if n := len(found.Foreign); n > 0 {
 		a.findings = append(a.findings, fmt.Sprintf("%d journal entries belong to another boot or network namespace and are left alone", n))

@@ -216,7 +216,7 @@ func TestOwnerThatWipesTheLockIsOverruledAtOnceButNotForEver(t *testing.T) {
 	if got := w.route(dst); got != "via 192.0.2.12 dev 7" {
 		t.Errorf("the route is %q, want the owner's", got)
 	}
-	if f := w.a.Report().Findings; !slices.Contains(f, "route 10.2.0.0/16 is replaced again and again by its owner: its lock rests") {
+	if f := w.a.Report().Findings; !slices.Contains(f, "route 10.2.0.0/16 did not keep its lock, which was written again and again (its owner replaces it, or the kernel refuses): the lock rests") {
 		t.Errorf("findings: %q", f)
 	}
 	w.took()

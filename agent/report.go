@@ -327,7 +327,7 @@ func (a *Agent) conflicts(now time.Time) []string {
 	out := []string{}
 	for _, k := range slices.SortedFunc(maps.Keys(a.st.fights), routes.Key.Compare) {
 		if now.Before(a.st.fights[k].until) {
-			out = append(out, fmt.Sprintf("route %s is replaced again and again by its owner: its lock rests", k))
+			out = append(out, fmt.Sprintf("route %s did not keep its lock, which was written again and again (its owner replaces it, or the kernel refuses): the lock rests", k))
 		}
 	}
 	var withdrawn []string

@@ -144,11 +144,9 @@ route add unreachable 198.18.2.0/24
 	}
 }
 
-// TestCapture writes the seeds of the decoders' tests from a namespace with one of each.
-func TestCapture(t *testing.T) {
-	if !*capture {
-		t.Skip("only with -capture")
-	}
+// TestMessagesOfThisKernelDecode dumps a namespace with one of each. With -capture it writes
+// what came as the seeds of the decoders' tests.
+func TestMessagesOfThisKernelDecode(t *testing.T) {
 	vethNS(t)
 	force(t, zooSetup+"\nlink add br0 type bridge\nlink set b1 master br0\nlink add vl7 link a0 type vlan id 7\naddr add 10.7.0.1 peer 10.7.0.2 dev a0")
 	for _, line := range append(slices.Clone(zoo), ruleZoo...) {
@@ -157,8 +155,17 @@ func TestCapture(t *testing.T) {
 	_, _ = tryIP("-6 route add 2001:db8:e::/48 via fd00:a::2 expires 1000")
 	_, _ = tryIP("route add blackhole 198.18.20.0/24\nroute add throw 198.18.21.0/24\nnexthop add id 31 blackhole")
 	var b strings.Builder
+	var d Decoder
+	decoded := 0
 	keep := func(h Header, data []byte) error {
 		fmt.Fprintf(&b, "%d %x\n", h.Type, data)
+		ev, err := d.Decode(h, data)
+		if err != nil {
+			t.Errorf("type %d: %v\n%x", h.Type, err, data)
+		}
+		if ev != nil {
+			decoded++
+		}
 		return nil
 	}
 	c := openTable(t).c
@@ -174,6 +181,12 @@ func TestCapture(t *testing.T) {
 		if err := dump(c, r.typ, r.payload, keep); err != nil {
 			t.Fatal(err)
 		}
+	}
+	if least := len(zoo) + len(ruleZoo); decoded < least {
+		t.Errorf("%d messages, fewer than the %d routes and rules that were added", decoded, least)
+	}
+	if !*capture {
+		return
 	}
 	if err := os.WriteFile("testdata/messages.txt", []byte(b.String()), 0o644); err != nil {
 		t.Fatal(err)

@@ -145,7 +145,7 @@ func TestKeyBytesNeverAppear(t *testing.T) {
 	cut := append([]byte(nil), msg[:len(msg)-3]...)
 	_, _, decodeErr := Decode(msgNewSA, cut)
 	for _, text := range []string{fmt.Sprintf("%+v %#v", *ev.SA, *ev.SA), string(js), fmt.Sprint(decodeErr)} {
-		for _, part := range []string{string(key[:6]), fmt.Sprintf("%x", key[:6]), fmt.Sprint(key[:6])[1:12]} {
+		for _, part := range []string{string(key[:6]), fmt.Sprintf("%x", key[:6]), fmt.Sprintf("%d", key[:6])[1:12]} {
 			if strings.Contains(text, part) {
 				t.Errorf("the key is in %s", text)
 			}

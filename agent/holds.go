@@ -1,0 +1,282 @@
+package agent
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+	"time"
+
+	"tsoagent/agent/plan"
+	"tsoagent/ethtool"
+	"tsoagent/routes"
+)
+
+// setHolds switches features off, device by device: journal first, then the kernel. A retaken
+// hold overrules somebody who turned the feature on; that happens once.
+func (a *Agent) setHolds(holds []plan.Hold, retaken bool, now time.Time) {
+	for len(holds) > 0 {
+		dev := holds[0].Device
+		n := 0
+		for n < len(holds) && holds[n].Device == dev {
+			n++
+		}
+		var due []plan.Hold
+		for _, h := range holds[:n] {
+			if a.mayHold(h, retaken) {
+				due = append(due, h)
+			}
+		}
+		if len(due) > 0 {
+			a.holdDevice(dev, due, now)
+		}
+		holds = holds[n:]
+	}
+}
+
+func (a *Agent) mayHold(h plan.Hold, retaken bool) bool {
+	k := plan.HoldKey{Index: h.Device.Index, Feature: h.Feature}
+	if _, contested := a.st.contested[k]; contested {
+		return false
+	}
+	if _, refused := a.st.refused[k]; refused {
+		return false
+	}
+	if !retaken {
+		return true
+	}
+	if a.st.retakes[k]++; a.st.retakes[k] == 1 {
+		a.log.Info("a held feature was turned on: overruled once", "device", h.Device.Name, "feature", h.Feature)
+		return true
+	}
+	a.st.contested[k] = "somebody turned it on again after it was overruled once"
+	delete(a.st.holds, k)
+	a.unbook(holdID(k))
+	a.log.Warn("hold is contested: staying out until its cause is gone", "device", h.Device.Name, "feature", h.Feature)
+	return false
+}
+
+func (a *Agent) holdDevice(dev ethtool.Device, due []plan.Hold, at time.Time) {
+	want := map[ethtool.Feature]bool{}
+	for _, h := range due {
+		want[h.Feature] = false
+	}
+	failpoint("hold-journal-before")
+	if err := a.journal.Put(a.holdEntries(due)...); err != nil {
+		a.failed("journal can't be written, nothing is held", err, "device", dev.Name)
+		return
+	}
+	failpoint("hold-journal-after")
+	now, err := a.et.Set(dev, want)
+	failpoint("hold-written")
+	if now != nil {
+		a.st.know(now)
+	}
+	var refused *ethtool.RefusedError
+	if err != nil && !errors.As(err, &refused) && a.didHold(dev, due) {
+		err = nil // done, but not read back
+	}
+	if err != nil && !errors.As(err, &refused) {
+		for _, h := range due {
+			a.dropHold(plan.HoldKey{Index: dev.Index, Feature: h.Feature})
+		}
+		if errors.Is(err, os.ErrNotExist) {
+			// Renamed, re-created or gone: its events are on the way, and so is another plan.
+			a.log.Debug("device to hold is gone", "device", dev.Name)
+			delete(a.st.features, routes.Ifindex(dev.Index))
+			a.look(routes.Ifindex(dev.Index))
+			return
+		}
+		a.failed("features can't be set", err, "device", dev.Name)
+		a.refuse(dev, due, err.Error())
+		return
+	}
+	again := false
+	for _, h := range due {
+		k := plan.HoldKey{Index: dev.Index, Feature: h.Feature}
+		if refused != nil {
+			if state, no := refused.Refused[h.Feature]; no {
+				a.dropHold(k)
+				a.refuse(dev, []plan.Hold{h}, fmt.Sprintf("the device refuses to switch it off (it is %s)", state))
+				continue
+			}
+		}
+		_, had := a.st.holds[k]
+		again = again || !had
+		a.st.holds[k] = a.claimOf(h)
+		delete(a.st.release, k)
+		a.did("feature held off", "device", dev.Name, "feature", h.Feature, "because", ids(h.Because))
+	}
+	if again {
+		a.reflap(dev.Index, at)
+	}
+}
+
+// didHold reads whether all features are off after a Set whose outcome is not known.
+func (a *Agent) didHold(dev ethtool.Device, due []plan.Hold) bool {
+	now, err := a.et.Features(dev)
+	if err != nil {
+		return false
+	}
+	a.st.know(now)
+	return !slices.ContainsFunc(due, func(h plan.Hold) bool {
+		s, ok := now.Get(h.Feature)
+		return !ok || s.Wanted
+	})
+}
+
+func (a *Agent) refuse(dev ethtool.Device, holds []plan.Hold, why string) {
+	for _, h := range holds {
+		a.st.refused[plan.HoldKey{Index: dev.Index, Feature: h.Feature}] = why
+		a.log.Warn("feature can't be held", "device", dev.Name, "feature", h.Feature, "why", why)
+	}
+}
+
+func (a *Agent) dropHold(k plan.HoldKey) {
+	delete(a.st.holds, k)
+	delete(a.st.retakes, k)
+	a.unbook(holdID(k))
+}
+
+// maxFlap is the longest time that a hold of a flapping carrier outlives its cause.
+const maxFlap = 60 * time.Second
+
+// unhold gives features back once it has been quiet. The time of a hold whose policies are all
+// gone and only linger runs already, so that features are given back with the locks and not
+// after waiting twice.
+func (a *Agent) unhold(pl *plan.Plan, keys []plan.HoldKey, now time.Time) {
+	if len(keys)+len(a.st.release)+len(a.st.lingering) == 0 {
+		return
+	}
+	waning := map[plan.HoldKey]bool{}
+	wane := func(k plan.HoldKey) time.Time {
+		waning[k] = true
+		if _, runs := a.st.release[k]; !runs {
+			a.st.release[k] = now.Add(a.quiet(k.Index, now))
+		}
+		return a.st.release[k]
+	}
+	for _, h := range pl.Holds {
+		k := plan.HoldKey{Index: h.Device.Index, Feature: h.Feature}
+		_, ours := a.st.holds[k]
+		if ours && !a.st.db.Stale() && !slices.ContainsFunc(h.Because, a.st.lives) {
+			wane(k)
+		}
+	}
+	for _, k := range keys {
+		if due := wane(k); a.once || !now.Before(due) {
+			a.release(k, now)
+		}
+	}
+	for k := range a.st.release {
+		if !waning[k] {
+			delete(a.st.release, k) // the cause is back, or a mirror is stale
+		}
+	}
+}
+
+// quiet is how long a carrier must be quiet: the longer the more it flaps.
+func (a *Agent) quiet(i ethtool.Ifindex, now time.Time) time.Duration {
+	base := time.Duration(a.cfg.RestoreAfter)
+	f := a.st.flaps[i]
+	if f.delay == 0 || now.Sub(f.last) > maxFlap {
+		return base
+	}
+	return f.delay
+}
+
+// reflap notes that a carrier is held again: it flaps if it was released a short while ago.
+func (a *Agent) reflap(i ethtool.Ifindex, now time.Time) {
+	f, ok := a.st.flaps[i]
+	if !ok {
+		return
+	}
+	if now.Sub(f.last) > maxFlap {
+		delete(a.st.flaps, i)
+		return
+	}
+	f.delay = min(2*max(f.delay, time.Duration(a.cfg.RestoreAfter)), maxFlap)
+	a.st.flaps[i] = f
+}
+
+func (a *Agent) release(k plan.HoldKey, now time.Time) {
+	claim := a.st.holds[k]
+	dev := claim.Device
+	if l := a.st.fib.Link(routes.Ifindex(k.Index)); l != nil {
+		dev.Name = l.Name // it may have been renamed
+	}
+	fresh, err := a.et.Features(dev)
+	if err == nil {
+		a.st.know(fresh)
+		if s, ok := fresh.Get(k.Feature); ok && s.Wanted {
+			return // somebody turned it on since; the next plan drops the claim
+		}
+		fresh, err = a.et.Set(dev, map[ethtool.Feature]bool{k.Feature: claim.Was})
+	}
+	if fresh != nil {
+		a.st.know(fresh)
+	}
+	failpoint("unhold-written")
+	switch {
+	case errors.Is(err, os.ErrNotExist):
+		// Gone or renamed, which its event tells: a device that is gone takes the claim along.
+		a.st.release[k] = now.Add(time.Duration(a.cfg.RestoreAfter))
+		return
+	case err != nil:
+		a.failed("feature can't be given back", err, "device", dev.Name, "feature", k.Feature)
+		a.st.release[k] = now.Add(maxFlap)
+		return
+	}
+	delete(a.st.release, k)
+	f := a.st.flaps[k.Index]
+	f.last = now
+	a.st.flaps[k.Index] = f
+	a.dropHold(k)
+	a.did("feature given back", "device", dev.Name, "feature", k.Feature)
+}
+
+// forgiveHolds ends contests and refusals whose cause is gone.
+func (a *Agent) forgiveHolds(pl *plan.Plan) {
+	if len(a.st.contested)+len(a.st.refused) == 0 {
+		return
+	}
+	still := map[plan.HoldKey]bool{}
+	for _, h := range pl.Holds {
+		still[plan.HoldKey{Index: h.Device.Index, Feature: h.Feature}] = true
+	}
+	for k := range a.st.contested {
+		if !still[k] {
+			delete(a.st.contested, k)
+			delete(a.st.retakes, k)
+		}
+	}
+	for k := range a.st.refused {
+		if !still[k] {
+			delete(a.st.refused, k)
+		}
+	}
+}
+
+// forgetDevice drops the claims on a device that is gone. One that comes under its name or
+// index is another one.
+func (a *Agent) forgetDevice(i routes.Ifindex) {
+	for k := range a.st.holds {
+		if routes.Ifindex(k.Index) == i {
+			a.dropHold(k)
+		}
+	}
+	for _, m := range []map[plan.HoldKey]string{a.st.contested, a.st.refused} {
+		for k := range m {
+			if routes.Ifindex(k.Index) == i {
+				delete(m, k)
+				delete(a.st.retakes, k)
+			}
+		}
+	}
+	for k := range a.st.release {
+		if routes.Ifindex(k.Index) == i {
+			delete(a.st.release, k)
+		}
+	}
+	delete(a.st.flaps, ethtool.Ifindex(i))
+}

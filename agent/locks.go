@@ -1,0 +1,191 @@
+package agent
+
+import (
+	"errors"
+	"maps"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"tsoagent/agent/plan"
+	"tsoagent/routes"
+)
+
+// setLocks writes route MTUs in place: journal first, then the kernel.
+func (a *Agent) setLocks(locks []plan.Lock, now time.Time) {
+	var due []plan.Lock
+	for _, l := range locks {
+		if a.mayWrite(l.Route.Key(), now) {
+			due = append(due, l)
+		}
+	}
+	if len(due) == 0 {
+		return
+	}
+	entries := a.lockEntries(due)
+	failpoint("lock-journal-before")
+	if err := a.journal.Put(entries...); err != nil {
+		a.failed("journal can't be written, nothing is locked", err)
+		for _, l := range due { // the owner is not to blame
+			f := a.st.fights[l.Route.Key()]
+			f.n--
+			a.st.fights[l.Route.Key()] = f
+		}
+		return
+	}
+	failpoint("lock-journal-after")
+	for _, l := range due {
+		if routes.MTUMetricOf(l.Route.Body) == l.Want {
+			// A crash came ahead of another value. IPv4 would tell nothing of the write.
+			a.st.locks[l.Route.Key()] = plan.LockClaim{Was: l.Owner, Ours: l.Want}
+			continue
+		}
+		a.setLock(l)
+	}
+}
+
+func (a *Agent) setLock(l plan.Lock) {
+	k := l.Route.Key()
+	msg, err := routes.EncodeLock(l.Route, l.Want)
+	if err == nil {
+		var seq uint32
+		a.st.writing[k] = &write{want: l.Want}
+		if seq, err = a.rt.Replace(msg); err == nil {
+			a.st.writing[k].seq = seq
+			a.st.inflight[seq] = struct{}{}
+			a.st.locks[k] = plan.LockClaim{Was: l.Owner, Ours: l.Want}
+			failpoint("lock-written")
+			a.did("mtu locked", "route", k.String(), "mtu", l.Want.MTU, "because", ids(l.Because))
+			return
+		}
+		delete(a.st.writing, k)
+	}
+	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ESRCH) {
+		// The route went away in between; its event is on the way.
+		a.log.Debug("route to lock is gone", "route", k.String())
+	} else {
+		a.failed("mtu can't be locked", err, "route", k.String())
+	}
+	if _, had := a.st.locks[k]; !had {
+		a.unbook(lockID(k))
+	}
+}
+
+// repair writes the owner's version of a route again, with the lock, after our write has
+// overwritten it. echo is what our write has made of the route.
+func (a *Agent) repair(w *write, echo routes.Route) {
+	k := echo.Key()
+	l := plan.Lock{Route: *w.owner, Owner: routes.MTUMetricOf(w.owner.Body), Want: w.want}
+	if claim, ok := a.st.locks[k]; ok && claim.Wrote(l.Owner) {
+		l.Owner = claim.Was // a lock of ours is not the owner's
+	}
+	_, n := a.st.fib.Get(k)
+	if w.back || n > 1 { // with a second route of the key a lock is not safe
+		l.Want = l.Owner
+	}
+	same := routes.EqualButMTU(w.owner.Body, echo.Body) && routes.MTUMetricOf(echo.Body) == l.Want
+	if !same {
+		a.stats.Repairs++
+		failpoint("lock-stale")
+		a.log.Info("the route's owner changed it while we wrote: the owner's version is written again", "route", k.String())
+	}
+	if w.back || n > 1 {
+		if !same {
+			if err := a.giveBack(l.Route, l.Want); err != nil {
+				a.failed("the owner's version can't be written again", err, "route", k.String())
+			}
+		}
+		delete(a.st.locks, k)
+		a.unbook(lockID(k))
+		return
+	}
+	err := a.journal.Put(a.lockEntries([]plan.Lock{l})...)
+	switch {
+	case err != nil && same:
+		a.failed("journal can't be written", err)
+	case same:
+		a.st.locks[k] = plan.LockClaim{Was: l.Owner, Ours: l.Want}
+	case err != nil:
+		a.failed("journal can't be written", err)
+		l.Want = l.Owner // without a journal entry, no lock
+		fallthrough
+	default:
+		a.setLock(l)
+	}
+}
+
+// giveBack writes a route with its owner's MTU metric.
+func (a *Agent) giveBack(r routes.Route, was plan.MTUMetric) error {
+	k := r.Key()
+	msg, err := routes.EncodeLock(r, was)
+	if err != nil {
+		return err
+	}
+	w := &write{want: was, back: true}
+	a.st.writing[k] = w
+	if w.seq, err = a.rt.Replace(msg); err != nil {
+		delete(a.st.writing, k)
+		if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ESRCH) {
+			return nil // gone: there is nothing to give back
+		}
+		return err
+	}
+	a.st.inflight[w.seq] = struct{}{}
+	return nil
+}
+
+const (
+	fightWindow = 10 * time.Second
+	fightWrites = 10
+	fightRest   = time.Minute
+)
+
+// mayWrite bounds how often one route is locked again: an owner that replaces its route wipes
+// the lock, and we put it back without a fight.
+func (a *Agent) mayWrite(k routes.Key, now time.Time) bool {
+	f := a.st.fights[k]
+	may, rests := f.once(now)
+	a.st.fights[k] = f
+	if rests {
+		a.log.Warn("a route does not keep its lock (its owner replaces it, or the kernel refuses): resting", "route", k.String(), "for", fightRest)
+	}
+	return may
+}
+
+// once counts a write and says whether it may be done; rests says that the rest begins now.
+func (f *fight) once(now time.Time) (may, rests bool) {
+	if now.Before(f.until) {
+		return false, false
+	}
+	if now.Sub(f.since) > fightWindow {
+		*f = fight{since: now}
+	}
+	if f.n++; f.n <= fightWrites {
+		return true, false
+	}
+	f.until = now.Add(fightRest)
+	return false, true
+}
+
+// settle forgets the writes that are too long ago to count.
+func (a *Agent) settleFights(now time.Time) {
+	over := func(f fight) bool { return now.Sub(f.since) > fightWindow && !now.Before(f.until) }
+	maps.DeleteFunc(a.st.fights, func(_ routes.Key, f fight) bool { return over(f) })
+	maps.DeleteFunc(a.st.placed, func(_ plan.ShapeID, f fight) bool { return over(f) })
+}
+
+// unlock gives routes their owner's MTU metric back.
+func (a *Agent) unlock(list []plan.Unlock) {
+	for _, u := range list {
+		k := u.Route.Key()
+		if err := a.giveBack(u.Route, u.Was); err != nil {
+			a.failed("mtu can't be given back", err, "route", k.String())
+			continue
+		}
+		failpoint("unlock-written")
+		delete(a.st.locks, k)
+		delete(a.st.fights, k)
+		a.unbook(lockID(k))
+		a.did("mtu given back", "route", k.String(), "mtu", u.Was.MTU)
+	}
+}
