@@ -58,7 +58,7 @@ func ReadInfo(name string) (Info, error) {
 //
 // safchain/ethtool v0.7.0 passes the address of a variable on its stack to its ioctl method as a
 // uintptr. If the stack is moved by the calls in between, the kernel writes to where the variable
-// was: nothing is read and memory is overwritten (TRAPS.md has the numbers). On a stack that is
+// was: nothing is read and memory is overwritten. On a stack that is
 // never moved the address stays right. FeatureNames and all that calls it (Features, Change)
 // take far larger frames and are not used at all.
 //

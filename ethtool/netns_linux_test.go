@@ -298,7 +298,7 @@ func TestSetWithoutCapabilityIsErrPermission(t *testing.T) {
 func TestReadInfo(t *testing.T) {
 	enterNS(t)
 	addLink(t, veth("v0"))
-	// At every depth of the stack: the library passes stack addresses as numbers (TRAPS.md).
+	// At every depth of the stack: the library passes stack addresses as numbers.
 	var descend func(n int) error
 	descend = func(n int) error {
 		var pad [64]byte

@@ -9,7 +9,7 @@ import (
 
 // Encoding of routes. A write starts from the raw attributes of a Body, so that what this
 // package does not know survives it: reading a route into fields and writing the fields back
-// loses other locked metrics, nexthop ids, IPv6 preferences and more (TRAPS.md).
+// loses other locked metrics, nexthop ids, IPv6 preferences and more.
 //
 // Each function returns the payload of an RTM_NEWROUTE message. The same payload under
 // RTM_DELROUTE names exactly that route.

@@ -14,7 +14,7 @@ import (
 	"tsoagent/xfrmwatch"
 )
 
-// laws checks all that DESIGN.md promises of a plan for one world, with packets drawn from rng.
+// laws checks all that docs/how-it-decides.md promises of a plan for one world, with packets drawn from rng.
 // The error says which promise is broken.
 func laws(w *world, rng *rand.Rand, packets int) error {
 	in := w.input()
