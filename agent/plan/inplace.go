@@ -27,8 +27,8 @@ func (p *planner) lockInPlace() {
 }
 
 // candidates are the routes that a coverage can fill as a whole: for a policy with an if_id
-// those through its xfrm interfaces, unless they were tried already, for others those inside its destination, if it takes
-// every source and protocol.
+// those through its xfrm interfaces, unless they were tried already, for others those inside its
+// destination, if it takes every source and protocol.
 func (p *planner) candidates(c *coverage) []routes.Route {
 	if c.Policy.IfID != 0 {
 		var out []routes.Route
@@ -142,6 +142,12 @@ func (p *planner) tryInPlace(r routes.Route) {
 	if !ok || mtu == 0 || p.unsafe(r) != "" {
 		return
 	}
+	if why := p.meetsOuter(r); why != "" {
+		for _, c := range by {
+			c.verdict.note(fmt.Sprintf("%s: %s: not locked in place", r.Key(), why))
+		}
+		return
+	}
 	l := Lock{Route: r, Owner: p.owner(r), Want: p.metric(mtu)}
 	for _, c := range by {
 		l.Because = append(l.Because, c.ID)
@@ -210,8 +216,15 @@ func (p *planner) unsafe(r routes.Route) string {
 	if _, n := p.FIB.Get(r.Key()); n != 1 {
 		return "another route has the same key"
 	}
+	return ""
+}
+
+// meetsOuter says that outer packets use the route too, or is empty. A lock would be taken for
+// their path's MTU. Whether a mark leads them past a route through an xfrm interface is not
+// worked out.
+func (p *planner) meetsOuter(r routes.Route) string {
 	for peer := range p.outer.Subnets(r.Dst) {
-		if m, _ := p.FIB.Cover(b.Family, b.Table, peer); m.Dst == r.Dst {
+		if m, _ := p.FIB.Cover(r.Body.Family, r.Body.Table, peer); m.Dst == r.Dst {
 			return "the outer packets to " + peer.Addr().String() + " use it too"
 		}
 	}
