@@ -254,7 +254,7 @@ func (a *Agent) loop(ctx context.Context, failed <-chan error) error {
 		}
 		next, reached := a.step(time.Now())
 		if reached && a.once {
-			return nil
+			return a.stuckError()
 		}
 		timer.Stop()
 		if next > 0 {

@@ -62,6 +62,10 @@ func (w *world) Batch(writes []routes.Write) ([]routes.Result, error) {
 		switch x.Op {
 		case routes.OpPut:
 			w.wrote("put %s %s", r.Key(), show(r))
+			if w.cloneErr != nil && r.Body.Type != routes.Throw {
+				res.Err = w.cloneErr
+				break
+			}
 			w.routing(routes.RouteSet{Route: r, Replace: true, Origin: from})
 		case routes.OpDelete:
 			w.wrote("delete %s", r.Key())

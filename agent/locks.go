@@ -2,7 +2,10 @@ package agent
 
 import (
 	"errors"
+	"fmt"
 	"maps"
+	"slices"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -172,6 +175,29 @@ func (a *Agent) settleFights(now time.Time) {
 	over := func(f fight) bool { return now.Sub(f.since) > fightWindow && !now.Before(f.until) }
 	maps.DeleteFunc(a.st.fights, func(_ routes.Key, f fight) bool { return over(f) })
 	maps.DeleteFunc(a.st.placed, func(_ plan.ShapeID, f fight) bool { return over(f) })
+	maps.DeleteFunc(a.st.cloned, func(_ clonePlace, c clonedAt) bool { return over(c.fight) })
+}
+
+// stuckAfter is how often a restore tries to give a route's MTU back. The kernel refuses to
+// write a multipath route one of whose devices is down.
+const stuckAfter = 3
+
+// stuckRetry is how soon a running agent tries again.
+const stuckRetry = 30 * time.Second
+
+// stuckError says which routes a restore could not give their MTU back; nil if there is none.
+func (a *Agent) stuckError() error {
+	var stuck []string
+	for k := range a.st.locks {
+		if a.st.stuck[k] >= stuckAfter {
+			stuck = append(stuck, k.String())
+		}
+	}
+	if len(stuck) == 0 {
+		return nil
+	}
+	slices.Sort(stuck)
+	return fmt.Errorf("agent: the kernel refuses to give the MTU of these routes back: %s; the journal keeps them, run `tsoctl restore` once their devices are up", strings.Join(stuck, ", "))
 }
 
 // unlock gives routes their owner's MTU metric back.
@@ -180,9 +206,11 @@ func (a *Agent) unlock(list []plan.Unlock) {
 		k := u.Route.Key()
 		if err := a.giveBack(u.Route, u.Was); err != nil {
 			a.failed("mtu can't be given back", err, "route", k.String())
+			a.st.stuck[k]++
 			continue
 		}
 		failpoint("unlock-written")
+		delete(a.st.stuck, k)
 		delete(a.st.locks, k)
 		delete(a.st.fights, k)
 		a.unbook(lockID(k))

@@ -214,6 +214,9 @@ func (a *Agent) round(now time.Time) (next time.Duration, reached bool) {
 		a.remember(pl)
 	}
 	steps := plan.Diff(in, pl, plan.Held{Holds: a.st.holds, Locks: a.st.locks})
+	if a.once {
+		steps.Unlocks = slices.DeleteFunc(steps.Unlocks, func(u plan.Unlock) bool { return a.st.stuck[u.Route.Key()] >= stuckAfter })
+	}
 	if a.goal == restoreStale {
 		steps = plan.Steps{DropRules: steps.DropRules, DropClones: steps.DropClones}
 	}
@@ -345,6 +348,12 @@ func (a *Agent) nextTimer(now time.Time) time.Duration {
 	}
 	if len(a.st.inflight) > 0 {
 		add(a.st.patience)
+	}
+	for k := range a.st.stuck {
+		if _, held := a.st.locks[k]; held {
+			add(now.Add(stuckRetry))
+			break
+		}
 	}
 	if due.IsZero() {
 		return 0

@@ -2,6 +2,7 @@ package agent
 
 import (
 	"cmp"
+	"net/netip"
 	"slices"
 	"time"
 
@@ -41,6 +42,8 @@ type state struct {
 	flaps     map[ethtool.Ifindex]flap       // how long that waits
 	fights    map[routes.Key]fight           // how often a lock was written
 	placed    map[plan.ShapeID]fight         // how often rules were added
+	stuck     map[routes.Key]int             // how often a lock could not be given back
+	cloned    map[clonePlace]clonedAt        // what was written last into our tables, and how often
 	withheld  map[plan.ShapeID]withheldShape // shapes that the kernel's lookup refuted
 
 	// writing are the in-place writes whose notification has not come back yet.
@@ -65,6 +68,17 @@ type fight struct {
 	since time.Time
 	n     int
 	until time.Time // no more writes before this
+}
+
+// clonePlace is a destination in a table of ours.
+type clonePlace struct {
+	table routes.TableID
+	dst   netip.Prefix
+}
+
+type clonedAt struct {
+	fight
+	clone plan.Clone
 }
 
 type withheldShape struct {
@@ -101,6 +115,8 @@ func newState() *state {
 		flaps:         map[ethtool.Ifindex]flap{},
 		fights:        map[routes.Key]fight{},
 		placed:        map[plan.ShapeID]fight{},
+		stuck:         map[routes.Key]int{},
+		cloned:        map[clonePlace]clonedAt{},
 		withheld:      map[plan.ShapeID]withheldShape{},
 		writing:       map[routes.Key]*write{},
 		inflight:      map[uint32]struct{}{},

@@ -25,7 +25,7 @@ func (a *Agent) moveClones(pl *plan.Plan, s *plan.Steps, now time.Time) {
 		return
 	}
 	failpoint("clone-journal-after")
-	broken := a.putClones(s.Clones)
+	broken := a.putClones(s.Clones, now)
 	failpoint("clone-written")
 	for i := range pl.Shapes {
 		sh := &pl.Shapes[i]
@@ -60,11 +60,15 @@ func (a *Agent) moveClones(pl *plan.Plan, s *plan.Steps, now time.Time) {
 // has another metric, so the old one stays until the new one is there. Where a clone can't be
 // written, a throw goes there, as the next rule knows better than a wider clone; a shape for
 // which that fails too is broken.
-func (a *Agent) putClones(steps []plan.CloneStep) (broken map[plan.ShapeID]string) {
+func (a *Agent) putClones(steps []plan.CloneStep, now time.Time) (broken map[plan.ShapeID]string) {
 	broken = map[plan.ShapeID]string{}
 	var writes []routes.Write
 	var of []plan.CloneStep
 	for _, c := range steps {
+		if !a.mayClone(c, now) {
+			broken[c.Shape] = fmt.Sprintf("%s does not stay in its table (somebody deletes it, or the kernel refuses it)", c.Clone.Dst)
+			continue
+		}
 		msg, err := a.encodeClone(c)
 		if err != nil {
 			a.failed("route can't be cloned", err, "route", c.Clone.Dst.String(), "table", c.Table)
@@ -83,16 +87,15 @@ func (a *Agent) putClones(steps []plan.CloneStep) (broken map[plan.ShapeID]strin
 			a.didClone(c)
 		} else {
 			a.failed("clone can't be written", err, "route", c.Clone.Dst.String(), "table", c.Table)
-			msg, terr := a.encodeThrow(c)
-			if terr == nil {
-				terr = a.batch([]routes.Write{{Op: routes.OpPut, Msg: msg}})[0]
-			}
-			if terr != nil {
-				broken[c.Shape] = fmt.Sprintf("neither a clone nor a throw can be written for %s: %v", c.Clone.Dst, terr)
+			if err := a.throwInstead(c); err != nil {
+				broken[c.Shape] = fmt.Sprintf("neither a clone nor a throw can be written for %s: %v", c.Clone.Dst, err)
 				continue
 			}
 		}
 		for _, r := range c.Old {
+			if err != nil && r.Body.Type == routes.Throw {
+				continue // it stands in for the clone
+			}
 			if msg, err := routes.EncodeDelete(r); err == nil {
 				old = append(old, routes.Write{Op: routes.OpDelete, Msg: msg})
 			}
@@ -100,6 +103,31 @@ func (a *Agent) putClones(steps []plan.CloneStep) (broken map[plan.ShapeID]strin
 	}
 	a.batch(old) // what is gone already is as good
 	return broken
+}
+
+// throwInstead puts a throw where a clone can't be written, unless there is one: IPv4 tells
+// nothing of a replace that changes nothing.
+func (a *Agent) throwInstead(c plan.CloneStep) error {
+	if slices.ContainsFunc(c.Old, func(r routes.Route) bool { return r.Body.Type == routes.Throw }) {
+		return nil
+	}
+	msg, err := a.encodeThrow(c)
+	if err != nil {
+		return err
+	}
+	return a.batch([]routes.Write{{Op: routes.OpPut, Msg: msg}})[0]
+}
+
+// mayClone bounds how often the same clone is written again. One that moves is another one.
+func (a *Agent) mayClone(c plan.CloneStep, now time.Time) bool {
+	at := clonePlace{c.Table, c.Clone.Dst}
+	last, again := a.st.cloned[at]
+	if !again || last.clone.Throw != c.Clone.Throw || last.clone.Of.Body != c.Clone.Of.Body || last.clone.MTU != c.Clone.MTU {
+		last = clonedAt{clone: c.Clone}
+	}
+	may, _ := last.once(now)
+	a.st.cloned[at] = last
+	return may
 }
 
 // batch does the writes and returns the error of each. The loop waits for their echoes.
@@ -152,9 +180,11 @@ func (a *Agent) lead(sh *plan.Shape, add []routes.Rule, now time.Time) {
 	may, rests := f.once(now)
 	a.st.placed[sh.ID] = f
 	if !may {
+		const why = "somebody keeps deleting its rules"
 		if rests {
-			a.withhold(sh, "somebody keeps deleting its rules", now)
+			a.withhold(sh, why, now)
 		}
+		a.st.withheld[sh.ID] = withheldShape{why, f.until} // whatever else changes
 		return
 	}
 	probes := a.probes(sh, nil)

@@ -172,9 +172,16 @@ func (f *FIB) end(scope Scope) Effect {
 func (s *state) apply(ev Event, p *partial) (Effect, Change) {
 	switch ev := ev.(type) {
 	case LinkSet:
-		old := s.links[ev.Link.Index]
-		s.links[ev.Link.Index] = ev.Link
-		return Effect{Changed: old == nil || *old != *ev.Link}, Change{Link: ev.Link.Index}
+		old, l := s.links[ev.Link.Index], ev.Link
+		if old != nil && old.MTU != l.MTU && l.MTU6 != 0 {
+			// IPv6's own MTU becomes the device's when that changes, but only after the event was
+			// sent (addrconf_notify, NETDEV_CHANGEMTU, net/ipv6/addrconf.c).
+			same := *l
+			same.MTU6 = 0
+			l = &same
+		}
+		s.links[l.Index] = l
+		return Effect{Changed: old == nil || *old != *l}, Change{Link: l.Index}
 	case LinkGone:
 		_, had := s.links[ev.Index]
 		delete(s.links, ev.Index)

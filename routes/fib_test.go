@@ -350,3 +350,43 @@ func TestLostMakesTheMirrorStaleUntilAFullDump(t *testing.T) {
 		t.Error("stale after the full dump")
 	}
 }
+
+// IPv6's own MTU becomes the device's when that changes, but the event is sent before.
+func TestDeviceMTUChangeResetsIPv6MTU(t *testing.T) {
+	f := NewFIB()
+	f.Apply(ResyncBegin{})
+	f.Apply(LinkSet{Link: &Link{Index: 2, Name: "nic1", MTU: 1400}})
+	f.Apply(ResyncEnd{})
+	f.Apply(LinkSet{Link: &Link{Index: 2, Name: "nic1", MTU: 1500, MTU6: 1400}})
+	if got := f.Link(2).MTUFor(IPv6); got != 1500 {
+		t.Errorf("IPv6 MTU %d after the device's became 1500", got)
+	}
+	f.Apply(LinkSet{Link: &Link{Index: 2, Name: "nic1", MTU: 1500, MTU6: 1400}})
+	if got := f.Link(2).MTUFor(IPv6); got != 1400 {
+		t.Errorf("IPv6 MTU %d after a later event said 1400", got)
+	}
+}
+
+// A dump by device can meet routes of both families that it may have replaced: both have to be
+// dumped then, not the family that came last.
+func TestPartialResyncInDoubtAboutBothFamiliesAsksForBoth(t *testing.T) {
+	f := NewFIB()
+	f.Apply(ResyncBegin{})
+	f.Apply(ResyncEnd{})
+	var found []Event
+	for _, dst := range []string{"198.51.100.0/24", "2001:db8::/48"} {
+		p := netip.MustParsePrefix(dst)
+		k := &fakeKernel{family: FamilyOf(p.Addr())}
+		f.Apply(RouteSet{Route: k.route(p, &fakeRoute{metric: 1, hops: []fakeHop{{5, 0}}})})
+		found = append(found, RouteSet{Route: k.route(p, &fakeRoute{metric: 1, hops: []fakeHop{{3, 0}}})})
+	}
+	scope := Scope{RoutesOnly: true, Oif: 3}
+	f.Apply(ResyncBegin{Scope: scope})
+	for _, ev := range found {
+		f.Apply(ev)
+	}
+	e := f.Apply(ResyncEnd{Scope: scope})
+	if e.Resync == nil || *e.Resync != (Scope{RoutesOnly: true}) {
+		t.Errorf("asks for %+v, want all routes", e.Resync)
+	}
+}

@@ -109,7 +109,9 @@ func (p *planner) wholeDevices() []*routes.Link {
 		if !l.ParentElsewhere {
 			shared[l.Parent] = true
 		}
-		shared[l.Master] = true
+		if m := p.FIB.Link(l.Master); m != nil && m.Kind != "vrf" {
+			shared[l.Index] = true // a port carries what its bond or bridge sends
+		}
 	}
 	for _, nh := range p.FIB.Nexthops() {
 		shared[nh.Oif] = true
