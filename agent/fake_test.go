@@ -44,7 +44,7 @@ type world struct {
 	putErr     error // of the journal's Put
 	replaceErr error
 	ruleErr    error
-	cloneErr   error // of putting a route that is no throw
+	cloneErr   error                             // of putting a route that is no throw
 	beforeSet  func()                            // runs once, ahead of the next Set
 	beforeEcho func()                            // runs once, when the next Replace reaches the kernel, ahead of it
 	lookup     func(routes.Query) *routes.Answer // overrides the fake's own answer
