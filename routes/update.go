@@ -188,7 +188,12 @@ func (f *FIB) prune(p *partial) (e Effect) {
 			case inScope(b):
 			case slices.ContainsFunc(bodies, b.sameKey):
 				// Replaced by what was found, or an alias of it: only a dump of both tells.
-				e.Resync = &Scope{RoutesOnly: true, Family: at.k.family}
+				switch {
+				case e.Resync == nil:
+					e.Resync = &Scope{RoutesOnly: true, Family: at.k.family}
+				case e.Resync.Family != at.k.family:
+					e.Resync.Family = 0 // both families have such routes
+				}
 			default:
 				next = insertBody(next, b, false)
 			}
