@@ -48,6 +48,9 @@ const (
 // kernel's own state does.
 const DefaultRunDir = "/run/tsoagent"
 
+// DefaultStateDir holds the result of a probe.
+const DefaultStateDir = "/var/lib/tsoagent"
+
 // Config is the whole configuration. The zero value means the defaults.
 type Config struct {
 	// Mode is enforce or observe.
@@ -56,6 +59,8 @@ type Config struct {
 	RunDir string `yaml:"run_dir"`
 	// RestoreAfter is how long it must have been quiet before anything is given back.
 	RestoreAfter Duration `yaml:"restore_after"`
+	// StateDir holds what is to outlive a boot: the result of `tsoctl probe`.
+	StateDir string `yaml:"state_dir"`
 	// OnStop is what a graceful stop does with holds and locks.
 	OnStop OnStop `yaml:"on_stop"`
 	// ResyncEvery is how often all sources are read again, spread out by a tenth.
@@ -88,6 +93,9 @@ func (c Config) WithDefaults() Config {
 	}
 	if c.RunDir == "" {
 		c.RunDir = DefaultRunDir
+	}
+	if c.StateDir == "" {
+		c.StateDir = DefaultStateDir
 	}
 	if c.RestoreAfter == 0 {
 		c.RestoreAfter = Duration(time.Second)
@@ -270,7 +278,9 @@ func (c Config) Validate() []Wrong {
 	oneOf("on_stop", string(c.OnStop), string(RestoreOnStop), string(KeepOnStop))
 	oneOf("dedicated", string(p.Dedicated), string(plan.Auto), string(plan.Off), string(plan.Keep))
 	oneOf("mtu", string(p.MTU), string(plan.MTULock), string(plan.MTUAdvise), string(plan.MTUOff))
-	oneOf("partial", string(p.Partial), string(plan.PartialTable), string(plan.PartialOff))
+	oneOf("partial", string(p.Partial), string(plan.PartialTable), string(plan.PartialClamp), string(plan.PartialOff))
+	oneOf("shared_nics", string(p.SharedNICs), string(plan.SharedKeep), string(plan.SharedLane), string(plan.SharedOff))
+	oneOf("carrier_mtu", string(p.CarrierMTU), string(plan.CarrierRoute), string(plan.CarrierDevice))
 	oneOf("source_less_lookups", string(p.SourceLess), string(plan.Serve), string(plan.ServeOff))
 	atLeast("presume_mtu", p.PresumeMTU, 576)
 	atLeast("max_clones_per_coverage", p.MaxClonesPerCoverage, 1)
@@ -280,6 +290,13 @@ func (c Config) Validate() []Wrong {
 	}
 	if c.ResyncEvery != 0 && time.Duration(c.ResyncEvery) < time.Minute {
 		wrong("resync_every", "less than 1m")
+	}
+	switch {
+	case c.StateDir == "":
+	case !path.IsAbs(c.StateDir):
+		wrong("state_dir", "not an absolute path")
+	case strings.ContainsFunc(c.StateDir, unprintable):
+		wrong("state_dir", "%q has characters that can't be printed", c.StateDir)
 	}
 	switch {
 	case c.RunDir == "":
@@ -299,22 +316,28 @@ func (c Config) Validate() []Wrong {
 	if p.Protocol != 0 && p.Protocol <= 4 {
 		wrong("protocol", "%d is one of the kernel's and iproute2's own (0 to 4)", p.Protocol)
 	}
-	for _, f := range p.Features {
-		if !slices.Contains(holdable, f) {
-			wrong("features", "%q is no feature that can be held: %v", f, holdable)
+	features := func(key string, list []ethtool.Feature) {
+		for _, f := range list {
+			if !slices.Contains(holdable, f) {
+				wrong(key, "%q is no feature that can be held: %v", f, holdable)
+			}
 		}
 	}
+	features("features", p.Features)
 	for i, d := range p.Devices {
 		n := len(out)
 		if !isGlob(d.Match) {
 			wrong("devices", "entry %d: %q is no glob for a device name", i+1, d.Match)
 		}
-		switch d.Dedicated {
-		case plan.Auto, plan.Off, plan.Keep:
-		case "":
-			wrong("devices", "entry %d: dedicated is missing (auto, off or keep)", i+1)
-		default:
-			wrong("devices", "entry %d: %q is not one of auto, off, keep", i+1, string(d.Dedicated))
+		if d.Dedicated == "" && d.SharedNICs == "" && len(d.Features) == 0 {
+			wrong("devices", "entry %d: dedicated, shared_nics or features is missing", i+1)
+		}
+		at := len(out)
+		oneOf("devices", string(d.Dedicated), string(plan.Auto), string(plan.Off), string(plan.Keep))
+		oneOf("devices", string(d.SharedNICs), string(plan.SharedKeep), string(plan.SharedLane), string(plan.SharedOff))
+		features("devices", d.Features)
+		for ; at < len(out); at++ {
+			out[at].Text = fmt.Sprintf("entry %d: %s", i+1, out[at].Text)
 		}
 		for ; n < len(out); n++ {
 			out[n].entry = i + 1

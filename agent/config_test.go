@@ -69,9 +69,14 @@ func TestReadConfigTellsEveryMistakeWithItsPlace(t *testing.T) {
 		"unknown feature":         {"features: [tso]\n", []string{`c.yaml:1: features: "tso" is no feature that can be held: …`}},
 		"glob":                    {"devices:\n- {match: 'eth[', dedicated: keep}\n", []string{`c.yaml:2: devices: entry 1: "eth[" is no glob for a device name`}},
 		"no glob": {"devices:\n- dedicated: keep\n- match: a\n", []string{
-			`c.yaml:2: devices: entry 1: "" is no glob for a device name`, "c.yaml:3: devices: entry 2: dedicated is missing (auto, off or keep)",
+			`c.yaml:2: devices: entry 1: "" is no glob for a device name`, "c.yaml:3: devices: entry 2: dedicated, shared_nics or features is missing",
 		}},
 		"choice of a device":         {"devices:\n- {match: a, dedicated: maybe}\n", []string{`c.yaml:2: devices: entry 1: "maybe" is not one of auto, off, keep`}},
+		"shared NICs of a device":    {"devices:\n- {match: a, shared_nics: ifb}\n", []string{`c.yaml:2: devices: entry 1: "ifb" is not one of keep, lane, off`}},
+		"features of a device":       {"devices:\n- {match: a, features: [tso]}\n", []string{`c.yaml:2: devices: entry 1: "tso" is no feature that can be held: …`}},
+		"shared NICs":                {"shared_nics: gso\n", []string{`c.yaml:1: shared_nics: "gso" is not one of keep, lane, off`}},
+		"carrier MTU":                {"carrier_mtu: lane\n", []string{`c.yaml:1: carrier_mtu: "lane" is not one of route, device`}},
+		"state directory":            {"state_dir: var\n", []string{`c.yaml:1: state_dir: not an absolute path`}},
 		"glob with a newline":        {"devices:\n- {match: \"a\\nb\", dedicated: keep}\n", []string{`c.yaml:2: devices: entry 1: "a\nb" is no glob for a device name`}},
 		"glob with escape sequence":  {"devices:\n- {match: \"a\\e[31m\", dedicated: keep}\n", []string{`c.yaml:2: devices: entry 1: "a\x1b[31m" is no glob for a device name`}},
 		"glob that is not UTF-8":     {"devices:\n- {match: !!binary gIGC, dedicated: keep}\n", []string{`c.yaml:2: devices: entry 1: "\x80\x81\x82" is no glob for a device name`}},
@@ -113,9 +118,9 @@ func checkPrintable(t *testing.T, s string) {
 
 func TestReadConfigDefaults(t *testing.T) {
 	want := Config{
-		Mode: Enforce, RunDir: "/run/tsoagent", RestoreAfter: Duration(time.Second), OnStop: RestoreOnStop, ResyncEvery: Duration(15 * time.Minute),
+		Mode: Enforce, RunDir: "/run/tsoagent", StateDir: "/var/lib/tsoagent", RestoreAfter: Duration(time.Second), OnStop: RestoreOnStop, ResyncEvery: Duration(15 * time.Minute),
 		Plan: plan.Config{
-			Dedicated: plan.Auto, MTU: plan.MTULock, Partial: plan.PartialTable, SourceLess: plan.Serve, Table: 5450, Protocol: 84,
+			Dedicated: plan.Auto, SharedNICs: plan.SharedKeep, CarrierMTU: plan.CarrierRoute, MTU: plan.MTULock, Partial: plan.PartialTable, SourceLess: plan.Serve, Table: 5450, Protocol: 84,
 			Features:             []ethtool.Feature{ethtool.TCPSegmentation, ethtool.TCPECNSegmentation, ethtool.TCP6Segmentation},
 			MaxClonesPerCoverage: 1024, MaxClones: 65536,
 		},
@@ -144,13 +149,16 @@ func TestReadConfigReadsEveryKey(t *testing.T) {
 	got, err := ReadConfig(strings.NewReader(`
 mode: observe
 run_dir: /run/x
+state_dir: /var/x
 restore_after: 2s
 on_stop: keep
 resync_every: 1h
 dedicated: keep
 devices:
   - {match: "ipsec*", dedicated: "off"}
-  - {match: eth0, dedicated: auto}
+  - {match: eth0, dedicated: auto, shared_nics: lane, features: [tx-tcp-segmentation]}
+shared_nics: off
+carrier_mtu: device
 features: [tx-tcp-segmentation, tx-udp-segmentation]
 mtu: advise
 presume_mtu: 1400
@@ -165,9 +173,10 @@ max_clones: 6
 		t.Fatal(err)
 	}
 	want := Config{
-		Mode: Observe, RunDir: "/run/x", RestoreAfter: Duration(2 * time.Second), OnStop: KeepOnStop, ResyncEvery: Duration(time.Hour),
+		Mode: Observe, RunDir: "/run/x", StateDir: "/var/x", RestoreAfter: Duration(2 * time.Second), OnStop: KeepOnStop, ResyncEvery: Duration(time.Hour),
 		Plan: plan.Config{
-			Dedicated: plan.Keep, Devices: []plan.DeviceConfig{{Match: "ipsec*", Dedicated: plan.Off}, {Match: "eth0", Dedicated: plan.Auto}},
+			Dedicated: plan.Keep, Devices: []plan.DeviceConfig{{Match: "ipsec*", Dedicated: plan.Off}, {Match: "eth0", Dedicated: plan.Auto, SharedNICs: plan.SharedLane, Features: []ethtool.Feature{ethtool.TCPSegmentation}}},
+			SharedNICs: plan.SharedOff, CarrierMTU: plan.CarrierDevice,
 			Features: []ethtool.Feature{ethtool.TCPSegmentation, ethtool.UDPSegmentation}, MTU: plan.MTUAdvise, PresumeMTU: 1400,
 			Partial: plan.PartialOff, SourceLess: plan.ServeOff, Table: 7000, Protocol: 99, MaxClonesPerCoverage: 5, MaxClones: 6,
 		},

@@ -119,6 +119,42 @@ type Link struct {
 	IfID     uint32
 	External bool    // an xfrm interface in collect_md mode
 	VRFTable TableID // the table of a VRF device
+	// Encap is how the device wraps what it sends, the zero value where it doesn't.
+	Encap Encap
+	// Backup says that the device is a bond's port by which the bond does not send now
+	// (IFLA_BOND_SLAVE_STATE).
+	Backup bool
+}
+
+// Encap is how a tunnel device wraps what it sends: the flow of the outer packets as the kernel
+// looks up its route and its policy (ip_tunnel_xmit, ip6_tnl_xmit, udp_tunnel_dst_lookup). It is
+// comparable, and the zero value means that the device wraps nothing or that nothing is known.
+type Encap struct {
+	// Family is that of the outer packets.
+	Family Family
+	// Proto is the outer packets' protocol: 4 (IPv4 in IP), 41 (IPv6 in IP), 47 (GRE), 17 (VXLAN,
+	// Geneve, FOU, GUE, L2TP over UDP), 115 (L2TP over IP). 0 says that it differs by packet (both 4
+	// and 41 of an ip6tnl in any mode).
+	Proto uint8
+	// Local and Remote are invalid where any address can be: a wildcard tunnel, or External.
+	Local, Remote netip.Addr
+	// Sport and Dport are the outer UDP ports, the zero value where they differ by packet.
+	Sport, Dport PortRange
+	// Key is the GRE key (or a vti's okey, which is the mark of its policy lookup).
+	Key    uint32
+	HasKey bool
+	// Mark is what the outer lookups have as their mark. With AnyMark it is that of each packet.
+	Mark    uint32
+	AnyMark bool
+	// Link is the device that the outer packets are bound to, 0 for none.
+	Link Ifindex
+	// LinkElsewhere says that the outer packets leave in another namespace (IFLA_LINK_NETNSID).
+	LinkElsewhere bool
+	// Header is how many bytes the tunnel adds to an inner packet, the outer IP header included,
+	// the inner Ethernet header too where there is one.
+	Header int
+	// External says that each packet brings its own outer addresses (collect_md).
+	External bool
 }
 
 // MTUFor is the device's MTU for packets of a family, in bytes: IPv6 can have a smaller one of
@@ -205,6 +241,8 @@ type Nexthop struct {
 	Weight  uint8 // RTNH hops, 0 means 1
 	Flags   uint8 // RTNH_F_*
 	Encap   bool  // has a lightweight tunnel (RTA_ENCAP)
+	// IfID is the if_id of a lightweight tunnel of type xfrm (`encap xfrm if_id N`), 0 for others.
+	IfID uint32
 }
 
 // Nexthop flags that the kernel sets by itself (linux/rtnetlink.h).

@@ -41,8 +41,34 @@ type PartialMode string
 const (
 	// PartialTable locks clones of the routes in a table of our own.
 	PartialTable PartialMode = "table"
+	// PartialClamp clamps the MSS of forwarded connections in an nftables table of our own.
+	PartialClamp PartialMode = "clamp"
 	// PartialOff leaves such flows without a lock.
 	PartialOff PartialMode = "off"
+)
+
+// SharedMode says what is done on a NIC that covered flows share with others.
+type SharedMode string
+
+// The modes of `shared_nics`.
+const (
+	// SharedKeep leaves the NIC alone.
+	SharedKeep SharedMode = "keep"
+	// SharedLane sends exactly the covered flows through a segmenting ifb.
+	SharedLane SharedMode = "lane"
+	// SharedOff takes TSO off the NIC, from everybody, while coverage leaves by it.
+	SharedOff SharedMode = "off"
+)
+
+// CarrierMTU says where the MTU of a carrier's flows is set.
+type CarrierMTU string
+
+// The modes of `carrier_mtu`.
+const (
+	// CarrierRoute locks the carrier's routes.
+	CarrierRoute CarrierMTU = "route"
+	// CarrierDevice sets the carrier's own MTU where all of its SAs agree.
+	CarrierDevice CarrierMTU = "device"
 )
 
 // SourceLess says whether lookups without a source address are served (MSS clamps).
@@ -59,11 +85,16 @@ const (
 type Config struct {
 	// Dedicated is the choice for dedicated carriers, Auto by default.
 	Dedicated Choice `yaml:"dedicated" json:"dedicated"`
-	// Devices overrides Dedicated for devices by name globs (path.Match); the first that
-	// matches holds.
+	// SharedNICs is what is done on NICs that covered flows share with others, SharedKeep by
+	// default.
+	SharedNICs SharedMode `yaml:"shared_nics" json:"shared_nics"`
+	// Devices overrides Dedicated, SharedNICs and Features for devices by name globs (path.Match);
+	// of those that match, the first that has the key holds.
 	Devices []DeviceConfig `yaml:"devices" json:"devices"`
 	// Features are the features that a hold takes; by default TSO of both families with ECN.
 	Features []ethtool.Feature `yaml:"features" json:"features"`
+	// CarrierMTU is where the MTU of a carrier's flows is set, CarrierRoute by default.
+	CarrierMTU CarrierMTU `yaml:"carrier_mtu" json:"carrier_mtu"`
 	// MTU is how route MTUs are set, MTULock by default.
 	MTU MTUMode `yaml:"mtu" json:"mtu"`
 	// PresumeMTU is the inner MTU in bytes for a policy that never had a valid SA, 0 for none.
@@ -82,10 +113,13 @@ type Config struct {
 	MaxClones            int `yaml:"max_clones" json:"max_clones"`
 }
 
-// DeviceConfig is the choice for the devices whose name matches a glob.
+// DeviceConfig is what differs for the devices whose name matches a glob. What is empty is left
+// to the next that matches, and at last to the whole configuration.
 type DeviceConfig struct {
-	Match     string `yaml:"match" json:"match"`
-	Dedicated Choice `yaml:"dedicated" json:"dedicated"`
+	Match      string            `yaml:"match" json:"match"`
+	Dedicated  Choice            `yaml:"dedicated" json:"dedicated,omitempty"`
+	SharedNICs SharedMode        `yaml:"shared_nics" json:"shared_nics,omitempty"`
+	Features   []ethtool.Feature `yaml:"features" json:"features,omitempty"`
 }
 
 // MaxRules is how many rules of ours a family may have: each costs a packet about 8 ns.
@@ -102,6 +136,8 @@ func (c Config) WithDefaults() Config {
 	c.Dedicated = Choice(def(string(c.Dedicated), string(Auto)))
 	c.MTU = MTUMode(def(string(c.MTU), string(MTULock)))
 	c.Partial = PartialMode(def(string(c.Partial), string(PartialTable)))
+	c.SharedNICs = SharedMode(def(string(c.SharedNICs), string(SharedKeep)))
+	c.CarrierMTU = CarrierMTU(def(string(c.CarrierMTU), string(CarrierRoute)))
 	c.SourceLess = SourceLess(def(string(c.SourceLess), string(Serve)))
 	if len(c.Features) == 0 {
 		c.Features = []ethtool.Feature{ethtool.TCPSegmentation, ethtool.TCPECNSegmentation, ethtool.TCP6Segmentation}
@@ -121,14 +157,41 @@ func (c Config) WithDefaults() Config {
 	return c
 }
 
-// dedicated is the choice for a device.
+// dedicated is the choice for a dedicated device.
 func (c Config) dedicated(name string) Choice {
-	for _, d := range c.Devices {
-		if ok, err := path.Match(d.Match, name); err == nil && ok {
-			return d.Dedicated
-		}
+	d, ok := c.device(name, func(d DeviceConfig) bool { return d.Dedicated != "" })
+	if ok {
+		return d.Dedicated
 	}
 	return c.Dedicated
+}
+
+// shared is the mode for a shared device.
+func (c Config) shared(name string) SharedMode {
+	d, ok := c.device(name, func(d DeviceConfig) bool { return d.SharedNICs != "" })
+	if ok {
+		return d.SharedNICs
+	}
+	return c.SharedNICs
+}
+
+// features are what a hold on a device takes.
+func (c Config) features(name string) []ethtool.Feature {
+	d, ok := c.device(name, func(d DeviceConfig) bool { return len(d.Features) > 0 })
+	if ok {
+		return d.Features
+	}
+	return c.Features
+}
+
+// device is the first entry that matches a name and has what is asked for.
+func (c Config) device(name string, has func(DeviceConfig) bool) (DeviceConfig, bool) {
+	for _, d := range c.Devices {
+		if ok, err := path.Match(d.Match, name); err == nil && ok && has(d) {
+			return d, true
+		}
+	}
+	return DeviceConfig{}, false
 }
 
 // OwnTable reports whether the number is one of our tables.

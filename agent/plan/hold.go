@@ -58,7 +58,7 @@ func (p *planner) holdOn(l *routes.Link, covs []*coverage) {
 		return
 	}
 	have := p.Features[l.Index]
-	for _, name := range p.Config.Features {
+	for _, name := range p.Config.features(l.Name) {
 		st, ok := have.Get(name)
 		if ok && !st.Changeable {
 			if st.Active {
