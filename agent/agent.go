@@ -26,6 +26,7 @@ import (
 	"time"
 
 	"tsoagent/agent/journal"
+	"tsoagent/agent/netns"
 	"tsoagent/agent/plan"
 	"tsoagent/ethtool"
 	"tsoagent/routes"
@@ -44,19 +45,25 @@ const (
 // all state; Report and Call are safe for concurrent use.
 type Agent struct {
 	cfg     Config
+	ns      *netns.Namespace // where all its sockets are, nil for none: the thread's
+	dir     string           // of the journal
+	name    string           // of the namespace, "" for the host's
 	log     *slog.Logger
 	version string
 	started time.Time
 
 	inbox    *inbox
 	calls    chan func()
+	ended    chan struct{} // closed when Run returns
 	report   atomic.Pointer[Report]
 	sources  *sources
+	forwards *forwarding
 	rt       routeTable
 	et       featureClient
 	journal  book
 	closers  []func() error
 	findings []string // what the journal's recovery had to say
+	probed   map[plan.ProbeKey]plan.Probed
 
 	goal  goal
 	once  bool // stop when the goal is reached
@@ -112,28 +119,92 @@ var ErrRunning = journal.ErrLocked
 // It fails with ErrRunning if another agent runs with the same run directory, and with an error
 // that wraps EPERM and names the capability if the process lacks one.
 func New(cfg Config, log *slog.Logger, version string) (*Agent, error) {
+	return newAgentIn(netns.Host, cfg, log, version, (*Agent).open)
+}
+
+// newAgentIn is an agent for a namespace, which is named as in a configuration. If start fails,
+// it is closed again.
+func newAgentIn(spec string, cfg Config, log *slog.Logger, version string, start func(*Agent) error) (*Agent, error) {
 	a := newAgent(cfg, log, version)
+	err := a.enter(spec)
+	if err == nil {
+		err = start(a)
+	}
+	if err != nil {
+		return nil, errors.Join(err, a.Close())
+	}
+	return a, nil
+}
+
+// enter makes a namespace the agent's, and gives it the place for its journal.
+func (a *Agent) enter(spec string) error {
+	host, err := netns.Current()
+	if err != nil {
+		return fmt.Errorf("agent: %w", err)
+	}
+	a.ns = host
+	a.closers = append(a.closers, host.Close)
+	if spec == netns.Host {
+		return nil
+	}
+	ns, err := netns.Open(netns.Path(spec))
+	if err != nil {
+		return fmt.Errorf("agent: %w", err)
+	}
+	a.closers = append(a.closers, ns.Close)
+	if ns.ID() == host.ID() {
+		return nil
+	}
+	a.ns, a.name = ns, spec
+	scope, err := a.scope()
+	if err != nil {
+		return err
+	}
+	a.dir = cookieDir(a.cfg.RunDir, scope.NetnsCookie)
+	return nil
+}
+
+// open opens the journal and subscribes to all sources.
+func (a *Agent) open() error {
 	if err := checkCapabilities(); err != nil {
-		return nil, err
+		return err
 	}
-	scope, err := journal.ReadScope()
+	scope, err := a.scope()
 	if err != nil {
-		return nil, fmt.Errorf("agent: %w", err)
+		return err
 	}
-	j, found, err := journal.Open(a.cfg.RunDir, scope)
+	j, found, err := journal.Open(a.dir, scope)
 	if err != nil {
-		return nil, fmt.Errorf("agent: %w", err)
+		return fmt.Errorf("agent: %w", err)
 	}
 	a.closers = append(a.closers, j.Close)
 	a.journal = j
 	a.adopt(found)
 	if err := a.checkTables(); err != nil {
-		return nil, errors.Join(err, a.Close())
+		return err
 	}
-	if err := a.dial(); err != nil {
-		return nil, errors.Join(err, a.Close())
+	return a.dial()
+}
+
+// in runs fn on a thread that is in the agent's namespace. Whatever opens a socket, or a file
+// under /proc/sys/net, is to be called so.
+func (a *Agent) in(fn func() error) error {
+	if a.ns == nil {
+		return fn()
 	}
-	return a, nil
+	return a.ns.Do(fn)
+}
+
+// scope is where the agent's journal is true.
+func (a *Agent) scope() (s journal.Scope, err error) {
+	err = a.in(func() (err error) {
+		s, err = journal.ReadScope()
+		return err
+	})
+	if err != nil {
+		err = fmt.Errorf("agent: %w", err)
+	}
+	return s, err
 }
 
 // checkTables refuses to run with other tables than an earlier run has left in place: nobody
@@ -148,26 +219,35 @@ func (a *Agent) checkTables() error {
 }
 
 func newAgent(cfg Config, log *slog.Logger, version string) *Agent {
+	cfg = cfg.WithDefaults()
 	return &Agent{
-		cfg: cfg.WithDefaults(), log: log, version: version, started: time.Now(),
-		inbox: newInbox(), calls: make(chan func()), st: newState(),
+		cfg: cfg, dir: cfg.RunDir, log: log, version: version, started: time.Now(),
+		inbox: newInbox(), calls: make(chan func()), ended: make(chan struct{}), st: newState(),
 	}
 }
 
 func (a *Agent) dial() error {
-	rt, err := routes.OpenTable()
+	err := a.in(func() error {
+		rt, err := routes.OpenTable()
+		if err != nil {
+			return fmt.Errorf("agent: %w", err)
+		}
+		a.closers = append(a.closers, rt.Close)
+		a.rt = rt
+		et, err := ethtool.Dial()
+		if err != nil {
+			return fmt.Errorf("agent: %w", err)
+		}
+		a.closers = append(a.closers, et.Close)
+		a.et = et
+		a.forwards = openForwarding()
+		a.closers = append(a.closers, a.forwards.Close)
+		return nil
+	})
 	if err != nil {
-		return fmt.Errorf("agent: %w", err)
+		return err
 	}
-	a.closers = append(a.closers, rt.Close)
-	a.rt = rt
-	et, err := ethtool.Dial()
-	if err != nil {
-		return fmt.Errorf("agent: %w", err)
-	}
-	a.closers = append(a.closers, et.Close)
-	a.et = et
-	a.sources, err = dialSources(a.log)
+	a.sources, err = dialSources(a.log, a.in)
 	return err
 }
 
@@ -195,6 +275,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	watch, cancel := context.WithCancel(context.Background())
 	var wg sync.WaitGroup
 	defer wg.Wait()
+	defer close(a.ended)
 	defer a.inbox.close()
 	defer cancel()
 	failed := make(chan error, 1)
@@ -223,7 +304,8 @@ func (a *Agent) loop(ctx context.Context, failed <-chan error) error {
 			if a.once || a.cfg.Mode == Observe || a.goal != protect {
 				return a.stopped(ctx)
 			}
-			if a.lastP == nil {
+			letGo := errors.Is(context.Cause(ctx), errLetGo)
+			if a.lastP == nil && !letGo {
 				// Not even read yet: this run has written nothing.
 				if n := len(a.st.holds) + len(a.st.locks); n > 0 {
 					return fmt.Errorf("agent: stopped before the kernel's state was read: %d holds and locks of an earlier run are still in place; run `tsoctl restore`", n)
@@ -231,7 +313,7 @@ func (a *Agent) loop(ctx context.Context, failed <-chan error) error {
 				return nil
 			}
 			a.goal, a.once = restoreAll, true
-			if a.cfg.OnStop == KeepOnStop {
+			if a.cfg.OnStop == KeepOnStop && !letGo {
 				// Nobody follows the rules and clones from now on; holds and in-place locks don't go stale.
 				a.goal = restoreStale
 			}
@@ -299,6 +381,8 @@ func (a *Agent) step(now time.Time) (next time.Duration, reached bool) {
 	return a.round(now)
 }
 
+var errEndedAgent = errors.New("the agent of this namespace has ended")
+
 // Call runs fn in the loop and waits for it, so that fn may read the state.
 func (a *Agent) call(ctx context.Context, fn func()) error {
 	done := make(chan struct{})
@@ -306,21 +390,56 @@ func (a *Agent) call(ctx context.Context, fn func()) error {
 	case a.calls <- func() { fn(); close(done) }:
 	case <-ctx.Done():
 		return ctx.Err()
+	case <-a.ended:
+		return errEndedAgent
 	}
 	<-done
 	return nil
 }
 
-// readForwarding reads whether the namespace forwards. The kernel tells of changes in a group
-// of its own (RTNLGRP_IPV4_NETCONF); reading two small files in the rounds that plan something
-// is cheaper than to follow it.
-func readForwarding() map[routes.Family]bool {
-	read := func(file string) bool {
-		b, err := os.ReadFile(file)
-		return err == nil && len(b) > 0 && b[0] == '1'
+// errLetGo is the cause with which a context ends when the agent is to give everything back,
+// whatever on_stop says: nobody follows the namespace from then on.
+var errLetGo = errors.New("the namespace is let go")
+
+// forwarding reads whether the namespace forwards. The kernel tells of changes in a group of its
+// own (RTNLGRP_IPV4_NETCONF); reading two small files in the rounds that plan something is
+// cheaper than to follow it. The files stay open: which namespace they are of is decided when
+// they are opened (net_ctl_header_lookup, net/sysctl_net.c). Open, they don't keep it alive.
+type forwarding map[routes.Family]*os.File
+
+// openForwarding opens the files of the calling thread's namespace. A family that is not there
+// doesn't forward.
+func openForwarding() *forwarding {
+	f := forwarding{}
+	for family, path := range map[routes.Family]string{
+		routes.IPv4: "/proc/sys/net/ipv4/ip_forward",
+		routes.IPv6: "/proc/sys/net/ipv6/conf/all/forwarding",
+	} {
+		if file, err := os.Open(path); err == nil {
+			f[family] = file
+		}
 	}
-	return map[routes.Family]bool{
-		routes.IPv4: read("/proc/sys/net/ipv4/ip_forward"),
-		routes.IPv6: read("/proc/sys/net/ipv6/conf/all/forwarding"),
+	return &f
+}
+
+func (f *forwarding) read() map[routes.Family]bool {
+	out := map[routes.Family]bool{}
+	if f == nil {
+		return out
 	}
+	for family, file := range *f {
+		var b [1]byte
+		n, _ := file.ReadAt(b[:], 0)
+		out[family] = n == 1 && b[0] == '1'
+	}
+	return out
+}
+
+// Close closes the files.
+func (f *forwarding) Close() error {
+	var errs []error
+	for _, file := range *f {
+		errs = append(errs, file.Close())
+	}
+	return errors.Join(errs...)
 }

@@ -165,7 +165,8 @@ func (e *Explanation) note(text string) {
 func (a *Agent) cost(e *Explanation, c xfrmwatch.Coverage) xfrmwatch.MTUStatus {
 	route := e.DeviceMTU
 	path := func(sa *xfrmwatch.SA) (int, bool) {
-		mtu := peerMTU(a.rt, a.st.fib, plan.PeerOf(sa))
+		peer := plan.PeerOf(sa)
+		mtu := a.peers([]plan.Peer{peer})[peer].MTU
 		return mtu, mtu > 0
 	}
 	mtu, status := c.MTU(path, route)

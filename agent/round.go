@@ -148,7 +148,7 @@ func (a *Agent) echo(ev routes.Event) {
 func (a *Agent) input(now time.Time) plan.Input {
 	in := plan.Input{
 		Config: a.cfg.Plan, XFRM: a.st.db, FIB: a.st.fib, Features: a.st.features, Keys: a.st.keys,
-		Lingering: a.st.lingeringCoverages(), Last: a.st.last, Locks: a.st.locks,
+		Lingering: a.st.lingeringCoverages(), Last: a.st.last, Locks: a.st.locks, Holds: a.st.holds,
 		Withheld: map[plan.ShapeID]string{}, Forwarding: a.st.forwarding,
 	}
 	for id, w := range a.st.withheld {
@@ -159,53 +159,70 @@ func (a *Agent) input(now time.Time) plan.Input {
 		}
 	}
 	in.Peers = a.peers(plan.PeersOf(a.st.db, in.Lingering))
+	in.Outers = a.outers(plan.OutersOf(a.st.fib, in.L2TP))
+	in.Probed = a.probed
 	return in
 }
 
-// peers asks the kernel for the MTU of the route to each outer peer: what PMTU discovery has
-// learnt has no event, so it is looked at whenever there is a plan.
-func (a *Agent) peers(list []plan.Peer) map[plan.Peer]int {
-	out := make(map[plan.Peer]int, len(list))
+// peers asks the kernel for the route to each outer peer: what PMTU discovery has learnt has no
+// event, so it is looked at whenever there is a plan. The kernel looks it up with the SA's own
+// source (xfrm_dst_lookup, net/xfrm/xfrm_policy.c), which can lead another way than no source.
+func (a *Agent) peers(list []plan.Peer) map[plan.Peer]plan.Path {
+	out := make(map[plan.Peer]plan.Path, len(list))
 	for _, p := range list {
-		if mtu := peerMTU(a.rt, a.st.fib, p); mtu > 0 {
-			out[p] = mtu
+		q := routes.Query{Family: routes.FamilyOf(p.Addr), Dst: p.Addr, Mark: p.Mark.Value & p.Mark.Mask}
+		if p.Src.IsValid() && !p.Src.IsUnspecified() {
+			q.Src = p.Src
+		}
+		if path := pathOf(a.rt, a.st.fib, q); path.MTU > 0 {
+			out[p] = path
 		}
 	}
 	return out
 }
 
-// peerMTU is the MTU of the route that outer packets to a peer take, 0 if there is none. The
-// kernel looks it up with the SA's own source (xfrm_dst_lookup, net/xfrm/xfrm_policy.c), which
-// can lead another way than no source; one that is no address of this host has no answer.
-func peerMTU(rt routeTable, fib *routes.FIB, p plan.Peer) int {
-	q := routes.Query{Family: routes.FamilyOf(p.Addr), Dst: p.Addr, Mark: p.Mark.Value & p.Mark.Mask}
-	if p.Src.IsValid() && !p.Src.IsUnspecified() {
-		q.Src = p.Src
+// outers asks the kernel for the route of each tunnel's outer packets.
+func (a *Agent) outers(list []plan.Outer) map[routes.Ifindex]plan.Path {
+	out := make(map[routes.Ifindex]plan.Path, len(list))
+	for _, o := range list {
+		q := routes.Query{
+			Family: o.Family, Dst: o.Dst, Src: o.Src, Mark: o.Mark, Oif: o.Oif,
+			IPProto: o.Proto, Sport: o.Sport, Dport: o.Dport,
+		}
+		if path := pathOf(a.rt, a.st.fib, q); path.MTU > 0 {
+			out[o.Index] = path
+		}
 	}
+	return out
+}
+
+// pathOf is the route that the kernel answers, the zero value if there is none. A source that is
+// no address of this host has no answer.
+func pathOf(rt routeTable, fib *routes.FIB, q routes.Query) plan.Path {
 	ans, err := rt.Lookup(q)
 	if err != nil && q.Src.IsValid() {
 		q.Src = netip.Addr{}
 		ans, err = rt.Lookup(q)
 	}
 	if err != nil {
-		return 0
+		return plan.Path{}
 	}
-	mtu := 0
+	path := plan.Path{Oif: ans.Oif}
 	if l := fib.Link(ans.Oif); l != nil {
-		mtu = l.MTUFor(q.Family)
+		path.MTU = l.MTUFor(q.Family)
 	}
 	for _, m := range []uint32{ans.MTU, ans.PMTU} {
-		if m != 0 && (mtu == 0 || int(m) < mtu) {
-			mtu = int(m)
+		if m != 0 && (path.MTU == 0 || int(m) < path.MTU) {
+			path.MTU = int(m)
 		}
 	}
-	return mtu
+	return path
 }
 
 // round plans and acts once.
 func (a *Agent) round(now time.Time) (next time.Duration, reached bool) {
 	a.st.linger(now, time.Duration(a.cfg.RestoreAfter))
-	a.st.forwarding = readForwarding()
+	a.st.forwarding = a.forwards.read()
 	in := a.input(now)
 	pl := &plan.Plan{}
 	if a.goal == protect {
@@ -271,6 +288,9 @@ func (a *Agent) ready(r *Report) {
 	look := "tsoctl status"
 	if a.cfg.RunDir != DefaultRunDir {
 		look += " --run-dir " + a.cfg.RunDir
+	}
+	if a.name != "" {
+		look += " --netns " + a.name
 	}
 	says := "nothing is covered: nothing to do, nothing written"
 	switch {

@@ -34,6 +34,27 @@ func SameNexthops(a, b *Body) bool {
 	return a.NHID != 0 || slices.Equal(hopsOf(a), hopsOf(b))
 }
 
+// SameWays reports whether each packet leaves by the same way, whether a nexthop object or the
+// route itself says which: several ways have the same order, by which the kernel spreads flows
+// over them (fib_rebalance, net/ipv4/fib_semantics.c). The weight of an only one counts for
+// nothing.
+func SameWays(a, b *Body) bool {
+	if a == b {
+		return true
+	}
+	if a == nil || b == nil {
+		return false
+	}
+	x, y := orderedHops(a), orderedHops(b)
+	if len(x) == 1 && len(y) == 1 {
+		return unweighted(x[0]) == unweighted(y[0])
+	}
+	return slices.Equal(x, y)
+}
+
+// unweighted is an item of orderedHops without its weight (rtnh_hops).
+func unweighted(hop string) string { return hop[:3] + "\x00" + hop[4:] }
+
 // canonical is the header and all attributes but the nexthops, sorted, without what the kernel
 // sets by itself.
 func canonical(b *Body, mtu bool) string {
@@ -64,8 +85,15 @@ func canonical(b *Body, mtu bool) string {
 	return string(head) + strings.Join(parts, "")
 }
 
-// hopsOf is one string for each nexthop, sorted: flags, weight and device, then the attributes.
+// hopsOf is orderedHops, sorted.
 func hopsOf(b *Body) []string {
+	out := orderedHops(b)
+	slices.Sort(out)
+	return out
+}
+
+// orderedHops is one string for each nexthop: flags, weight and device, then the attributes.
+func orderedHops(b *Body) []string {
 	raw := []byte(b.Raw)
 	if len(raw) < rtmsgLen {
 		return nil
@@ -104,6 +132,5 @@ func hopsOf(b *Body) []string {
 		slices.Sort(single)
 		out = []string{string(head) + strings.Join(single, "")}
 	}
-	slices.Sort(out)
 	return out
 }

@@ -71,6 +71,46 @@ func (c *conn) forceReadBuffer(n int) error {
 	return errors.Join(err, os.NewSyscallError("setsockopt", serr))
 }
 
+// filterNeighbours has the kernel keep from this connection what tells of neighbours but for the
+// forwarding databases of devices themselves. A busy host's neighbours change all the time, and
+// none of that is looked at here. A notification is alone in its datagram.
+func (c *conn) filterNeighbours() error {
+	const (
+		typeAt   = 4                                // of nlmsg_type
+		familyAt = unix.NLMSG_HDRLEN                // of ndm_family
+		flagsAt  = unix.NLMSG_HDRLEN + ndmFlagsByte // of ndm_flags
+		half     = unix.BPF_LD | unix.BPF_H | unix.BPF_ABS
+		one      = unix.BPF_LD | unix.BPF_B | unix.BPF_ABS
+		equal    = unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K
+		has      = unix.BPF_JMP | unix.BPF_JSET | unix.BPF_K
+		end      = unix.BPF_RET | unix.BPF_K
+	)
+	// Filters load in network byte order, while the type is in the machine's.
+	typ := func(t uint16) uint32 {
+		return uint32(binary.BigEndian.Uint16(binary.NativeEndian.AppendUint16(nil, t)))
+	}
+	program := []unix.SockFilter{
+		{Code: half, K: typeAt},
+		{Code: equal, K: typ(rtmNewNeigh), Jt: 1},
+		{Code: equal, K: typ(rtmDelNeigh), Jf: 4}, // anything else: all of it
+		{Code: one, K: familyAt},
+		{Code: equal, K: afBridge, Jf: 3},
+		{Code: one, K: flagsAt},
+		{Code: has, K: ntfSelf, Jf: 1},
+		{Code: end, K: 1<<32 - 1},
+		{Code: end},
+	}
+	var serr error
+	err := c.raw.Control(func(fd uintptr) {
+		serr = unix.SetsockoptSockFprog(int(fd), unix.SOL_SOCKET, unix.SO_ATTACH_FILTER,
+			&unix.SockFprog{Len: uint16(len(program)), Filter: &program[0]})
+	})
+	if err := errors.Join(err, os.NewSyscallError("setsockopt", serr)); err != nil {
+		return fmt.Errorf("routes: filter neighbours: %w", err)
+	}
+	return nil
+}
+
 // receive reads one datagram and waits for it if wait is set; got is false if there is none. The
 // datagram stands in the connection's buffer until the next call.
 func (c *conn) receive(wait bool) (b []byte, got bool, err error) {

@@ -23,10 +23,12 @@ const (
 	iflaInfoKind      = 1
 	iflaInfoData      = 2
 	iflaInfoSlaveKind = 4
+	iflaInfoSlaveData = 5
 
 	iflaXfrmIfID            = 2
 	iflaXfrmCollectMetadata = 3
 	iflaVRFTable            = 1
+	iflaBondSlaveState      = 1
 
 	iflaInet6Conf = 2 // in IFLA_AF_SPEC's AF_INET6: an array of 32-bit values
 	devconfMTU6   = 2 // DEVCONF_MTU6, linux/ipv6.h
@@ -90,6 +92,9 @@ func decodeLink(data []byte) (*Link, error) {
 	if a.err != nil {
 		return nil, a.err
 	}
+	// A tunnel that was moved sends in the namespace that it was made in, and IFLA_LINK_NETNSID
+	// names that one (rtnl_fill_link_netnsid, net/core/rtnetlink.c).
+	l.Encap.LinkElsewhere = l.ParentElsewhere && l.Encap.Family != 0
 	if l.MTU6 >= l.MTU { // the first events of a device come before IPv6 is on it
 		l.MTU6 = 0
 	}
@@ -119,7 +124,7 @@ func (l *Link) decodeSpec(b []byte) error {
 // decodeInfo decodes IFLA_LINKINFO. The kind stands before its data on the wire, but nothing
 // promises that, so the data is read last.
 func (l *Link) decodeInfo(b []byte) error {
-	var data []byte
+	var data, port []byte
 	a := attrs{b: b}
 	for a.next() {
 		switch a.typ {
@@ -129,7 +134,12 @@ func (l *Link) decodeInfo(b []byte) error {
 			l.SlaveKind = a.str()
 		case iflaInfoData:
 			data = a.val
+		case iflaInfoSlaveData:
+			port = a.val
 		}
+	}
+	if a.err == nil && l.SlaveKind == "bond" {
+		a.err = l.decodeBondPort(port)
 	}
 	if a.err != nil {
 		return a.err
@@ -155,8 +165,23 @@ func (l *Link) decodeInfo(b []byte) error {
 		}
 		return d.err
 	}
-	return nil
+	return l.decodeEncap(data)
 }
+
+// decodeBondPort decodes IFLA_INFO_SLAVE_DATA of a bond's port (bond_fill_slave_info,
+// drivers/net/bonding/bond_netlink.c).
+func (l *Link) decodeBondPort(b []byte) error {
+	a := attrs{b: b}
+	for a.next() {
+		if a.typ == iflaBondSlaveState {
+			l.Backup = a.u8() == bondStateBackup
+		}
+	}
+	return a.err
+}
+
+// bondStateBackup is BOND_STATE_BACKUP (linux/if_bonding.h).
+const bondStateBackup = 1
 
 // Attributes of addresses (linux/if_addr.h).
 const (

@@ -40,6 +40,8 @@ const (
 
 	rtmsgLen       = 12
 	rtnexthopLen   = 8
+	lwtEncapXfrm   = 10 // LWTUNNEL_ENCAP_XFRM, linux/lwtunnel.h
+	lwtXfrmIfID    = 1  // LWT_XFRM_IF_ID
 	rtaxCCAlgo     = 16
 	rtTableCompat  = 252
 	scopeUniverse  = 0
@@ -188,7 +190,7 @@ func decodeBody(raw string, expires bool) (*Body, error) {
 		Expires:  expires,
 		Raw:      raw,
 	}
-	one := Nexthop{Flags: uint8(flags)}
+	one := hop{Nexthop: Nexthop{Flags: uint8(flags)}}
 	single := false
 	a := attrs{b: data[rtmsgLen:]}
 	for a.next() {
@@ -213,13 +215,18 @@ func decodeBody(raw string, expires bool) (*Body, error) {
 		case rtaOif, rtaGateway, rtaVia, rtaEncap:
 			a.nexthop(&one)
 			single = true
+		case rtaEncapType:
+			a.nexthop(&one)
 		}
+	}
+	if a.err == nil {
+		a.err = one.tunnel()
 	}
 	if a.err != nil {
 		return nil, a.err
 	}
 	if single && b.Nexthops == nil {
-		b.Nexthops = []Nexthop{one}
+		b.Nexthops = []Nexthop{one.Nexthop}
 	}
 	return NewBody(b), nil
 }
@@ -239,9 +246,31 @@ func (m *Metrics) decode(b []byte) error {
 	return a.err
 }
 
+// hop is a nexthop under construction: RTA_ENCAP stands before RTA_ENCAP_TYPE, which says how
+// to read it.
+type hop struct {
+	Nexthop
+	encapType uint16
+	encap     []byte
+}
+
+// tunnel decodes RTA_ENCAP.
+func (n *hop) tunnel() error {
+	if !n.Encap || n.encapType != lwtEncapXfrm {
+		return nil
+	}
+	a := attrs{b: n.encap}
+	for a.next() {
+		if a.typ == lwtXfrmIfID {
+			n.IfID = a.u32()
+		}
+	}
+	return a.err
+}
+
 // nexthop takes the attributes of one way out, which stand in the route itself or in a member
 // of RTA_MULTIPATH.
-func (a *attrs) nexthop(n *Nexthop) {
+func (a *attrs) nexthop(n *hop) {
 	switch a.typ {
 	case rtaOif:
 		n.Oif = Ifindex(a.u32())
@@ -254,7 +283,9 @@ func (a *attrs) nexthop(n *Nexthop) {
 			n.Gateway = a.addr(f)
 		}
 	case rtaEncap:
-		n.Encap = true
+		n.Encap, n.encap = true, a.val
+	case rtaEncapType:
+		n.encapType = a.u16()
 	}
 }
 
@@ -269,17 +300,20 @@ func (a *attrs) anyAddr() netip.Addr {
 // decodeMultipath decodes RTA_MULTIPATH: each member is a struct rtnexthop and attributes.
 func decodeMultipath(b []byte) ([]Nexthop, error) {
 	var out []Nexthop
-	err := eachHop(b, func(hop []byte) error {
-		n := Nexthop{
-			Flags:  hop[2],
-			Weight: hop[3],
-			Oif:    Ifindex(binary.NativeEndian.Uint32(hop[4:])),
-		}
-		a := attrs{b: hop[rtnexthopLen:]}
+	err := eachHop(b, func(member []byte) error {
+		n := hop{Nexthop: Nexthop{
+			Flags:  member[2],
+			Weight: member[3],
+			Oif:    Ifindex(binary.NativeEndian.Uint32(member[4:])),
+		}}
+		a := attrs{b: member[rtnexthopLen:]}
 		for a.next() {
 			a.nexthop(&n)
 		}
-		out = append(out, n)
+		if a.err == nil {
+			a.err = n.tunnel()
+		}
+		out = append(out, n.Nexthop)
 		return a.err
 	})
 	return out, err

@@ -149,6 +149,7 @@ func (a *attrs) portRange() PortRange {
 const (
 	nhaID        = 1
 	nhaGroup     = 2
+	nhaGroupType = 3
 	nhaBlackhole = 4
 	nhaOif       = 5
 	nhaGateway   = 6
@@ -156,6 +157,8 @@ const (
 	nhaFDB       = 11
 
 	nhmsgLen = 8
+
+	nexthopGroupRes = 1 // NEXTHOP_GRP_TYPE_RES
 )
 
 // decodeNexthop decodes a struct nhmsg and its attributes. The family of a group or a blackhole
@@ -175,15 +178,17 @@ func decodeNexthop(data []byte) (*NexthopObject, error) {
 		case nhaID:
 			n.ID = a.u32()
 		case nhaGroup:
-			// Members are struct nexthop_grp: id, weight, the upper byte of a wider weight
-			// (Linux 6.12) and padding.
+			// Members are struct nexthop_grp: id, weight, the upper byte of a wider weight (Linux
+			// 6.12; 0 before) and padding.
 			if len(a.val)%8 != 0 {
 				a.err = errAttribute
 				break
 			}
 			for b := a.val; len(b) > 0; b = b[8:] {
-				n.Group = append(n.Group, GroupMember{ID: binary.NativeEndian.Uint32(b), Weight: b[4]})
+				n.Group = append(n.Group, GroupMember{ID: binary.NativeEndian.Uint32(b), Weight: uint16(b[4]) | uint16(b[5])<<8})
 			}
+		case nhaGroupType:
+			n.Resilient = a.u16() == nexthopGroupRes
 		case nhaBlackhole:
 			n.Blackhole = true
 		case nhaFDB:

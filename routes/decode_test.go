@@ -27,7 +27,12 @@ type message struct {
 // was written on Linux 6.18 by TestCapturedMessagesDecode -capture.
 func captured(t testing.TB) []message {
 	t.Helper()
-	f, err := os.Open("testdata/messages.txt")
+	return capturedIn(t, "testdata/messages.txt")
+}
+
+func capturedIn(t testing.TB, file string) []message {
+	t.Helper()
+	f, err := os.Open(file)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -67,9 +72,20 @@ func describe(ev Event) string {
 }
 
 func TestCapturedMessagesDecode(t *testing.T) {
+	decodesAsGolden(t, captured(t), "testdata/messages.golden")
+}
+
+// TestCapturedTunnelsDecode reads the links of TestKernelTunnels, captured on Linux 6.12 and
+// proven there.
+func TestCapturedTunnelsDecode(t *testing.T) {
+	decodesAsGolden(t, capturedIn(t, "testdata/tunnels.txt"), "testdata/tunnels.golden")
+}
+
+func decodesAsGolden(t *testing.T, messages []message, golden string) {
+	t.Helper()
 	var d Decoder
 	var b strings.Builder
-	for _, m := range captured(t) {
+	for _, m := range messages {
 		ev, err := d.Decode(Header{Type: m.typ}, m.data)
 		if err != nil {
 			t.Errorf("type %d: %v\n%x", m.typ, err, m.data)
@@ -77,7 +93,6 @@ func TestCapturedMessagesDecode(t *testing.T) {
 		}
 		fmt.Fprintln(&b, describe(ev))
 	}
-	const golden = "testdata/messages.golden"
 	if *capture {
 		if err := os.WriteFile(golden, []byte(b.String()), 0o644); err != nil {
 			t.Fatal(err)
@@ -94,7 +109,7 @@ func TestCapturedMessagesDecode(t *testing.T) {
 
 func TestTruncatedMessagesAreErrorsOrIncomplete(t *testing.T) {
 	var d Decoder
-	for _, m := range captured(t) {
+	for _, m := range append(captured(t), capturedIn(t, "testdata/tunnels.txt")...) {
 		for n := range m.data {
 			_, _ = d.Decode(Header{Type: m.typ}, m.data[:n:n]) // must not panic
 		}
@@ -225,8 +240,50 @@ func TestDefaultRoutesHaveAPrefixOfTheirFamily(t *testing.T) {
 	}
 }
 
+func TestNexthopsOfXfrmTunnelsHaveTheirIfID(t *testing.T) {
+	encap := attr(rtaEncap|0x8000, attr32(lwtXfrmIfID, 42)...)
+	other := attr(rtaEncap|0x8000, attr32(lwtXfrmIfID, 43)...)
+	kind := func(k byte) []byte { return attr(rtaEncapType, k, 0, 0, 0)[:8] }
+	head := func() []byte {
+		h := make([]byte, rtmsgLen)
+		h[0], h[1], h[4], h[7] = byte(IPv4), 0, 254, 1
+		return h
+	}
+	member := func(oif byte, attrs ...[]byte) []byte {
+		m := raw([]byte{0, 0, 0, 0, oif, 0, 0, 0}, attrs...)
+		binary.NativeEndian.PutUint16(m, uint16(len(m)))
+		return m
+	}
+	for name, tc := range map[string]struct {
+		msg  []byte
+		want []Nexthop
+	}{
+		"the kernel's order": {raw(head(), attr32(rtaOif, 3), encap, kind(lwtEncapXfrm)), []Nexthop{{Oif: 3, Encap: true, IfID: 42}}},
+		"the other order":    {raw(head(), kind(lwtEncapXfrm), encap, attr32(rtaOif, 3)), []Nexthop{{Oif: 3, Encap: true, IfID: 42}}},
+		"another kind":       {raw(head(), attr32(rtaOif, 3), encap, kind(2)), []Nexthop{{Oif: 3, Encap: true}}},
+		"several": {
+			raw(head(), attr(rtaMultipath, raw(member(3, encap, kind(lwtEncapXfrm)), member(4, other, kind(lwtEncapXfrm)), member(5))...)),
+			[]Nexthop{{Oif: 3, Encap: true, IfID: 42}, {Oif: 4, Encap: true, IfID: 43}, {Oif: 5}},
+		},
+	} {
+		var in Interner
+		r, err := in.ParseRoute(tc.msg)
+		if err != nil {
+			t.Errorf("%s: %v", name, err)
+			continue
+		}
+		if d := cmp.Diff(tc.want, r.Body.Nexthops, cmp.Comparer(func(a, b netip.Addr) bool { return a == b })); d != "" {
+			t.Errorf("%s (-want +got):\n%s", name, d)
+		}
+	}
+	var in Interner
+	if _, err := in.ParseRoute(raw(head(), attr32(rtaOif, 3), attr(rtaEncap, attr(lwtXfrmIfID, 1)...), kind(lwtEncapXfrm))); err == nil {
+		t.Error("an if_id of one byte was decoded")
+	}
+}
+
 func fuzz(f *testing.F, types ...uint16) {
-	for _, m := range captured(f) {
+	for _, m := range append(captured(f), capturedIn(f, "testdata/tunnels.txt")...) {
 		for i, typ := range types {
 			if m.typ == typ {
 				f.Add(uint8(i), m.data)

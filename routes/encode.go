@@ -89,6 +89,11 @@ func EncodeDelete(r Route) ([]byte, error) {
 // nexthops, preferred source, scope, TOS and encapsulation, its own MTU metric and protocol and
 // no expiry. An advmss of 0 leaves that metric as it is, a metric of 0 has none (which IPv6
 // turns into 1024).
+//
+// The nexthops of a nexthop object are written out. The kernel keeps what it has looked up, with
+// the metrics of the route that it was looked up by, at the object (nhc_pcpu_rth_output in
+// net/ipv4/route.c, rt6i_pcpu in net/ipv6/route.c): with the same object the lock of the clone
+// would reach the flows of the route, or be missing for its own, whoever came first.
 func EncodeClone(r Route, dst netip.Prefix, table TableID, proto Protocol, m MTUMetric, advmss, metric uint32) ([]byte, error) {
 	if r.Body != nil && FamilyOf(dst.Addr()) != r.Body.Family {
 		return nil, fmt.Errorf("routes: clone %s for %s: another address family", r.Dst, dst)
@@ -139,7 +144,8 @@ func encode(r Route, c change) ([]byte, error) {
 	out := make([]byte, 0, len(raw)+48)
 	out = append(out, raw[:rtmsgLen]...)
 	flags := binary.NativeEndian.Uint32(raw[8:]) &^ routeKernelFlags
-	if b.NHID != 0 {
+	object := b.NHID != 0 && !c.move
+	if object {
 		flags &^= 0xff // those of the nexthop, which the object has itself
 	}
 	binary.NativeEndian.PutUint32(out[8:], flags)
@@ -170,12 +176,16 @@ func encode(r Route, c change) ([]byte, error) {
 				out = appendRaw(out, a.raw)
 			}
 			empty = len(out) == n
+		case rtaNHID:
+			if object {
+				out = appendRaw(out, a.raw)
+			}
 		case rtaOif, rtaGateway, rtaVia, rtaEncap, rtaEncapType, rtaFlow:
-			if b.NHID == 0 {
+			if !object {
 				out = appendRaw(out, a.raw)
 			}
 		case rtaMultipath:
-			if b.NHID == 0 {
+			if !object {
 				out = appendRaw(out, a.raw)
 				maskHops(out[len(out)-align4(len(a.raw))+4:][:len(a.val)])
 			}
@@ -197,7 +207,7 @@ func encode(r Route, c change) ([]byte, error) {
 	// IPv4 gives a route without RTA_METRICS the metrics of any other with its nexthop object,
 	// protocol, table, scope, source and metric (fib_find_info_nh compares none): a lock would
 	// not go away. An empty RTA_METRICS makes it look for a route without metrics.
-	if empty && b.NHID != 0 && b.Family == IPv4 {
+	if empty && object && b.Family == IPv4 {
 		out = appendAttr(out, rtaMetrics, nil)
 	}
 	return out, nil

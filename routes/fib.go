@@ -359,6 +359,30 @@ func (f *FIB) Nexthops() []*NexthopObject {
 	return out
 }
 
+// Nexthop returns a nexthop object, or nil.
+func (f *FIB) Nexthop(id uint32) *NexthopObject { return f.nexthops[id] }
+
+// ObjectWays are the ways of a nexthop object, in the order of its members. It is false where the
+// object, or a member of the group, is not known.
+func (f *FIB) ObjectWays(id uint32) ([]Nexthop, bool) {
+	o := f.nexthops[id]
+	if o == nil {
+		return nil, false
+	}
+	if len(o.Group) == 0 {
+		return []Nexthop{{Oif: o.Oif, Gateway: o.Gateway}}, true
+	}
+	var out []Nexthop
+	for _, m := range o.Group {
+		one := f.nexthops[m.ID]
+		if one == nil || m.Weight > 0xff { // wider than rtnh_hops
+			return nil, false
+		}
+		out = append(out, Nexthop{Oif: one.Oif, Gateway: one.Gateway, Weight: uint8(m.Weight)})
+	}
+	return out, true
+}
+
 // Addrs returns the addresses of a device in no particular order.
 func (f *FIB) Addrs(i Ifindex) iter.Seq[netip.Prefix] { return maps.Keys(f.addrs[i]) }
 

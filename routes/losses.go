@@ -176,5 +176,5 @@ func (l *losses) member(group, id uint32) bool {
 
 func sameObject(a, b *NexthopObject) bool {
 	return a.Oif == b.Oif && a.Gateway == b.Gateway && a.Flags == b.Flags && a.Protocol == b.Protocol &&
-		a.Blackhole == b.Blackhole && a.FDB == b.FDB && a.Encap == b.Encap && slices.Equal(a.Group, b.Group)
+		a.Blackhole == b.Blackhole && a.FDB == b.FDB && a.Encap == b.Encap && a.Resilient == b.Resilient && slices.Equal(a.Group, b.Group)
 }

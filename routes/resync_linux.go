@@ -69,6 +69,11 @@ func (w *Watcher) resync(ctx context.Context, scopes []Scope, sink func([]Event)
 func (w *Watcher) release(sink func([]Event)) {
 	for len(w.held) > 0 {
 		n := min(len(w.held), batchMax)
+		for i, ev := range w.held[:n] {
+			if set, ok := ev.(LinkSet); ok { // its database may have been dumped since
+				w.held[i] = LinkSet{Link: w.fdbs.stamp(set.Link)}
+			}
+		}
 		sink(w.held[:n:n])
 		w.held = w.held[n:]
 	}
@@ -102,7 +107,11 @@ func (d *dumper) scope(s Scope) error {
 	l := &d.w.losses
 	clear(l.links)
 	clear(l.nexthops)
+	clear(d.w.fdbs.devices)
 	if err := d.repeat(rtmGetLink, linkRequest()); err != nil {
+		return err
+	}
+	if err := d.w.readFDBs(func(l *Link) { d.to = append(d.to, LinkSet{Link: l}) }); err != nil {
 		return err
 	}
 	// A link that the dump shows as down may still have its routes; then its event is one that
@@ -210,7 +219,7 @@ func (d *dumper) check(err error) error {
 // item takes one message of a dump.
 func (d *dumper) item(h Header, data []byte) error {
 	d.w.messages.Add(1)
-	ev, err := d.w.dec.Decode(h, data)
+	ev, err := d.w.decode(h, data)
 	if err != nil {
 		d.w.undecodable.Add(1)
 		d.bad = errors.Join(errDecode, err)
@@ -303,5 +312,32 @@ func (w *Watcher) loseOr(err error) error {
 		return fmt.Errorf("routes: dump nexthop objects: %w", err)
 	}
 	w.lose(err)
+	return nil
+}
+
+// readFDBs dumps the forwarding databases that are due, and tells of the devices that this
+// changes. The error is for the connection; what else goes wrong is a loss.
+func (w *Watcher) readFDBs(tell func(*Link)) error {
+	for _, i := range w.fdbs.take() {
+		var entries []fdbEntry
+		err := dump(w.dumps, rtmGetNeigh, fdbRequest(i), func(h Header, data []byte) error {
+			w.messages.Add(1)
+			e, ok, err := decodeFDB(h, data)
+			if ok {
+				entries = append(entries, e)
+			}
+			return err
+		})
+		switch {
+		case isFatal(err):
+			return fmt.Errorf("routes: dump the forwarding database of device %d: %w", i, err)
+		case errors.Is(err, unix.ENODEV): // its event is on the way
+		case err != nil:
+			w.lose(err)
+		}
+		if l := w.fdbs.fill(i, entries); l != nil {
+			tell(l)
+		}
+	}
 	return nil
 }

@@ -132,9 +132,10 @@ type Link struct {
 type Encap struct {
 	// Family is that of the outer packets.
 	Family Family
-	// Proto is the outer packets' protocol: 4 (IPv4 in IP), 41 (IPv6 in IP), 47 (GRE), 17 (VXLAN,
-	// Geneve, FOU, GUE, L2TP over UDP), 115 (L2TP over IP). 0 says that it differs by packet (both 4
-	// and 41 of an ip6tnl in any mode).
+	// Proto is the protocol of the outer lookup: 4 (IPv4 in IP), 41 (IPv6 in IP), 47 (GRE), 17 (VXLAN,
+	// Geneve, L2TP over UDP), 115 (L2TP over IP). With FOU and GUE it stays 4, 41 or 47, without
+	// ports, although UDP leaves (KERNEL.md 45). 0 says that it differs by packet (4 and 41 of an
+	// ip6tnl in any mode), or that the inner packet's policy counts (vti).
 	Proto uint8
 	// Local and Remote are invalid where any address can be: a wildcard tunnel, or External.
 	Local, Remote netip.Addr
@@ -150,6 +151,9 @@ type Encap struct {
 	Link Ifindex
 	// LinkElsewhere says that the outer packets leave in another namespace (IFLA_LINK_NETNSID).
 	LinkElsewhere bool
+	// Others says that the device also sends to other addresses than Remote (VXLAN's forwarding
+	// entries). Only a Watcher knows.
+	Others bool
 	// Header is how many bytes the tunnel adds to an inner packet, the outer IP header included,
 	// the inner Ethernet header too where there is one.
 	Header int
@@ -172,11 +176,18 @@ func (l *Link) Tunnel() bool {
 		return false
 	}
 	switch l.Kind {
-	case "xfrm", "vti", "vti6", "gre", "ip6gre", "ipip", "sit", "ip6tnl", "wireguard":
+	case "xfrm", "vti", "vti6", "gre", "gretap", "ip6gre", "ip6gretap", "erspan", "ip6erspan", "ipip", "sit", "ip6tnl",
+		"vxlan", "geneve", "bareudp", "gtp", "wireguard":
 		return true
 	}
 	return false
 }
+
+// Neighbours reports whether next hops on the device have link-layer addresses that must be
+// resolved: on all but tunnels that carry IP itself. A nil Link is taken for one that has.
+func (l *Link) Neighbours() bool { return !l.Tunnel() || l.Type == arphrdEther }
+
+const arphrdEther = 1 // ARPHRD_ETHER, linux/if_arp.h
 
 // Addr is an address of a device.
 type Addr struct {
@@ -266,12 +277,14 @@ type NexthopObject struct {
 	FDB       bool
 	Encap     bool
 	Group     []GroupMember
+	// Resilient says that the group keeps flows by a table of buckets (NEXTHOP_GRP_TYPE_RES).
+	Resilient bool
 }
 
 // GroupMember is one member of a nexthop group; Weight is one less than what `ip` shows.
 type GroupMember struct {
 	ID     uint32
-	Weight uint8
+	Weight uint16
 }
 
 // Metrics are the route metrics that the agent looks at (RTA_METRICS). All others are kept as

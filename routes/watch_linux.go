@@ -49,6 +49,7 @@ type Watcher struct {
 	opts   WatchOptions
 	dec    Decoder
 	losses losses
+	fdbs   fdbs
 
 	mu     sync.Mutex
 	wanted scopeSet // by Resync
@@ -74,6 +75,7 @@ var groups = []uint32{
 	unix.RTNLGRP_IPV4_RULE, unix.RTNLGRP_IPV6_RULE,
 	unix.RTNLGRP_NEXTHOP,
 	unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV6_ROUTE,
+	unix.RTNLGRP_NEIGH, // for forwarding databases; a filter keeps the neighbours out
 }
 
 // Dial opens a Watcher in the network namespace of the calling thread and subscribes; what
@@ -89,6 +91,10 @@ func Dial(opts WatchOptions) (*Watcher, error) {
 	if err != nil {
 		return nil, err
 	}
+	if err := events.filterNeighbours(); err != nil {
+		_ = events.Close()
+		return nil, err
+	}
 	for _, g := range groups {
 		if err := events.JoinGroup(g); err != nil {
 			_ = events.Close()
@@ -100,7 +106,7 @@ func Dial(opts WatchOptions) (*Watcher, error) {
 		_ = events.Close()
 		return nil, err
 	}
-	w := &Watcher{events: events, dumps: dumps, opts: opts, told: make(map[Family]uint64)}
+	w := &Watcher{events: events, dumps: dumps, opts: opts, told: make(map[Family]uint64), fdbs: newFDBs()}
 	w.losses = newLosses(&w.dec.Interner)
 	return w, nil
 }
@@ -181,6 +187,9 @@ func (w *Watcher) Run(ctx context.Context, sink func([]Event)) error {
 		}
 		batch, empty, err := w.read(!drained)
 		drained = empty
+		if err == nil && len(w.fdbs.due) > 0 {
+			err = w.readFDBs(func(l *Link) { batch = append(batch, LinkSet{Link: l}) })
+		}
 		if err != nil {
 			return err
 		}
@@ -256,7 +265,7 @@ func (w *Watcher) readOne(wait bool, to []Event) (_ []Event, got bool, err error
 		var ev Event
 		if err == nil {
 			w.messages.Add(1)
-			ev, err = w.dec.Decode(h, data)
+			ev, err = w.decode(h, data)
 		}
 		if err != nil {
 			w.undecodable.Add(1)
@@ -270,6 +279,28 @@ func (w *Watcher) readOne(wait bool, to []Event) (_ []Event, got bool, err error
 		}
 	}
 	return to, got, nil
+}
+
+// decode decodes one message. Links say what is known of their forwarding database.
+func (w *Watcher) decode(h Header, data []byte) (Event, error) {
+	if h.Type == rtmNewNeigh || h.Type == rtmDelNeigh {
+		e, ok, err := decodeFDB(h, data)
+		if !ok {
+			return nil, err
+		}
+		if l := w.fdbs.told(e); l != nil {
+			return LinkSet{Link: l}, nil
+		}
+		return nil, nil
+	}
+	ev, err := w.dec.Decode(h, data)
+	switch e := ev.(type) {
+	case LinkSet:
+		return LinkSet{Link: w.fdbs.set(e.Link)}, err
+	case LinkGone:
+		w.fdbs.gone(e.Index)
+	}
+	return ev, err
 }
 
 func (w *Watcher) lose(err error) {

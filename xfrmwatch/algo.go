@@ -1,5 +1,7 @@
 package xfrmwatch
 
+import "strings"
+
 // cipher is what the MTU depends on: the IV that each packet carries and the block that the
 // payload is padded to, in bytes. Blocks below 4 count as 4 (ESP's own alignment).
 type cipher struct{ iv, block int }
@@ -57,4 +59,16 @@ var authICVBits = map[string]int{
 	"cmac(aes)":    96,
 	"hmac(sm3)":    256,
 	"sm3":          256,
+}
+
+// Suite names the SA's algorithms as the kernel does: "rfc4106(gcm(aes))", or
+// "cbc(aes)+hmac(sha256)" where encryption and authentication are two.
+func (s *SA) Suite() string {
+	var names []string
+	for _, a := range []Algorithm{s.AEAD, s.Enc, s.Auth, s.Comp} {
+		if a.Name != "" {
+			names = append(names, a.Name)
+		}
+	}
+	return strings.Join(names, "+")
 }

@@ -64,6 +64,11 @@ func (w *world) inherit(before, with *world) {
 	for id, b := range with.objects {
 		w.objects[id] = b
 	}
+	for _, o := range with.fib.Nexthops() {
+		if w.fib.Nexthop(o.ID) == nil {
+			w.fib.Apply(routes.NexthopSet{Nexthop: o})
+		}
+	}
 	for _, f := range []routes.Family{routes.IPv4, routes.IPv6} {
 		for _, r := range with.fib.Rules(f) {
 			if cfg.OwnRule(r) {

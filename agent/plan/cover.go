@@ -41,10 +41,14 @@ type planner struct {
 	covers  []*coverage
 	peers   map[xfrmwatch.PolicyIndex][]netip.Addr // of splits, as remembered
 	byIfID  map[uint32]*bart.Table[[]*entry]
-	outer   bart.Table[bool]    // the destinations of outer packets
+	outer   bart.Table[[]Peer]  // the destinations of outer packets
 	ways    map[uint32][]*ways  // by if_id
 	locked  map[routes.Key]bool // routes that are locked in place
 	serving map[serves]*shaped  // the shapes that serve coverages
+	tunnels map[routes.Ifindex]*tunnel
+	vtis    []*routes.Link
+	devices map[routes.Ifindex]*dedicated     // the dedicated carriers
+	senders map[routes.Ifindex][]*routes.Link // the ports by which a bond, team or bridge sends now
 }
 
 // Make works out the plan. It is from scratch: what it costs grows with all that is covered.
@@ -58,16 +62,25 @@ func Make(in Input) *Plan {
 		serving: map[serves]*shaped{},
 	}
 	p.collect()
+	p.findTunnels()
 	if p.Config.MTU != MTUOff {
+		p.setDevices()
 		p.lockInPlace()
-		if p.Config.Partial == PartialTable {
+		switch p.Config.Partial {
+		case PartialTable:
 			p.shape()
-		} else {
+		case PartialClamp:
+			p.clamp()
+		default:
 			p.notePartial()
 		}
 	}
 	p.hold()
+	p.holdESP()
+	p.share()
+	p.sortHolds()
 	p.judge()
+	p.noteOffloads()
 	return p.plan
 }
 
@@ -151,7 +164,9 @@ func (p *planner) cover(c xfrmwatch.Coverage, gone bool) *entry {
 	p.covers = append(p.covers, cov)
 	for _, t := range c.Policy.Templates {
 		if cov.tunnels = cov.tunnels || !t.TakesFlow(); !t.TakesFlow() && t.Dst.IsValid() && !t.Dst.IsUnspecified() {
-			p.outer.Insert(netip.PrefixFrom(t.Dst, t.Dst.BitLen()), true)
+			to := netip.PrefixFrom(t.Dst, t.Dst.BitLen())
+			have, _ := p.outer.Get(to)
+			p.outer.Insert(to, append(slices.Clip(have), peersOf(c, t)...))
 		}
 	}
 	if !gone {
@@ -254,39 +269,68 @@ func (p *planner) overlapping(ifID uint32, dst netip.Prefix, inside bool) []*ent
 
 // applying returns the entries that apply to what leaves by a route of a domain, in the
 // kernel's order. The route lookup itself applies the policies without an if_id, whatever the
-// device (ip_route_output_flow calls xfrm_lookup_route, net/ipv4/route.c); an xfrm interface
-// gets what they leave alone.
-func (p *planner) applying(ifID uint32, dst netip.Prefix, inside bool) []*entry {
+// device (ip_route_output_flow calls xfrm_lookup_route, net/ipv4/route.c); an xfrm interface or
+// a vti gets what they leave alone.
+func (p *planner) applying(w way, dst netip.Prefix, inside bool) []*entry {
 	out := p.overlapping(0, dst, inside)
-	if ifID == 0 {
+	if w.ifID == 0 && w.vti == nil {
 		return out
 	}
-	out = slices.DeleteFunc(out, func(e *entry) bool { return e.cov == nil && !e.block })
-	return append(out, p.overlapping(ifID, dst, inside)...)
+	rest := p.overlapping(w.ifID, dst, inside)
+	out = slices.DeleteFunc(out, func(e *entry) bool {
+		// Which marks flows have that a vti takes is not known; its own lookup has its key as mark.
+		return e.cov == nil && !e.block || w.vti != nil && e.mark.Mask != 0
+	})
+	if w.vti != nil {
+		rest = slices.DeleteFunc(rest, func(e *entry) bool { return w.vti.Encap.Key&e.mark.Mask != e.mark.Value || e.mark.Mask == 0 })
+	}
+	return append(out, rest...)
 }
 
-// domain is the if_id of the policies that apply to what leaves by a route: that of its xfrm
-// interface, 0 for other devices. It is false where the nexthops differ in that, or where what
+// way is what applies to what leaves by a route besides the policies without an if_id. The zero
+// value is nothing else.
+type way struct {
+	ifID   uint32       // of its xfrm interface
+	vti    *routes.Link // its vti, whose policies are those with its okey as mark
+	tunnel *tunnel      // its dedicated tunnel, all of whose packets are covered
+}
+
+// drops says that what no policy takes is dropped (xfrmi_xmit2, net/xfrm/xfrm_interface_core.c;
+// vti_xmit, net/ipv4/ip_vti.c).
+func (w way) drops() bool { return w.ifID != 0 || w.vti != nil }
+
+// domain is the way of a route. It is false where the nexthops differ in that, or where what
 // applies isn't known.
-func (p *planner) domain(b *routes.Body) (ifID uint32, ok bool) {
+func (p *planner) domain(b *routes.Body) (way, bool) {
+	var w way
 	for i, nh := range b.Nexthops {
-		var id uint32
+		var one way
 		l := p.FIB.Link(nh.Oif)
-		if l == nil || nh.Encap {
-			return 0, false
-		}
 		switch {
-		case l.Kind == "xfrm" && l.External, l.Kind == "vti", l.Kind == "vti6":
-			return 0, false
+		case l == nil:
+			return way{}, false
+		case nh.Encap:
+			if l.Kind != "xfrm" || !l.External || nh.IfID == 0 {
+				return way{}, false
+			}
+			one.ifID = nh.IfID
+		case l.Kind == "xfrm" && l.External:
+			return way{}, false
 		case l.Kind == "xfrm":
-			id = l.IfID
+			one.ifID = l.IfID
+		case l.Kind == "vti", l.Kind == "vti6":
+			one.vti = l
+		default:
+			if t := p.tunnels[l.Index]; t != nil && len(t.covs) > 0 {
+				one.tunnel = t
+			}
 		}
-		if i > 0 && id != ifID {
-			return 0, false
+		if i > 0 && one != w {
+			return way{}, false
 		}
-		ifID = id
+		w = one
 	}
-	return ifID, len(b.Nexthops) > 0
+	return w, len(b.Nexthops) > 0
 }
 
 // owner is the MTU metric that the route's owner set: what it was before our lock, if the lock
@@ -299,16 +343,29 @@ func (p *planner) owner(r routes.Route) MTUMetric {
 	return have
 }
 
-// pathMTU is the MTU of a route without our lock, in bytes: the smallest of its devices' and
-// its owner's metric. It is 0 if a device is not known.
+// pathMTU is linkMTU, and what a dedicated tunnel leaves to what it wraps.
 func (p *planner) pathMTU(r routes.Route) int {
+	mtu := p.linkMTU(r)
+	for _, nh := range r.Body.Nexthops {
+		if t := p.tunnels[nh.Oif]; t != nil && len(t.covs) > 0 {
+			if left, _ := p.wraps(t); left > 0 {
+				mtu = min(mtu, left)
+			}
+		}
+	}
+	return mtu
+}
+
+// linkMTU is the MTU of a route without our lock, in bytes: the smallest of its devices' and
+// its owner's metric. It is 0 if a device is not known.
+func (p *planner) linkMTU(r routes.Route) int {
 	mtu := 0
 	for _, nh := range r.Body.Nexthops {
 		l := p.FIB.Link(nh.Oif)
 		if l == nil {
 			return 0
 		}
-		if m := l.MTUFor(r.Body.Family); mtu == 0 || m < mtu {
+		if m := p.ownMTU(l, r.Body.Family); mtu == 0 || m < mtu {
 			mtu = m
 		}
 	}
@@ -349,15 +406,15 @@ func (p *planner) mtuAt(c *coverage, r routes.Route) (int, string) {
 		return 0, "transport mode: the ESP packets use the route themselves, and the kernel gives each socket what is left"
 	case mtu >= path:
 		return 0, fmt.Sprintf("the route's own MTU %d leaves room already", path)
-	case r.Body.Family == routes.IPv6 && mtu < 1280, mtu < 68:
+	case mtu < lowestMTU(r.Body.Family):
 		return 0, fmt.Sprintf("the inner MTU %d is below what %s allows", mtu, r.Body.Family)
 	}
 	return mtu, ""
 }
 
 func (p *planner) peerMTU(sa *xfrmwatch.SA) (int, bool) {
-	mtu, ok := p.Peers[PeerOf(sa)]
-	return mtu, ok && mtu > 0
+	path := p.Peers[PeerOf(sa)]
+	return path.MTU, path.MTU > 0
 }
 
 func (p *planner) metric(mtu int) MTUMetric {
@@ -376,6 +433,9 @@ func PeersOf(db *xfrmwatch.DB, lingering []xfrmwatch.Coverage) []Peer {
 				seen[PeerOf(sa)] = true
 			}
 		}
+		if peer, ok := policyPeer(c.Policy); ok && len(c.Steps) == 0 {
+			seen[peer] = true
+		}
 	}
 	for c := range db.Coverages() {
 		add(c)
@@ -391,4 +451,31 @@ func PeersOf(db *xfrmwatch.DB, lingering []xfrmwatch.Coverage) []Peer {
 		return cmp.Or(a.Addr.Compare(b.Addr), a.Src.Compare(b.Src), cmp.Compare(a.Mark.Value, b.Mark.Value), cmp.Compare(a.Mark.Mask, b.Mark.Mask))
 	})
 	return peers
+}
+
+// peersOf are the peers of a template of a coverage: those of its SAs, or its own address.
+func peersOf(c xfrmwatch.Coverage, t xfrmwatch.Template) []Peer {
+	for _, st := range c.Steps {
+		if st.Template != t {
+			continue
+		}
+		var out []Peer
+		for _, sa := range st.SAs {
+			if peer := PeerOf(sa); !slices.Contains(out, peer) {
+				out = append(out, peer)
+			}
+		}
+		return out
+	}
+	return []Peer{{Addr: t.Dst, Src: t.Src}}
+}
+
+// policyPeer is the peer of a policy's outermost template, while there is no SA. It is false for
+// one that takes the flow's own addresses.
+func policyPeer(pol *xfrmwatch.Policy) (Peer, bool) {
+	t := pol.Templates[len(pol.Templates)-1]
+	if t.TakesFlow() || !t.Dst.IsValid() || t.Dst.IsUnspecified() {
+		return Peer{}, false
+	}
+	return Peer{Addr: t.Dst, Src: t.Src}, true
 }

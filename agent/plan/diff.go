@@ -207,7 +207,7 @@ func (c Clone) matches(b *routes.Body) bool {
 	if c.Throw {
 		return b.Type == routes.Throw
 	}
-	return b.Type == routes.Unicast && routes.SameNexthops(b, c.Of.Body) && b.PrefSrc == c.Of.Body.PrefSrc &&
+	return b.Type == routes.Unicast && b.NHID == 0 && routes.SameWays(b, c.Of.Body) && b.PrefSrc == c.Of.Body.PrefSrc &&
 		routes.MTUMetricOf(b) == c.MTU && b.Metrics.AdvMSS == c.AdvMSS
 }
 

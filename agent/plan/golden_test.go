@@ -62,6 +62,9 @@ func (w *world) render(pl *Plan, s Steps) string {
 	for _, h := range pl.Holds {
 		line("hold %s %s because %s", h.Device.Name, h.Feature, renderIDs(h.Because))
 	}
+	for _, l := range pl.Lanes {
+		line("lane %s %v because %s", l.Name, l.Matches, renderIDs(l.Because))
+	}
 	for _, l := range pl.Locks {
 		line("lock %s%s %s, the owner's was %s, because %s", l.Route.Key(), w.hops(l.Route), l.Want, l.Owner, renderIDs(l.Because))
 	}

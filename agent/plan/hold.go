@@ -3,6 +3,7 @@ package plan
 import (
 	"cmp"
 	"fmt"
+	"iter"
 	"net/netip"
 	"slices"
 
@@ -12,71 +13,198 @@ import (
 	"tsoagent/xfrmwatch"
 )
 
-// hold takes TSO from the dedicated carriers: xfrm interfaces by which covered flows leave, and
-// devices all of whose unicast routes are covered.
+// dedicated is a carrier by which nothing but covered flows can leave.
+type dedicated struct {
+	link *routes.Link
+	kind string // of the device that makes it one, for the probe
+	covs []*coverage
+	// lower are the dedicated devices that it sends by, in a stack.
+	lower []*dedicated
+	upper bool // another dedicated device sends by it
+}
+
+// hold takes TSO from the dedicated carriers: xfrm interfaces by which covered flows leave,
+// tunnels whose outer packets are covered, and devices all of whose unicast routes are covered.
+// In a stack of them it does so where flows enter it, and nowhere below.
 func (p *planner) hold() {
-	because := map[routes.Ifindex][]*coverage{}
+	p.devices = map[routes.Ifindex]*dedicated{}
+	add := func(l *routes.Link, covs ...*coverage) {
+		d := p.devices[l.Index]
+		if d == nil {
+			d = &dedicated{link: l, kind: l.Kind}
+			p.devices[l.Index] = d
+		}
+		d.covs = append(d.covs, covs...)
+	}
 	for _, c := range p.covers {
 		if c.Maybe || c.Policy.IfID == 0 {
 			continue
 		}
 		for _, l := range p.carriers(c) {
-			c.verdict.Carriers = append(c.verdict.Carriers, l.Name)
-			because[l.Index] = append(because[l.Index], c)
+			add(l, c)
 		}
+	}
+	for _, t := range p.dedicatedTunnels() {
+		add(t.link, t.covs...)
 	}
 	for _, l := range p.wholeDevices() {
 		if covs := p.wholly(l); len(covs) > 0 {
-			for _, c := range covs {
+			add(l, covs...)
+		}
+	}
+	p.stack()
+	for _, l := range p.FIB.Links() {
+		if d := p.devices[l.Index]; d != nil && p.enters(d) {
+			for _, c := range d.covs {
 				c.verdict.Carriers = append(c.verdict.Carriers, l.Name)
 			}
-			because[l.Index] = covs
+			p.holdOn(d)
 		}
 	}
-	for _, l := range p.FIB.Links() {
-		if covs := because[l.Index]; len(covs) > 0 {
-			p.holdOn(l, covs)
-		}
-	}
+	p.noteVTIs()
+}
+
+// sortHolds puts the holds into a stable order.
+func (p *planner) sortHolds() {
 	slices.SortFunc(p.plan.Holds, func(a, b Hold) int {
 		return cmp.Or(cmp.Compare(a.Device.Index, b.Device.Index), cmp.Compare(a.Feature, b.Feature))
 	})
 }
 
-func (p *planner) holdOn(l *routes.Link, covs []*coverage) {
-	note := func(text string) {
-		for _, c := range covs {
-			c.verdict.note(text)
+func (d *dedicated) note(format string, args ...any) {
+	for _, c := range d.covs {
+		c.verdict.note(fmt.Sprintf(format, args...))
+	}
+}
+
+func (p *planner) holdOn(d *dedicated) {
+	name := d.link.Name
+	switch choice := p.Config.dedicated(name); {
+	case choice == Keep:
+		d.note("%s keeps its features (dedicated: keep)", name)
+		return
+	case choice == Auto && p.probed(d):
+		d.note("%s keeps its features: a probe has shown that this kernel carries super-packets through %s correctly and at least as fast (dedicated: auto)", name, d.kind)
+		return
+	}
+	if c := p.offloaded(d.covs); c != nil {
+		d.note("%s keeps its features: an SA of policy %d is offloaded to a device with %s active", name, c.ID.Policy, ethtool.ESPSegmentation)
+		return
+	}
+	features := p.Config.features(name)
+	if !slices.Contains(features, ethtool.UDPSegmentation) && p.breaksUDP(d) {
+		d.note("%s: a probe has shown that this kernel loses UDP super-packets through %s", name, d.kind)
+		features = append(slices.Clip(features), ethtool.UDPSegmentation)
+	}
+	for _, f := range features {
+		p.holdFeature(d, f)
+	}
+}
+
+// holdFeature takes one feature from a carrier, or, where that is fixed, from the dedicated
+// devices below.
+func (p *planner) holdFeature(d *dedicated, f ethtool.Feature) {
+	st, ok := p.Features[d.link.Index].Get(f)
+	switch {
+	case !ok:
+	case st.Changeable:
+		p.addHold(d.link, f, d.covs, CutDevice)
+	case !st.Active:
+	case len(d.lower) > 0:
+		d.note("%s has %s on [fixed]: it is switched off below it", d.link.Name, f)
+		for _, lower := range d.lower {
+			p.holdFeature(lower, f)
 		}
+	default:
+		d.note("%s has %s on [fixed]: it can't be switched off", d.link.Name, f)
 	}
-	if p.Config.dedicated(l.Name) == Keep {
-		note(fmt.Sprintf("%s keeps its features (dedicated: keep)", l.Name))
-		return
+}
+
+// addHold adds a hold, or gives one that is there more causes.
+func (p *planner) addHold(l *routes.Link, f ethtool.Feature, covs []*coverage, cut Cut) {
+	dev := ethtool.Device{Index: ethtool.Ifindex(l.Index), Name: l.Name}
+	i := slices.IndexFunc(p.plan.Holds, func(h Hold) bool { return h.Device == dev && h.Feature == f })
+	if i < 0 {
+		i = len(p.plan.Holds)
+		p.plan.Holds = append(p.plan.Holds, Hold{Device: dev, Feature: f})
 	}
-	if c := p.offloaded(covs); c != nil {
-		note(fmt.Sprintf("%s keeps its features: an SA of policy %d is offloaded to a device with %s active", l.Name, c.ID.Policy, ethtool.ESPSegmentation))
-		return
+	h := &p.plan.Holds[i]
+	for _, c := range covs {
+		if slices.Contains(h.Because, c.ID) {
+			continue
+		}
+		h.Because = append(h.Because, c.ID)
+		if c.verdict.Cut != CutDevice {
+			c.verdict.Cut = cut
+		}
+		c.verdict.Held = append(c.verdict.Held, l.Name+" "+string(f))
 	}
-	have := p.Features[l.Index]
-	for _, name := range p.Config.features(l.Name) {
-		st, ok := have.Get(name)
-		if ok && !st.Changeable {
-			if st.Active {
-				note(fmt.Sprintf("%s has %s on [fixed]: it can't be switched off", l.Name, name))
+}
+
+// probed reports whether a probe has shown, for every SA of the carrier, that super-packets are
+// carried correctly and at least as fast.
+func (p *planner) probed(d *dedicated) bool {
+	n := 0
+	for _, c := range d.covs {
+		for k := range probeKeys(d.kind, c) {
+			if n++; !p.Probed[k].KeepTSO {
+				return false
 			}
-			continue
 		}
-		if !ok {
-			continue
-		}
-		h := Hold{Device: ethtool.Device{Index: ethtool.Ifindex(l.Index), Name: l.Name}, Feature: name}
-		for _, c := range covs {
-			h.Because = append(h.Because, c.ID)
-			c.verdict.Cut = CutDevice
-			c.verdict.Held = append(c.verdict.Held, l.Name+" "+string(name))
-		}
-		p.plan.Holds = append(p.plan.Holds, h)
 	}
+	return n > 0
+}
+
+// breaksUDP reports whether a probe has shown that UDP super-packets are lost with one of the
+// carrier's SAs.
+func (p *planner) breaksUDP(d *dedicated) bool {
+	for _, c := range d.covs {
+		for k := range probeKeys(d.kind, c) {
+			if p.Probed[k].BreaksUDP {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// probeKeys name what a probe has to have tried for a coverage's SAs.
+func probeKeys(kind string, c *coverage) iter.Seq[ProbeKey] {
+	return func(yield func(ProbeKey) bool) {
+		for _, st := range c.Steps {
+			for _, sa := range st.SAs {
+				k := ProbeKey{Kind: kind, Family: routes.Family(sa.Family), Mode: st.Template.Mode, SA: sa.Suite()}
+				if !yield(k) {
+					return
+				}
+			}
+		}
+	}
+}
+
+// noteVTIs says for coverages through a vti that there is nothing to switch: all of its offloads
+// are off [fixed] (KERNEL.md 5).
+func (p *planner) noteVTIs() {
+	for _, c := range p.covers {
+		if l := p.vtiOf(c); l != nil {
+			c.verdict.Carriers = append(c.verdict.Carriers, l.Name)
+			c.verdict.note(fmt.Sprintf("%s has all segmentation offloads off [fixed]: nothing to switch", l.Name))
+		}
+	}
+}
+
+// vtiOf is the vti whose key is the mark of a coverage's policy, nil if there is none.
+func (p *planner) vtiOf(c *coverage) *routes.Link {
+	m := c.Policy.Mark
+	if c.Policy.IfID != 0 || m.Mask == 0 {
+		return nil
+	}
+	for _, l := range p.vtis {
+		if l.Encap.Key&m.Mask == m.Value {
+			return l
+		}
+	}
+	return nil
 }
 
 // offloaded returns a coverage whose SA is offloaded to a device that segments ESP itself.
@@ -139,7 +267,7 @@ func (p *planner) wholly(l *routes.Link) []*coverage {
 		if n == 0 || p.Config.OwnRoute(r) {
 			continue
 		}
-		if _, known := p.domain(r.Body); !known {
+		if w, known := p.domain(r.Body); !known || w.drops() {
 			return nil
 		}
 		covs := p.whole(k.Dst)

@@ -23,6 +23,12 @@ func (p *planner) lockInPlace() {
 			}
 		}
 	}
+	for _, r := range p.throughTunnels() {
+		if k := r.Key(); !seen[k] {
+			seen[k] = true
+			p.tryInPlace(r)
+		}
+	}
 	slices.SortFunc(p.plan.Locks, func(a, b Lock) int { return a.Route.Key().Compare(b.Route.Key()) })
 }
 
@@ -52,7 +58,7 @@ func (p *planner) candidates(c *coverage) []routes.Route {
 	for _, part := range p.parts(c) {
 		add := func(m routes.Match) {
 			for _, b := range m.Paths.Bodies() {
-				if ifID, ok := p.domain(b); ok && ifID == 0 {
+				if w, ok := p.domain(b); ok && !w.drops() {
 					out = append(out, routes.Route{Dst: m.Dst, Body: b})
 				}
 			}
@@ -104,31 +110,66 @@ type ways struct {
 	tried bool // they were tried for a lock in place
 }
 
-// waysOf are the ways of the xfrm interfaces with an if_id, in the order of the interfaces.
+// waysOf are the ways of the xfrm interfaces with an if_id, in the order of the interfaces. One
+// in external mode has those of its routes that name the if_id (`encap xfrm if_id N`).
 func (p *planner) waysOf(ifID uint32) []*ways {
 	if p.ways == nil {
 		p.ways = map[uint32][]*ways{}
 		for _, l := range p.FIB.Links() {
-			if l.Kind == "xfrm" && !l.External && l.IfID != 0 {
-				p.ways[l.IfID] = append(p.ways[l.IfID], p.waysBy(l))
+			switch {
+			case l.Kind != "xfrm":
+			case l.External:
+				ids := map[uint32]bool{}
+				for _, r := range p.routesBy(l) {
+					if w, ok := p.domain(r.Body); ok && !ids[w.ifID] {
+						ids[w.ifID] = true
+						p.ways[w.ifID] = append(p.ways[w.ifID], p.waysBy(l, w.ifID))
+					}
+				}
+			case l.IfID != 0:
+				p.ways[l.IfID] = append(p.ways[l.IfID], p.waysBy(l, l.IfID))
 			}
 		}
 	}
 	return p.ways[ifID]
 }
 
-func (p *planner) waysBy(l *routes.Link) *ways {
+func (p *planner) waysBy(l *routes.Link, ifID uint32) *ways {
 	w := &ways{link: l}
-	keys, _ := p.FIB.DeviceRoutes(l.Index)
-	for _, k := range keys {
-		if r, n := p.FIB.Get(k); n == 0 || p.Config.OwnRoute(r) || linkLocal(k.Dst) {
+	for _, r := range p.routesBy(l) {
+		if l.External && !slices.ContainsFunc(r.Body.Nexthops, func(n routes.Nexthop) bool { return n.Oif == l.Index && n.IfID == ifID }) {
 			continue
 		}
+		k := r.Key()
 		w.keys = append(w.keys, k)
 		have, _ := w.byDst.Get(k.Dst)
 		w.byDst.Insert(k.Dst, append(have, k))
 	}
 	return w
+}
+
+// routesBy are the routes that leave by a device and are not ours, without those of link-local
+// and multicast destinations.
+func (p *planner) routesBy(l *routes.Link) []routes.Route {
+	var out []routes.Route
+	keys, _ := p.FIB.DeviceRoutes(l.Index)
+	for _, k := range keys {
+		if r, n := p.FIB.Get(k); n > 0 && !p.Config.OwnRoute(r) && !linkLocal(k.Dst) {
+			out = append(out, r)
+		}
+	}
+	return out
+}
+
+// throughTunnels are the routes that leave by a dedicated tunnel or a vti.
+func (p *planner) throughTunnels() []routes.Route {
+	var out []routes.Route
+	for _, l := range p.FIB.Links() {
+		if t := p.tunnels[l.Index]; t != nil && len(t.covs) > 0 || l.Kind == "vti" || l.Kind == "vti6" {
+			out = append(out, p.routesBy(l)...)
+		}
+	}
+	return out
 }
 
 // linkLocal says that a destination is never one of a tunnel's flows: link-local or multicast.
@@ -138,6 +179,9 @@ func linkLocal(dst netip.Prefix) bool {
 }
 
 func (p *planner) tryInPlace(r routes.Route) {
+	if p.locked[r.Key()] {
+		return // its devices have the MTU themselves
+	}
 	mtu, by, ok := p.alike(r)
 	if !ok || mtu == 0 || p.unsafe(r) != "" {
 		return
@@ -161,20 +205,20 @@ func (p *planner) tryInPlace(r routes.Route) {
 // and which coverages they belong to. What leaves by an xfrm interface without a policy for
 // its if_id is dropped (xfrmi_xmit2, net/xfrm/xfrm_interface_core.c), so it counts for nothing.
 func (p *planner) alike(r routes.Route) (mtu int, by []*coverage, ok bool) {
-	ifID, ok := p.domain(r.Body)
+	w, ok := p.domain(r.Body)
 	if !ok {
 		return 0, nil, false
 	}
-	for _, e := range p.applying(ifID, r.Dst, true) {
+	for _, e := range p.applying(w, r.Dst, true) {
 		if e.cov == nil {
-			if ifID != 0 || e.block { // bypass on an xfrm interface: dropped as well
+			if w.drops() || w.tunnel != nil || e.block { // what a tunnel wraps is covered all the same
 				continue
 			}
 			return 0, nil, false
 		}
 		n, why := p.mtuAt(e.cov, r)
 		switch {
-		case n == 0 && e.cov.Larval && ifID != 0 && e.cov.last == 0:
+		case n == 0 && e.cov.Larval && w.drops() && e.cov.last == 0:
 			continue // no flow passes before there is an SA
 		case n == 0:
 			e.cov.verdict.note(fmt.Sprintf("%s: %s", r.Key(), why))
@@ -187,7 +231,14 @@ func (p *planner) alike(r routes.Route) (mtu int, by []*coverage, ok bool) {
 			return mtu, by, true
 		}
 	}
-	if ifID != 0 || p.XFRM.Default().Out == xfrmwatch.Block {
+	switch {
+	case w.tunnel != nil:
+		n, why := p.wrapsAt(w.tunnel, r)
+		if n == 0 {
+			w.tunnel.note(fmt.Sprintf("%s: %s", r.Key(), why))
+		}
+		return n, append(by, w.tunnel.covs...), n != 0 && (mtu == 0 || n == mtu)
+	case w.drops(), p.XFRM.Default().Out == xfrmwatch.Block:
 		return mtu, by, mtu != 0
 	}
 	return 0, nil, false
@@ -208,9 +259,10 @@ func (p *planner) unsafe(r routes.Route) string {
 		return "it has a lifetime"
 	case p.Config.OwnRoute(r):
 		return "it is ours"
-	case b.Family == routes.IPv4 && b.NHID != 0:
-		// The kernel lets routes with one nexthop object share their metrics (fib_find_info_nh,
-		// net/ipv4/fib_semantics.c): the lock would stay with, and spread to, others.
+	case b.NHID != 0:
+		// The kernel lets IPv4 routes with one nexthop object share their metrics (fib_find_info_nh,
+		// net/ipv4/fib_semantics.c), and routes of both families what it has looked up by them
+		// (nhc_pcpu_rth_output, rt6i_pcpu): the lock would spread to others.
 		return "it has a nexthop object"
 	}
 	if _, n := p.FIB.Get(r.Key()); n != 1 {
@@ -220,13 +272,23 @@ func (p *planner) unsafe(r routes.Route) string {
 }
 
 // meetsOuter says that outer packets use the route too, or is empty. A lock would be taken for
-// their path's MTU. Whether a mark leads them past a route through an xfrm interface is not
-// worked out.
+// their path's MTU. Where the kernel says that they leave by another device, they go past it: by
+// a mark, as a rule.
 func (p *planner) meetsOuter(r routes.Route) string {
-	for peer := range p.outer.Subnets(r.Dst) {
-		if m, _ := p.FIB.Cover(r.Body.Family, r.Body.Table, peer); m.Dst == r.Dst {
+	for peer, oifs := range p.outer.Subnets(r.Dst) {
+		m, _ := p.FIB.Cover(r.Body.Family, r.Body.Table, peer)
+		if m.Dst == r.Dst && p.outerBy(oifs, r.Body) {
 			return "the outer packets to " + peer.Addr().String() + " use it too"
 		}
 	}
 	return ""
+}
+
+// outerBy reports whether outer packets can leave by a route: one of its devices is that of one
+// of the peers, or it isn't known where a peer's packets leave.
+func (p *planner) outerBy(peers []Peer, b *routes.Body) bool {
+	return slices.ContainsFunc(peers, func(peer Peer) bool {
+		path := p.Peers[peer]
+		return path.Oif == 0 || slices.ContainsFunc(b.Nexthops, func(n routes.Nexthop) bool { return n.Oif == path.Oif })
+	})
 }

@@ -46,7 +46,7 @@ func (o outcome) sameWay(n outcome) bool {
 		return (o.rule == nil) == (n.rule == nil) && (o.rule == nil || *o.rule == *n.rule)
 	}
 	a, b := o.route.Body, n.route.Body
-	return a.Type == b.Type && a.PrefSrc == b.PrefSrc && routes.SameNexthops(a, b)
+	return a.Type == b.Type && a.PrefSrc == b.PrefSrc && routes.SameWays(a, b)
 }
 
 func (o outcome) String() string {
@@ -178,6 +178,10 @@ func srcBits(r routes.Route) int {
 type fate struct {
 	kind fateKind
 	cov  xfrmwatch.Coverage // of a covered one
+	// wrapped says that a tunnel's outer packets are what is covered, not the packet itself; left
+	// is the MTU that the tunnel leaves it then, 0 if that isn't known.
+	wrapped bool
+	left    int
 }
 
 type fateKind int
@@ -198,18 +202,19 @@ func (w *world) fates(p packet, r routes.Route) []fate {
 	for _, n := range r.Body.Nexthops {
 		l := w.fib.Link(n.Oif)
 		switch {
-		case l == nil, n.Encap, l.External, l.Kind == "vti", l.Kind == "vti6":
+		case l == nil, n.Encap && n.IfID == 0, l.External && !n.Encap:
 			out = append(out, fate{kind: unknown})
 		default:
-			out = append(out, w.fate(p, l))
+			out = append(out, w.fate(p, l, n.IfID))
 		}
 	}
 	return out
 }
 
 // fate follows xfrm_lookup at the route, and for what that leaves alone the one of the xfrm
-// interface (xfrmi_xmit2), which drops what no policy with templates takes.
-func (w *world) fate(p packet, l *routes.Link) fate {
+// interface (xfrmi_xmit2) or the vti (vti_xmit), which drop what no policy with templates takes.
+// Other tunnels look up their outer packets.
+func (w *world) fate(p packet, l *routes.Link, ifID uint32) fate {
 	f := xfrmwatch.Flow{
 		Src: p.src, Dst: p.dst, Proto: xfrmwatch.Proto(p.proto), Sport: p.sport, Dport: p.dport,
 		Mark: p.mark, Oif: int32(l.Index),
@@ -218,15 +223,99 @@ func (w *world) fate(p packet, l *routes.Link) fate {
 		f.Src = p.family.Any().Addr()
 	}
 	got := w.policyFor(f)
-	if got.kind != uncovered || l.Kind != "xfrm" {
+	switch l.Kind {
+	case "xfrm":
+		f.IfID = l.IfID | ifID
+	case "vti", "vti6":
+		f.Mark = l.Encap.Key
+	default:
+		below := w.wrapped(p, l)
+		if got.kind != uncovered {
+			got.left = below.left
+			return got
+		}
+		return below
+	}
+	if got.kind != uncovered {
 		return got
 	}
-	f.IfID = l.IfID
 	got = w.policyFor(f)
 	if got.kind == uncovered || got.kind == covered && got.cov.Maybe && len(got.cov.Steps) == 0 {
 		return fate{kind: dropped}
 	}
 	return got
+}
+
+// wrapped is what becomes of a packet that no policy takes once a tunnel, or what it sends by, has
+// wrapped it: the worst of all outer packets that it can be in.
+func (w *world) wrapped(p packet, l *routes.Link) fate {
+	switch {
+	case l.Kind == "vlan" || l.Kind == "macvlan":
+		ft := w.wrapped(p, w.fib.Link(l.Parent))
+		if l.Kind == "vlan" && ft.left != 0 {
+			ft.left -= 4
+		}
+		return ft
+	case l.Kind == "bond":
+		worst := fate{kind: uncovered}
+		for _, port := range w.fib.Links() {
+			if port.Master != l.Index {
+				continue
+			}
+			ft := w.wrapped(p, port)
+			if ft.kind == uncovered {
+				return ft
+			}
+			if worst.kind == uncovered || ft.left < worst.left {
+				worst = ft
+			}
+		}
+		return worst
+	case l.Encap == routes.Encap{}:
+		return fate{kind: uncovered}
+	}
+	worst := fate{kind: dropped}
+	for _, sport := range []uint16{1, 40000} {
+		o := w.outerPacket(p, l, sport)
+		at := w.lookup(o)
+		for i, ft := range w.fates(o, at.route) {
+			if ft.kind == uncovered || ft.kind == unknown {
+				return fate{kind: uncovered}
+			}
+			if ft.kind == dropped {
+				continue
+			}
+			path := w.fib.Link(at.route.Body.Nexthops[i].Oif).MTU
+			if own := int(at.route.Body.Metrics.MTU); own != 0 {
+				path = min(path, own)
+			}
+			left := ft.left
+			if !ft.wrapped {
+				left, _ = ft.cov.MTU(w.peerMTU, path)
+			}
+			left = min(left, path) - l.Encap.Header
+			if worst.kind == dropped || left < worst.left {
+				worst = fate{kind: covered, cov: ft.cov, wrapped: true, left: left}
+			}
+		}
+	}
+	return worst
+}
+
+// outerPacket is the packet that a tunnel sends for one.
+func (w *world) outerPacket(p packet, l *routes.Link, sport uint16) packet {
+	e := l.Encap
+	o := packet{family: e.Family, src: e.Local, dst: e.Remote, proto: e.Proto, mark: e.Mark, iif: "lo"}
+	switch e.Proto {
+	case 17:
+		o.sport, o.dport = sport, e.Dport.Lo
+	case 47:
+		o.sport, o.dport = uint16(e.Key>>16), uint16(e.Key)
+	}
+	if e.AnyMark {
+		o.mark = p.mark
+	}
+	return o
 }
 
 func (w *world) policyFor(f xfrmwatch.Flow) fate {
@@ -236,14 +325,14 @@ func (w *world) policyFor(f xfrmwatch.Flow) fate {
 		}
 		for _, c := range w.coverages(winner) {
 			if c.Selector.Match(f) {
-				return fate{covered, c}
+				return fate{kind: covered, cov: c}
 			}
 		}
 		return fate{kind: uncovered}
 	}
 	for _, c := range w.gone { // what lingers is to be treated as if it were still there
 		if c.Policy.IfID == f.IfID && c.Policy.Match(f) && c.Selector.Match(f) {
-			return fate{covered, c}
+			return fate{kind: covered, cov: c}
 		}
 	}
 	if f.IfID == 0 && w.db.Default().Out == xfrmwatch.Block {
@@ -289,34 +378,30 @@ func (w *world) pathMTU(r routes.Route) int {
 // peerMTU answers for the route to an outer peer as the agent asks the kernel: a lookup of the
 // host's own, with the SA's source.
 func (w *world) peerMTU(sa *xfrmwatch.SA) (int, bool) {
-	p := PeerOf(sa)
-	if mtu, ok := w.peers[Peer{Addr: p.Addr, Mark: p.Mark}]; ok {
-		return mtu, true
-	}
+	path := w.path(PeerOf(sa))
+	return path.MTU, path.MTU != 0
+}
+
+// path is the kernel's answer for the route to a peer.
+func (w *world) path(p Peer) Path {
 	o := w.lookup(packet{family: routes.FamilyOf(p.Addr), dst: p.Addr, src: p.Src, mark: p.Mark.Value & p.Mark.Mask, iif: "lo"})
+	path := Path{MTU: w.peers[Peer{Addr: p.Addr, Mark: p.Mark}]}
 	if o.route.Body == nil || len(o.route.Body.Nexthops) == 0 || w.fib.Link(o.route.Body.Nexthops[0].Oif) == nil {
-		return 0, false
+		return path
 	}
-	return w.pathMTU(o.route), true
+	path.Oif = o.route.Body.Nexthops[0].Oif
+	if path.MTU == 0 {
+		path.MTU = w.pathMTU(o.route)
+	}
+	return path
 }
 
 // expected is the MTU that a covered packet's route is to be locked at, 0 for none.
-func (w *world) expected(c xfrmwatch.Coverage, r routes.Route) int {
-	if !slices.ContainsFunc(c.Policy.Templates, func(t xfrmwatch.Template) bool { return !t.TakesFlow() }) {
-		return 0 // transport: the ESP packets would meet the lock themselves
-	}
+func (w *world) expected(f fate, r routes.Route) int {
 	path := w.pathMTU(r)
-	mtu, status := c.MTU(w.peerMTU, path)
-	if status != xfrmwatch.MTUKnown {
-		last := w.last[c.ID]
-		switch {
-		case last != 0:
-			mtu = min(last, path)
-		case w.cfg.PresumeMTU != 0 && !c.Maybe:
-			mtu = min(w.cfg.PresumeMTU, path)
-		default:
-			return 0
-		}
+	mtu := f.left
+	if !f.wrapped {
+		mtu = w.expectedOf(f.cov, min(path, cmp.Or(f.left, path)))
 	}
 	least := 68
 	if r.Body.Family == routes.IPv6 {
@@ -328,16 +413,40 @@ func (w *world) expected(c xfrmwatch.Coverage, r routes.Route) int {
 	return mtu
 }
 
+// expectedOf is what a coverage's own flows have left of a path, 0 if that isn't known.
+func (w *world) expectedOf(c xfrmwatch.Coverage, path int) int {
+	if !slices.ContainsFunc(c.Policy.Templates, func(t xfrmwatch.Template) bool { return !t.TakesFlow() }) {
+		return 0 // transport: the ESP packets would meet the lock themselves
+	}
+	mtu, status := c.MTU(w.peerMTU, path)
+	if status == xfrmwatch.MTUKnown {
+		return mtu
+	}
+	last := w.last[c.ID]
+	switch {
+	case last != 0:
+		return min(last, path)
+	case w.cfg.PresumeMTU != 0 && !c.Maybe:
+		return min(w.cfg.PresumeMTU, path)
+	}
+	return 0
+}
+
 // input is what Make and Diff get in this world.
 func (w *world) input() Input {
 	in := Input{
 		Config: w.cfg, XFRM: w.db, FIB: w.fib, Features: w.features, Lingering: w.gone,
-		Peers: map[Peer]int{}, Last: w.last, Locks: w.held.Locks, Withheld: w.withheld,
-		Forwarding: w.forwarding,
+		Peers: map[Peer]Path{}, Last: w.last, Locks: w.held.Locks, Holds: w.held.Holds, Withheld: w.withheld,
+		Forwarding: w.forwarding, Probed: w.probed, Outers: map[routes.Ifindex]Path{},
 	}
 	for _, p := range PeersOf(w.db, w.gone) {
-		if mtu, ok := w.peerMTU(&xfrmwatch.SA{Dst: p.Addr, Src: p.Src, OutputMark: p.Mark}); ok {
-			in.Peers[p] = mtu
+		if path := w.path(p); path.MTU != 0 {
+			in.Peers[p] = path
+		}
+	}
+	for _, o := range OutersOf(w.fib, nil) {
+		if path := w.path(Peer{Addr: o.Dst, Src: o.Src, Mark: xfrmwatch.Mark{Value: o.Mark, Mask: ^uint32(0)}}); path.MTU != 0 {
+			in.Outers[o.Index] = path
 		}
 	}
 	return in

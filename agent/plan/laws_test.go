@@ -141,7 +141,7 @@ func judgePacket(w, with *world, pl *Plan, p packet) error {
 		case unknown:
 			return fmt.Errorf("%s by a device that is not understood: %s", have, after)
 		}
-		want := w.expected(f.cov, before.route)
+		want := w.expected(f, before.route)
 		if want == 0 && f.cov.Larval && w.last[f.cov.ID] == 0 {
 			continue // no such packet passes before there is an SA
 		}
@@ -204,7 +204,7 @@ func noSilence(w *world, pl *Plan, p packet, before outcome, fates []fate) error
 		return nil
 	}
 	for _, f := range fates {
-		if f.kind != covered || w.expected(f.cov, before.route) == 0 {
+		if f.kind != covered || w.expected(f, before.route) == 0 {
 			continue
 		}
 		v := verdictOf(pl, f.cov.ID)
@@ -232,7 +232,8 @@ func holdsOnlyWhatIsCovered(w *world, pl *Plan) error {
 	held := map[routes.Ifindex]bool{}
 	for _, h := range pl.Holds {
 		i := routes.Ifindex(h.Device.Index)
-		held[i] = true
+		// A shared NIC may be held where the configuration says so.
+		held[i] = w.cfg.WithDefaults().shared(h.Device.Name) != SharedOff
 		st, ok := w.features[i].Get(h.Feature)
 		if !ok || !st.Changeable {
 			return fmt.Errorf("hold on %s %s, which is %s", h.Device.Name, h.Feature, st)

@@ -9,6 +9,7 @@ import (
 	"slices"
 
 	"tsoagent/ethtool"
+	"tsoagent/lane"
 	"tsoagent/routes"
 	"tsoagent/sockopt"
 	"tsoagent/xfrmwatch"
@@ -24,12 +25,23 @@ type Input struct {
 	// Lingering are coverages whose policy went away a short while ago and which are kept until
 	// it has been quiet: a daemon that replaces a policy must not cost its flows the lock.
 	Lingering []xfrmwatch.Coverage
-	// Peers holds the MTU of the route to each outer peer, as the kernel answered last.
-	Peers map[Peer]int
+	// Peers holds the route to each outer peer (PeersOf), as the kernel answered last.
+	Peers map[Peer]Path
+	// Outers holds the route of the outer packets of each tunnel (OutersOf), by the tunnel's
+	// index, as the kernel answered last.
+	Outers map[routes.Ifindex]Path
+	// L2TP is how the L2TP devices wrap what they send: their links don't tell.
+	L2TP map[routes.Ifindex]routes.Encap
+	// Probed is what a probe has shown on this very kernel.
+	Probed map[ProbeKey]Probed
 	// Last is the last inner MTU that was valid for a coverage, kept while its policy stays.
 	Last map[xfrmwatch.CoverageID]int
 	// Locks are the in-place locks that are ours.
 	Locks map[routes.Key]LockClaim
+	// Holds are the holds that are ours.
+	Holds map[HoldKey]HoldClaim
+	// MTUs are the devices whose MTU we have set.
+	MTUs map[routes.Ifindex]MTUClaim
 	// Withheld are shapes of selectors for which the kernel's own lookup did not answer as
 	// foreseen, with the reason.
 	Withheld map[ShapeID]string
@@ -41,6 +53,27 @@ type Input struct {
 type Peer struct {
 	Addr, Src netip.Addr
 	Mark      xfrmwatch.Mark
+}
+
+// Path is the route to an address as the kernel answered: the MTU of what it carries in bytes,
+// and the device it leaves by. The zero value means that there is none.
+type Path struct {
+	MTU int
+	Oif routes.Ifindex
+}
+
+// ProbeKey names what a probe tries: a kind of device (IFLA_INFO_KIND) above SAs of one kind.
+type ProbeKey struct {
+	Kind   string
+	Family routes.Family // of the outer packets
+	Mode   xfrmwatch.Mode
+	SA     string // xfrmwatch.SA.Suite
+}
+
+// Probed is what a probe has shown.
+type Probed struct {
+	KeepTSO   bool // super-packets are carried correctly and at least as fast
+	BreaksUDP bool // UDP_SEGMENT senders lose data with tx-udp-segmentation on
 }
 
 // PeerOf is the peer of an SA.
@@ -68,6 +101,7 @@ type Plan struct {
 	Holds    []Hold
 	Locks    []Lock
 	Shapes   []Shape
+	Lanes    []Lane
 	Verdicts []Verdict
 	// MTU holds the inner MTU of each coverage that has a valid SA now; the caller keeps it as
 	// Input.Last.
@@ -75,12 +109,26 @@ type Plan struct {
 	// Current are the coverages of this plan without the lingering ones; the caller keeps those
 	// whose policy goes away.
 	Current []xfrmwatch.Coverage
+	// Clamp are the MSS values for forwarded connections (partial: clamp), in the order of addresses.
+	Clamp []ClampEntry
+	// DeviceMTUs are the carriers whose own MTU is to be set (carrier_mtu: device).
+	DeviceMTUs []DeviceMTU
+	// Yielded are carriers whose MTU would be set had not somebody else set it since we did.
+	Yielded []routes.Ifindex
 }
 
 // Hold is one feature that is kept off on one carrier.
 type Hold struct {
 	Device  ethtool.Device
 	Feature ethtool.Feature
+	Because []xfrmwatch.CoverageID
+	// Why says what asks for it where that is no coverage.
+	Why string
+}
+
+// Lane is the detour of covered flows on a shared NIC through an ifb that cuts them.
+type Lane struct {
+	lane.Lane
 	Because []xfrmwatch.CoverageID
 }
 
@@ -127,6 +175,8 @@ type Cut string
 const (
 	CutSocket Cut = "socket" // the kernel takes GSO from the covered sockets, or cuts in ESP
 	CutDevice Cut = "device" // TSO is off on the dedicated carrier
+	CutLane   Cut = "lane"   // a segmenting ifb takes exactly the covered flows
+	CutNIC    Cut = "nic"    // TSO is off on a shared NIC, for everybody
 	CutNone   Cut = "none"   // nothing is covered now
 )
 

@@ -100,6 +100,10 @@ func (p *planner) group() []*shaped {
 	byID := map[ShapeID]*shaped{}
 	var shapes []*shaped
 	for _, c := range p.covers {
+		if l := p.vtiOf(c); l != nil {
+			// Its own lookups have the mark, and no packet: what it carries is locked on its routes.
+			continue
+		}
 		if c.inexact != "" {
 			c.verdict.note("no lock where other flows share a route: " + c.inexact)
 			continue
@@ -252,12 +256,12 @@ func (p *planner) decide(s *shaped, x netip.Prefix, above *coverage) (Clone, *co
 		p.locked[r.Key()] || linkLocal(x) {
 		return throw, nil
 	}
-	ifID, ok := p.domain(r.Body)
+	w, ok := p.domain(r.Body)
 	if !ok || m.SourceSpecific() || m.TOSSpecific() {
 		p.noteAt(s, x, m, above, "its routes are for some sources or TOS values only, or by ways with different policies")
 		return throw, nil
 	}
-	c := p.winnerAt(s, x, ifID)
+	c := p.winnerAt(s, x, w)
 	if c == nil {
 		return throw, nil
 	}
@@ -272,9 +276,11 @@ func (p *planner) decide(s *shaped, x netip.Prefix, above *coverage) (Clone, *co
 		c.verdict.note(fmt.Sprintf("%s: %s", x, why))
 		return throw, nil
 	}
-	if why := p.follows(m); why != "" {
-		c.verdict.note(fmt.Sprintf("%s: %s: no lock there", x, why))
-		return throw, nil
+	for _, why := range []string{p.follows(m), p.object(r.Body)} {
+		if why != "" {
+			c.verdict.note(fmt.Sprintf("%s: %s: no lock there", x, why))
+			return throw, nil
+		}
 	}
 	if above != nil && otherWays(m, r) {
 		c.verdict.note(fmt.Sprintf("%s: sockets bound to a device can take another route there: no lock", x))
@@ -313,6 +319,28 @@ func (p *planner) follows(m routes.Match) string {
 	return ""
 }
 
+// object says why the ways of a route's nexthop object can't be written out in a clone, or is
+// empty. A change of an object reaches the mirror ahead of its routes, some of which are told by
+// no event: until they are read again, no clone goes where the object led before.
+func (p *planner) object(b *routes.Body) string {
+	if b.NHID == 0 {
+		return ""
+	}
+	o := p.FIB.Nexthop(b.NHID)
+	ways, ok := p.FIB.ObjectWays(b.NHID)
+	switch {
+	case o != nil && o.Resilient:
+		return "its nexthop group keeps flows by buckets of its own (resilient), which a clone can't share"
+	case !ok:
+		return "its nexthop object is not known"
+	case !slices.EqualFunc(ways, b.Nexthops, func(a, b routes.Nexthop) bool {
+		return a.Oif == b.Oif && a.Gateway == b.Gateway && (a.Weight == b.Weight || len(ways) == 1)
+	}):
+		return "its nexthop object has just changed"
+	}
+	return ""
+}
+
 // otherWays reports whether a socket that is bound to a device could take another of the routes
 // than the first: it passes over those that don't leave by its device, and in our table it would
 // then find a wider clone.
@@ -330,16 +358,17 @@ func (p *planner) noteAt(s *shaped, x netip.Prefix, m routes.Match, above *cover
 	if above != nil {
 		above.verdict.note(fmt.Sprintf("%s: %s: no lock there", x, why))
 	}
-	ids := []uint32{0}
+	ways := []way{{}}
 	for _, b := range m.Paths.Bodies() {
 		for _, nh := range b.Nexthops {
-			if l := p.FIB.Link(nh.Oif); l != nil && !slices.Contains(ids, l.IfID) {
-				ids = append(ids, l.IfID)
+			one, ok := p.domain(&routes.Body{Nexthops: []routes.Nexthop{nh}})
+			if ok && !slices.Contains(ways, one) {
+				ways = append(ways, one)
 			}
 		}
 	}
-	for _, id := range ids {
-		if c := p.winnerAt(s, x, id); c != nil {
+	for _, w := range ways {
+		if c := p.winnerAt(s, x, w); c != nil {
 			c.verdict.note(fmt.Sprintf("%s: %s: no lock there", x, why))
 		}
 	}
@@ -347,9 +376,9 @@ func (p *planner) noteAt(s *shaped, x netip.Prefix, m routes.Match, above *cover
 
 // winnerAt is the coverage that takes all of the shape's flows to a destination, nil if there
 // is none or if another policy takes a part of them out that no shape ahead of this one serves.
-func (p *planner) winnerAt(s *shaped, x netip.Prefix, ifID uint32) *coverage {
+func (p *planner) winnerAt(s *shaped, x netip.Prefix, w way) *coverage {
 	var parts []*entry
-	for _, e := range p.applying(ifID, x, false) {
+	for _, e := range p.applying(w, x, false) {
 		all, some := e.takes(s.id.Flows)
 		if !some {
 			continue

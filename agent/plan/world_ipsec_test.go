@@ -50,6 +50,8 @@ func (w *world) route(f *words) error {
 			b.expires = true
 		case "nhid":
 			b.nhid = uint32(f.num())
+		case "resilient":
+			b.resilient = true
 		case "via", "dev":
 			if len(b.hops) == 0 {
 				b.hops = append(b.hops, hop{})
@@ -60,6 +62,9 @@ func (w *world) route(f *words) error {
 			b.hops = append(b.hops, hop{})
 		case "encap": // a lightweight tunnel
 			b.hops[len(b.hops)-1].encap = true
+			if f.is("if_id") { // of type xfrm
+				b.hops[len(b.hops)-1].ifID = uint32(f.num())
+			}
 		case "weight":
 			b.hops[len(b.hops)-1].weight = uint8(f.num())
 		default:
@@ -71,6 +76,7 @@ func (w *world) route(f *words) error {
 	}
 	if b.nhid != 0 {
 		w.objects[b.nhid] = b.ways()
+		w.object(b)
 	}
 	r, err := w.in.ParseRoute(w.markDead(b.bytes()))
 	if err != nil {
@@ -78,6 +84,27 @@ func (w *world) route(f *words) error {
 	}
 	w.fib.Apply(routes.RouteSet{Route: r, Append: true})
 	return nil
+}
+
+// object is the nexthop object of a route, with its members if it is a group.
+func (w *world) object(b routeBytes) {
+	set := func(o *routes.NexthopObject) { w.fib.Apply(routes.NexthopSet{Nexthop: o}) }
+	one := func(id uint32, h hop) {
+		set(&routes.NexthopObject{ID: id, Family: routes.FamilyOf(b.dst.Addr()), Oif: h.oif, Gateway: h.via, Encap: h.encap})
+	}
+	if !b.multi {
+		if len(b.hops) > 0 {
+			one(b.nhid, b.hops[0])
+		}
+		return
+	}
+	group := &routes.NexthopObject{ID: b.nhid, Resilient: b.resilient}
+	for i, h := range b.hops {
+		id := b.nhid*100 + uint32(i)
+		one(id, h)
+		group.Group = append(group.Group, routes.GroupMember{ID: id, Weight: uint16(h.weight)})
+	}
+	set(group)
 }
 
 func protocolOf(f *words) routes.Protocol {
@@ -96,6 +123,7 @@ type hop struct {
 	via    netip.Addr
 	weight uint8
 	encap  bool
+	ifID   uint32
 }
 
 func (h *hop) word(w *world, k string, f *words) {
@@ -118,6 +146,7 @@ type routeBytes struct {
 	mtu, advmss     uint32
 	locked, expires bool
 	nhid            uint32
+	resilient       bool // the nexthop group
 	hops            []hop
 	multi           bool
 }
@@ -192,7 +221,11 @@ func (b *routeBytes) ways() []byte {
 		if h.via.IsValid() {
 			out = append(out, attribute(rtaGateway, h.via.AsSlice())...)
 		}
-		if h.encap {
+		switch {
+		case h.ifID != 0: // LWTUNNEL_ENCAP_XFRM, LWT_XFRM_IF_ID
+			out = append(out, attribute(rtaEncapType, []byte{10, 0})...)
+			out = append(out, attribute(rtaEncap, attribute32(1, h.ifID))...)
+		case h.encap:
 			out = append(out, attribute(rtaEncapType, []byte{1, 0})...)
 			out = append(out, attribute(rtaEncap, nil)...)
 		}

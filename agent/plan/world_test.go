@@ -21,6 +21,7 @@ type world struct {
 	in         routes.Interner
 	features   map[routes.Ifindex]*ethtool.Features
 	forwarding map[routes.Family]bool
+	probed     map[ProbeKey]Probed
 	peers      map[Peer]int // fixed answers, where the lines give some
 	last       map[xfrmwatch.CoverageID]int
 	gone       []xfrmwatch.Coverage
@@ -39,6 +40,7 @@ func newWorld(text string) (*world, error) {
 		features:   map[routes.Ifindex]*ethtool.Features{},
 		forwarding: map[routes.Family]bool{},
 		peers:      map[Peer]int{},
+		probed:     map[ProbeKey]Probed{},
 		last:       map[xfrmwatch.CoverageID]int{},
 		withheld:   map[ShapeID]string{},
 		held:       Held{Holds: map[HoldKey]HoldClaim{}, Locks: map[routes.Key]LockClaim{}},
@@ -120,6 +122,12 @@ func (w *world) line(what string, f *words) error {
 		}
 		w.last[id] = f.num()
 		return f.end()
+	case "probed": // probed KIND ipv4|ipv6 transport|tunnel SUITE [keep] [breaks-udp]
+		k := ProbeKey{Kind: f.next(), Family: map[string]routes.Family{"ipv4": routes.IPv4, "ipv6": routes.IPv6}[f.next()]}
+		k.Mode = map[string]xfrmwatch.Mode{"transport": xfrmwatch.Transport, "tunnel": xfrmwatch.Tunnel}[f.next()]
+		k.SA = f.next()
+		w.probed[k] = Probed{KeepTSO: f.is("keep"), BreaksUDP: f.is("breaks-udp")}
+		return f.end()
 	case "peer": // peer ADDR MTU [mark V/M]: as the kernel answers
 		p := Peer{Addr: f.addr()}
 		mtu := f.num()
@@ -139,6 +147,12 @@ func (w *world) config(f *words) error {
 			w.cfg.Dedicated = Choice(f.next())
 		case "device":
 			w.cfg.Devices = append(w.cfg.Devices, DeviceConfig{Match: f.next(), Dedicated: Choice(f.next())})
+		case "shared_nics":
+			w.cfg.SharedNICs = SharedMode(f.next())
+		case "shared_device":
+			w.cfg.Devices = append(w.cfg.Devices, DeviceConfig{Match: f.next(), SharedNICs: SharedMode(f.next())})
+		case "carrier_mtu":
+			w.cfg.CarrierMTU = CarrierMTU(f.next())
 		case "mtu":
 			w.cfg.MTU = MTUMode(f.next())
 		case "partial":
@@ -158,7 +172,8 @@ func (w *world) config(f *words) error {
 	return f.end()
 }
 
-// link INDEX NAME [mtu N] [kind KIND] [if_id N] [external] [vrf TABLE] [master NAME] [down]
+// link INDEX NAME [mtu N] [kind KIND] [if_id N] [external] [vrf TABLE] [master NAME] [parent NAME]
+// [okey N] [KIND local A remote A [proto N] [key N] [dport N] [mark N] [anymark] [header N]] [down]
 func (w *world) link(f *words) error {
 	l := &routes.Link{Index: routes.Ifindex(f.num()), Name: f.next(), MTU: 1500, Up: true, Running: true, Type: 1}
 	for f.more() {
@@ -177,6 +192,33 @@ func (w *world) link(f *words) error {
 			l.Up, l.Running = false, false
 		case "master":
 			l.Master = w.dev(f)
+		case "parent":
+			l.Parent = w.dev(f)
+		case "okey":
+			l.Encap.Key = uint32(f.num())
+			l.Encap.Mark, l.Encap.HasKey = l.Encap.Key, true
+		case "gre", "gretap", "ipip", "sit", "ip6tnl", "vxlan", "geneve":
+			l.Kind = k
+			l.Encap.Proto = map[string]uint8{"gre": 47, "gretap": 47, "ipip": 4, "sit": 41, "vxlan": 17, "geneve": 17}[k]
+			l.Encap.Header = 24
+		case "local":
+			l.Encap.Local = f.addr()
+			l.Encap.Family = routes.FamilyOf(l.Encap.Local)
+		case "remote":
+			l.Encap.Remote = f.addr()
+			l.Encap.Family = routes.FamilyOf(l.Encap.Remote)
+		case "proto":
+			l.Encap.Proto = f.proto()
+		case "key":
+			l.Encap.Key, l.Encap.HasKey = uint32(f.num()), true
+		case "dport":
+			l.Encap.Dport = f.ports()
+		case "mark":
+			l.Encap.Mark = uint32(f.num())
+		case "anymark":
+			l.Encap.AnyMark = true
+		case "header":
+			l.Encap.Header = f.num()
 		default:
 			f.fail("unknown setting %q", k)
 		}
@@ -299,6 +341,9 @@ func (w *world) clone() *world {
 	n.fib.Apply(routes.ResyncBegin{})
 	for _, l := range w.fib.Links() {
 		n.fib.Apply(routes.LinkSet{Link: l})
+	}
+	for _, o := range w.fib.Nexthops() {
+		n.fib.Apply(routes.NexthopSet{Nexthop: o})
 	}
 	for _, f := range []routes.Family{routes.IPv4, routes.IPv6} {
 		for _, r := range w.fib.Rules(f) {
