@@ -1,5 +1,6 @@
 # make run                builds the agent and starts it on this host (root; MODE=observe only looks)
 # make test               everything that .ci/run checks; as root on a fresh Debian 12 it installs what it needs
+# make test-kernels       scenarios on Debian's stock kernels in QEMU, with real drivers and two processors (a few minutes; root)
 # make demo               the whole story in the test kernel, as a timeline
 # make build              bin/tsoagent and bin/tsoctl
 # make testkernel         the test kernel, if it isn't in the cache (about 5 minutes on 2 processors)
@@ -14,7 +15,7 @@ FUZZTIME ?= 10s
 # belongs to somebody else.
 VCS := $(shell git status >/dev/null 2>&1 && echo auto || echo false)
 
-.PHONY: build run test testkernel demo scenario lint fuzz setup
+.PHONY: build run test test-kernels testkernel demo scenario lint fuzz setup
 
 build:
 	CGO_ENABLED=0 go build -buildvcs=$(VCS) -o bin/ ./cmd/...
@@ -26,6 +27,9 @@ run: build
 
 test:
 	@tools/test
+
+test-kernels:
+	@tools/test-kernels
 
 setup:
 	@tools/install

@@ -244,7 +244,7 @@ func TestEntriesThatCannotBeUsedAreReported(t *testing.T) {
 		{ID: "feature/7/x", Kind: kindHold, Data: []byte(`{"device":7}`)},
 		{ID: "route/1", Kind: kindLock, Data: []byte(`[]`)},
 		{ID: "mtu/1", Kind: kindMTU, Data: []byte(`"x"`)},
-		{ID: "lane/7", Kind: "lane", Data: []byte(`{}`)},
+		{ID: "lane/7", Kind: "charm", Data: []byte(`{}`)},
 	}})
 	w.start()
 	w.quiet("nothing can be trusted")
@@ -255,6 +255,31 @@ func TestEntriesThatCannotBeUsedAreReported(t *testing.T) {
 }
 
 // The index of a device that is gone can be given to another one.
+// TestHoldGoesWithARenamedDevice: without a permanent address its name tells it from another one.
+func TestHoldGoesWithARenamedDevice(t *testing.T) {
+	w := coveredWorld(t)
+	l := *w.kernel.Link(ipsec1)
+	l.Name = "vpn0"
+	w.rename(&l)
+	w.routing(routes.LinkSet{Link: &l})
+	w.settle()
+	w.took()
+	w.crash(dedicatedOff())
+	w.start(tunnelPolicy, tunnelSA)
+	if ops := w.took(); len(ops) > 0 {
+		t.Errorf("written:\n%s", strings.Join(ops, "\n"))
+	}
+	if h := w.hold(tso); h.State != StateInPlace || h.Device != "vpn0" {
+		t.Errorf("the report says %+v", h)
+	}
+	w.dumpXFRM()
+	w.settle()
+	w.advance(time.Minute)
+	if off := w.held(ipsec1); off != "" {
+		t.Errorf("not given back under its new name: %q", off)
+	}
+}
+
 func TestHoldOfAnotherDeviceIsDropped(t *testing.T) {
 	var cfg Config
 	cfg.Plan.Dedicated = "off"
@@ -278,9 +303,9 @@ func TestHoldOfAnotherDeviceIsDropped(t *testing.T) {
 					t.Fatalf("off on nic1: %q", w.held(2))
 				}
 			}
+			w.crash(cfg)
 			w.rename(c.link)
 			w.routing(routes.LinkSet{Link: c.link})
-			w.crash(cfg)
 			w.start()
 			w.advance(time.Minute)
 			if c.dropped {

@@ -29,6 +29,7 @@ import (
 	"tsoagent/agent/netns"
 	"tsoagent/agent/plan"
 	"tsoagent/ethtool"
+	"tsoagent/lane"
 	"tsoagent/routes"
 )
 
@@ -60,13 +61,21 @@ type Agent struct {
 	forwards *forwarding
 	rt       routeTable
 	et       featureClient
+	links    linkTable                  // nil where no MTU of a device is ever set
+	openNFT  func() (clampTable, error) // nil where nothing is ever clamped
+	nft      clampTable                 // nil until it is needed
+	lanes    laneClient                 // nil where none can be made, for the reason noLanes
+	noLanes  string
 	journal  book
 	closers  []func() error
 	findings []string // what the journal's recovery had to say
 	probed   map[plan.ProbeKey]plan.Probed
+	// probeFinding is why a probe's result can't be used, empty if it can or there is none.
+	probeFinding string
 
 	goal  goal
 	once  bool // stop when the goal is reached
+	again bool // something has to be looked at once more
 	st    *state
 	lastP *plan.Plan
 	stats Counters
@@ -227,19 +236,26 @@ func newAgent(cfg Config, log *slog.Logger, version string) *Agent {
 }
 
 func (a *Agent) dial() error {
+	a.readProbed()
 	err := a.in(func() error {
 		rt, err := routes.OpenTable()
 		if err != nil {
 			return fmt.Errorf("agent: %w", err)
 		}
 		a.closers = append(a.closers, rt.Close)
-		a.rt = rt
+		a.rt, a.links, a.openNFT = rt, rt, openClamps
 		et, err := ethtool.Dial()
 		if err != nil {
 			return fmt.Errorf("agent: %w", err)
 		}
 		a.closers = append(a.closers, et.Close)
 		a.et = et
+		if lanes, err := lane.Dial(); err != nil {
+			a.noLanes = err.Error()
+		} else {
+			a.closers = append(a.closers, lanes.Close)
+			a.lanes = lanes
+		}
 		a.forwards = openForwarding()
 		a.closers = append(a.closers, a.forwards.Close)
 		return nil
@@ -279,6 +295,8 @@ func (a *Agent) Run(ctx context.Context) error {
 	defer a.inbox.close()
 	defer cancel()
 	failed := make(chan error, 1)
+	wg.Go(func() { a.watchClamps(watch) })
+	wg.Go(func() { a.watchLanes(watch) })
 	wg.Go(func() {
 		if err := a.sources.run(watch, a.inbox); err != nil && watch.Err() == nil {
 			failed <- err
@@ -307,7 +325,7 @@ func (a *Agent) loop(ctx context.Context, failed <-chan error) error {
 			letGo := errors.Is(context.Cause(ctx), errLetGo)
 			if a.lastP == nil && !letGo {
 				// Not even read yet: this run has written nothing.
-				if n := len(a.st.holds) + len(a.st.locks); n > 0 {
+				if n := len(a.st.holds) + len(a.st.locks) + len(a.st.lanes.booked); n > 0 {
 					return fmt.Errorf("agent: stopped before the kernel's state was read: %d holds and locks of an earlier run are still in place; run `tsoctl restore`", n)
 				}
 				return nil
@@ -329,6 +347,7 @@ func (a *Agent) loop(ctx context.Context, failed <-chan error) error {
 			continue
 		case <-resync.C:
 			a.sources.resync()
+			a.readProbed()
 			resync.Reset(a.resyncIn())
 			continue
 		case <-a.inbox.signal:

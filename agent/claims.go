@@ -188,6 +188,16 @@ func (a *Agent) adoptEntry(e journal.Entry) error {
 			return err
 		}
 		a.st.adopted = append(a.st.adopted, m)
+	case kindClamp:
+		a.st.clamps.booked = true
+	case kindLane:
+		var l laneRecord
+		if err := json.Unmarshal(e.Data, &l); err != nil {
+			return err
+		}
+		a.st.lanes.booked[l.Index] = true
+	case kindDeviceMTU:
+		return a.adoptMTU(e)
 	default:
 		return fmt.Errorf("unknown kind %q", e.Kind)
 	}

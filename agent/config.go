@@ -19,6 +19,7 @@ import (
 
 	"go.yaml.in/yaml/v3"
 
+	"tsoagent/agent/netns"
 	"tsoagent/agent/plan"
 	"tsoagent/ethtool"
 	"tsoagent/routes"
@@ -65,6 +66,8 @@ type Config struct {
 	OnStop OnStop `yaml:"on_stop"`
 	// ResyncEvery is how often all sources are read again, spread out by a tenth.
 	ResyncEvery Duration `yaml:"resync_every"`
+	// Namespaces are those that are followed, each by an agent of its own.
+	Namespaces Namespaces `yaml:"namespaces"`
 	// Plan is what decisions depend on. Its keys stand at the top level of the file.
 	Plan plan.Config `yaml:",inline"`
 }
@@ -105,6 +108,9 @@ func (c Config) WithDefaults() Config {
 	}
 	if c.ResyncEvery == 0 {
 		c.ResyncEvery = Duration(15 * time.Minute)
+	}
+	if len(c.Namespaces) == 0 {
+		c.Namespaces = Namespaces{netns.Host}
 	}
 	c.Plan = c.Plan.WithDefaults()
 	return c
@@ -285,6 +291,7 @@ func (c Config) Validate() []Wrong {
 	atLeast("presume_mtu", p.PresumeMTU, 576)
 	atLeast("max_clones_per_coverage", p.MaxClonesPerCoverage, 1)
 	atLeast("max_clones", p.MaxClones, 1)
+	out = append(out, c.Namespaces.wrong()...)
 	if c.RestoreAfter < 0 {
 		wrong("restore_after", "a negative duration")
 	}

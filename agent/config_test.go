@@ -58,6 +58,10 @@ func TestReadConfigTellsEveryMistakeWithItsPlace(t *testing.T) {
 		"duration without unit":   {"restore_after: 10\n", []string{`c.yaml:1: "10" is no duration with a unit such as 1s`}},
 		"duration too large":      {"restore_after: 99999999999h\n", []string{`c.yaml:1: "99999999999h" is no duration …`}},
 		"negative duration":       {"restore_after: -1s\n", []string{"c.yaml:1: restore_after: a negative duration"}},
+		"one namespace":           {"mode: observe\nnamespaces: blue\n", []string{`c.yaml:2: namespaces: "blue" is neither all nor a list such as [host, blue]`}},
+		"namespaces as a mapping": {"namespaces: {host: 1}\n", []string{"c.yaml:1: namespaces: not all, and not a list"}},
+		"no namespace":            {"namespaces:\n- host\n- a/b\n- pid:x\n- [c]\n", []string{"c.yaml:5: a list is not a text"}},
+		"names of namespaces":     {"namespaces:\n- host\n- a/b\n- pid:x\n- ''\n", []string{`c.yaml:3: namespaces: entry 2: "a/b" is neither a name in /run/netns nor an absolute path`, `c.yaml:4: namespaces: entry 3: "x" is no process number`, `c.yaml:5: namespaces: entry 4: an empty name`}},
 		"negative resync":         {"resync_every: -5m\n", []string{"c.yaml:1: resync_every: less than 1m"}},
 		"zero is not the default": {"restore_after: 0s\n", []string{`c.yaml:1: "0s" is no duration above 0`}},
 		"relative run_dir":        {"run_dir: run/x\n", []string{"c.yaml:1: run_dir: not an absolute path"}},
@@ -119,6 +123,7 @@ func checkPrintable(t *testing.T, s string) {
 func TestReadConfigDefaults(t *testing.T) {
 	want := Config{
 		Mode: Enforce, RunDir: "/run/tsoagent", StateDir: "/var/lib/tsoagent", RestoreAfter: Duration(time.Second), OnStop: RestoreOnStop, ResyncEvery: Duration(15 * time.Minute),
+		Namespaces: Namespaces{"host"},
 		Plan: plan.Config{
 			Dedicated: plan.Auto, SharedNICs: plan.SharedKeep, CarrierMTU: plan.CarrierRoute, MTU: plan.MTULock, Partial: plan.PartialTable, SourceLess: plan.Serve, Table: 5450, Protocol: 84,
 			Features:             []ethtool.Feature{ethtool.TCPSegmentation, ethtool.TCPECNSegmentation, ethtool.TCP6Segmentation},
@@ -153,6 +158,7 @@ state_dir: /var/x
 restore_after: 2s
 on_stop: keep
 resync_every: 1h
+namespaces: [host, blue, /proc/1/ns/net, pid:7]
 dedicated: keep
 devices:
   - {match: "ipsec*", dedicated: "off"}
@@ -174,6 +180,7 @@ max_clones: 6
 	}
 	want := Config{
 		Mode: Observe, RunDir: "/run/x", StateDir: "/var/x", RestoreAfter: Duration(2 * time.Second), OnStop: KeepOnStop, ResyncEvery: Duration(time.Hour),
+		Namespaces: Namespaces{"host", "blue", "/proc/1/ns/net", "pid:7"},
 		Plan: plan.Config{
 			Dedicated: plan.Keep, Devices: []plan.DeviceConfig{{Match: "ipsec*", Dedicated: plan.Off}, {Match: "eth0", Dedicated: plan.Auto, SharedNICs: plan.SharedLane, Features: []ethtool.Feature{ethtool.TCPSegmentation}}},
 			SharedNICs: plan.SharedOff, CarrierMTU: plan.CarrierDevice,

@@ -21,13 +21,23 @@ import (
 //
 //	GET /v1/report             the newest Report; 503 while the agent still reads the kernel
 //	GET /v1/explain?dst=…      an Explanation; 400 for a wrong query
+//	GET /v1/namespaces         all that are followed, or are to be, a list of NamespaceReport
 //
+// With netns=NAME the first two are about that namespace; 404 if it is not followed.
 // Errors are {"error": "…"}. Who may connect is up to the socket's mode, 0660.
 
 // Serve answers on the control socket until the context ends. A socket that a dead agent left
 // is taken over: the journal's lock says that no other agent runs.
 func (a *Agent) Serve(ctx context.Context) error {
-	path := SocketPath(a.cfg.RunDir)
+	return serve(ctx, SocketPath(a.cfg.RunDir), handler(a))
+}
+
+// Serve answers on the control socket for all namespaces, as Agent.Serve does for one.
+func (f *Fleet) Serve(ctx context.Context) error {
+	return serve(ctx, SocketPath(f.cfg.RunDir), handler(f))
+}
+
+func serve(ctx context.Context, path string, h http.Handler) error {
 	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return fmt.Errorf("agent: take over the control socket: %w", err)
 	}
@@ -39,7 +49,7 @@ func (a *Agent) Serve(ctx context.Context) error {
 		return errors.Join(fmt.Errorf("agent: set the mode of the control socket: %w", err), l.Close())
 	}
 	srv := &http.Server{
-		Handler: a.handler(), ReadHeaderTimeout: 2 * time.Second, ReadTimeout: 5 * time.Second,
+		Handler: h, ReadHeaderTimeout: 2 * time.Second, ReadTimeout: 5 * time.Second,
 		WriteTimeout: 30 * time.Second, IdleTimeout: 30 * time.Second, MaxHeaderBytes: 8 << 10,
 	}
 	stop := context.AfterFunc(ctx, func() { _ = srv.Close() })
@@ -50,19 +60,28 @@ func (a *Agent) Serve(ctx context.Context) error {
 	return nil
 }
 
-func (a *Agent) handler() http.Handler {
+func handler(s served) http.Handler {
 	mux := http.NewServeMux()
-	mux.HandleFunc("GET /v1/report", func(w http.ResponseWriter, _ *http.Request) {
-		if r := a.Report(); r != nil {
-			answerJSON(w, http.StatusOK, r)
+	mux.HandleFunc("GET /v1/report", func(w http.ResponseWriter, r *http.Request) {
+		rep, err := s.reportOf(r.URL.Query().Get("netns"))
+		if err != nil {
+			answerError(w, statusOf(err), err)
 			return
 		}
-		answerError(w, http.StatusServiceUnavailable, errNotReady)
+		answerJSON(w, http.StatusOK, rep)
+	})
+	mux.HandleFunc("GET /v1/namespaces", func(w http.ResponseWriter, _ *http.Request) {
+		answerJSON(w, http.StatusOK, s.namespaces())
 	})
 	mux.HandleFunc("GET /v1/explain", func(w http.ResponseWriter, r *http.Request) {
 		q, err := questionFrom(r.URL.Query())
 		if err != nil {
 			answerError(w, http.StatusBadRequest, err)
+			return
+		}
+		a, err := s.agentOf(r.URL.Query().Get("netns"))
+		if err != nil {
+			answerError(w, statusOf(err), err)
 			return
 		}
 		var e *Explanation
@@ -83,19 +102,27 @@ func (a *Agent) handler() http.Handler {
 		}
 		answerJSON(w, http.StatusOK, e)
 	})
-	for _, path := range []string{"/v1/report", "/v1/explain"} {
+	for _, path := range []string{"/v1/report", "/v1/explain", "/v1/namespaces"} {
 		mux.HandleFunc(path, func(w http.ResponseWriter, r *http.Request) {
 			w.Header().Set("Allow", "GET, HEAD")
 			answerError(w, http.StatusMethodNotAllowed, fmt.Errorf("%s takes GET, not %s", path, r.Method))
 		})
 	}
 	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
-		answerError(w, http.StatusNotFound, fmt.Errorf("there is no %q; this agent has /v1/report and /v1/explain", r.URL.Path))
+		answerError(w, http.StatusNotFound, fmt.Errorf("there is no %q; this agent has /v1/report, /v1/explain and /v1/namespaces", r.URL.Path))
 	})
 	return mux
 }
 
 var errNotReady = errors.New("the agent is still reading the kernel's state; try again in a moment")
+
+// statusOf is the HTTP status for what is said of a namespace.
+func statusOf(err error) int {
+	if errors.Is(err, errNotReady) {
+		return http.StatusServiceUnavailable
+	}
+	return http.StatusNotFound
+}
 
 func answerJSON(w http.ResponseWriter, code int, v any) {
 	w.Header().Set("Content-Type", "application/json")
@@ -129,16 +156,38 @@ func NewClient(runDir string) *Client {
 	return c
 }
 
-// Report asks for the newest report.
-func (c *Client) Report(ctx context.Context) (*Report, error) {
+// Report asks for the newest report of the namespace that the agent was started in.
+func (c *Client) Report(ctx context.Context) (*Report, error) { return c.ReportIn(ctx, "") }
+
+// ReportIn asks for the newest report of a namespace, by any of the names that the agent knows.
+func (c *Client) ReportIn(ctx context.Context, netns string) (*Report, error) {
 	r := new(Report)
-	return r, c.get(ctx, "/v1/report", nil, r)
+	return r, c.get(ctx, "/v1/report", inNetns(url.Values{}, netns), r)
 }
 
-// Explain asks what happens to a flow.
+// Namespaces asks for all that are followed, or are to be.
+func (c *Client) Namespaces(ctx context.Context) ([]NamespaceReport, error) {
+	var list []NamespaceReport
+	err := c.get(ctx, "/v1/namespaces", nil, &list)
+	return list, err
+}
+
+// Explain asks what happens to a flow in the namespace that the agent was started in.
 func (c *Client) Explain(ctx context.Context, q Question) (*Explanation, error) {
+	return c.ExplainIn(ctx, "", q)
+}
+
+// ExplainIn is Explain in a namespace, by any of the names that the agent knows.
+func (c *Client) ExplainIn(ctx context.Context, netns string, q Question) (*Explanation, error) {
 	e := new(Explanation)
-	return e, c.get(ctx, "/v1/explain", q.values(), e)
+	return e, c.get(ctx, "/v1/explain", inNetns(q.values(), netns), e)
+}
+
+func inNetns(v url.Values, netns string) url.Values {
+	if netns != "" {
+		v.Set("netns", netns)
+	}
+	return v
 }
 
 func (c *Client) get(ctx context.Context, path string, query url.Values, into any) error {

@@ -15,9 +15,12 @@ func (a *Agent) enforce(pl *plan.Plan, s *plan.Steps, now time.Time) bool {
 	a.setLocks(s.Locks, now)
 	a.setHolds(s.Holds, false, now)
 	a.setHolds(s.Retaken, true, now)
+	stale := a.st.db.Stale() || a.st.fib.Stale()
+	a.setLanes(pl, stale, now)
 	a.dropTables(s)
 	a.unlock(s.Unlocks)
 	a.unhold(pl, s.Unholds, now)
+	a.takeLanes(pl, stale, now)
 	a.forget(s)
 	a.forgiveHolds(pl)
 	if len(a.st.inflight) > 0 {

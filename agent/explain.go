@@ -3,6 +3,7 @@ package agent
 import (
 	"fmt"
 	"slices"
+	"strings"
 
 	"tsoagent/agent/plan"
 	"tsoagent/routes"
@@ -78,8 +79,13 @@ func (a *Agent) explain(q Question) (*Explanation, error) {
 	var ifID uint32
 	if l := a.st.fib.Link(ans.Oif); l != nil {
 		e.Device, e.DeviceMTU = l.Name, l.MTU
-		if l.Kind == "xfrm" {
+		switch {
+		case l.Kind == "xfrm" && l.External:
+			e.note(l.Name + " is in external mode: each packet, or its route, names the if_id of its policies")
+		case l.Kind == "xfrm":
 			ifID = l.IfID
+		case l.Kind == "vti", l.Kind == "vti6":
+			q.Mark = l.Encap.Key // vti_xmit looks up with its okey as mark
 		}
 	}
 	if !src.IsValid() {
@@ -91,6 +97,9 @@ func (a *Agent) explain(q Question) (*Explanation, error) {
 		e.Losers = append(e.Losers, fmt.Sprintf("policy %d priority %d %s", p.Index, p.Priority, selectorText(p.Selector)))
 	}
 	if win == nil {
+		if a.explainTunnel(e, ans.Oif) {
+			return e, nil
+		}
 		if a.st.db.Default().Out == xfrmwatch.Block {
 			e.Action = "block"
 			e.note("no policy matches, and the default action for output is block: the flow is dropped")
@@ -138,13 +147,9 @@ func (a *Agent) explainPolicy(e *Explanation, q Question, p *xfrmwatch.Policy) {
 			continue
 		}
 		status := a.cost(e, c)
-		for i, v := range a.lastP.Verdicts {
-			if v.ID == c.ID && v.Key == nil {
-				r := coverageReports(&plan.Plan{Verdicts: a.lastP.Verdicts[i : i+1]})[0]
-				e.Coverage = &r
-				for _, n := range r.Notes {
-					e.note(n)
-				}
+		if e.Coverage = a.verdictOf(c.ID); e.Coverage != nil {
+			for _, n := range e.Coverage.Notes {
+				e.note(n)
 			}
 		}
 		if e.Coverage == nil && status != xfrmwatch.MTUKnown {
@@ -154,6 +159,70 @@ func (a *Agent) explainPolicy(e *Explanation, q Question, p *xfrmwatch.Policy) {
 	}
 }
 
+// explainTunnel explains a flow that no policy takes itself, but whose tunnel's outer packets are
+// covered. It is false if the device is no such tunnel.
+func (a *Agent) explainTunnel(e *Explanation, oif routes.Ifindex) bool {
+	i := slices.IndexFunc(a.lastP.Tunnels, func(t plan.Tunnel) bool { return t.Index == oif })
+	if i < 0 {
+		return false
+	}
+	t := a.lastP.Tunnels[i]
+	e.Action = "ipsec"
+	e.note(fmt.Sprintf("%s wraps them: it is its outer packets that the policy takes", e.Device))
+	for _, id := range t.Own {
+		p, ok := a.st.db.Policy(id.Policy)
+		if !ok {
+			continue
+		}
+		e.Policy, e.Selector = uint32(p.Index), selectorText(p.Selector)
+		e.Coverage = a.verdictOf(id)
+		for _, c := range a.st.db.Coverage(p) {
+			if c.ID == id {
+				a.itemise(e, c, t.Path)
+			}
+		}
+		break
+	}
+	if t.MTU > 0 {
+		e.Costs = append([]StepCost{{
+			Template: e.Device, SA: tunnelEnds(t.Encap), MTU: t.MTU + t.Encap.Header,
+			Items: []CostItem{{"outer headers", t.Encap.Header}}, Inner: t.MTU,
+		}}, e.Costs...)
+		e.setMTU(t.MTU, e.Dst)
+	}
+	return true
+}
+
+func tunnelEnds(e routes.Encap) string {
+	ends := "any"
+	if e.Remote.IsValid() {
+		ends = e.Remote.String()
+	}
+	if e.Local.IsValid() {
+		ends += " from " + e.Local.String()
+	}
+	return ends
+}
+
+// verdictOf is the report of a coverage, nil if the last plan has none.
+func (a *Agent) verdictOf(id xfrmwatch.CoverageID) *CoverageReport {
+	for i, v := range a.lastP.Verdicts {
+		if v.ID == id && v.Key == nil {
+			return &coverageReports(&plan.Plan{Verdicts: a.lastP.Verdicts[i : i+1]})[0]
+		}
+	}
+	return nil
+}
+
+// setMTU says what MTU a flow to the destination has, and what TCP has of it without options.
+func (e *Explanation) setMTU(mtu int, dst string) {
+	header := 40
+	if strings.Contains(dst, ":") {
+		header = 60
+	}
+	e.MTU, e.MSS = mtu, mtu-header
+}
+
 // note adds a sentence once.
 func (e *Explanation) note(text string) {
 	if !slices.Contains(e.Notes, text) {
@@ -161,27 +230,31 @@ func (e *Explanation) note(text string) {
 	}
 }
 
-// cost itemises the coverage's transformations, with the SA that the kernel uses first.
+// cost itemises the coverage's transformations, and says what they leave of the route.
 func (a *Agent) cost(e *Explanation, c xfrmwatch.Coverage) xfrmwatch.MTUStatus {
-	route := e.DeviceMTU
-	path := func(sa *xfrmwatch.SA) (int, bool) {
-		peer := plan.PeerOf(sa)
-		mtu := a.peers([]plan.Peer{peer})[peer].MTU
-		return mtu, mtu > 0
+	mtu, status := c.MTU(a.peerMTU, e.DeviceMTU)
+	if status == xfrmwatch.MTUKnown {
+		e.setMTU(mtu, e.Dst)
+		a.itemise(e, c, e.DeviceMTU)
 	}
-	mtu, status := c.MTU(path, route)
-	if status != xfrmwatch.MTUKnown {
-		return status
+	return status
+}
+
+func (a *Agent) peerMTU(sa *xfrmwatch.SA) (int, bool) {
+	peer := plan.PeerOf(sa)
+	mtu := a.peers([]plan.Peer{peer})[peer].MTU
+	return mtu, mtu > 0
+}
+
+// itemise adds what a coverage's transformations take from the path of the flow that the policy
+// takes, with the SA that the kernel uses first.
+func (a *Agent) itemise(e *Explanation, c xfrmwatch.Coverage, path int) {
+	if len(c.Steps) == 0 {
+		return
 	}
-	e.MTU = mtu
-	header := 40
-	if c.Selector.Family == xfrmwatch.IPv6 {
-		header = 60
-	}
-	e.MSS = mtu - header
-	outer := route
+	outer := path
 	if last := c.Steps[len(c.Steps)-1]; last.Template.Mode == xfrmwatch.Tunnel {
-		if m, ok := path(last.SAs[0]); ok {
+		if m, ok := a.peerMTU(last.SAs[0]); ok {
 			outer = m
 		}
 	}
@@ -190,7 +263,7 @@ func (a *Agent) cost(e *Explanation, c xfrmwatch.Coverage) xfrmwatch.MTUStatus {
 		items, inner, err := sa.Costs(outer)
 		if err != nil {
 			e.note(err.Error())
-			return status
+			return
 		}
 		s := StepCost{
 			Template: fmt.Sprintf("%s %s", protoName(sa.Proto), modeName(sa.Mode)),
@@ -202,7 +275,6 @@ func (a *Agent) cost(e *Explanation, c xfrmwatch.Coverage) xfrmwatch.MTUStatus {
 		e.Costs = append([]StepCost{s}, e.Costs...)
 		outer = inner
 	}
-	return status
 }
 
 func selectorText(s xfrmwatch.Selector) string {

@@ -4,6 +4,7 @@ import (
 	"sync"
 
 	"tsoagent/ethtool"
+	"tsoagent/l2tp"
 	"tsoagent/routes"
 	"tsoagent/sockopt"
 	"tsoagent/xfrmwatch"
@@ -15,9 +16,12 @@ type batch struct {
 	routes   []routes.Event
 	features []ethtool.Event
 	keys     []sockopt.Event
+	l2tp     []l2tp.Event
 }
 
-func (b batch) len() int { return len(b.xfrm) + len(b.routes) + len(b.features) + len(b.keys) }
+func (b batch) len() int {
+	return len(b.xfrm) + len(b.routes) + len(b.features) + len(b.keys) + len(b.l2tp)
+}
 
 // inbox carries events from the watchers to the loop. It is bounded: a watcher that finds it
 // full waits, and further events wait in the kernel's own buffer. It is safe for concurrent use.

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"tsoagent/agent/journal"
+	"tsoagent/agent/netns"
 )
 
 // onceWithin bounds how long a look at the kernel may take: a full BGP table is read in seconds.
@@ -18,22 +19,15 @@ const onceWithin = 2 * time.Minute
 // an agent with this configuration would want. With fn, it also calls it with what answers
 // questions on that state.
 func Look(ctx context.Context, cfg Config, log *slog.Logger, version string, fn func(explain func(Question) (*Explanation, error)) error) (*Report, error) {
+	return LookIn(ctx, netns.Host, cfg, log, version, fn)
+}
+
+// LookIn is Look in a namespace, which is named as in a configuration.
+func LookIn(ctx context.Context, spec string, cfg Config, log *slog.Logger, version string, fn func(explain func(Question) (*Explanation, error)) error) (*Report, error) {
 	cfg.Mode = Observe
-	a := newAgent(cfg, log, version)
-	if err := checkCapabilities(); err != nil {
+	a, err := newAgentIn(spec, cfg, log, version, (*Agent).openToLook)
+	if err != nil {
 		return nil, err
-	}
-	if scope, err := journal.ReadScope(); err == nil {
-		// Without its journal, a lock of ours would look like its owner's.
-		if found, err := journal.Read(a.cfg.RunDir, scope); err == nil {
-			a.adopt(found)
-		} else if !errors.Is(err, os.ErrNotExist) {
-			a.findings = append(a.findings, err.Error())
-		}
-	}
-	a.journal = readOnly{}
-	if err := a.dial(); err != nil {
-		return nil, errors.Join(err, a.Close())
 	}
 	defer a.Close()
 	a.once = true
@@ -43,11 +37,28 @@ func Look(ctx context.Context, cfg Config, log *slog.Logger, version string, fn 
 		return nil, err
 	}
 	r := *a.Report()
-	r.Live, r.PID = false, 0
+	r.Live, r.PID, r.Netns = false, 0, a.name
 	if fn != nil {
 		return &r, fn(a.explain)
 	}
 	return &r, nil
+}
+
+// openToLook is open for one who writes nothing.
+func (a *Agent) openToLook() error {
+	if err := checkCapabilities(); err != nil {
+		return err
+	}
+	if scope, err := a.scope(); err == nil {
+		// Without its journal, a lock of ours would look like its owner's.
+		if found, err := journal.Read(a.dir, scope); err == nil {
+			a.adopt(found)
+		} else if !errors.Is(err, os.ErrNotExist) {
+			a.findings = append(a.findings, err.Error())
+		}
+	}
+	a.journal = readOnly{}
+	return a.dial()
 }
 
 // readOnly is the journal of a look: nothing is ever written.
@@ -64,7 +75,7 @@ func (readOnly) Remove(...string) error { return nil }
 // Entries is empty.
 func (readOnly) Entries() []journal.Entry { return nil }
 
-// LeftOver counts the holds and locks that the journal in a run directory remembers, and tells
+// LeftOver counts the holds and locks that the journals in a run directory remember, and tells
 // whether there may be rules and clones. With no agent running they are what one that was
 // killed has left.
 func LeftOver(runDir string) (holds, locks int, tables bool) {
@@ -72,17 +83,23 @@ func LeftOver(runDir string) (holds, locks int, tables bool) {
 	if err != nil {
 		return 0, 0, false
 	}
-	found, err := journal.Read(runDir, scope)
-	if err != nil {
-		return 0, 0, false
+	entries := []journal.Entry{}
+	if found, err := journal.Read(runDir, scope); err == nil {
+		entries = found.Entries
 	}
-	for _, e := range found.Entries {
+	cookies, _ := knownNamespaces(runDir)
+	for _, c := range cookies {
+		if found, err := journal.Read(cookieDir(runDir, c), journal.Scope{BootID: scope.BootID, NetnsCookie: c}); err == nil {
+			entries = append(entries, found.Entries...)
+		}
+	}
+	for _, e := range entries {
 		switch e.Kind {
-		case kindHold:
+		case kindHold, kindLane:
 			holds++
-		case kindLock:
+		case kindLock, kindDeviceMTU:
 			locks++
-		case kindTables:
+		case kindTables, kindClamp:
 			tables = true
 		}
 	}
@@ -91,6 +108,7 @@ func LeftOver(runDir string) (holds, locks int, tables bool) {
 
 // Restored says what Restore did.
 type Restored struct {
+	Netns    string   `json:"netns,omitempty"` // the namespace, none for the host's
 	Holds    int      `json:"holds"`
 	Locks    int      `json:"locks"`
 	Rules    int      `json:"rules"`
@@ -98,23 +116,43 @@ type Restored struct {
 	Actions  uint64   `json:"actions"`
 	Failed   uint64   `json:"failed"`
 	Findings []string `json:"findings"`
+	// DeviceMTUs are devices that got their own MTU back, Clamps the intervals of destinations
+	// that are no longer clamped.
+	DeviceMTUs int `json:"device_mtus,omitempty"`
+	Clamps     int `json:"clamps,omitempty"`
+	// Lanes were taken away.
+	Lanes int `json:"lanes,omitempty"`
+	// Namespaces are the others, by RestoreAll.
+	Namespaces []Restored `json:"namespaces,omitempty"`
 }
 
 // Restore undoes what an agent that is gone has left, from the journal and by the numbers of
 // its tables, rules and routes. With stale, only what can go stale goes: rules and clones. It
 // fails with ErrRunning while an agent runs.
 func Restore(ctx context.Context, cfg Config, log *slog.Logger, version string, stale bool) (*Restored, error) {
+	return RestoreIn(ctx, netns.Host, cfg, log, version, stale)
+}
+
+// RestoreIn is Restore in a namespace, which is named as in a configuration.
+func RestoreIn(ctx context.Context, spec string, cfg Config, log *slog.Logger, version string, stale bool) (*Restored, error) {
 	cfg.Mode = Enforce
-	a, err := New(cfg, log, version)
+	a, err := newAgentIn(spec, cfg, log, version, (*Agent).open)
 	if err != nil {
 		return nil, err
 	}
-	defer a.Close()
+	out, err := a.restore(ctx, stale)
+	if err == nil {
+		a.tidy()
+	}
+	return out, errors.Join(err, a.Close())
+}
+
+func (a *Agent) restore(ctx context.Context, stale bool) (*Restored, error) {
 	a.once, a.goal = true, restoreAll
 	if stale {
 		a.goal = restoreStale
 	}
-	out := &Restored{Holds: len(a.st.holds), Locks: len(a.st.locks)}
+	out := &Restored{Netns: a.name, Holds: len(a.st.holds), Locks: len(a.st.locks)}
 	if stale {
 		out.Holds, out.Locks = 0, 0
 	}
@@ -124,6 +162,8 @@ func Restore(ctx context.Context, cfg Config, log *slog.Logger, version string, 
 		return nil, fmt.Errorf("agent: restore: %w", err)
 	}
 	out.Rules, out.Clones = a.dropped.rules, a.dropped.clones
+	out.DeviceMTUs, out.Clamps = a.st.mtusGiven, a.st.clamps.deleted
+	out.Lanes = a.st.lanes.removed
 	out.Actions, out.Failed, out.Findings = a.stats.Actions, a.stats.Failed, list(a.findings)
 	return out, nil
 }

@@ -42,6 +42,18 @@ type Report struct {
 	Findings  []string         `json:"findings"`
 	Counters  Counters         `json:"counters"`
 	Sources   []SourceReport   `json:"sources"`
+	// Lanes are the NICs whose covered flows take a lane (shared_nics: lane).
+	Lanes []LaneReport `json:"lanes,omitempty"`
+	// Clamps are the destinations of forwarded connections with a smaller MSS (partial: clamp).
+	Clamps []ClampReport `json:"clamps,omitempty"`
+	// DeviceMTUs are the carriers whose own MTU is set (carrier_mtu: device).
+	DeviceMTUs []DeviceMTUReport `json:"device_mtus,omitempty"`
+	// Netns is how the namespace is called, empty for the one that the agent was started in.
+	Netns string `json:"netns,omitempty"`
+	// NotFollowed says that the configuration leaves the latter out.
+	NotFollowed bool `json:"not_followed,omitempty"`
+	// Namespaces are all that the agent follows, or is to follow, in the report of that one.
+	Namespaces []NamespaceReport `json:"namespaces,omitempty"`
 }
 
 // SourceReport counts what a source of events brought since it was dialled.
@@ -69,7 +81,7 @@ type CoverageReport struct {
 	Maybe    bool     `json:"maybe,omitempty"`
 	Gone     bool     `json:"gone,omitempty"`
 	MTU      int      `json:"mtu"` // bytes, 0 while it is not known
-	Cut      string   `json:"cut"` // socket, device or none
+	Cut      string   `json:"cut"` // socket, device, lane, nic or none
 	Carriers []string `json:"carriers"`
 	Held     []string `json:"held"`
 	Locked   []string `json:"locked"`
@@ -136,13 +148,15 @@ func (a *Agent) publish(pl *plan.Plan, s *plan.Steps, now time.Time) {
 		Links: len(a.st.fib.Links()), Routes: a.st.fib.Len(),
 		Policies: a.st.db.PolicyCount(), SAs: a.st.db.SACount(),
 		Coverages: coverageReports(pl), Holds: a.holdReports(pl), Locks: a.lockReports(pl, s),
-		Findings: list(slices.Concat(a.findings, a.conflicts(now))), Counters: a.stats,
+		Findings: list(slices.Concat(a.findings, a.probeFindings(), a.conflicts(now), a.clampConflicts(now))), Counters: a.stats,
 		Rules: []RuleReport{}, Clones: []CloneReport{}, Sources: []SourceReport{},
+		Clamps: a.clampReports(pl), Lanes: a.laneReports(pl, now), DeviceMTUs: a.mtuReports(pl),
 	}
 	if a.sources != nil {
 		r.Sources = a.sources.stats()
 	}
 	noteHolds(r)
+	noteLanes(r)
 	a.tableReports(r, pl, s)
 	a.report.Store(r)
 }
@@ -265,7 +279,7 @@ func (a *Agent) holdReports(pl *plan.Plan) []HoldReport {
 	for _, h := range pl.Holds {
 		k := plan.HoldKey{Index: h.Device.Index, Feature: h.Feature}
 		wanted[k] = true
-		r := HoldReport{Device: h.Device.Name, Index: int32(k.Index), Feature: string(k.Feature), State: StateWanted}
+		r := HoldReport{Device: h.Device.Name, Index: int32(k.Index), Feature: string(k.Feature), State: StateWanted, Why: h.Why, Because: []string{}}
 		for _, id := range h.Because {
 			r.Because = append(r.Because, ids1(id))
 		}

@@ -8,6 +8,7 @@ import (
 	"tsoagent/agent/journal"
 	"tsoagent/agent/plan"
 	"tsoagent/ethtool"
+	"tsoagent/l2tp"
 	"tsoagent/routes"
 	"tsoagent/sockopt"
 	"tsoagent/xfrmwatch"
@@ -34,6 +35,14 @@ func (a *Agent) apply(b batch) {
 			a.recheck(set.Features)
 		}
 	}
+	for _, ev := range b.l2tp {
+		switch ev := ev.(type) {
+		case l2tp.Lost:
+			a.log.Warn("the sessions can't be read, trying again", "source", "l2tp", "err", ev.Err)
+		case l2tp.SessionsSet:
+			a.st.l2tp.set(ev.Sessions)
+		}
+	}
 	for _, ev := range b.keys {
 		if set, ok := ev.(sockopt.KeysSet); ok {
 			a.st.keys = set.Keys
@@ -49,13 +58,17 @@ func (a *Agent) applyRoute(ev routes.Event) {
 		clear(a.st.inflight)
 		clear(a.st.writing)
 	case routes.LinkSet:
+		a.laneLink(ev.Link.Index, ev.Link.Name)
 		// A new or renamed device has no features event of its own.
 		if f := a.st.features[ev.Link.Index]; f == nil || f.Name != ev.Link.Name {
 			a.look(ev.Link.Index)
 		}
+		a.renamed(ev.Link)
 	case routes.LinkGone:
 		delete(a.st.features, ev.Index)
+		a.st.l2tp.gone(ev.Index)
 		a.forgetDevice(ev.Index)
+		a.laneLink(ev.Index, "")
 	case routes.RuleSet:
 		// A dump repeats the rules that are known.
 		if !slices.ContainsFunc(a.st.fib.Rules(ev.Rule.Family), func(r *routes.Rule) bool { return *r == *ev.Rule }) {
@@ -148,7 +161,7 @@ func (a *Agent) echo(ev routes.Event) {
 func (a *Agent) input(now time.Time) plan.Input {
 	in := plan.Input{
 		Config: a.cfg.Plan, XFRM: a.st.db, FIB: a.st.fib, Features: a.st.features, Keys: a.st.keys,
-		Lingering: a.st.lingeringCoverages(), Last: a.st.last, Locks: a.st.locks, Holds: a.st.holds,
+		Lingering: a.st.lingeringCoverages(), Last: a.st.last, Locks: a.st.locks, MTUs: a.st.mtus, Holds: a.st.holds,
 		Withheld: map[plan.ShapeID]string{}, Forwarding: a.st.forwarding,
 	}
 	for id, w := range a.st.withheld {
@@ -159,6 +172,7 @@ func (a *Agent) input(now time.Time) plan.Input {
 		}
 	}
 	in.Peers = a.peers(plan.PeersOf(a.st.db, in.Lingering))
+	in.L2TP = a.st.l2tp.encaps(a.st.fib)
 	in.Outers = a.outers(plan.OutersOf(a.st.fib, in.L2TP))
 	in.Probed = a.probed
 	return in
@@ -185,9 +199,11 @@ func (a *Agent) peers(list []plan.Peer) map[plan.Peer]plan.Path {
 func (a *Agent) outers(list []plan.Outer) map[routes.Ifindex]plan.Path {
 	out := make(map[routes.Ifindex]plan.Path, len(list))
 	for _, o := range list {
-		q := routes.Query{
-			Family: o.Family, Dst: o.Dst, Src: o.Src, Mark: o.Mark, Oif: o.Oif,
-			IPProto: o.Proto, Sport: o.Sport, Dport: o.Dport,
+		q := routes.Query{Family: o.Family, Dst: o.Dst, Src: o.Src, Mark: o.Mark, Oif: o.Oif}
+		if o.Proto == protoUDP {
+			// Other protocols than TCP and UDP can't be asked for (rtm_getroute_parse_ip_proto,
+			// net/ipv4/netlink.c).
+			q.IPProto, q.Sport, q.Dport = o.Proto, o.Sport, o.Dport
 		}
 		if path := pathOf(a.rt, a.st.fib, q); path.MTU > 0 {
 			out[o.Index] = path
@@ -207,7 +223,7 @@ func pathOf(rt routeTable, fib *routes.FIB, q routes.Query) plan.Path {
 	if err != nil {
 		return plan.Path{}
 	}
-	path := plan.Path{Oif: ans.Oif}
+	path := plan.Path{Oif: ans.Oif, Table: ans.Table, Src: ans.PrefSrc}
 	if l := fib.Link(ans.Oif); l != nil {
 		path.MTU = l.MTUFor(q.Family)
 	}
@@ -223,6 +239,7 @@ func pathOf(rt routeTable, fib *routes.FIB, q routes.Query) plan.Path {
 func (a *Agent) round(now time.Time) (next time.Duration, reached bool) {
 	a.st.linger(now, time.Duration(a.cfg.RestoreAfter))
 	a.st.forwarding = a.forwards.read()
+	a.freshenMTUs()
 	in := a.input(now)
 	pl := &plan.Plan{}
 	if a.goal == protect {
@@ -237,9 +254,18 @@ func (a *Agent) round(now time.Time) (next time.Duration, reached bool) {
 	if a.goal == restoreStale {
 		steps = plan.Steps{DropRules: steps.DropRules, DropClones: steps.DropClones}
 	}
+	more := a.moreSteps(in, pl)
 	wrote, failures := false, a.stats.Failed
 	if a.cfg.Mode == Enforce {
-		wrote = a.enforce(pl, &steps, now)
+		actions := a.stats.Actions
+		if !a.setMore(pl, &more, now) {
+			steps.Unlocks = nil
+		}
+		a.enforce(pl, &steps, now)
+		a.dropMore(pl, &more, now)
+		wrote = a.stats.Actions != actions || a.again && !a.once
+	} else {
+		a.lookAtMore(now)
 	}
 	first := a.lastP == nil
 	a.lastP = pl
@@ -255,7 +281,7 @@ func (a *Agent) round(now time.Time) (next time.Duration, reached bool) {
 		// Look again at once: what was written is to be found in place.
 		return time.Nanosecond, false
 	}
-	reached = a.st.ready() && (a.cfg.Mode == Observe || steps.Empty() && len(a.st.writing) == 0)
+	reached = a.st.ready() && (a.cfg.Mode == Observe || steps.Empty() && len(a.st.writing) == 0 && a.moreDone(&more) && a.lanesDone())
 	if a.once && !reached { // nobody else brings the next round
 		if a.stats.Failed != failures {
 			return onceFailed, false
@@ -294,10 +320,12 @@ func (a *Agent) ready(r *Report) {
 	}
 	says := "nothing is covered: nothing to do, nothing written"
 	switch {
-	case len(r.Coverages) > 0 && a.cfg.Mode == Observe:
+	case len(r.Coverages)+len(r.Holds) > 0 && a.cfg.Mode == Observe:
 		says = "only looking: nothing is written"
 	case len(r.Coverages) > 0:
 		says = "covered flows get what they need, and nobody else pays for it"
+	case len(r.Holds) > 0:
+		says = "nothing is covered yet; ESP offloads that no port can keep are held off"
 	}
 	a.log.Info("ready", "mode", r.Mode, "links", r.Links, "routes", r.Routes, "policies", r.Policies, "sas", r.SAs,
 		"coverages", len(r.Coverages), "says", says, "look_next", look)
@@ -369,6 +397,8 @@ func (a *Agent) nextTimer(now time.Time) time.Duration {
 	if len(a.st.inflight) > 0 {
 		add(a.st.patience)
 	}
+	add(a.clampsDue(now))
+	add(a.lanesDue(now))
 	for k := range a.st.stuck {
 		if _, held := a.st.locks[k]; held {
 			add(now.Add(stuckRetry))

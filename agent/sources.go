@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"tsoagent/ethtool"
+	"tsoagent/l2tp"
 	"tsoagent/routes"
 	"tsoagent/xfrmwatch"
 )
@@ -19,17 +20,19 @@ import (
 // what it knew is stale until then.
 type sources struct {
 	log *slog.Logger
+	in  func(func() error) error // runs a function in the namespace
 
 	mu     sync.Mutex
 	xfrm   *xfrmwatch.Watcher // nil where the kernel has no XFRM
 	routes *routes.Watcher
 	eth    *ethtool.Watcher
+	l2tp   *l2tp.Watcher
 }
 
-func dialSources(log *slog.Logger) (*sources, error) {
-	s := &sources{log: log}
-	for _, dial := range []func() error{s.dialXFRM, s.dialRoutes, s.dialFeatures} {
-		if err := dial(); err != nil {
+func dialSources(log *slog.Logger, in func(func() error) error) (*sources, error) {
+	s := &sources{log: log, in: in}
+	for _, dial := range []func() error{s.dialXFRM, s.dialRoutes, s.dialFeatures, s.dialL2TP} {
+		if err := in(dial); err != nil {
 			return nil, errors.Join(err, s.close())
 		}
 	}
@@ -73,6 +76,17 @@ func (s *sources) dialFeatures() error {
 	return nil
 }
 
+func (s *sources) dialL2TP() error {
+	w, err := l2tp.NewWatcher()
+	if err != nil {
+		return fmt.Errorf("agent: %w", err)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.l2tp = w
+	return nil
+}
+
 func (s *sources) close() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -86,6 +100,9 @@ func (s *sources) close() error {
 	if s.eth != nil {
 		errs = append(errs, s.eth.Close())
 	}
+	if s.l2tp != nil {
+		errs = append(errs, s.l2tp.Close())
+	}
 	return errors.Join(errs...)
 }
 
@@ -98,6 +115,7 @@ func (s *sources) resync() {
 	}
 	s.routes.Resync(routes.Scope{})
 	s.eth.Resync()
+	s.l2tp.Resync()
 }
 
 func (s *sources) resyncRoutes(scope routes.Scope) {
@@ -115,10 +133,11 @@ func (s *sources) stats() []SourceReport {
 		st := s.xfrm.Stats()
 		out = append(out, SourceReport{"xfrm", st.Events, st.Dumps, st.Overruns, st.Undecodable})
 	}
-	r, e := s.routes.Stats(), s.eth.Stats()
+	r, e, l := s.routes.Stats(), s.eth.Stats(), s.l2tp.Stats()
 	return append(out,
 		SourceReport{"routes", r.Messages, r.Dumps, r.Overruns, r.Undecodable},
-		SourceReport{"ethtool", e.Notifications, e.Dumps, e.Overruns, e.Undecodable})
+		SourceReport{"ethtool", e.Notifications, e.Dumps, e.Overruns, e.Undecodable},
+		SourceReport{"l2tp", l.Notifications, l.Dumps, l.Overruns, l.Undecodable})
 }
 
 // look has the features of a device read again.
@@ -141,7 +160,25 @@ func (s *sources) run(ctx context.Context, in *inbox) error {
 				func(err error) { in.put(batch{xfrm: []xfrmwatch.Event{xfrmwatch.Lost{Err: err}}}) })
 		})
 	}
+	// The routes come after the first look at the L2TP sessions: with them the mirror is complete,
+	// and a plan without the sessions would give back what is held on their devices.
+	looked, cancel := context.WithCancel(ctx)
 	wg.Go(func() {
+		defer cancel()
+		s.follow(ctx, "l2tp", s.dialL2TP,
+			func() error {
+				return s.l2tp.Run(ctx, func(ev []l2tp.Event) {
+					in.put(batch{l2tp: ev})
+					cancel()
+				})
+			},
+			func(err error) {
+				in.put(batch{l2tp: []l2tp.Event{l2tp.Lost{Err: err}}})
+				cancel()
+			})
+	})
+	wg.Go(func() {
+		<-looked.Done()
 		s.follow(ctx, "routes", s.dialRoutes,
 			func() error { return s.routes.Run(ctx, func(ev []routes.Event) { in.put(batch{routes: ev}) }) },
 			func(err error) { in.put(batch{routes: []routes.Event{routes.Lost{Err: err}}}) })
@@ -157,8 +194,7 @@ func (s *sources) run(ctx context.Context, in *inbox) error {
 
 const maxRedial = 30 * time.Second
 
-// follow runs one watcher and dials it again when its socket ends. The namespace is that of the
-// process: an agent never changes its own.
+// follow runs one watcher and dials it again, in the namespace, when its socket ends.
 func (s *sources) follow(ctx context.Context, name string, dial, run func() error, lost func(error)) {
 	for {
 		err := run()
@@ -168,7 +204,7 @@ func (s *sources) follow(ctx context.Context, name string, dial, run func() erro
 		s.log.Warn("watcher ended, dialling again", "source", name, "err", err)
 		lost(err)
 		for wait := 100 * time.Millisecond; ; wait = min(2*wait, maxRedial) {
-			if err = dial(); err == nil {
+			if err = s.in(dial); err == nil {
 				break
 			}
 			s.log.Warn("watcher can't be dialled", "source", name, "err", err, "again_in", wait)

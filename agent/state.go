@@ -22,6 +22,7 @@ type state struct {
 	fresh         map[routes.Ifindex]*ethtool.Features
 	featuresStale bool
 	keys          []sockopt.Key
+	l2tp          l2tpDevices
 	forwarding    map[routes.Family]bool
 
 	current   []xfrmwatch.Coverage
@@ -35,6 +36,7 @@ type state struct {
 
 	holds     map[plan.HoldKey]plan.HoldClaim
 	locks     map[routes.Key]plan.LockClaim
+	mtus      map[routes.Ifindex]plan.MTUClaim
 	retakes   map[plan.HoldKey]int
 	contested map[plan.HoldKey]string
 	refused   map[plan.HoldKey]string
@@ -52,6 +54,11 @@ type state struct {
 	inflight map[uint32]struct{}
 	patience time.Time // until when they are waited for
 	dumping  bool      // between a ResyncBegin and its end
+
+	clamps      clampState
+	lanes       laneState
+	mtusAdopted []deviceMTU // until the first plan
+	mtusGiven   int         // how many devices got their MTU back
 }
 
 type lingerer struct {
@@ -108,6 +115,8 @@ func newState() *state {
 		booked:        map[xfrmwatch.CoverageID]int{},
 		holds:         map[plan.HoldKey]plan.HoldClaim{},
 		locks:         map[routes.Key]plan.LockClaim{},
+		mtus:          map[routes.Ifindex]plan.MTUClaim{},
+		lanes:         newLaneState(),
 		retakes:       map[plan.HoldKey]int{},
 		contested:     map[plan.HoldKey]string{},
 		refused:       map[plan.HoldKey]string{},

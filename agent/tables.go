@@ -81,7 +81,7 @@ func (a *Agent) putClones(steps []plan.CloneStep, now time.Time) (broken map[pla
 		writes, of = append(writes, routes.Write{Op: routes.OpPut, Msg: msg}), append(of, c)
 	}
 	var old []routes.Write
-	for i, err := range a.batch(writes) {
+	for i, err := range a.onLink(writes, a.batch(writes)) {
 		c := of[i]
 		if err == nil {
 			a.didClone(c)
@@ -103,6 +103,23 @@ func (a *Agent) putClones(steps []plan.CloneStep, now time.Time) (broken map[pla
 	}
 	a.batch(old) // what is gone already is as good
 	return broken
+}
+
+// onLink tries the IPv6 clones again whose gateway the kernel does not find from our table.
+func (a *Agent) onLink(writes []routes.Write, errs []error) []error {
+	var again []routes.Write
+	var at []int
+	for i, err := range errs {
+		if errors.Is(err, unix.EHOSTUNREACH) {
+			again, at = append(again, routes.Write{Op: writes[i].Op, Msg: routes.OnLink(writes[i].Msg)}), append(at, i)
+		}
+	}
+	for n, err := range a.batch(again) {
+		if err == nil {
+			errs[at[n]] = nil
+		}
+	}
+	return errs
 }
 
 // throwInstead puts a throw where a clone can't be written, unless there is one: IPv4 tells

@@ -20,13 +20,14 @@ import (
 const deadline = 5 * time.Minute
 
 // kernelPackages are those with tests that want the test kernel: tests with Kernel in their name.
-var kernelPackages = []string{"xfrmwatch", "routes", "ethtool", "sockopt", "agent"}
+var kernelPackages = []string{"xfrmwatch", "routes", "ethtool", "sockopt", "lane", "l2tp", "agent"}
 
 // bench is what all machines share.
 type bench struct {
-	kernel   string
-	tree     string
-	binaries string
+	kernel    string
+	kernelErr error // why there is no test kernel
+	tree      string
+	binaries  string
 	// slots limits the machines that run at once to what the host has processors for: each keeps one busy.
 	slots chan struct{}
 	// commandsErr is why tsoagent or tsoctl doesn't build. It fails only the scenarios that use them.
@@ -39,16 +40,12 @@ var sharedBench = sync.OnceValues(func() (*bench, error) {
 	if err != nil {
 		return nil, err
 	}
-	kernel, err := testkernel.Find(ctx, tree)
-	if err != nil {
-		return nil, err
-	}
 	b := &bench{
-		kernel:   kernel,
 		tree:     tree,
 		binaries: filepath.Join(workDir, "bin"),
 		slots:    make(chan struct{}, runtime.NumCPU()),
 	}
+	b.kernel, b.kernelErr = testkernel.Find(ctx, tree)
 	b.commandsErr = testkernel.BuildCommands(ctx, tree, b.binaries)
 	return b, testkernel.BuildGuest(ctx, tree, b.binaries)
 })
@@ -69,14 +66,17 @@ func TestMain(m *testing.M) {
 }
 
 // newBench returns the shared bench, or skips the test if there is no test kernel.
-func newBench(t *testing.T) *bench {
+func newBench(t testing.TB) *bench {
 	t.Helper()
 	b, err := sharedBench()
-	if errors.Is(err, testkernel.ErrNotBuilt) {
-		t.Skip(err)
-	}
 	if err != nil {
 		t.Fatal(err)
+	}
+	if errors.Is(b.kernelErr, testkernel.ErrNotBuilt) {
+		t.Skip(b.kernelErr)
+	}
+	if b.kernelErr != nil {
+		t.Fatal(b.kernelErr)
 	}
 	return b
 }
@@ -86,13 +86,18 @@ func (b *bench) run(t *testing.T, job ...string) *testkernel.Result {
 	t.Helper()
 	b.slots <- struct{}{}
 	defer func() { <-b.slots }()
+	return b.boot(t, testkernel.Machine{Kernel: b.kernel, Deadline: deadline}, job...)
+}
 
+// boot runs a job in the machine, whose kernel and deadline are set.
+func (b *bench) boot(t testing.TB, machine testkernel.Machine, job ...string) *testkernel.Result {
+	t.Helper()
 	dir, err := os.MkdirTemp(workDir, "machine-")
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer os.RemoveAll(dir)
-	machine := testkernel.Machine{Kernel: b.kernel, Binaries: b.binaries, Tree: b.tree, Dir: dir, Deadline: deadline}
+	machine.Binaries, machine.Tree, machine.Dir = b.binaries, b.tree, dir
 	result, err := machine.Run(t.Context(), job...)
 	if err != nil {
 		if result != nil {
@@ -109,35 +114,64 @@ func TestScenarios(t *testing.T) {
 		t.Fatalf("no scenarios: %v", err)
 	}
 	for _, file := range files {
-		name := strings.TrimSuffix(filepath.Base(file), ".txtar")
-		script, err := os.ReadFile(file)
-		if err != nil {
-			t.Fatal(err)
-		}
-		variants := variantFile.FindAllSubmatch(script, -1)
-		if variants == nil {
-			t.Run(name, func(t *testing.T) { runScenario(t, file, script) })
-		}
-		for _, v := range variants {
-			t.Run(name+"/"+string(v[1]), func(t *testing.T) { runScenario(t, file, script, "-variant="+string(v[1])) })
+		for _, s := range variantsOf(t, file) {
+			t.Run(s.name(), func(t *testing.T) {
+				t.Parallel()
+				b := newBench(t)
+				s.run(t, b, b.run)
+			})
 		}
 	}
+}
+
+// script is a scenario, or one variant of it.
+type script struct {
+	file, variant string
+	text          []byte
+}
+
+// variantsOf returns the scenario in a file once for each of its variants.
+func variantsOf(t *testing.T, file string) []script {
+	t.Helper()
+	text, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var scripts []script
+	for _, v := range variantFile.FindAllSubmatch(text, -1) {
+		scripts = append(scripts, script{file, string(v[1]), text})
+	}
+	if scripts == nil {
+		scripts = []script{{file, "", text}}
+	}
+	return scripts
+}
+
+// name is the test's.
+func (s script) name() string {
+	name := strings.TrimSuffix(filepath.Base(s.file), ".txtar")
+	if s.variant != "" {
+		name += "/" + s.variant
+	}
+	return name
 }
 
 // variantFile is the head of a file that sets the environment of one variant of a scenario.
 var variantFile = regexp.MustCompile(`(?m)^-- variant-(\w+)\.env --$`)
 
-func runScenario(t *testing.T, file string, script []byte, flags ...string) {
-	t.Parallel()
-	b := newBench(t)
-	if b.commandsErr != nil && usesCommands.Match(script) {
+// run runs the scenario as a job of one of the bench's machines, and judges the result.
+func (s script) run(t *testing.T, b *bench, job func(*testing.T, ...string) *testkernel.Result) {
+	if b.commandsErr != nil && usesCommands.Match(s.text) {
 		t.Fatal(b.commandsErr)
 	}
-	job := append([]string{"scenario", filepath.Join("e2e", file)}, flags...)
-	if testing.Verbose() {
-		job = append(job, "-v")
+	args := []string{"scenario", filepath.Join("e2e", s.file)}
+	if s.variant != "" {
+		args = append(args, "-variant="+s.variant)
 	}
-	result := b.run(t, job...)
+	if testing.Verbose() {
+		args = append(args, "-v")
+	}
+	result := job(t, args...)
 	t.Logf("took %v\n%s", result.Took.Round(time.Millisecond), result.Log)
 	switch result.Outcome {
 	case "pass":

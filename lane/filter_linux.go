@@ -95,31 +95,37 @@ func networkOrder(n uint16) uint16 {
 	return binary.NativeEndian.Uint16(binary.BigEndian.AppendUint16(nil, n))
 }
 
-// put adds or replaces one filter. A filter of that handle is replaced in one go.
-func (c *Client) put(nic int32, f filter) error {
-	is4 := f.match.Dst.Addr().Is4()
-	t := tcmsg{index: nic, handle: f.handle, parent: egressClass, info: info(is4)}
-	return c.write(rtmNewTFilter, netlink.Create, t.encode(), func(ae *netlink.AttributeEncoder) {
-		ae.String(unix.TCA_KIND, "flower")
-		ae.Nested(unix.TCA_OPTIONS, func(ae *netlink.AttributeEncoder) error {
-			encodeMatch(ae, f.match)
-			ae.Uint32(flowerFlags, skipHW)
-			ae.Nested(flowerAct, func(ae *netlink.AttributeEncoder) error {
-				ae.Nested(1, func(ae *netlink.AttributeEncoder) error {
-					encodeAction(ae, f.to)
-					return nil
-				})
+// put adds a filter (netlink.Excl), or replaces the one of that handle, whose match is the same,
+// in one go.
+func (c *Client) put(nic int32, f filter, flags netlink.HeaderFlags) error {
+	return c.write(rtmNewTFilter, netlink.Create|flags, f.head(nic).encode(), f.encode)
+}
+
+// head is the tcmsg of a filter.
+func (f filter) head(nic int32) tcmsg {
+	return tcmsg{index: nic, handle: f.handle, parent: egressClass, info: info(f.match.Dst.Addr().Is4())}
+}
+
+// encode adds the filter's attributes.
+func (f filter) encode(ae *netlink.AttributeEncoder) {
+	ae.String(unix.TCA_KIND, "flower")
+	ae.Nested(unix.TCA_OPTIONS, func(ae *netlink.AttributeEncoder) error {
+		encodeMatch(ae, f.match)
+		ae.Uint32(flowerFlags, skipHW)
+		ae.Nested(flowerAct, func(ae *netlink.AttributeEncoder) error {
+			ae.Nested(1, func(ae *netlink.AttributeEncoder) error {
+				encodeAction(ae, f.to)
 				return nil
 			})
 			return nil
 		})
+		return nil
 	})
 }
 
 // take deletes one filter. It is no error if it is gone.
 func (c *Client) take(nic int32, f filter) error {
-	t := tcmsg{index: nic, handle: f.handle, parent: egressClass, info: info(f.match.Dst.Addr().Is4())}
-	err := c.write(rtmDelTFilter, 0, t.encode(), func(ae *netlink.AttributeEncoder) { ae.String(unix.TCA_KIND, "flower") })
+	err := c.write(rtmDelTFilter, 0, f.head(nic).encode(), func(ae *netlink.AttributeEncoder) { ae.String(unix.TCA_KIND, "flower") })
 	if gone(err) {
 		return nil
 	}
@@ -201,8 +207,9 @@ func encodeAction(ae *netlink.AttributeEncoder, to int32) {
 // egress is what stands at a NIC's clsact egress.
 type egress struct {
 	ours    []filter
-	foreign int // filters of others, and empty classifiers
-	// taken are the preferences of ours that others use for another kind or protocol.
+	foreign int             // filters of others, and empty classifiers
+	handles map[uint32]bool // those in use at our preferences, by whomever
+	// taken reports whether others use a preference of ours for another kind or protocol.
 	taken bool
 }
 
@@ -259,7 +266,11 @@ func (e *egress) add(b []byte) error {
 		return fmt.Errorf("filter: %w", err)
 	}
 	f.handle = t.handle
+	if e.handles == nil {
+		e.handles = map[uint32]bool{}
+	}
 	expected := chain == 0 && kind == "flower" && (t.info == info(true) || t.info == info(false))
+	e.handles[t.handle] = e.handles[t.handle] || expected
 	switch {
 	case marked && expected:
 		f.odd = f.odd || t.info != info(f.match.Dst.Addr().Is4())

@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 )
 
@@ -134,10 +135,8 @@ func (c *Client) ensureClsact(v *view, nic, ifb link) error {
 // ones that are not wanted any more.
 func (c *Client) ensureFilters(l Lane, ifb link, e egress) error {
 	have := map[Match]filter{}
-	used := map[uint32]bool{}
 	var extra []filter
 	for _, f := range e.ours {
-		used[f.handle] = true
 		if _, twice := have[f.match]; twice || !slices.Contains(l.Matches, f.match) {
 			extra = append(extra, f)
 			continue
@@ -150,13 +149,14 @@ func (c *Client) ensureFilters(l Lane, ifb link, e egress) error {
 		if ok && f.to == ifb.index && !f.odd {
 			continue
 		}
+		var flags netlink.HeaderFlags
 		if !ok {
-			for next++; used[next]; next++ {
+			for next++; e.handles[next]; next++ {
 			}
-			f = filter{handle: next, match: m}
+			f, flags = filter{handle: next, match: m}, netlink.Excl
 		}
 		f.to = ifb.index
-		if err := c.put(l.Index, f); err != nil {
+		if err := c.put(l.Index, f, flags); err != nil {
 			return putError(m, err)
 		}
 	}

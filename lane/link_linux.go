@@ -2,6 +2,7 @@ package lane
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"strings"
 
@@ -234,6 +235,9 @@ func (c *Client) clsacts() (map[int32]clsact, error) {
 		all[t.index] = q
 		return ad.Err()
 	})
+	if errors.Is(err, unix.EOPNOTSUPP) {
+		return all, nil // no traffic control in this kernel (CONFIG_NET_SCHED)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("read the qdiscs: %w", err)
 	}

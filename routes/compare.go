@@ -45,11 +45,21 @@ func SameWays(a, b *Body) bool {
 	if a == nil || b == nil {
 		return false
 	}
-	x, y := orderedHops(a), orderedHops(b)
+	x, y := bareHops(a), bareHops(b)
 	if len(x) == 1 && len(y) == 1 {
 		return unweighted(x[0]) == unweighted(y[0])
 	}
 	return slices.Equal(x, y)
+}
+
+// bareHops is orderedHops without the flag onlink, which says how a gateway was checked when it was
+// written and nothing else.
+func bareHops(b *Body) []string {
+	out := orderedHops(b)
+	for i, h := range out {
+		out[i] = h[:2] + string([]byte{h[2] &^ NexthopOnlink}) + h[3:]
+	}
+	return out
 }
 
 // unweighted is an item of orderedHops without its weight (rtnh_hops).

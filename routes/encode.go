@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 )
 
 // Encoding of routes. A write starts from the raw attributes of a Body, so that what this
@@ -106,6 +107,34 @@ func EncodeClone(r Route, dst netip.Prefix, table TableID, proto Protocol, m MTU
 		return nil, fmt.Errorf("routes: clone %s for %s: %w", r.Dst, dst, err)
 	}
 	return b, nil
+}
+
+// OnLink is the route of an Encode function with the nexthops marked as on their links (`onlink`),
+// so that the kernel does not look their gateways up. IPv6 looks them up in the route's own table,
+// then by the rules, and takes a throw for an answer there (fib6_rule_action_alt,
+// net/ipv6/fib6_rules.c): a table of ours ahead of one that throws its gateway's net to main could
+// not have a clone by that gateway.
+func OnLink(msg []byte) []byte {
+	out := slices.Clone(msg)
+	if len(out) < rtmsgLen {
+		return out
+	}
+	single := true
+	a := attrs{b: out[rtmsgLen:]}
+	for a.next() {
+		if a.typ == rtaMultipath {
+			single = false
+			_ = eachHop(a.val, func(hop []byte) error {
+				hop[2] |= NexthopOnlink
+				return nil
+			})
+		}
+	}
+	if single {
+		flags := binary.NativeEndian.Uint32(out[8:])
+		binary.NativeEndian.PutUint32(out[8:], flags|uint32(NexthopOnlink))
+	}
+	return out
 }
 
 // EncodeThrow is a route of type throw: who finds it in the table goes on with the next rule.

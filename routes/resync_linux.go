@@ -61,8 +61,23 @@ func (w *Watcher) resync(ctx context.Context, scopes []Scope, sink func([]Event)
 		}
 	}
 	w.losses.again()
+	w.doubt()
 	w.release(sink)
 	return nil
+}
+
+// doubt has the families dumped again for which the events that were held leave it open what is
+// there, but not for ever: a table that never rests is looked at again with the next cause.
+func (w *Watcher) doubt() {
+	families := inDoubt(w.held)
+	if len(families) == 0 || w.doubts == maxTries {
+		w.doubts = 0
+		return
+	}
+	w.doubts++
+	for f := range families {
+		w.losses.due.add(Scope{RoutesOnly: true, Family: f})
+	}
 }
 
 // release hands on the events that were held.

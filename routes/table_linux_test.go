@@ -262,7 +262,7 @@ func TestCloneGoesTheSameWay(t *testing.T) {
 				t.Fatalf("%d clones, %v", len(clones), err)
 			}
 			c := clones[0]
-			if !SameNexthops(c.Body, r.Body) || c.Body.PrefSrc != r.Body.PrefSrc || c.Body.Scope != r.Body.Scope || c.Dst != dst {
+			if !SameWays(c.Body, r.Body) || c.Body.NHID != 0 || c.Body.PrefSrc != r.Body.PrefSrc || c.Body.Scope != r.Body.Scope || c.Dst != dst {
 				t.Errorf("clone %+v of %+v", c.Body, r.Body)
 			}
 			if c.Body.Priority != 9 || c.Body.Metrics.MTU != 1400 || !c.Body.Metrics.MTULocked() || c.Body.Metrics.AdvMSS != 1340 {

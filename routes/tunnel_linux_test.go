@@ -3,11 +3,13 @@ package routes
 import (
 	"bytes"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
 	"os"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -177,53 +179,230 @@ func rawLink(t testing.TB, index Ifindex) string {
 // by the lengths in the IP headers.
 func onTheWire(t *testing.T, inner string, eth bool, outer Family) int {
 	t.Helper()
+	w := openWire(t, outer)
+	w.open(inner, eth)
+	w.send(0)
+	headers := 28
+	if inner == "6" {
+		headers = 48
+	}
+	return w.length - len(payload) - headers
+}
+
+// outerLookups are policies and whether they take the outer packets of a tunnel; with mark the
+// inner packet has it.
+var outerLookups = []struct {
+	add, sel string
+	mark     int
+	covered  bool
+}{
+	// The GRE key is the selector's ports, and without a key it is 0.
+	{"type gre local 10.0.0.1 remote 10.0.0.2", "src 10.0.0.1 dst 10.0.0.2 proto gre", 0, true},
+	{"type gre local 10.0.0.1 remote 10.0.0.2", "proto gre key 0", 0, true},
+	{"type gre local 10.0.0.1 remote 10.0.0.2", "proto gre key 7", 0, false},
+	{"type gre local 10.0.0.1 remote 10.0.0.2 key 0x10002", "proto gre key 65538", 0, true},
+	{"type gre local 10.0.0.1 remote 10.0.0.2 ikey 7 okey 8", "proto gre key 7", 0, false},
+	{"type gre local 10.0.0.1 remote 10.0.0.2 key 7", "proto 4", 0, false},
+	{"type ip6gre local fd00:a::1 remote fd00:a::2 key 7", "proto gre key 7", 0, true},
+	{"type ip6gre local fd00:a::1 remote fd00:a::2 key 7", "proto gre key 8", 0, false},
+	{"type gretap local 10.0.0.1 remote 10.0.0.2 key 7", "proto gre key 7", 0, true},
+	{"type ip6gretap local fd00:a::1 remote fd00:a::2", "proto gre", 0, true},
+	// The mark is the device's own, or the inner packet's, by kind.
+	{"type gre local 10.0.0.1 remote 10.0.0.2 fwmark 9", "proto gre mark 9 mask 255", 0, true},
+	{"type gre local 10.0.0.1 remote 10.0.0.2", "proto gre mark 9 mask 255", 9, false},
+	{"type gretap local 10.0.0.1 remote 10.0.0.2", "proto gre mark 9 mask 255", 9, false},
+	{"type ipip local 10.0.0.1 remote 10.0.0.2", "proto 4 mark 9 mask 255", 9, false},
+	{"type sit local 10.0.0.1 remote 10.0.0.2 mode ip6ip fwmark 9", "proto 41 mark 9 mask 255", 0, true},
+	{"type sit local 10.0.0.1 remote 10.0.0.2 mode ip6ip", "proto 41 mark 9 mask 255", 9, false},
+	{"type ip6gre local fd00:a::1 remote fd00:a::2", "proto gre mark 9 mask 255", 9, false},
+	{"type ip6gre local fd00:a::1 remote fd00:a::2 fwmark 9", "proto gre mark 9 mask 255", 0, true},
+	{"type ip6tnl local fd00:a::1 remote fd00:a::2 mode ipip6 fwmark inherit", "proto 4 mark 9 mask 255", 9, true},
+	{"type ip6tnl local fd00:a::1 remote fd00:a::2 mode ipip6", "proto 4 mark 9 mask 255", 9, false},
+	{"type vxlan id 1 local 10.0.0.1 remote 10.0.0.2 dstport 4789", "proto udp mark 9 mask 255", 9, true},
+	{"type vxlan id 1 local 10.0.0.1 remote 10.0.0.2 dstport 4789", "proto udp mark 9 mask 255", 0, false},
+	{"type vxlan id 1 local fd00:a::1 remote fd00:a::2 dstport 4789", "proto udp mark 9 mask 255", 9, true},
+	{"type geneve id 1 remote 10.0.0.2", "proto udp mark 9 mask 255", 9, true},
+	{"type geneve id 1 remote fd00:a::2", "proto udp mark 9 mask 255", 9, true},
+	// The protocol; FOU and GUE wrap after the lookup.
+	{"type ipip local 10.0.0.1 remote 10.0.0.2", "proto 4", 0, true},
+	{"type sit local 10.0.0.1 remote 10.0.0.2 mode ip6ip", "proto 41", 0, true},
+	{"type sit local 10.0.0.1 remote 10.0.0.2", "proto 41", 0, false}, // IPv4 inside
+	{"type sit local 10.0.0.1 remote 10.0.0.2", "proto 4", 0, true},
+	{"type ip6tnl local fd00:a::1 remote fd00:a::2 mode any", "proto 4", 0, true},
+	{"type ip6tnl local fd00:a::1 remote fd00:a::2 mode ip6ip6", "proto 41", 0, true},
+	{"type ipip local 10.0.0.1 remote 10.0.0.2 encap fou encap-sport 6666 encap-dport 5555", "proto 4", 0, true},
+	{"type ipip local 10.0.0.1 remote 10.0.0.2 encap fou encap-sport 6666 encap-dport 5555", "proto udp dport 5555", 0, false},
+	{"type ipip local 10.0.0.1 remote 10.0.0.2 encap gue encap-sport auto encap-dport 5555", "proto udp", 0, false},
+	{"type sit local 10.0.0.1 remote 10.0.0.2 mode ip6ip encap gue encap-sport auto encap-dport 5555", "proto 41", 0, true},
+	{"type sit local 10.0.0.1 remote 10.0.0.2 mode ip6ip encap gue encap-sport auto encap-dport 5555", "proto udp", 0, false},
+	{"type gre local 10.0.0.1 remote 10.0.0.2 key 7 encap fou encap-sport auto encap-dport 5555", "proto gre key 7", 0, true},
+	{"type gre local 10.0.0.1 remote 10.0.0.2 key 7 encap fou encap-sport auto encap-dport 5555", "proto udp dport 5555", 0, false},
+	{"type ip6tnl local fd00:a::1 remote fd00:a::2 mode ipip6 encap fou encap-sport auto encap-dport 5555", "proto 4", 0, true},
+	{"type ip6tnl local fd00:a::1 remote fd00:a::2 mode ipip6 encap fou encap-sport auto encap-dport 5555", "proto udp", 0, false},
+	// The ports of VXLAN and Geneve.
+	{"type vxlan id 1 local 10.0.0.1 remote 10.0.0.2 dstport 4789", "proto udp dport 4789", 0, true},
+	{"type vxlan id 1 local 10.0.0.1 remote 10.0.0.2 dstport 4789", "proto udp dport 4790", 0, false},
+	{"type vxlan id 1 local 10.0.0.1 remote 10.0.0.2 dstport 4789 srcport 100 101", "proto udp sport 100", 0, true},
+	{"type vxlan id 1 local fd00:a::1 remote fd00:a::2 dstport 4789", "proto udp dport 4789", 0, true},
+	{"type geneve id 1 remote 10.0.0.2", "proto udp dport 6081", 0, true},
+	{"type geneve id 1 remote fd00:a::2", "proto udp dport 6081", 0, true},
+	// A tunnel without a local address has the route's source, and the route's device.
+	{"type gre remote 10.0.0.2", "src 10.0.0.1 dst 10.0.0.2 proto gre", 0, true},
+	{"type ipip remote 10.0.0.2", "src 10.0.0.9/32 dst 10.0.0.2", 0, false},
+	{"type geneve id 1 remote 10.0.0.2", "src 10.0.0.1 dst 10.0.0.2", 0, true},
+	{"type geneve id 1 remote fd00:a::2", "src fd00:a::1 dst fd00:a::2", 0, true},
+	{"type gre local 10.0.0.1 remote 10.0.0.2", "dst 10.0.0.2 dev a0", 0, true},
+	{"type gre local 10.0.0.1 remote 10.0.0.2", "dst 10.0.0.2 dev b0", 0, false},
+	{"type vxlan id 1 local 10.0.0.1 remote 10.0.0.2 dstport 4789", "dst 10.0.0.2 dev a0", 0, true},
+	{"type sit local 10.0.0.1 remote 10.0.0.2 mode ip6ip", "dst 10.0.0.2 dev a0", 0, true},
+	{"type ip6gre local fd00:a::1 remote fd00:a::2", "dst fd00:a::2 dev a0", 0, false},
+	{"type ip6gre local fd00:a::1 remote fd00:a::2 dev a0", "dst fd00:a::2 dev a0", 0, true},
+	{"type vxlan id 1 local fd00:a::1 remote fd00:a::2 dstport 4789", "dst fd00:a::2 dev a0", 0, false},
+}
+
+// TestKernelOuterLookups looks at what of a tunnel the policy lookup of its outer packets sees
+// (KERNEL.md 45 to 49). In each case a packet leaves before the policy is there, with it, and
+// after it: what the driver has cached follows the policies.
+func TestKernelOuterLookups(t *testing.T) {
+	ns := tunnelNS(t)
+	for _, tc := range outerLookups {
+		name := fmt.Sprintf("%s, %s, mark %d", strings.TrimPrefix(tc.add, "type "), tc.sel, tc.mark)
+		ns.run(t, name, func(t *testing.T) {
+			outer, l, r := IPv4, "10.0.0.1", "10.0.0.2"
+			if strings.Contains(tc.add, "fd00:") {
+				outer, l, r = IPv6, "fd00:a::1", "fd00:a::2"
+			}
+			ip(t, "link add t0 "+tc.add)
+			defer ip(t, "link del t0")
+			inner := "4"
+			if strings.Contains(tc.add, "ip6ip") {
+				inner = "6"
+			}
+			w := openWire(t, outer)
+			w.open(inner, linkNamed(t, "t0").Type == arphrdEther)
+			if p := w.send(tc.mark); p == protoESP {
+				t.Fatal("covered without a policy")
+			}
+			sel := tc.sel
+			if !strings.Contains(sel, "dst ") { // not the inner packets too
+				sel = "dst " + r + " " + sel
+			}
+			if !strings.Contains(sel, "src ") {
+				sel = "src " + outer.Any().String() + " " + sel
+			}
+			output(t, "ip", "xfrm", "state", "add", "src", l, "dst", r, "proto", "esp", "spi", "1", "reqid", "1", "mode", "transport",
+				"aead", "rfc4106(gcm(aes))", "0x0102030405060708090a0b0c0d0e0f1011121314", "128")
+			defer output(t, "ip", "xfrm", "state", "flush")
+			args := append([]string{"ip", "xfrm", "policy", "add"}, strings.Fields(sel)...)
+			output(t, append(args, "dir", "out", "tmpl", "proto", "esp", "reqid", "1", "mode", "transport")...)
+			p := w.send(tc.mark)
+			output(t, "ip", "xfrm", "policy", "flush")
+			if (p == protoESP) != tc.covered {
+				t.Errorf("protocol %d left, covered should be %t", p, tc.covered)
+			}
+			if p := w.send(tc.mark); p == protoESP {
+				t.Error("covered after the policy went")
+			}
+		})
+	}
+}
+
+const protoESP = 50
+
+// wire looks at what leaves by a0 when something is sent through t0.
+type wire struct {
+	t     *testing.T
+	fd    int
+	outer Family
+	inner string
+	// length is that of the last packet, as its IP header has it.
+	length int
+}
+
+// payload is what is sent.
+var payload = bytes.Repeat([]byte("tso!"), 25)
+
+func openWire(t *testing.T, outer Family) *wire {
+	t.Helper()
 	fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_DGRAM, int(binary.BigEndian.Uint16([]byte{0, unix.ETH_P_ALL}))<<8)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer unix.Close(fd)
-	a0 := linkNamed(t, "a0")
-	if err := unix.Bind(fd, &unix.SockaddrLinklayer{Protocol: unix.ETH_P_ALL << 8, Ifindex: int(a0.Index)}); err != nil {
+	t.Cleanup(func() { unix.Close(fd) })
+	if err := unix.Bind(fd, &unix.SockaddrLinklayer{Protocol: unix.ETH_P_ALL << 8, Ifindex: int(linkNamed(t, "a0").Index)}); err != nil {
 		t.Fatal(err)
 	}
 	if err := unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: 5}); err != nil {
 		t.Fatal(err)
 	}
-	ip(t, "link set t0 addrgenmode none\nlink set t0 up")
-	peer, headers := "192.168.77.2", 28
+	return &wire{t: t, fd: fd, outer: outer}
+}
+
+// open sets t0 up with addresses of the inner family.
+func (w *wire) open(inner string, eth bool) {
+	w.t.Helper()
+	w.inner = inner
+	ip(w.t, "link set t0 addrgenmode none\nlink set t0 up")
 	if inner == "6" {
-		peer, headers = "fd77::2", 48
-		ip(t, "addr add fd77::1/64 dev t0 nodad")
+		ip(w.t, "addr add fd77::1/64 dev t0 nodad")
 	} else {
-		ip(t, "addr add 192.168.77.1/24 dev t0")
+		ip(w.t, "addr add 192.168.77.1/24 dev t0")
 	}
 	if eth {
-		ip(t, "neigh add "+peer+" lladdr 02:00:00:00:00:77 dev t0")
+		ip(w.t, "neigh add "+w.peer()+" lladdr 02:00:00:00:00:77 dev t0")
 	}
-	c, err := net.Dial("udp"+inner, net.JoinHostPort(peer, "9"))
+}
+
+func (w *wire) peer() string {
+	if w.inner == "6" {
+		return "fd77::2"
+	}
+	return "192.168.77.2"
+}
+
+// send sends a packet with a mark to the peer, and returns the protocol of the outer packet that
+// leaves. What was there before is not looked at.
+func (w *wire) send(mark int) (proto byte) {
+	w.t.Helper()
+	b := make([]byte, 2048)
+	for {
+		if _, _, err := unix.Recvfrom(w.fd, b, unix.MSG_DONTWAIT); err != nil {
+			break
+		}
+	}
+	d := net.Dialer{Control: func(_, _ string, c syscall.RawConn) error {
+		var serr error
+		err := c.Control(func(fd uintptr) { serr = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_MARK, mark) })
+		return errors.Join(err, serr)
+	}}
+	c, err := d.Dial("udp"+w.inner, net.JoinHostPort(w.peer(), "9"))
 	if err != nil {
-		t.Fatal(err)
+		w.t.Fatal(err)
 	}
 	defer c.Close()
-	payload := bytes.Repeat([]byte("tso!"), 25)
 	if _, err := c.Write(payload); err != nil {
-		t.Fatal(err)
+		w.t.Fatal(err)
 	}
-	b := make([]byte, 2048)
 	for end := time.Now().Add(5 * time.Second); time.Now().Before(end); {
-		n, _, err := unix.Recvfrom(fd, b, 0)
+		n, from, err := unix.Recvfrom(w.fd, b, 0)
 		if err != nil {
-			t.Fatalf("nothing left by a0: %v", err)
+			w.t.Fatalf("nothing left by a0: %v", err)
 		}
-		if n < 40 || !bytes.Contains(b[:n], payload) {
+		if ll, ok := from.(*unix.SockaddrLinklayer); !ok || ll.Pkttype != unix.PACKET_OUTGOING || n < 100 {
 			continue
 		}
-		length := int(binary.BigEndian.Uint16(b[2:]))
-		if outer == IPv6 {
-			length = 40 + int(binary.BigEndian.Uint16(b[4:]))
+		if w.outer == IPv4 && b[0]>>4 == 4 {
+			w.length = int(binary.BigEndian.Uint16(b[2:]))
+			return b[9]
 		}
-		return length - len(payload) - headers
+		if w.outer == IPv6 && b[0]>>4 == 6 {
+			w.length = 40 + int(binary.BigEndian.Uint16(b[4:]))
+			if b[6] == unix.IPPROTO_DSTOPTS { // the encapsulation limit
+				return b[40]
+			}
+			return b[6]
+		}
 	}
-	t.Fatal("it did not leave by a0")
+	w.t.Fatal("nothing of the outer family left by a0")
 	return 0
 }

@@ -133,8 +133,13 @@ func insertBody(bodies []*Body, b *Body, first bool) []*Body {
 func (s *state) removeRoute(r Route) Effect {
 	old := s.get(r.Body.Family, r.Body.Table, r.Dst)
 	i := slices.IndexFunc(old, func(b *Body) bool { return b.same(r.Body) })
+	var e Effect
 	if i < 0 {
 		i = slices.IndexFunc(old, func(b *Body) bool { return b.sameKey(r.Body) && b.sameWays(r.Body) })
+		if i >= 0 && !Equal(old[i], r.Body) {
+			// Told again of one that went before the last dump, it may be another one's end.
+			e.Resync = &Scope{RoutesOnly: true, Family: r.Body.Family}
+		}
 	}
 	if i < 0 {
 		if slices.ContainsFunc(old, r.Body.sameKey) {
@@ -144,7 +149,8 @@ func (s *state) removeRoute(r Route) Effect {
 		return Effect{}
 	}
 	s.store(r.Dst, r.Body.Family, r.Body.Table, old, slices.Delete(slices.Clone(old), i, i+1))
-	return Effect{Changed: true}
+	e.Changed = true
+	return e
 }
 
 // prune ends a partial resync: what it found replaces what the mirror has in its scope.
@@ -206,4 +212,46 @@ func (f *FIB) prune(p *partial) (e Effect) {
 		e.Changed = true
 	}
 	return e
+}
+
+// maxHeld bounds the keys that inDoubt looks at.
+const maxHeld = 1 << 16
+
+// inDoubt are the families of which a dump may have to be taken again, because events came while
+// it ran. It may show what they did, so they are told on top of it once more. For a key with a
+// single route that ends with what the last of them says. Where several have one key, a replace
+// that is told twice hits another route than it did, which a removal then takes along. So keys
+// with several such events are in doubt, but not those that were only replaced.
+func inDoubt(held []Event) map[Family]bool {
+	doubt := map[Family]bool{}
+	seen := map[Key]int{}
+	each := func(f func(k Key, only bool)) {
+		for _, ev := range held {
+			switch ev := ev.(type) {
+			case RouteSet:
+				f(ev.Route.Key(), ev.Replace)
+			case RouteGone:
+				f(ev.Route.Key(), false)
+			}
+		}
+	}
+	each(func(k Key, replaced bool) {
+		if !replaced && !doubt[k.Family] {
+			seen[k] = 0
+		}
+		if len(seen) > maxHeld {
+			doubt[k.Family] = true
+			clear(seen)
+		}
+	})
+	if len(seen) == 0 {
+		return doubt
+	}
+	each(func(k Key, _ bool) {
+		if n, ok := seen[k]; ok {
+			seen[k] = n + 1
+			doubt[k.Family] = doubt[k.Family] || n > 0
+		}
+	})
+	return doubt
 }

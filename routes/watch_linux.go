@@ -57,8 +57,10 @@ type Watcher struct {
 
 	messages, undecodable, overruns, resyncs, interrupted atomic.Uint64
 
-	// held are the events that came while a dump ran.
-	held []Event
+	// held are the events that came while a dump ran, and doubts counts the dumps in a row after
+	// which they left something open.
+	held   []Event
+	doubts int
 	// lost is why events were lost, nil for none, since the last Lost.
 	lost error
 	// adds and removals count IPv6 route events and told the route events of each family, for

@@ -219,11 +219,10 @@ func headers(f routes.Family) int {
 // at is the smallest inner MTU of covered flows to a destination that a rule leads to their
 // routes, and whose they are; 0 for none.
 func (c *clamping) at(base *routes.Rule, x netip.Prefix) (mtu int, by []*coverage) {
-	m, _ := c.FIB.Cover(base.Family, base.Table, x)
-	if linkLocal(x) || int32(m.Dst.Bits()) <= base.SuppressPrefixLen {
+	if linkLocal(x) {
 		return 0, nil
 	}
-	for _, r := range candidatesAt(m) {
+	for _, r := range c.candidatesAt(base, x) {
 		if r.Body.Type != routes.Unicast || c.locked[r.Key()] {
 			continue
 		}
@@ -253,20 +252,29 @@ func (c *clamping) at(base *routes.Rule, x netip.Prefix) (mtu int, by []*coverag
 	return mtu, by
 }
 
-// candidatesAt are the routes to a destination that flows can take: the first, or all where that
-// differs by source or TOS.
-func candidatesAt(m routes.Match) []routes.Route {
-	if !m.SourceSpecific() && !m.TOSSpecific() {
-		if r, ok := m.First(); ok {
-			return []routes.Route{r}
-		}
-		return nil
-	}
+// candidatesAt are the routes of a rule's table to a destination that flows can take. Where the
+// longest ones are down, or for some sources or TOS values only, flows can take wider ones.
+func (c *clamping) candidatesAt(base *routes.Rule, x netip.Prefix) []routes.Route {
 	var out []routes.Route
-	for _, b := range m.Paths.Bodies() {
-		out = append(out, routes.Route{Dst: m.Dst, Body: b})
+	for {
+		m, _ := c.FIB.Cover(base.Family, base.Table, x)
+		if m.Paths == nil || int32(m.Dst.Bits()) <= base.SuppressPrefixLen {
+			return out
+		}
+		first, up := m.First()
+		if up && !m.SourceSpecific() && !m.TOSSpecific() {
+			return append(out, first)
+		}
+		if up || m.SourceSpecific() {
+			for _, b := range m.Paths.Bodies() {
+				out = append(out, routes.Route{Dst: m.Dst, Body: b})
+			}
+		}
+		if m.Dst.Bits() == 0 {
+			return out
+		}
+		x = netip.PrefixFrom(m.Dst.Addr(), m.Dst.Bits()-1).Masked()
 	}
-	return out
 }
 
 func (c *clamping) noteUnclear(base *routes.Rule, x netip.Prefix) {

@@ -60,14 +60,14 @@ func (p *planner) setDevices() {
 			continue
 		}
 		want, covs, why := p.carrierMTU(l)
+		if c, ours := p.MTUs[l.Index]; ours && !c.Wrote(l.MTU) && len(covs) > 0 {
+			p.plan.Yielded = append(p.plan.Yielded, l.Index)
+		}
 		if why == "" && want == 0 || len(covs) == 0 {
 			continue
 		}
 		if why == "" {
 			why = p.leaveDevice(l, want)
-		}
-		if c, ours := p.MTUs[l.Index]; ours && !c.Wrote(l.MTU) {
-			p.plan.Yielded = append(p.plan.Yielded, l.Index)
 		}
 		if why != "" {
 			for _, c := range covs {
@@ -105,6 +105,9 @@ func (p *planner) carrierMTU(l *routes.Link) (want int, covs []*coverage, why st
 			continue
 		}
 		need, by, no := p.needs(r)
+		if _, n := p.FIB.Get(r.Key()); n > 1 {
+			no = "another route has the same key" // r is the first, which may be by another device
+		}
 		for _, c := range by {
 			if !slices.Contains(covs, c) {
 				covs = append(covs, c)
@@ -119,6 +122,7 @@ func (p *planner) carrierMTU(l *routes.Link) (want int, covs []*coverage, why st
 			want = need
 		}
 	}
+	slices.SortFunc(covs, func(a, b *coverage) int { return cmp.Compare(a.entry.order, b.entry.order) })
 	return want, covs, why
 }
 
@@ -189,6 +193,11 @@ func (p *planner) leaveDevice(l *routes.Link, want int) string {
 	case !ours && l.MTU6 != 0:
 		// A change of the device's MTU sets IPv6's own one, too.
 		return fmt.Sprintf("its IPv6 MTU is set to %d", l.MTU6)
+	}
+	for _, o := range p.FIB.Links() {
+		if t := p.tunnels[o.Index]; t != nil && t.path.Oif == l.Index {
+			return fmt.Sprintf("the outer packets of %s leave by it", t.link.Name)
+		}
 	}
 	for _, r := range p.routesBy(l) {
 		if why := p.meetsOuter(r); why != "" {

@@ -22,7 +22,7 @@ var espFeatures = []ethtool.Feature{ethtool.ESPHWOffload, ethtool.ESPSegmentatio
 //
 // A device that offers tx-esp-segmentation alone, as every bridge does, is left alone: no SA can be
 // bound to it (bridges have no xfrmdev_ops), and for the SAs of the kernel's own ESP the feature is
-// without effect, on the wire as in throughput (KERNEL.md 45).
+// without effect, on the wire as in throughput (KERNEL.md 54).
 func (p *planner) holdESP() {
 	for _, l := range p.FIB.Links() {
 		if len(p.sending(l)) == 0 || !p.offers(l, ethtool.ESPHWOffload) || p.Config.dedicated(l.Name) == Keep {

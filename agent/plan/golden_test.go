@@ -60,7 +60,7 @@ func (w *world) render(pl *Plan, s Steps) string {
 	var b strings.Builder
 	line := func(format string, args ...any) { fmt.Fprintf(&b, format+"\n", args...) }
 	for _, h := range pl.Holds {
-		line("hold %s %s because %s", h.Device.Name, h.Feature, renderIDs(h.Because))
+		line("hold %s %s because %s", h.Device.Name, h.Feature, h.Why+renderIDs(h.Because))
 	}
 	for _, l := range pl.Lanes {
 		line("lane %s %v because %s", l.Name, l.Matches, renderIDs(l.Because))

@@ -45,7 +45,15 @@ func (p *planner) hold() {
 		}
 	}
 	for _, t := range p.dedicatedTunnels() {
-		add(t.link, t.covs...)
+		if t.link.Up { // nothing leaves by one that is down: tunl0 and its kin stay as they are
+			add(t.link, t.covs...)
+		}
+		wrapped := Tunnel{Index: t.link.Index, Encap: t.encap, Path: t.path.MTU}
+		wrapped.MTU, _ = p.wraps(t)
+		for _, c := range t.own {
+			wrapped.Own = append(wrapped.Own, c.ID)
+		}
+		p.plan.Tunnels = append(p.plan.Tunnels, wrapped)
 	}
 	for _, l := range p.wholeDevices() {
 		if covs := p.wholly(l); len(covs) > 0 {
@@ -215,7 +223,7 @@ func (p *planner) offloaded(covs []*coverage) *coverage {
 				if sa.OffloadDev == 0 {
 					continue
 				}
-				if f, ok := p.Features[routes.Ifindex(sa.OffloadDev)].Get(ethtool.ESPSegmentation); ok && f.Active {
+				if p.does(routes.Ifindex(sa.OffloadDev), ethtool.ESPSegmentation) {
 					return c
 				}
 			}

@@ -182,6 +182,7 @@ type fate struct {
 	// is the MTU that the tunnel leaves it then, 0 if that isn't known.
 	wrapped bool
 	left    int
+	under   bool // the packet's own policy takes it, and the tunnel's outer packets are covered, too
 }
 
 type fateKind int
@@ -231,7 +232,7 @@ func (w *world) fate(p packet, l *routes.Link, ifID uint32) fate {
 	default:
 		below := w.wrapped(p, l)
 		if got.kind != uncovered {
-			got.left = below.left
+			got.left, got.under = below.left, below.kind == covered
 			return got
 		}
 		return below
@@ -249,6 +250,11 @@ func (w *world) fate(p packet, l *routes.Link, ifID uint32) fate {
 // wrapped is what becomes of a packet that no policy takes once a tunnel, or what it sends by, has
 // wrapped it: the worst of all outer packets that it can be in.
 func (w *world) wrapped(p packet, l *routes.Link) fate {
+	if w.depth++; w.depth > 8 {
+		w.depth--
+		return fate{kind: dropped} // a tunnel through itself (dev_xmit_recursion)
+	}
+	defer func() { w.depth-- }()
 	switch {
 	case l.Kind == "vlan" || l.Kind == "macvlan":
 		ft := w.wrapped(p, w.fib.Link(l.Parent))
@@ -279,8 +285,17 @@ func (w *world) wrapped(p packet, l *routes.Link) fate {
 		o := w.outerPacket(p, l, sport)
 		at := w.lookup(o)
 		for i, ft := range w.fates(o, at.route) {
-			if ft.kind == uncovered || ft.kind == unknown {
-				return fate{kind: uncovered}
+			if ft.kind == unknown { // the policy lookup precedes whatever a lightweight tunnel does
+				ft = w.policyFor(xfrmwatch.Flow{
+					Src: o.src, Dst: o.dst, Proto: xfrmwatch.Proto(o.proto), Sport: o.sport, Dport: o.dport, Mark: o.mark,
+					Oif: int32(at.route.Body.Nexthops[i].Oif),
+				})
+			}
+			if l := w.fib.Link(at.route.Body.Nexthops[i].Oif); ft.kind == uncovered && l != nil && l.Kind == "xfrm" {
+				ft.kind = dropped
+			}
+			if ft.kind == uncovered {
+				return ft
 			}
 			if ft.kind == dropped {
 				continue
@@ -291,9 +306,11 @@ func (w *world) wrapped(p packet, l *routes.Link) fate {
 			}
 			left := ft.left
 			if !ft.wrapped {
-				left, _ = ft.cov.MTU(w.peerMTU, path)
+				left = w.leftOf(ft.cov, path)
 			}
-			left = min(left, path) - l.Encap.Header
+			if left = min(left, path); left > 0 {
+				left -= l.Encap.Header
+			}
 			if worst.kind == dropped || left < worst.left {
 				worst = fate{kind: covered, cov: ft.cov, wrapped: true, left: left}
 			}
@@ -306,6 +323,9 @@ func (w *world) wrapped(p packet, l *routes.Link) fate {
 func (w *world) outerPacket(p packet, l *routes.Link, sport uint16) packet {
 	e := l.Encap
 	o := packet{family: e.Family, src: e.Local, dst: e.Remote, proto: e.Proto, mark: e.Mark, iif: "lo"}
+	if !o.src.IsValid() {
+		o.src = e.Family.Any().Addr() // the worlds' routes choose none
+	}
 	switch e.Proto {
 	case 17:
 		o.sport, o.dport = sport, e.Dport.Lo
@@ -418,6 +438,11 @@ func (w *world) expectedOf(c xfrmwatch.Coverage, path int) int {
 	if !slices.ContainsFunc(c.Policy.Templates, func(t xfrmwatch.Template) bool { return !t.TakesFlow() }) {
 		return 0 // transport: the ESP packets would meet the lock themselves
 	}
+	return w.leftOf(c, path)
+}
+
+// leftOf is what a coverage leaves of a path, 0 if that isn't known.
+func (w *world) leftOf(c xfrmwatch.Coverage, path int) int {
 	mtu, status := c.MTU(w.peerMTU, path)
 	if status == xfrmwatch.MTUKnown {
 		return mtu

@@ -51,6 +51,7 @@ var comparePlans = []cmp.Option{
 	cmp.Comparer(func(a, b *routes.Body) bool { return a == b || a != nil && b != nil && routes.EqualButMTU(a, b) }),
 	cmp.Comparer(func(a, b *xfrmwatch.Policy) bool { return a.Equal(b) }),
 	cmpopts.EquateEmpty(),
+	cmpopts.IgnoreFields(Tunnel{}, "Path"), // the kernel answers with our own lock
 }
 
 // structure checks the rules: few, directly ahead of their bases, the others in their order.
@@ -232,6 +233,12 @@ func holdsOnlyWhatIsCovered(w *world, pl *Plan) error {
 	held := map[routes.Ifindex]bool{}
 	for _, h := range pl.Holds {
 		i := routes.Ifindex(h.Device.Index)
+		if strings.Contains(string(h.Feature), "esp") {
+			if err := holdsOnlyWhatAPortLacks(w, h); err != nil {
+				return err
+			}
+			continue // it is nobody's but ESP's
+		}
 		// A shared NIC may be held where the configuration says so.
 		held[i] = w.cfg.WithDefaults().shared(h.Device.Name) != SharedOff
 		st, ok := w.features[i].Get(h.Feature)
@@ -260,8 +267,11 @@ func holdsOnlyWhatIsCovered(w *world, pl *Plan) error {
 				continue
 			}
 			for i, ft := range w.fates(p, o.route) {
-				if ft.kind == dropped || ft.kind == covered && !ft.cov.Maybe || !held[o.route.Body.Nexthops[i].Oif] {
+				if ft.kind == dropped || ft.kind == covered && !ft.cov.Maybe || ft.under || !held[o.route.Body.Nexthops[i].Oif] {
 					continue
+				}
+				if ft.kind == unknown && w.wrapped(p, w.fib.Link(o.route.Body.Nexthops[i].Oif)).kind != uncovered {
+					continue // what a lightweight tunnel adds, the device still wraps
 				}
 				// An xfrm interface drops what no policy for its if_id takes.
 				if l := w.fib.Link(o.route.Body.Nexthops[i].Oif); l.Kind != "xfrm" || l.External {

@@ -41,16 +41,24 @@ func (p *planner) place(shapes []*shaped) bool {
 		}
 		var first, second []ruled
 		for _, s := range group {
-			rs := p.rulesOf(s)
-			if len(rs)+len(first)+len(second) > room {
+			if len(first) >= room {
 				s.note(fmt.Sprintf("no lock: no free rule priority directly ahead of rule %d, or more than %d rules", base.Priority, MaxRules))
 				s.out, all = true, false
 				continue
 			}
-			first = append(first, ruled{s, rs[:1]})
-			if len(rs) > 1 {
-				second = append(second, ruled{s, rs[1:]})
+			first = append(first, ruled{s, p.rulesOf(s)})
+		}
+		for i, r := range first {
+			if len(r.rules) == 1 {
+				continue
 			}
+			first[i].rules = r.rules[:1]
+			if len(first)+len(second) >= room {
+				r.s.noteServed(fmt.Sprintf("lookups without a source are not served: no second free rule priority directly ahead of rule %d, or more than %d rules", base.Priority, MaxRules))
+				continue
+			}
+			r.s.noteSourceLess()
+			second = append(second, ruled{r.s, r.rules[1:]})
 		}
 		used[base.Family] += len(first) + len(second)
 		// Lookups without a source match several shapes: the smallest MTU goes first.
@@ -127,12 +135,19 @@ func (p *planner) rulesOf(s *shaped) []routes.Rule {
 	}
 	if f.Family == routes.IPv4 {
 		r.Src = netip.PrefixFrom(netip.IPv4Unspecified(), 32)
-		s.noteServed("lookups without a source are served: the host's own unbound sockets to these destinations have the lock too")
 	} else {
 		r.Src, r.Iif = netip.Prefix{}, "lo"
-		s.noteServed("lookups without a source are served: the host's own traffic to these destinations has the lock too")
 	}
 	return append(rules, r)
+}
+
+// noteSourceLess says that a second rule serves lookups without a source, and whom else.
+func (s *shaped) noteSourceLess() {
+	if s.id.Flows.Family == routes.IPv4 {
+		s.noteServed("lookups without a source are served: the host's own unbound sockets to these destinations have the lock too")
+	} else {
+		s.noteServed("lookups without a source are served: the host's own traffic to these destinations has the lock too")
+	}
 }
 
 // served are the members that the shape has a clone for.

@@ -56,10 +56,13 @@ type Peer struct {
 }
 
 // Path is the route to an address as the kernel answered: the MTU of what it carries in bytes,
-// and the device it leaves by. The zero value means that there is none.
+// the device it leaves by, the table that has it and the source that it chooses. The zero value
+// means that there is none.
 type Path struct {
-	MTU int
-	Oif routes.Ifindex
+	MTU   int
+	Oif   routes.Ifindex
+	Table routes.TableID
+	Src   netip.Addr
 }
 
 // ProbeKey names what a probe tries: a kind of device (IFLA_INFO_KIND) above SAs of one kind.
@@ -102,6 +105,7 @@ type Plan struct {
 	Locks    []Lock
 	Shapes   []Shape
 	Lanes    []Lane
+	Tunnels  []Tunnel
 	Verdicts []Verdict
 	// MTU holds the inner MTU of each coverage that has a valid SA now; the caller keeps it as
 	// Input.Last.
@@ -124,6 +128,17 @@ type Hold struct {
 	Because []xfrmwatch.CoverageID
 	// Why says what asks for it where that is no coverage.
 	Why string
+}
+
+// Tunnel is a dedicated tunnel with what becomes of its outer packets.
+type Tunnel struct {
+	Index routes.Ifindex
+	Encap routes.Encap
+	Path  int // the MTU of the outer packets' route, in bytes, 0 if it is not known
+	MTU   int // what is left to an inner packet, in bytes, 0 if it is not known
+	// Own are the coverages whose policies take the outer packets; those that they leave alone
+	// leave by a dedicated carrier.
+	Own []xfrmwatch.CoverageID
 }
 
 // Lane is the detour of covered flows on a shared NIC through an ifb that cuts them.

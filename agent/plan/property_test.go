@@ -50,6 +50,8 @@ type maker struct {
 	t     *rapid.T
 	lines []string
 	v6    bool
+	// devices are those that some routes go by.
+	devices []string
 }
 
 func (m *maker) line(format string, args ...any) {
@@ -113,6 +115,7 @@ func genWorld(t *rapid.T) string {
 		m.line("forwarding")
 	}
 	m.v6 = m.some("ipv6", 3)
+	m.tunnels()
 	m.outside()
 	for range m.num("rules", 0, 3) {
 		m.rule()
@@ -148,6 +151,32 @@ func (m *maker) config() {
 		m.line("config %s", m.of("setting", "dedicated keep", "device xfrm0 keep", "mtu advise", "mtu off", "partial off",
 			"source_less_lookups off", "presume_mtu 1350", "max_clones 3", "max_clones_per_coverage 1", "dedicated off"))
 	}
+}
+
+// tunnels are a few of those that wrap packets, with a VLAN above one.
+func (m *maker) tunnels() {
+	if m.some("tunnels", 2) {
+		m.devices = []string{"eth0", "eth1", "xfrm0"}
+		return
+	}
+	l := "link 10 tun0 " + m.of("kind", "gre", "gre key 7", "gre key 65536", "ipip", "vxlan dport 4789 anymark", "geneve dport 6081 anymark", "gre mark 1")
+	if !m.some("nolocal", 6) {
+		l += " local " + m.self()
+	}
+	m.line("%s remote %s mtu %s", l, m.peer("remote"), m.of("mtu", "1476", "1400"))
+	m.line("link 11 tun0v kind %s parent tun0 mtu 1476", m.of("upper", "vlan", "macvlan"))
+	m.line("link 12 tun1 gre local %s remote %s mtu 1476 %s", m.self(), m.peer("remote"), m.of("key", "", "key 7"))
+	m.line("link 13 vti0 kind vti okey %s mtu 1480", m.of("okey", "1", "2"))
+	m.devices = []string{"tun0", "tun0", "tun0v", "tun1", "vti0", "eth0"}
+	for range m.num("outer routes", 0, 2) {
+		m.line("route %s dev %s", m.peer("to"), m.of("dev", "eth0", "tun1", "tun0", "xfrm0"))
+	}
+}
+
+// outerPolicy takes outer packets of a tunnel, or a part of them.
+func (m *maker) outerPolicy() string {
+	return fmt.Sprintf("src %s dst %s %s", m.of("from", m.self(), m.self(), m.src("src")), m.of("to", m.peer("peer"), m.peer("peer"), m.dst("dst")),
+		m.of("narrow", "", "", "proto gre", "proto gre", "proto gre sport 0 dport 7", "proto gre sport 1", "proto 4", "proto udp", "proto udp dport 4789", "proto udp dport 0/0xff00", "mark 1/1"))
 }
 
 // outside leads to the peers.
@@ -223,6 +252,9 @@ func (m *maker) route() {
 		}
 	}
 	dev := func() string {
+		if m.some("tunnel", 3) {
+			return m.of("dev", m.devices...)
+		}
 		return m.of("dev", "eth0", "eth0", "eth1", "xfrm0", "xfrm0", "xfrm1", "eth2", "eth3", "xfrmx")
 	}
 	via := "192.0.2.9"
@@ -250,8 +282,12 @@ func (m *maker) table() string {
 }
 
 func (m *maker) policy(index int) {
-	l := fmt.Sprintf("policy %d src %s dst %s priority %d", index, m.src("src"), m.dst("dst"), m.num("priority", 0, 3))
-	switch m.num("narrow", 0, 11) {
+	selector, narrow := fmt.Sprintf("src %s dst %s", m.src("src"), m.dst("dst")), 0
+	if m.some("outer", 3) {
+		selector, narrow = m.outerPolicy(), 7
+	}
+	l := fmt.Sprintf("policy %d %s priority %d", index, selector, m.num("priority", 0, 3))
+	switch m.num("narrow", narrow, 11) {
 	case 0, 1:
 		l += " proto " + m.of("proto", "tcp", "udp")
 	case 2:

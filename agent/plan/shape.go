@@ -53,6 +53,7 @@ func (p *planner) shape() {
 	// again.
 	for !p.place(p.fillAll(shapes)) {
 	}
+	p.noteVRFs()
 }
 
 // fillAll fills the shapes in their order and returns those that have clones.
@@ -110,6 +111,9 @@ func (p *planner) group() []*shaped {
 		}
 		for _, part := range p.parts(c) {
 			if part.Blocked != "" {
+				if p.allLocked(part) {
+					continue
+				}
 				c.verdict.note(fmt.Sprintf("rule %d (%s) decides for a part of the flows: no lock there", part.Rule.Priority, part.Blocked))
 				continue
 			}
@@ -132,6 +136,69 @@ func (p *planner) group() []*shaped {
 		}
 	}
 	return shapes
+}
+
+// allLocked reports whether all unicast routes that a part of the flows uses are locked in place,
+// so that no rule is needed.
+func (p *planner) allLocked(part routes.Part) bool {
+	some := false
+	locked := func(m routes.Match) bool {
+		for _, b := range m.Paths.Bodies() {
+			if b.Type == routes.Unicast && !p.locked[routes.Route{Dst: m.Dst, Body: b}.Key()] {
+				return false
+			}
+			some = some || b.Type == routes.Unicast
+		}
+		return true
+	}
+	if !locked(part.Containing) {
+		return false
+	}
+	n := 0
+	for m := range part.Inside {
+		if n++; n > p.Config.MaxClonesPerCoverage || !locked(m) {
+			return false
+		}
+	}
+	return some
+}
+
+// noteVRFs says for each coverage that flows inside of VRFs have no lock in a table of ours: the
+// rule for VRFs (l3mdev) stands ahead of all of ours. VRFs without a way to its destination don't
+// count, nor do those whose routes there are locked in place.
+func (p *planner) noteVRFs() {
+	for _, l := range p.FIB.Links() {
+		if l.VRFTable == 0 {
+			continue
+		}
+		for _, c := range p.covers {
+			// An xfrm interface's policies are those of its own routes.
+			if c.Policy.IfID != 0 || !c.tunnels {
+				continue
+			}
+			m, inside := p.FIB.Cover(c.flows.Family, l.VRFTable, c.Selector.Dst)
+			part := routes.Part{Containing: m, Inside: inside}
+			if p.leads(part) && !p.allLocked(part) {
+				c.verdict.note(fmt.Sprintf("VRF %s: flows inside of it have no lock in a table of our own", l.Name))
+			}
+		}
+	}
+}
+
+// leads reports whether some unicast route is among those of a part.
+func (p *planner) leads(part routes.Part) bool {
+	unicast := func(m routes.Match) bool {
+		return slices.ContainsFunc(m.Paths.Bodies(), func(b *routes.Body) bool { return b.Type == routes.Unicast })
+	}
+	if unicast(part.Containing) {
+		return true
+	}
+	for m := range part.Inside {
+		if unicast(m) {
+			return true
+		}
+	}
+	return false
 }
 
 func (p *planner) lockedWhole(c *coverage) bool { return len(c.verdict.Locked) > 0 }
@@ -253,7 +320,7 @@ func (p *planner) decide(s *shaped, x netip.Prefix, above *coverage) (Clone, *co
 		p.noteAt(s, x, m, above, "its route is down or for some sources only")
 	}
 	if !ok || int32(m.Dst.Bits()) <= s.base.SuppressPrefixLen || r.Body.Type != routes.Unicast ||
-		p.locked[r.Key()] || linkLocal(x) {
+		p.locked[r.Key()] || linkLocal(x) || p.loops(r.Body) {
 		return throw, nil
 	}
 	w, ok := p.domain(r.Body)
@@ -295,6 +362,15 @@ func (p *planner) decide(s *shaped, x netip.Prefix, above *coverage) (Clone, *co
 		adv = min(adv, own)
 	}
 	return Clone{Dst: x, Of: r, MTU: p.metric(mtu), AdvMSS: adv, Because: c.ID}, c
+}
+
+// loops reports whether the route leads to the loopback device, whose packets XFRM leaves alone
+// (disable_xfrm, DST_NOXFRM). IPv6 has such routes for addresses of it.
+func (p *planner) loops(b *routes.Body) bool {
+	return slices.ContainsFunc(b.Nexthops, func(n routes.Nexthop) bool {
+		l := p.FIB.Link(n.Oif)
+		return l != nil && l.Type == arphrdLoopback
+	})
 }
 
 // follows says why a clone could not follow the kernel's choice among the routes to a

@@ -20,7 +20,7 @@ func (p *planner) share() {
 	}
 	lanes := map[routes.Ifindex]*Lane{}
 	for _, c := range p.covers {
-		if c.Maybe || c.verdict.Cut == CutDevice {
+		if c.Maybe || c.verdict.Cut == CutDevice && c.Policy.IfID != 0 {
 			continue
 		}
 		for _, l := range p.nics(c) {
@@ -78,7 +78,9 @@ func (p *planner) lane(lanes map[routes.Ifindex]*Lane, c *coverage, l *routes.Li
 	have.Matches = append(have.Matches, matches...)
 	have.Because = append(have.Because, c.ID)
 	c.verdict.Carriers = append(c.verdict.Carriers, l.Name)
-	c.verdict.Cut = CutLane
+	if c.verdict.Cut != CutDevice { // a tunnel is one of its flows; there may be others
+		c.verdict.Cut = CutLane
+	}
 	c.verdict.Held = append(c.verdict.Held, fmt.Sprintf("%s lane", l.Name))
 }
 

@@ -75,6 +75,9 @@ func (p *planner) enters(d *dedicated) bool {
 		// A bond above nothing but dedicated ports, without routes, still sends what is bound to it.
 		return true
 	}
+	if m := p.FIB.Link(d.link.Master); m != nil && m.Kind != "vrf" && p.devices[m.Index] == nil {
+		return true // a port of what is no carrier itself, as a bridge
+	}
 	_, n := p.FIB.DeviceRoutes(d.link.Index)
 	return n > 0 && slices.ContainsFunc(p.routesBy(d.link), func(r routes.Route) bool { return r.Body.Type == routes.Unicast })
 }

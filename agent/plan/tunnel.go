@@ -178,7 +178,11 @@ func union(a, b []*coverage) []*coverage {
 // dedicated tunnel that takes the rest, if there is one. It is false if some are left.
 func (p *planner) takersOf(t *tunnel, o outerFlow, done map[*tunnel]bool) ([]*coverage, *tunnel, bool) {
 	var below way
-	if l := p.FIB.Link(t.path.Oif); l != nil && l.Kind == "xfrm" && !l.External {
+	l := p.FIB.Link(t.path.Oif)
+	if l != nil && l.Type == arphrdLoopback { // net.ipv4.conf.lo.disable_xfrm is on
+		return nil, nil, false
+	}
+	if l != nil && l.Kind == "xfrm" && !l.External {
 		below.ifID = l.IfID
 	} else if lower := p.tunnels[t.path.Oif]; lower != nil {
 		p.settle(lower, done)
@@ -216,6 +220,9 @@ func (p *planner) takersOf(t *tunnel, o outerFlow, done map[*tunnel]bool) ([]*co
 		partly = "other packets of it are not covered"
 	}
 	for _, c := range took {
+		if !t.link.Up { // gre0, tunl0 and their kin are there with their module
+			break
+		}
 		c.verdict.note(fmt.Sprintf("%s keeps its features: only a part of its outer packets is covered by this policy, and %s", t.link.Name, partly))
 	}
 	return nil, nil, false
@@ -264,14 +271,17 @@ func (p *planner) outerFlows(t *tunnel) []outerFlow {
 	var out []outerFlow
 	for _, f := range families {
 		for _, proto := range protos {
-			out = append(out, outerOf(t, f, proto))
+			out = append(out, p.outerOf(t, f, proto))
 		}
 	}
 	return out
 }
 
-func outerOf(t *tunnel, f routes.Family, proto uint8) outerFlow {
+func (p *planner) outerOf(t *tunnel, f routes.Family, proto uint8) outerFlow {
 	e := t.encap
+	if !e.Local.IsValid() || e.Local.IsUnspecified() {
+		e.Local = p.chosenSource(t)
+	}
 	host := func(a netip.Addr) netip.Prefix {
 		if !a.IsValid() || a.IsUnspecified() || routes.FamilyOf(a) != f {
 			return f.Any()
@@ -292,6 +302,20 @@ func outerOf(t *tunnel, f routes.Family, proto uint8) outerFlow {
 		o.sport, o.dport = known{ok: true}, known{ok: true}
 	}
 	return o
+}
+
+// chosenSource is the source that the route of the outer packets gives them where the tunnel has
+// no local address: the kernel fills it in ahead of the policy lookup (ip_route_output_key_hash,
+// net/ipv4/route.c). It is invalid where several ways may give several sources.
+func (p *planner) chosenSource(t *tunnel) netip.Addr {
+	if !t.encap.Remote.IsValid() {
+		return netip.Addr{}
+	}
+	m, _ := p.FIB.Cover(t.encap.Family, t.path.Table, netip.PrefixFrom(t.encap.Remote, t.encap.Remote.BitLen()))
+	if r, ok := m.First(); ok && len(r.Body.Nexthops) == 1 && len(m.Paths.Bodies()) == 1 {
+		return t.path.Src
+	}
+	return netip.Addr{}
 }
 
 func portOf(r routes.PortRange) known { return known{r.Lo, r.Lo == r.Hi && r.Lo != 0} }

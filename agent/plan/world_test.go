@@ -30,6 +30,7 @@ type world struct {
 	links      map[string]*routes.Link
 	objects    map[uint32][]byte // the nexthops of a nexthop object, as attributes
 	goneIndex  []xfrmwatch.PolicyIndex
+	depth      int // of tunnels in tunnels
 }
 
 // newWorld reads the lines. Each family has the kernel's three rules unless a line says
@@ -112,6 +113,10 @@ func (w *world) line(what string, f *words) error {
 			w.db.Apply(xfrmwatch.DefaultSet{Default: xfrmwatch.Default{Out: xfrmwatch.Block}})
 		}
 		return f.end()
+	case "held": // held NAME FEATURE: by us
+		k := HoldKey{Index: ethtool.Ifindex(w.dev(f)), Feature: ethtool.Feature(f.next())}
+		w.held.Holds[k] = HoldClaim{Was: true}
+		return f.end()
 	case "gone": // the policy goes away, its coverage lingers
 		w.goneIndex = append(w.goneIndex, xfrmwatch.PolicyIndex(f.num()))
 		return f.end()
@@ -192,6 +197,8 @@ func (w *world) link(f *words) error {
 			l.Up, l.Running = false, false
 		case "master":
 			l.Master = w.dev(f)
+		case "backup":
+			l.Backup = true
 		case "parent":
 			l.Parent = w.dev(f)
 		case "okey":

@@ -55,6 +55,7 @@ func newApp() *cli.App {
 					config,
 					&cli.StringFlag{Name: "mode", Usage: "enforce, or observe to compute and report and change nothing: `MODE`", EnvVars: []string{"TSOAGENT_MODE"}},
 					&cli.StringFlag{Name: "run-dir", Usage: "keep journal and control socket in `DIR`", EnvVars: []string{"TSOAGENT_RUN_DIR"}},
+					&cli.StringSliceFlag{Name: "netns", Usage: "follow the network namespace `NAME`: host, all, a name in /run/netns, a path or pid:N; may be repeated", EnvVars: []string{"TSOAGENT_NETNS"}},
 					&cli.StringFlag{Name: "log-format", Value: "text", Usage: "log on stderr as text or json: `FORMAT`", EnvVars: []string{"TSOAGENT_LOG_FORMAT"}},
 					&cli.BoolFlag{Name: "debug", Usage: "log events too", EnvVars: []string{"TSOAGENT_DEBUG"}},
 				},
@@ -101,8 +102,15 @@ func load(c *cli.Context) (agent.Config, error) {
 	if v := c.String("run-dir"); v != "" {
 		cfg.RunDir = v
 	}
+	if v := c.StringSlice("netns"); len(v) > 0 {
+		cfg.Namespaces = v
+	}
 	if wrong := cfg.Validate(); len(wrong) > 0 {
-		return cfg, cli.Exit(fmt.Sprintf("--%s: %s", strings.ReplaceAll(wrong[0].Key, "_", "-"), wrong[0].Text), exitUsage)
+		flag := strings.ReplaceAll(wrong[0].Key, "_", "-")
+		if flag == "namespaces" {
+			flag = "netns"
+		}
+		return cfg, cli.Exit(fmt.Sprintf("--%s: %s", flag, wrong[0].Text), exitUsage)
 	}
 	return cfg, nil
 }
@@ -158,7 +166,7 @@ func run(c *cli.Context) error {
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
 	defer stop()
-	a, err := agent.New(cfg, log, version())
+	a, err := agent.NewFleet(cfg, log, version())
 	if err != nil {
 		return err
 	}

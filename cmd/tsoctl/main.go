@@ -2,6 +2,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -22,6 +23,7 @@ import (
 	"go.yaml.in/yaml/v3"
 
 	"tsoagent/agent"
+	"tsoagent/agent/netns"
 )
 
 // Exit codes.
@@ -74,6 +76,27 @@ func common(env bool) []cli.Flag {
 		&cli.StringFlag{Name: "run-dir", Value: agent.DefaultRunDir, Usage: "the agent's run directory is `DIR`", EnvVars: vars("TSOAGENT_RUN_DIR")},
 		&cli.StringFlag{Name: "config", Aliases: []string{"c"}, Usage: "without an agent: plan with the configuration in `FILE`", EnvVars: vars("TSOAGENT_CONFIG")},
 	}
+}
+
+// netnsFlag chooses the namespace that a command is about.
+func netnsFlag() cli.Flag {
+	return &cli.StringFlag{Name: "netns", Usage: "in the network namespace `NAME`: host, a name in /run/netns, a path or pid:N"}
+}
+
+// netnsOf is the namespace that was given, checked, else none.
+func netnsOf(c *cli.Context) (string, error) {
+	name := c.String("netns")
+	if name == "" {
+		return "", nil
+	}
+	err := netns.Check(name)
+	if name == netns.All {
+		err = errors.New("one namespace, not all of them")
+	}
+	if err != nil {
+		return "", cli.Exit(fmt.Sprintf("--netns: %v", err), exitUsage)
+	}
+	return name, nil
 }
 
 // given is the value of a common flag that was given, before or after the command, or by the
@@ -172,6 +195,7 @@ func newApp() *cli.App {
 					&cli.UintFlag{Name: "protocol", Usage: "the agent's route protocol is `NUMBER`, if not 84"},
 				},
 			},
+			probeCommand(),
 		},
 		Action: func(c *cli.Context) error {
 			if c.Args().Present() {
@@ -179,6 +203,10 @@ func newApp() *cli.App {
 			}
 			return cli.ShowAppHelp(c)
 		},
+	}
+	for _, name := range []string{"status", "plan", "explain", "restore"} {
+		cmd := app.Command(name)
+		cmd.Flags = append(cmd.Flags, netnsFlag())
 	}
 	for _, cmd := range app.Commands {
 		cmd.Flags = append(cmd.Flags, common(false)...)
@@ -262,7 +290,11 @@ func status(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	r, err := agent.NewClient(cfg.RunDir).Report(c.Context)
+	ns, err := netnsOf(c)
+	if err != nil {
+		return err
+	}
+	r, err := agent.NewClient(cfg.RunDir).ReportIn(c.Context, ns)
 	if errors.Is(err, agent.ErrNoAgent) {
 		return cli.Exit(fmt.Sprintf("%v; %s", err, nextWithout(cfg.RunDir)), exitNoAgent)
 	}
@@ -292,17 +324,7 @@ func nextWithout(runDir string) string {
 }
 
 // degraded reports whether a person should look.
-func degraded(r *agent.Report) bool {
-	if len(r.Stale) > 0 || len(r.Findings) > 0 {
-		return true
-	}
-	for _, h := range r.Holds {
-		if h.State == agent.StateContested || h.State == agent.StateRefused {
-			return true
-		}
-	}
-	return false
-}
+func degraded(r *agent.Report) bool { return r.Degraded() }
 
 // logAbove is the log of a command without an agent.
 func logAbove(least slog.Level) *slog.Logger {
@@ -334,9 +356,13 @@ func showPlan(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	r, err := agent.NewClient(cfg.RunDir).Report(c.Context)
+	ns, err := netnsOf(c)
+	if err != nil {
+		return err
+	}
+	r, err := agent.NewClient(cfg.RunDir).ReportIn(c.Context, ns)
 	if errors.Is(err, agent.ErrNoAgent) {
-		r, err = agent.Look(c.Context, cfg, logAbove(slog.LevelError), version(), nil)
+		r, err = agent.LookIn(c.Context, cmp.Or(ns, netns.Host), cfg, logAbove(slog.LevelError), version(), nil)
 	}
 	if err != nil {
 		return err
@@ -353,9 +379,13 @@ func explain(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	e, err := agent.NewClient(cfg.RunDir).Explain(c.Context, q)
+	ns, err := netnsOf(c)
+	if err != nil {
+		return err
+	}
+	e, err := agent.NewClient(cfg.RunDir).ExplainIn(c.Context, ns, q)
 	if errors.Is(err, agent.ErrNoAgent) {
-		_, err = agent.Look(c.Context, cfg, logAbove(slog.LevelError), version(), func(ask func(agent.Question) (*agent.Explanation, error)) error {
+		_, err = agent.LookIn(c.Context, cmp.Or(ns, netns.Host), cfg, logAbove(slog.LevelError), version(), func(ask func(agent.Question) (*agent.Explanation, error)) error {
 			e, err = ask(q)
 			return err
 		})
@@ -422,18 +452,32 @@ func restore(c *cli.Context) error {
 	if wrong := cfg.Validate(); len(wrong) > 0 {
 		return cli.Exit(fmt.Sprintf("--%s: %s", strings.ReplaceAll(wrong[0].Key, "_", "-"), wrong[0].Text), exitUsage)
 	}
-	r, err := agent.Restore(c.Context, cfg, logAbove(slog.LevelWarn), version(), c.Bool("stale"))
-	if errors.Is(err, agent.ErrRunning) {
-		return fmt.Errorf("an agent is running: stop it first, it restores by itself (%w)", err)
-	}
+	ns, err := netnsOf(c)
 	if err != nil {
 		return err
+	}
+	var r *agent.Restored
+	var failed error
+	if ns != "" {
+		r, failed = agent.RestoreIn(c.Context, ns, cfg, logAbove(slog.LevelWarn), version(), c.Bool("stale"))
+	} else {
+		r, failed = agent.RestoreAll(c.Context, cfg, logAbove(slog.LevelWarn), version(), c.Bool("stale"))
+	}
+	if errors.Is(failed, agent.ErrRunning) {
+		return fmt.Errorf("an agent is running: stop it first, it restores by itself (%w)", failed)
+	}
+	if r == nil {
+		return failed
 	}
 	if err := show(c, r, func(p page) { restoreTable(p, r, c.Bool("stale")) }); err != nil {
 		return err
 	}
-	if r.Failed > 0 {
-		return cli.Exit(fmt.Sprintf("%d writes failed, see above", r.Failed), exitFailed)
+	failures := r.Failed
+	for _, n := range r.Namespaces {
+		failures += n.Failed
 	}
-	return nil
+	if failures > 0 {
+		return errors.Join(failed, cli.Exit(fmt.Sprintf("%d writes failed, see above", failures), exitFailed))
+	}
+	return failed
 }

@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"tsoagent/agent"
+	"tsoagent/agent/netns"
 )
 
 // Tables are plain text that fits 80 columns wherever the values allow it. On a terminal,
@@ -65,23 +66,68 @@ func (p page) table(rows [][]string) {
 	_ = t.Flush() // as with Fprintln, nothing helps where stdout is gone
 }
 
-const nothingCovered = "nothing is covered: no output policy asks for ESP or AH. There is nothing to do."
+const nothingCovered = "nothing is covered: no output policy asks for ESP or AH."
+
+// nothingText says that nothing is covered, and whether there is something to do all the same.
+func nothingText(r *agent.Report) string {
+	if len(r.Holds) == 0 {
+		return nothingCovered + " There is nothing to do."
+	}
+	return nothingCovered
+}
 
 func statusTable(p page, r *agent.Report) {
 	p.text(0, "mode %s, since %s, pid %d", r.Mode, r.Since.Format(time.DateTime), r.PID)
+	if r.NotFollowed {
+		namespaceTable(p, r)
+		findings(p, r)
+		return
+	}
+	if r.Netns != "" {
+		p.text(0, "network namespace %s", r.Netns)
+	}
 	p.text(0, "%s, %s, %s, %s", count(r.Links, "link", "links"), count(r.Routes, "route", "routes"),
 		count(r.Policies, "policy", "policies"), count(r.SAs, "SA", "SAs"))
 	if len(r.Coverages) == 0 {
-		p.text(0, nothingCovered)
+		p.text(0, "%s", nothingText(r))
 	} else {
 		p.text(0, "%s, see `tsoctl plan`", count(len(r.Coverages), "coverage", "coverages"))
 	}
 	observing(p, r)
 	holdTable(p, r)
+	laneTable(p, r)
 	shown := shorten(r)
 	lockTable(p, shown)
+	mtuTable(p, r)
+	clampTable(p, shown)
 	leftOut(p, r, shown)
+	namespaceTable(p, r)
 	findings(p, r)
+}
+
+// namespaceTable has a line for each namespace but the one that the report is about.
+func namespaceTable(p page, r *agent.Report) {
+	rows := [][]string{{"NAMESPACE", "STATE", "COVERED", "HELD OFF", "LOCKED"}}
+	for _, n := range r.Namespaces {
+		switch {
+		case n.Name == netns.Host:
+		case n.State == agent.NetnsFollowed || n.State == agent.NetnsLeaving:
+			state := n.State
+			if n.Degraded {
+				state += ", look"
+			}
+			rows = append(rows, []string{n.Name, state, fmt.Sprint(n.Coverages), fmt.Sprint(n.Holds), fmt.Sprint(n.Locks + n.Clones)})
+		default:
+			rows = append(rows, []string{n.Name, n.State, "-", "-", "-"})
+		}
+	}
+	if r.NotFollowed {
+		p.text(0, "the namespace that it was started in is not followed")
+	}
+	if len(rows) > 1 {
+		p.table(rows)
+		p.text(0, "more with `tsoctl status --netns NAMESPACE`")
+	}
 }
 
 // screen is how many locks and clones, and how many rules, fit a status of one screen.
@@ -93,6 +139,7 @@ func shorten(r *agent.Report) *agent.Report {
 	s.Locks = s.Locks[:min(len(s.Locks), screen)]
 	s.Clones = s.Clones[:min(len(s.Clones), screen-len(s.Locks))]
 	s.Rules = s.Rules[:min(len(s.Rules), screen)]
+	s.Clamps = s.Clamps[:min(len(s.Clamps), screen)]
 	return &s
 }
 
@@ -100,6 +147,9 @@ func shorten(r *agent.Report) *agent.Report {
 func leftOut(p page, r, shown *agent.Report) {
 	if n := len(r.Locks) + len(r.Clones) - len(shown.Locks) - len(shown.Clones); n > 0 {
 		p.text(0, "and %s, see `tsoctl plan`", count(n, "more route", "more routes"))
+	}
+	if n := len(r.Clamps) - len(shown.Clamps); n > 0 {
+		p.text(0, "and %s, see `tsoctl plan`", count(n, "more clamp", "more clamps"))
 	}
 	if n := len(r.Rules) - len(shown.Rules); n > 0 {
 		p.text(0, "and %s, see `tsoctl plan`", count(n, "more rule", "more rules"))
@@ -129,12 +179,36 @@ func holdTable(p page, r *agent.Report) {
 	}
 	rows := [][]string{{"DEVICE", "FEATURE HELD OFF", "STATE", "BECAUSE"}}
 	for _, h := range r.Holds {
-		rows = append(rows, []string{h.Device, h.Feature, h.State, short(h.Because)})
+		because := short(h.Because)
+		if because == "" {
+			because = h.Why
+		}
+		rows = append(rows, []string{h.Device, h.Feature, h.State, because})
 	}
 	p.table(rows)
 	for _, h := range r.Holds {
 		if h.State == agent.StateContested || h.State == agent.StateRefused {
 			p.text(0, "! %s %s: %s", h.Device, h.Feature, h.Why)
+		}
+	}
+}
+
+func laneTable(p page, r *agent.Report) {
+	if len(r.Lanes) == 0 {
+		return
+	}
+	rows := [][]string{{"DEVICE", "LANE", "STATE", "TAKES", "BECAUSE"}}
+	for _, l := range r.Lanes {
+		because := short(l.Because)
+		if because == "" {
+			because = l.Why
+		}
+		rows = append(rows, []string{l.Device, l.IFB, l.State, count(len(l.Matches), "match", "matches"), because})
+	}
+	p.table(rows)
+	for _, l := range r.Lanes {
+		if l.State == agent.StateRefused {
+			p.text(0, "! no lane on %s: %s", l.Device, l.Why)
 		}
 	}
 }
@@ -191,9 +265,17 @@ func planTable(p page, r *agent.Report) {
 	if !r.Live {
 		p.text(0, "no agent runs; read from the kernel, this is what one would do")
 	}
+	if r.NotFollowed {
+		namespaceTable(p, r)
+		findings(p, r)
+		return
+	}
+	if r.Netns != "" {
+		p.text(0, "network namespace %s", r.Netns)
+	}
 	observing(p, r)
 	if len(r.Coverages) == 0 {
-		p.text(0, nothingCovered)
+		p.text(0, "%s", nothingText(r))
 	}
 	for _, c := range r.Coverages {
 		p.text(0, "%s", coverageLine(c))
@@ -211,8 +293,39 @@ func planTable(p page, r *agent.Report) {
 		}
 	}
 	holdTable(p, r)
+	laneTable(p, r)
 	lockTable(p, r)
+	mtuTable(p, r)
+	clampTable(p, r)
+	namespaceTable(p, r)
 	findings(p, r)
+}
+
+// mtuTable has a line for each carrier whose own MTU is set.
+func mtuTable(p page, r *agent.Report) {
+	rows := [][]string{{"CARRIER", "MTU", "WAS", "STATE", "BECAUSE"}}
+	for _, m := range r.DeviceMTUs {
+		rows = append(rows, []string{m.Device, fmt.Sprint(m.MTU), fmt.Sprint(m.Was), m.State, short(m.Because)})
+	}
+	if len(rows) > 1 {
+		p.table(rows)
+	}
+	for _, m := range r.DeviceMTUs {
+		if m.Why != "" {
+			p.text(0, "! %s: %s", m.Device, m.Why)
+		}
+	}
+}
+
+// clampTable has a line for each interval of destinations that is clamped.
+func clampTable(p page, r *agent.Report) {
+	rows := [][]string{{"FORWARDED TO AND FROM", "MSS", "STATE", "BECAUSE"}}
+	for _, c := range r.Clamps {
+		rows = append(rows, []string{c.Dst, fmt.Sprint(c.MSS), c.State, short(c.Because)})
+	}
+	if len(rows) > 1 {
+		p.table(rows)
+	}
 }
 
 // coverageActs are what was done for a coverage.
@@ -271,8 +384,13 @@ func coverageLine(c agent.CoverageReport) string {
 }
 
 func cutText(cut string) string {
-	if cut == "device" {
+	switch cut {
+	case "device":
 		return "device"
+	case "lane":
+		return "lane, an ifb of our own"
+	case "nic":
+		return "NIC, and so are everybody else's who leave by it"
 	}
 	return "socket, or inside the kernel's ESP"
 }
@@ -352,21 +470,33 @@ func tableText(id uint32) string {
 }
 
 func restoreTable(p page, r *agent.Restored, stale bool) {
-	back := some(count(r.Holds, "feature", "features"), count(r.Locks, "route mtu", "route mtus"))
-	away := some(count(r.Rules, "rule", "rules"), count(r.Clones, "clone", "clones"))
+	restoredIn(p, r, stale)
+	for i := range r.Namespaces {
+		restoredIn(p, &r.Namespaces[i], stale)
+	}
+}
+
+// restoredIn is what was done in one namespace.
+func restoredIn(p page, r *agent.Restored, stale bool) {
+	in := ""
+	if r.Netns != "" {
+		in = "namespace " + r.Netns + ": "
+	}
+	back := some(count(r.Holds, "feature", "features"), count(r.Locks, "route mtu", "route mtus"), count(r.DeviceMTUs, "device mtu", "device mtus"))
+	away := some(count(r.Rules, "rule", "rules"), count(r.Clones, "clone", "clones"), count(r.Lanes, "lane", "lanes"), count(r.Clamps, "clamp", "clamps"))
 	switch {
 	case r.Actions > 0 && back != "" && away != "":
-		p.text(0, "given back: %s; taken away: %s", back, away)
+		p.text(0, "%sgiven back: %s; taken away: %s", in, back, away)
 	case r.Actions > 0 && back != "":
-		p.text(0, "given back: %s", back)
+		p.text(0, "%sgiven back: %s", in, back)
 	case r.Actions > 0 && away != "":
-		p.text(0, "taken away: %s", away)
+		p.text(0, "%staken away: %s", in, away)
 	case r.Actions > 0:
-		p.text(0, "%s undone", count(r.Actions, "change", "changes"))
+		p.text(0, "%s%s undone", in, count(r.Actions, "change", "changes"))
 	case stale:
-		p.text(0, "no rule or clone of tsoagent's was in place")
+		p.text(0, "%sno rule or clone of tsoagent's was in place", in)
 	default:
-		p.text(0, "nothing of tsoagent's was in place")
+		p.text(0, "%snothing of tsoagent's was in place", in)
 	}
 	for _, f := range r.Findings {
 		p.text(0, "! %s", f)

@@ -1,5 +1,5 @@
-// Command guest is the init of the test kernel. It prepares a machine out of the host's read-only root,
-// runs one job (a scenario, or a compiled Go test) and powers off.
+// Command guest is the init of the test kernel, and of Debian's stock kernels behind e2e/stockkernel/loader. It prepares a machine out of
+// the host's read-only root, runs one job (a scenario, or a compiled Go test) and powers off.
 //
 // What it is to do comes on the kernel's command line:
 //
@@ -7,6 +7,8 @@
 //	tsoagent.bin=DIR      host directory, mounted read-only on /mnt/bin: the binaries to test
 //	tsoagent.src=DIR      host directory, mounted read-only on /mnt/src: this module's tree
 //	tsoagent.deadline=DUR when to give up
+//
+// and for a stock kernel also what stock.go lists.
 //
 // The job itself is the file /mnt/x/job, one argument a line. The result is the first line of /mnt/x/result:
 // "pass", "fail" or "skip: reason". What the job printed is in /mnt/x/log and the timeline of a scenario in
@@ -31,6 +33,7 @@ const (
 	exchangeDir = "/mnt/x"
 	binDir      = "/mnt/bin"
 	sourceDir   = "/mnt/src"
+	modulesDir  = "/mnt/modules" // the stock kernels' (e2e/stockkernel/loader)
 )
 
 func main() {
@@ -77,6 +80,7 @@ func initialise() error {
 			"HOME=/root", "TERM=dumb", "LC_ALL=C.UTF-8", "GOTRACEBACK=all",
 			"TSOAGENT_TEST_KERNEL=1",
 			"TSOAGENT_DEADLINE=" + time.Now().Add(deadline).Format(time.RFC3339Nano),
+			"TSOAGENT_PATIENCE=" + args["tsoagent.patience"],
 		},
 		Files: []*os.File{os.Stdin, logFile, logFile},
 	})
@@ -145,13 +149,14 @@ func prepare() (map[string]string, error) {
 
 	// The tmpfs on /mnt comes first: the directories of the host that are mounted below it may themselves
 	// lie under /tmp or /run, which are hidden afterwards.
-	for _, m := range []struct{ source, target, fstype, data string }{
+	for _, m := range []fileSystem{
 		{"sysfs", "/sys", "sysfs", ""},
 		{"devtmpfs", "/dev", "devtmpfs", ""},
 		{"tmpfs", "/mnt", "tmpfs", ""},
-		{"none", exchangeDir, "hostfs", args["tsoagent.x"]},
-		{"none", binDir, "hostfs", args["tsoagent.bin"]},
-		{"none", sourceDir, "hostfs", args["tsoagent.src"]},
+		hostDir(args, "tsoagent.x", exchangeDir),
+		hostDir(args, "tsoagent.bin", binDir),
+		hostDir(args, "tsoagent.src", sourceDir),
+		hostDir(args, "tsoagent.modules", modulesDir),
 		{"tmpfs", "/run", "tmpfs", ""},
 		{"tmpfs", "/tmp", "tmpfs", ""},
 		{"tmpfs", "/var/lib", "tmpfs", ""},
@@ -160,6 +165,9 @@ func prepare() (map[string]string, error) {
 		{"debugfs", "/sys/kernel/debug", "debugfs", ""},
 		{"bpf", "/sys/fs/bpf", "bpf", ""},
 	} {
+		if m.target == "" {
+			continue
+		}
 		if err := os.MkdirAll(m.target, 0o755); err != nil && !errors.Is(err, syscall.EROFS) && !errors.Is(err, syscall.EPERM) {
 			return nil, fmt.Errorf("mount point: %w", err)
 		}
@@ -188,11 +196,38 @@ func prepare() (map[string]string, error) {
 	if out, err := exec.Command("/sbin/ip", "link", "set", "lo", "up").CombinedOutput(); err != nil {
 		return nil, fmt.Errorf("ip link set lo up: %w: %s", err, out)
 	}
+	if args["tsoagent.root"] == "9p" {
+		if err := prepareStock(args); err != nil {
+			return nil, err
+		}
+	}
 	return args, nil
 }
 
+// fileSystem is something to mount.
+type fileSystem struct{ source, target, fstype, data string }
+
+// hostDir says how the host's directory behind a key gets to target. The zero value means that there is none.
+func hostDir(args map[string]string, key, target string) fileSystem {
+	dir := args[key]
+	switch {
+	case args["tsoagent.root"] != "9p" && dir != "":
+		return fileSystem{"none", target, "hostfs", dir}
+	case key == "tsoagent.x" && dir != "":
+		// The one that is written to: nothing of it is kept in the guest, so that the host sees it at once. dir is its mount tag.
+		return fileSystem{dir, target, "9p", "trans=virtio,version=9p2000.L,cache=none,msize=512000"}
+	case dir != "":
+		return fileSystem{dir, target, "bind", ""}
+	}
+	return fileSystem{}
+}
+
 func mount(source, target, fstype, data string) error {
-	if err := unix.Mount(source, target, fstype, unix.MS_NOSUID, data); err != nil {
+	flags := uintptr(unix.MS_NOSUID)
+	if fstype == "bind" {
+		flags |= unix.MS_BIND
+	}
+	if err := unix.Mount(source, target, fstype, flags, data); err != nil {
 		return fmt.Errorf("mount %s on %s (%q): %w", fstype, target, data, err)
 	}
 	return nil

@@ -35,20 +35,21 @@ func Find(ctx context.Context, tree string) (string, error) {
 
 // BuildGuest builds the guest's init, static, into dir.
 func BuildGuest(ctx context.Context, tree, dir string) error {
-	return buildCommand(ctx, tree, "e2e/guest", dir)
+	return BuildCommand(ctx, tree, "e2e/guest", dir)
 }
 
 // BuildCommands builds this project's commands, static, into dir. A command whose sources aren't there is left out.
 func BuildCommands(ctx context.Context, tree, dir string) error {
 	return errors.Join(
-		buildCommand(ctx, tree, "cmd/tsoagent", dir),
-		buildCommand(ctx, tree, "cmd/tsoctl", dir),
+		BuildCommand(ctx, tree, "cmd/tsoagent", dir),
+		BuildCommand(ctx, tree, "cmd/tsoctl", dir),
 		// The same agent with places where it kills itself (agent/failpoint_on.go).
 		goTool(ctx, tree, "build", "-buildvcs=false", "-tags", "failpoint", "-o", filepath.Join(dir, "tsoagent-failpoint"), "./cmd/tsoagent"),
 	)
 }
 
-func buildCommand(ctx context.Context, tree, pkg, dir string) error {
+// BuildCommand builds one command, static, into dir. One whose sources aren't there is left out.
+func BuildCommand(ctx context.Context, tree, pkg, dir string) error {
 	if sources, err := filepath.Glob(filepath.Join(tree, pkg, "*.go")); err != nil || len(sources) == 0 {
 		return err
 	}
@@ -77,14 +78,17 @@ func goTool(ctx context.Context, tree string, args ...string) error {
 	return nil
 }
 
-// Machine is one boot of the test kernel. It is used once, by one goroutine.
+// Machine is one boot of a kernel. It is used once, by one goroutine.
 type Machine struct {
-	Kernel   string        // path of the kernel
+	Kernel   string        // path of the test kernel
 	Binaries string        // directory that becomes /mnt/bin, with the init `guest` in it
 	Tree     string        // this module's tree, which becomes /mnt/src
 	Dir      string        // an empty directory for this machine alone
 	Deadline time.Duration // when the guest gives up; the host waits a little longer
 	Steps    io.Writer     // gets the timeline as it happens, if not nil
+
+	// Boot, if not nil, returns the command that is the machine, instead of the test kernel. Run starts it in a process group of its own.
+	Boot func(*Machine) (*exec.Cmd, error)
 }
 
 // Result is what came of a job.
@@ -119,21 +123,20 @@ func (m *Machine) Run(ctx context.Context, job ...string) (*Result, error) {
 
 	ctx, cancel := context.WithTimeout(ctx, m.Deadline+hostGrace)
 	defer cancel()
-	cmd := exec.Command(m.Kernel,
-		fmt.Sprintf("mem=%dM", memory>>20),
-		"root=/dev/root", "rootfstype=hostfs", "rootflags=/", "ro",
-		"init="+filepath.Join(m.Binaries, "guest"),
-		"con=null", "con0=null,fd:1", "loglevel=5",
-		"uml_dir="+m.Dir+"/", "umid=uml",
-		"tsoagent.x="+m.Dir,
-		"tsoagent.bin="+m.Binaries,
-		"tsoagent.src="+m.Tree,
-		"tsoagent.deadline="+m.Deadline.String(),
-	)
-	cmd.Env = []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "HOME=" + m.Dir, "TMPDIR=" + memoryDir()}
+	boot := m.Boot
+	if boot == nil {
+		boot = bootTestKernel
+	}
+	cmd, err := boot(m)
+	if err != nil {
+		return nil, fmt.Errorf("boot: %w", err)
+	}
 	cmd.Stdout, cmd.Stderr = console, console
-	// User-mode Linux has a host process for each address space of the guest. They share its process group, and die with it.
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
+	if cmd.SysProcAttr == nil {
+		cmd.SysProcAttr = &syscall.SysProcAttr{}
+	}
+	// The machine's processes share its process group, and die with it.
+	cmd.SysProcAttr.Setpgid, cmd.SysProcAttr.Pdeathsig = true, syscall.SIGKILL
 
 	ended := make(chan error, 1)
 	go func() {
@@ -141,7 +144,7 @@ func (m *Machine) Run(ctx context.Context, job ...string) (*Result, error) {
 		runtime.LockOSThread()
 		defer runtime.UnlockOSThread()
 		if err := cmd.Start(); err != nil {
-			ended <- fmt.Errorf("start test kernel: %w", err)
+			ended <- fmt.Errorf("start the machine: %w", err)
 			return
 		}
 		killed := context.AfterFunc(ctx, func() { _ = syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) })
@@ -167,10 +170,27 @@ func (m *Machine) Run(ctx context.Context, job ...string) (*Result, error) {
 	text, err := os.ReadFile(filepath.Join(m.Dir, "result"))
 	if err != nil {
 		// The exit status of user-mode Linux says nothing; the lack of a result does.
-		return result, fmt.Errorf("no result from the test kernel (%w): %w", errors.Join(runErr, ctx.Err()), err)
+		return result, fmt.Errorf("no result from the machine (%w): %w", errors.Join(runErr, ctx.Err()), err)
 	}
 	result.Outcome, result.Reason, _ = strings.Cut(strings.TrimSpace(string(text)), ": ")
 	return result, nil
+}
+
+// bootTestKernel returns user-mode Linux, which has a host process for each address space of the guest.
+func bootTestKernel(m *Machine) (*exec.Cmd, error) {
+	cmd := exec.Command(m.Kernel,
+		fmt.Sprintf("mem=%dM", memory>>20),
+		"root=/dev/root", "rootfstype=hostfs", "rootflags=/", "ro",
+		"init="+filepath.Join(m.Binaries, "guest"),
+		"con=null", "con0=null,fd:1", "loglevel=5",
+		"uml_dir="+m.Dir+"/", "umid=uml",
+		"tsoagent.x="+m.Dir,
+		"tsoagent.bin="+m.Binaries,
+		"tsoagent.src="+m.Tree,
+		"tsoagent.deadline="+m.Deadline.String(),
+	)
+	cmd.Env = []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "HOME=" + m.Dir, "TMPDIR=" + memoryDir()}
+	return cmd, nil
 }
 
 // followSteps copies the timeline until stop is closed and all is copied.

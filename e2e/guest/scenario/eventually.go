@@ -31,7 +31,7 @@ func parseEventually(args []string) (*condition, error) {
 	if len(args) < 2 {
 		return nil, usage(eventuallyUsage)
 	}
-	deadline, err := time.ParseDuration(args[0])
+	deadline, err := parsePatience(args[0])
 	if err != nil {
 		return nil, usage(err.Error())
 	}

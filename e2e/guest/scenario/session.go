@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -40,6 +41,22 @@ func usage(text string) error { return fmt.Errorf("%w: %s", errUsage, text) }
 // defaultPatience bounds a command that has no deadline of its own.
 const defaultPatience = 30 * time.Second
 
+// patience is how many times longer than in the test kernel things may take here: the scripts' deadlines are for that one, and a
+// stock kernel is emulated.
+func patience() time.Duration {
+	n, err := strconv.Atoi(os.Getenv("TSOAGENT_PATIENCE"))
+	if err != nil || n < 1 {
+		return 1
+	}
+	return time.Duration(n)
+}
+
+// parsePatience parses a deadline of a script.
+func parsePatience(text string) (time.Duration, error) {
+	d, err := time.ParseDuration(text)
+	return d * patience(), err
+}
+
 // repeatable returns the commands that eventually may repeat, by name.
 func (s *session) repeatable() map[string]command {
 	return map[string]command{
@@ -64,7 +81,7 @@ func (s *session) commands() map[string]func(*testscript.TestScript, bool, []str
 	}
 	for name, run := range s.repeatable() {
 		cmds[name] = func(ts *testscript.TestScript, neg bool, args []string) {
-			ctx, cancel := context.WithTimeout(context.Background(), defaultPatience)
+			ctx, cancel := context.WithTimeout(context.Background(), defaultPatience*patience())
 			defer cancel()
 			stdout, err := run(ctx, ts, args)
 			fmt.Fprint(ts.Stdout(), stdout)
@@ -123,7 +140,7 @@ func (s *session) killAgent(ts *testscript.TestScript, neg bool, args []string) 
 	}
 	process := background(ts, args[0]).Process
 	ts.Check(process.Kill())
-	for deadline := time.Now().Add(defaultPatience); time.Now().Before(deadline); time.Sleep(pollInterval) {
+	for deadline := time.Now().Add(defaultPatience * patience()); time.Now().Before(deadline); time.Sleep(pollInterval) {
 		if errors.Is(process.Signal(unix.Signal(0)), os.ErrProcessDone) {
 			return
 		}

@@ -53,7 +53,7 @@ func (s *session) snapshot(ts *testscript.TestScript, neg bool, args []string) {
 	if neg || len(args) != 2 {
 		ts.Fatalf("usage: snapshot namespace file")
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), defaultPatience)
+	ctx, cancel := context.WithTimeout(context.Background(), defaultPatience*patience())
 	defer cancel()
 
 	s.awaitAddresses(ctx, ts, args[0])

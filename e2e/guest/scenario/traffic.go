@@ -17,7 +17,7 @@ import (
 
 // The guest has one CPU for both ends, the ciphers and the agent, so a sender that sends as fast as it can would starve what
 // it is to observe. A burst is large enough for several full super-packets (64 KiB), the pause short enough
-// to stay below the retransmission timeout, after which TCP would begin anew with a small window.
+// to stay below the retransmission timeout of at least 200 ms, after which TCP would begin anew with a small window.
 const (
 	burstSize    = 256 << 10
 	burstPause   = 40 * time.Millisecond
@@ -66,7 +66,7 @@ func (s *session) tcp(ctx context.Context, _ *testscript.TestScript, args []stri
 	}
 	switch {
 	case verb == "progress" && (len(rest) == 1 || len(rest) == 2):
-		deadline, err := time.ParseDuration(rest[0])
+		deadline, err := parsePatience(rest[0])
 		if err != nil {
 			return "", usage(err.Error())
 		}
@@ -98,7 +98,7 @@ func (s *session) tcpStart(name string, args []string) error {
 	if err != nil {
 		return usage(err.Error())
 	}
-	dialer := net.Dialer{Timeout: dialTimeout}
+	dialer := net.Dialer{Timeout: dialTimeout * patience()}
 	if args[1] != "-" {
 		from, err := netip.ParseAddr(args[1])
 		if err != nil {
@@ -193,7 +193,7 @@ func discard(listener net.Listener) {
 // send sends bursts until the connection is stopped, breaks, or a limit is reached.
 func (c *connection) send() error {
 	buffer := make([]byte, burstSize)
-	pause := time.NewTicker(burstPause)
+	pause := time.NewTicker(burstPause * patience())
 	defer pause.Stop()
 	limit := time.After(timeLimit)
 	for sent := 0; sent < totalLimit; {

@@ -29,7 +29,7 @@ func parseWatch(args []string) (*watch, error) {
 	if len(args) < 2 {
 		return nil, usage(wireUsage)
 	}
-	w := &watch{namespace: args[0], device: args[1], time: 2 * time.Second, packets: 20}
+	w := &watch{namespace: args[0], device: args[1], time: 2 * time.Second * patience(), packets: 20}
 	var words []string
 	for rest := args[2:]; len(rest) > 0; rest = rest[1:] {
 		var err error
@@ -43,7 +43,7 @@ func parseWatch(args []string) (*watch, error) {
 				return nil, usage(wireUsage)
 			}
 			if rest[0] == "--for" {
-				w.time, err = time.ParseDuration(rest[1])
+				w.time, err = parsePatience(rest[1])
 			} else {
 				w.packets, err = strconv.Atoi(rest[1])
 			}

@@ -1,0 +1,376 @@
+package agent
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"tsoagent/agent/journal"
+	"tsoagent/agent/netns"
+)
+
+// Fleet runs one Agent for each network namespace that the configuration names. They share
+// nothing: each has its own sockets, state and journal.
+//
+//	/run/netns, paths, processes ──> Watcher ──> reconcile ──> a member for each namespace
+//	                                                              │
+//	                                     New, Run, again if it fails, until the last name goes
+//
+// A socket in a namespace keeps it alive, so a namespace whose last name is gone is let go:
+// everything is given back in it, as processes may still live there, and all is closed.
+// It is safe for concurrent use.
+type Fleet struct {
+	cfg     Config
+	log     *slog.Logger
+	version string
+	started time.Time
+	host    *netns.Namespace
+	lock    *journal.Journal // of the run directory where the host is not followed, else nil
+	look    chan struct{}    // has a token when namespaces may have come or gone
+
+	wg      sync.WaitGroup
+	mu      sync.Mutex
+	members map[netns.ID]*member
+	waiting map[string]string // names that lead to no namespace, and why
+	dead    map[string]bool   // those of processes that ended
+	notes   []string          // findings about journals
+	blind   error             // why nothing tells of namespaces that come and go
+	watcher *netns.Watcher
+	errs    []error // of members that ended
+}
+
+// A member is a namespace that is followed. Its fields belong to the Fleet's lock, but for id.
+type member struct {
+	id      netns.ID
+	names   []string // all that lead to it, the first is how it is called
+	agent   *Agent   // nil while it starts and when it ended
+	why     string   // why there is no agent, empty while it starts
+	leaving bool
+	cancel  context.CancelCauseFunc
+}
+
+// NewFleet opens the host's namespace, which is that of the calling thread, as New does. What
+// goes wrong with others is told in reports.
+func NewFleet(cfg Config, log *slog.Logger, version string) (*Fleet, error) {
+	cfg = cfg.WithDefaults()
+	host, err := netns.Current()
+	if err != nil {
+		return nil, fmt.Errorf("agent: %w", err)
+	}
+	f := &Fleet{
+		cfg: cfg, log: log, version: version, started: time.Now(), host: host, look: make(chan struct{}, 1),
+		members: map[netns.ID]*member{}, waiting: map[string]string{}, dead: map[string]bool{},
+	}
+	if !cfg.Namespaces.host() && slices.ContainsFunc(cfg.Namespaces, f.isHost) {
+		f.cfg.Namespaces = append(slices.Clone(cfg.Namespaces), netns.Host)
+	}
+	if f.cfg.Namespaces.host() {
+		a, err := New(cfg, log, version)
+		if err != nil {
+			return nil, errors.Join(err, host.Close())
+		}
+		f.members[host.ID()] = &member{id: host.ID(), names: []string{netns.Host}, agent: a, cancel: func(error) {}}
+		return f, nil
+	}
+	if err := f.lockRunDir(); err != nil {
+		return nil, errors.Join(err, host.Close())
+	}
+	return f, nil
+}
+
+// isHost reports whether a name leads to the host's namespace.
+func (f *Fleet) isHost(spec string) bool {
+	id, err := netns.Stat(netns.Path(spec))
+	return err == nil && id == f.host.ID()
+}
+
+// lockRunDir keeps a second agent out where the host's own is not there to do it. What an
+// earlier run has left in the host's namespace is given back first.
+func (f *Fleet) lockRunDir() error {
+	if err := checkCapabilities(); err != nil {
+		return err
+	}
+	scope, err := journal.ReadScope()
+	if err != nil {
+		return fmt.Errorf("agent: %w", err)
+	}
+	j, found, err := journal.Open(f.cfg.RunDir, scope)
+	if err != nil {
+		return fmt.Errorf("agent: %w", err)
+	}
+	if len(found.Entries) > 0 && f.cfg.Mode == Enforce {
+		if err := j.Close(); err != nil {
+			return fmt.Errorf("agent: %w", err)
+		}
+		if err := f.giveBackIn(context.Background(), netns.Host); err != nil {
+			return err
+		}
+		if j, _, err = journal.Open(f.cfg.RunDir, scope); err != nil {
+			return fmt.Errorf("agent: %w", err)
+		}
+	}
+	f.lock = j
+	return nil
+}
+
+// Close releases what NewFleet opened. Run must have returned.
+func (f *Fleet) Close() error {
+	var errs []error
+	for _, m := range f.members { // of a Fleet that was never run
+		if m.agent != nil {
+			errs = append(errs, m.agent.Close())
+		}
+	}
+	if f.lock != nil {
+		errs = append(errs, f.lock.Close())
+	}
+	return errors.Join(append(errs, f.host.Close())...)
+}
+
+// Run follows all namespaces until the context ends, then restores or keeps what is held in
+// each, at the same time, as Agent.Run does. It ends early only if the host's agent does.
+func (f *Fleet) Run(ctx context.Context) error {
+	members, stop := context.WithCancelCause(context.WithoutCancel(ctx))
+	defer stop(nil)
+	ended := make(chan struct{})
+	f.mu.Lock()
+	if m := f.members[f.host.ID()]; m != nil {
+		f.wg.Go(func() {
+			defer close(ended)
+			err := m.agent.Run(members)
+			f.mu.Lock()
+			defer f.mu.Unlock()
+			f.errs = append(f.errs, err, m.agent.Close())
+			m.agent = nil
+		})
+	}
+	f.mu.Unlock()
+	f.sweep(members)
+	var watching sync.WaitGroup
+	watch, blind := context.WithCancel(members)
+	if slices.ContainsFunc(f.cfg.Namespaces, func(s string) bool { return s != netns.Host }) {
+		watching.Go(func() { f.watch(watch) })
+		f.poke()
+	}
+	again := time.NewTicker(time.Duration(f.cfg.ResyncEvery)) // a process can change its namespace in silence
+	defer again.Stop()
+	for run := true; run; {
+		select {
+		case <-ctx.Done():
+			run = false
+		case <-ended:
+			run = false
+		case <-f.look:
+			f.reconcile(members)
+		case <-again.C:
+			f.poke()
+		}
+	}
+	blind()
+	watching.Wait()
+	stop(nil)
+	f.wg.Wait()
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return errors.Join(f.errs...)
+}
+
+func (f *Fleet) poke() {
+	select {
+	case f.look <- struct{}{}:
+	default:
+	}
+}
+
+// blindRetry is how soon it is tried again to watch, and looked without.
+const blindRetry = 30 * time.Second
+
+// watch pokes the loop when namespaces may have come or gone, until the context ends.
+func (f *Fleet) watch(ctx context.Context) {
+	for ctx.Err() == nil {
+		w, err := netns.NewWatcher(f.poke)
+		if err == nil {
+			f.mu.Lock()
+			f.watcher, f.blind = w, nil
+			f.mu.Unlock()
+			f.poke()
+			err = w.Run(ctx)
+		}
+		if err == nil {
+			return
+		}
+		f.mu.Lock()
+		f.watcher, f.blind = nil, err
+		f.mu.Unlock()
+		f.log.Warn("nothing tells of namespaces that come and go: looking now and then", "err", err, "every", blindRetry)
+		select {
+		case <-ctx.Done():
+		case <-time.After(blindRetry):
+			f.poke()
+		}
+	}
+}
+
+// reconcile starts members for namespaces that came, and lets those go that nothing leads to
+// any more.
+func (f *Fleet) reconcile(ctx context.Context) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	want := f.resolve()
+	for id, m := range f.members {
+		names, wanted := want[id]
+		switch {
+		case m.leaving:
+		case wanted:
+			m.rename(f.log, names)
+		default:
+			m.leaving = true
+			f.log.Info("a namespace's last name is gone: giving everything back and letting it go", "netns", m.names[0])
+			m.cancel(errLetGo)
+		}
+	}
+	for id, names := range want {
+		if f.members[id] != nil {
+			continue // one that leaves comes back when it has left
+		}
+		m := &member{id: id, names: names}
+		var mine context.Context
+		mine, m.cancel = context.WithCancelCause(ctx)
+		f.members[id] = m
+		f.wg.Go(func() { f.follow(mine, m) })
+	}
+}
+
+// rename takes over the names of a member, whose first one is kept while it leads there.
+func (m *member) rename(log *slog.Logger, names []string) {
+	if slices.Contains(names, m.names[0]) {
+		m.names = slices.Concat(m.names[:1], slices.DeleteFunc(names, func(s string) bool { return s == m.names[0] }))
+		return
+	}
+	log.Info("a namespace is called differently now", "netns", names[0], "was", m.names[0])
+	m.names = names
+}
+
+// resolve finds out where all names lead, and has those places watched. The caller holds the
+// lock.
+func (f *Fleet) resolve() map[netns.ID][]string {
+	specs := slices.Clone(f.cfg.Namespaces)
+	dirs := map[string]bool{}
+	waiting := map[string]string{}
+	if f.cfg.Namespaces.all() {
+		specs = slices.DeleteFunc(specs, func(s string) bool { return s == netns.All })
+		names, err := netns.Names()
+		if err != nil {
+			waiting[netns.All] = f.missing(netns.All, err)
+		}
+		specs = append(append(specs, netns.Host), names...)
+		dirs[netns.Dir] = true
+	}
+	slices.SortFunc(specs, func(a, b string) int { return cmp.Or(cmp.Compare(rank(a), rank(b)), strings.Compare(a, b)) })
+	specs = slices.Compact(specs)
+	out := map[netns.ID][]string{}
+	var pids []int
+	for _, spec := range specs {
+		if spec == netns.Host {
+			out[f.host.ID()] = append(out[f.host.ID()], spec)
+			continue
+		}
+		path := netns.Path(spec)
+		pid := netns.PidOf(path)
+		if pid != 0 {
+			pids = append(pids, pid)
+		}
+		if dir := parent(path); dir != "" {
+			dirs[dir] = true
+		}
+		id, err := f.lookUp(spec, path)
+		if err == nil && id == f.host.ID() && !f.cfg.Namespaces.host() {
+			err = errOwn
+		}
+		if err != nil {
+			waiting[spec] = f.missing(spec, err)
+			continue
+		}
+		out[id] = append(out[id], spec)
+	}
+	f.waiting = waiting
+	if f.watcher != nil {
+		slices.Sort(pids)
+		var list []string
+		for dir := range dirs {
+			list = append(list, dir)
+		}
+		f.watcher.Watch(list, slices.Compact(pids))
+	}
+	return out
+}
+
+// errEnded says that a process is gone; another one can get its number.
+var errEnded = errors.New("the process has ended; its number is not followed again before the next start")
+
+// errOwn says that a name came to lead to the host's namespace, which is not followed.
+var errOwn = errors.New("it leads to the namespace that the agent was started in, which is called host")
+
+// lookUp is the ID that a name leads to. A process's number is its own: once it ended, the name
+// leads nowhere.
+func (f *Fleet) lookUp(spec, path string) (netns.ID, error) {
+	if f.dead[spec] {
+		return netns.ID{}, errEnded
+	}
+	id, err := netns.Stat(path)
+	if errors.Is(err, fs.ErrNotExist) && rank(spec) == rankProcess {
+		f.dead[spec] = true
+		return netns.ID{}, errEnded
+	}
+	return id, err
+}
+
+// missing says why a name leads nowhere, and logs it when that is new.
+func (f *Fleet) missing(spec string, err error) string {
+	why := err.Error()
+	if errors.Is(err, fs.ErrNotExist) {
+		why = "there is no such namespace; waiting for it"
+	}
+	// A file that is about to be mounted on is no namespace for a moment, which is nothing to
+	// tell in a log.
+	if f.waiting[spec] != why && !errors.Is(err, netns.ErrNotNetns) {
+		f.log.Warn("a namespace is not followed", "netns", spec, "why", why)
+	}
+	return why
+}
+
+// The ranks of names: the most telling one is how a namespace is called.
+const (
+	rankHost = iota
+	rankName
+	rankPath
+	rankProcess
+)
+
+func rank(spec string) int {
+	path := netns.Path(spec)
+	switch {
+	case path == "":
+		return rankHost
+	case parent(path) == "":
+		return rankProcess
+	case parent(path) == netns.Dir:
+		return rankName
+	}
+	return rankPath
+}
+
+// parent is the directory to watch for a path, none for that of a process.
+func parent(path string) string {
+	if strings.HasPrefix(path, "/proc/") {
+		return ""
+	}
+	return path[:max(strings.LastIndexByte(path, '/'), 1)]
+}

@@ -1,0 +1,167 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"time"
+)
+
+// A namespace that could not be followed is tried again after firstRetry, then after twice as
+// long each time, up to lastRetry.
+const (
+	firstRetry = time.Second
+	lastRetry  = time.Minute
+)
+
+// errMoved says that a name led to another namespace when it was opened.
+var errMoved = errors.New("the name leads to another namespace now")
+
+// follow runs a member's agent until the context ends.
+func (f *Fleet) follow(ctx context.Context, m *member) {
+	defer f.left(m)
+	for wait := firstRetry; ctx.Err() == nil; wait = min(2*wait, lastRetry) {
+		a, err := f.open(m)
+		if errors.Is(err, errMoved) {
+			return // whoever looks again finds out what is there now
+		}
+		if err == nil {
+			f.mu.Lock()
+			m.agent, m.why = a, ""
+			f.mu.Unlock()
+			err = a.Run(ctx)
+			f.mu.Lock()
+			m.agent = nil
+			f.mu.Unlock()
+			err = f.closeMember(ctx, m, a, err)
+		}
+		if ctx.Err() != nil {
+			return
+		}
+		f.mu.Lock()
+		m.why = err.Error()
+		name := m.names[0]
+		f.mu.Unlock()
+		f.log.Warn("a namespace can't be followed", "netns", name, "err", err, "again_in", wait)
+		select {
+		case <-ctx.Done():
+		case <-time.After(wait):
+		}
+	}
+}
+
+// open opens a member's agent by the first of its names that leads there.
+func (f *Fleet) open(m *member) (a *Agent, err error) {
+	f.mu.Lock()
+	names := m.names
+	f.mu.Unlock()
+	log := slog.New(&memberHandler{f.log.Handler(), func() string {
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		return m.names[0]
+	}})
+	err = errMoved
+	for _, name := range names {
+		// The host is the namespace of the thread that made the Fleet.
+		err = f.host.Do(func() (err error) {
+			a, err = newAgentIn(name, f.cfg, log, f.version, func(a *Agent) error {
+				if a.ns.ID() != m.id {
+					return errMoved
+				}
+				return a.open()
+			})
+			return err
+		})
+		if !errors.Is(err, errMoved) && !errors.Is(err, os.ErrNotExist) {
+			return a, err
+		}
+	}
+	if errors.Is(err, os.ErrNotExist) {
+		err = errMoved
+	}
+	return nil, err
+}
+
+// closeMember closes a member's agent after its Run, which has returned err. A namespace that is
+// let go takes its journal along, also what could not be given back: nobody will find it again.
+func (f *Fleet) closeMember(ctx context.Context, m *member, a *Agent, err error) error {
+	if errors.Is(context.Cause(ctx), errLetGo) && a.cfg.Mode == Enforce {
+		holds, locks := len(a.st.holds), len(a.st.locks)
+		err = errors.Join(err, a.forgetDir(), a.Close())
+		if err != nil || holds+locks > 0 {
+			a.log.Warn("a namespace was let go before everything was given back", "holds", holds, "locks", locks, "err", err)
+		} else {
+			a.log.Info("a namespace was let go")
+		}
+		return nil
+	}
+	if ctx.Err() != nil {
+		a.tidy()
+	}
+	err = errors.Join(err, a.Close())
+	if err != nil && ctx.Err() != nil {
+		f.mu.Lock()
+		f.errs = append(f.errs, fmt.Errorf("namespace %s: %w", m.names[0], err))
+		f.mu.Unlock()
+	}
+	return err
+}
+
+// left forgets a member that ended. Its namespace may be there again, under any name.
+func (f *Fleet) left(m *member) {
+	f.mu.Lock()
+	delete(f.members, m.id)
+	f.mu.Unlock()
+	f.poke()
+}
+
+// tidy removes the journal's directory of another namespace than the host's once nothing is in
+// it. The agent has it locked.
+func (a *Agent) tidy() {
+	if len(a.journal.Entries()) == 0 {
+		if err := a.forgetDir(); err != nil {
+			a.log.Warn("an empty journal can't be removed", "err", err)
+		}
+	}
+}
+
+// forgetDir removes the journal of another namespace than the host's.
+func (a *Agent) forgetDir() error {
+	if a.dir == a.cfg.RunDir {
+		return nil
+	}
+	return removeJournal(a.cfg.RunDir, a.dir)
+}
+
+func removeJournal(runDir, dir string) error {
+	if err := os.RemoveAll(dir); err != nil {
+		return fmt.Errorf("agent: remove the journal of a namespace: %w", err)
+	}
+	_ = os.Remove(NamespaceDir(runDir)) // the last one
+	return nil
+}
+
+// A memberHandler tells in each line of the log which namespace it is about, by its name then.
+type memberHandler struct {
+	slog.Handler
+	name func() string
+}
+
+// Handle adds the namespace.
+func (h *memberHandler) Handle(ctx context.Context, r slog.Record) error {
+	return h.Handler.WithAttrs([]slog.Attr{slog.String("netns", h.name())}).Handle(ctx, r)
+}
+
+// WithAttrs keeps the namespace.
+func (h *memberHandler) WithAttrs(attrs []slog.Attr) slog.Handler {
+	return &memberHandler{h.Handler.WithAttrs(attrs), h.name}
+}
+
+// WithGroup keeps the namespace, in the group.
+func (h *memberHandler) WithGroup(name string) slog.Handler {
+	return &memberHandler{h.Handler.WithGroup(name), h.name}
+}
+
+var _ slog.Handler = (*memberHandler)(nil)

@@ -1,0 +1,217 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"slices"
+	"strconv"
+
+	"tsoagent/agent/journal"
+	"tsoagent/agent/netns"
+)
+
+// knownNamespaces are the cookies of the namespaces that have journals in a run directory, not
+// counting the host's.
+func knownNamespaces(runDir string) ([]uint64, error) {
+	entries, err := os.ReadDir(NamespaceDir(runDir))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("agent: list the journals of namespaces: %w", err)
+	}
+	var out []uint64
+	for _, e := range entries {
+		if cookie, err := strconv.ParseUint(e.Name(), 10, 64); err == nil && e.IsDir() {
+			out = append(out, cookie)
+		}
+	}
+	return out, nil
+}
+
+// A search finds namespaces by their cookies.
+type search struct {
+	missing []uint64
+	found   map[uint64]string // how each one that was found can be named
+}
+
+// look takes a namespace, named as in a configuration, for what it is. Those that can't be
+// entered are none.
+func (s *search) look(spec string) {
+	ns, err := netns.Open(netns.Path(spec))
+	if err != nil {
+		return
+	}
+	defer ns.Close()
+	s.take(spec, ns)
+}
+
+func (s *search) take(spec string, ns *netns.Namespace) {
+	var scope journal.Scope
+	err := ns.Do(func() (err error) {
+		scope, err = journal.ReadScope()
+		return err
+	})
+	if i := slices.Index(s.missing, scope.NetnsCookie); err == nil && i >= 0 {
+		s.missing = slices.Delete(s.missing, i, i+1)
+		s.found[scope.NetnsCookie] = spec
+	}
+}
+
+// specs are the names of the configuration, in which all stands for those in /run/netns.
+func (n Namespaces) specs() []string {
+	var out []string
+	for _, spec := range n {
+		if spec != netns.All && spec != netns.Host {
+			out = append(out, spec)
+		}
+	}
+	if n.all() {
+		names, _ := netns.Names() // without them a process may still lead there
+		out = append(out, names...)
+	}
+	return out
+}
+
+// find looks for namespaces by the names of the configuration, and then by all other names and
+// by processes. followed has the former only.
+func find(cookies []uint64, n Namespaces) (followed, others map[uint64]string, gone []uint64) {
+	s := search{missing: slices.Clone(cookies), found: map[uint64]string{}}
+	for _, spec := range n.specs() {
+		if len(s.missing) > 0 {
+			s.look(spec)
+		}
+	}
+	followed, s.found = s.found, map[uint64]string{}
+	for _, spec := range (Namespaces{netns.All}).specs() {
+		if len(s.missing) > 0 {
+			s.look(spec)
+		}
+	}
+	if len(s.missing) > 0 {
+		_ = netns.Processes(func(pid int, ns *netns.Namespace) bool {
+			s.take(fmt.Sprintf("pid:%d", pid), ns)
+			return len(s.missing) > 0
+		})
+	}
+	return followed, s.found, s.missing
+}
+
+// leftBehind is find for the journals in a run directory, but for one of the caller's own
+// namespace. What is renamed while names are read can be missed, so what is gone was looked
+// for twice.
+func leftBehind(runDir string, n Namespaces) (followed, others map[uint64]string, gone []uint64, err error) {
+	cookies, err := knownNamespaces(runDir)
+	if len(cookies) == 0 || err != nil {
+		return nil, nil, nil, err
+	}
+	own, err := journal.ReadScope()
+	if err != nil {
+		return nil, nil, nil, fmt.Errorf("agent: %w", err)
+	}
+	cookies = slices.DeleteFunc(cookies, func(c uint64) bool { return c == own.NetnsCookie })
+	if followed, others, gone = find(cookies, n); len(gone) > 0 {
+		followed, others, gone = find(cookies, n)
+	}
+	return followed, others, gone, nil
+}
+
+// sweep takes care of what an earlier run has left in namespaces: those that are still followed
+// adopt it. In others it is given back. The journals of namespaces that are gone are removed.
+func (f *Fleet) sweep(ctx context.Context) {
+	if f.cfg.Mode != Enforce {
+		return
+	}
+	var others map[uint64]string
+	var gone []uint64
+	err := f.host.Do(func() (err error) {
+		_, others, gone, err = leftBehind(f.cfg.RunDir, f.cfg.Namespaces)
+		return err
+	})
+	for _, cookie := range gone {
+		err = errors.Join(err, removeJournal(f.cfg.RunDir, cookieDir(f.cfg.RunDir, cookie)))
+	}
+	if err != nil {
+		f.log.Warn("journals of namespaces", "err", err)
+		f.note(err.Error())
+	}
+	if len(gone) > 0 {
+		f.log.Info("journals of namespaces that are gone were removed", "namespaces", len(gone))
+	}
+	for _, spec := range others {
+		f.wg.Go(func() {
+			err := f.host.Do(func() error { return f.giveBackIn(ctx, spec) })
+			if err != nil {
+				f.note(fmt.Sprintf("namespace %s is not followed any more, and not everything could be given back in it: %v", spec, err))
+			}
+		})
+	}
+}
+
+func (f *Fleet) note(text string) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.notes = append(f.notes, text)
+}
+
+// giveBackIn gives back what an earlier run has left in a namespace that is not followed now.
+func (f *Fleet) giveBackIn(ctx context.Context, spec string) error {
+	r, err := RestoreIn(ctx, spec, f.cfg, f.log.With("netns", spec), f.version, false)
+	if err != nil {
+		f.log.Warn("what an earlier run left in a namespace can't be given back", "netns", spec, "err", err)
+		return err
+	}
+	f.log.Info("given back in a namespace that is not followed any more", "netns", spec, "holds", r.Holds, "locks", r.Locks, "rules", r.Rules, "clones", r.Clones)
+	return nil
+}
+
+// RestoreAll is Restore in the namespace of the calling thread and in all others that have a
+// journal in the run directory, under whatever name or process they can be found. One that fails
+// does not stop the others: the result says what was done although there is an error. Without
+// stale, the journals of namespaces that are gone are removed.
+func RestoreAll(ctx context.Context, cfg Config, log *slog.Logger, version string, stale bool) (*Restored, error) {
+	out, err := Restore(ctx, cfg, log, version, stale)
+	if errors.Is(err, ErrRunning) || errors.Is(err, ErrPermission) {
+		return nil, err
+	}
+	errs := []error{err}
+	if out == nil {
+		out = &Restored{Findings: []string{}}
+	}
+	followed, others, gone, err := leftBehind(cfg.WithDefaults().RunDir, cfg.Namespaces)
+	errs = append(errs, err)
+	for _, spec := range slices.Sorted(values(followed, others)) {
+		r, err := RestoreIn(ctx, spec, cfg, log.With("netns", spec), version, stale)
+		if r != nil {
+			out.Namespaces = append(out.Namespaces, *r)
+		}
+		if err != nil {
+			errs = append(errs, fmt.Errorf("namespace %s: %w", spec, err))
+		}
+	}
+	for _, cookie := range gone {
+		if !stale {
+			errs = append(errs, removeJournal(cfg.WithDefaults().RunDir, cookieDir(cfg.WithDefaults().RunDir, cookie)))
+		}
+	}
+	if len(gone) > 0 && !stale {
+		out.Findings = append(out.Findings, fmt.Sprintf("the journals of %d namespaces that are gone were removed", len(gone)))
+	}
+	return out, errors.Join(errs...)
+}
+
+func values(maps ...map[uint64]string) func(func(string) bool) {
+	return func(yield func(string) bool) {
+		for _, m := range maps {
+			for _, v := range m {
+				if !yield(v) {
+					return
+				}
+			}
+		}
+	}
+}

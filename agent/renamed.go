@@ -1,0 +1,33 @@
+package agent
+
+import (
+	"cmp"
+	"slices"
+
+	"tsoagent/agent/journal"
+	"tsoagent/routes"
+)
+
+// renamed books the holds on a device under the name that it has now. Most devices with holds have
+// no permanent address, so that a later run, or `tsoctl restore`, knows them by name and index.
+func (a *Agent) renamed(l *routes.Link) {
+	if a.lastP == nil {
+		return // adopted claims are checked first: the index can be another device's now
+	}
+	var entries []journal.Entry
+	for k, c := range a.st.holds {
+		if routes.Ifindex(k.Index) != l.Index || c.Device.Name == l.Name {
+			continue
+		}
+		c.Device.Name = l.Name
+		a.st.holds[k] = c
+		entries = append(entries, entry(holdID(k), kindHold, heldFeature{c, k.Feature}))
+	}
+	if len(entries) == 0 || a.cfg.Mode != Enforce {
+		return
+	}
+	slices.SortFunc(entries, func(a, b journal.Entry) int { return cmp.Compare(a.ID, b.ID) })
+	if err := a.journal.Put(entries...); err != nil {
+		a.failed("journal can't be written", err, "device", l.Name)
+	}
+}

@@ -1,0 +1,181 @@
+// Package stockkernel finds Debian's stock kernels, which the script `fetch` beside it gets, and boots them in QEMU under software
+// emulation: for what the test kernel, user-mode Linux, lacks. See e2e/README.md.
+package stockkernel
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+
+	"tsoagent/e2e/stockkernel/modules"
+	"tsoagent/e2e/testkernel"
+)
+
+// ErrMissing means that the machine lacks something that a stock kernel needs. The error's text names it.
+var ErrMissing = errors.New("stock kernels need what is missing here")
+
+const (
+	emulator  = "qemu-system-x86_64"
+	tunDevice = "/dev/net/tun"
+)
+
+// Kernel is one of Debian's kernels, unpacked. It is safe for concurrent use.
+type Kernel struct {
+	dir     string // what `fetch` made
+	release string // as `uname -r` says it
+	tree    string // of this module
+}
+
+// Find returns the newest kernel in the cache whose version begins with version (6.1, 6.12, 6.12.107). It fetches nothing: the error is
+// ErrMissing if there is no such kernel, no QEMU or no tap device, or if we aren't root.
+func Find(ctx context.Context, tree, version string) (*Kernel, error) {
+	if _, err := exec.LookPath(emulator); err != nil {
+		return nil, fmt.Errorf("%w: %s (make test-kernels installs it)", ErrMissing, emulator)
+	}
+	if _, err := os.Stat(tunDevice); err != nil {
+		return nil, fmt.Errorf("%w: %s, for the taps", ErrMissing, tunDevice)
+	}
+	if os.Geteuid() != 0 {
+		return nil, fmt.Errorf("%w: root, for the taps", ErrMissing)
+	}
+	out, err := exec.CommandContext(ctx, filepath.Join(tree, "e2e", "stockkernel", "fetch"), "--path", version).Output()
+	var exit *exec.ExitError
+	if errors.As(err, &exit) && exit.ExitCode() == 1 {
+		return nil, fmt.Errorf("%w: a kernel %s in the cache (make test-kernels fetches it, if apt has one)", ErrMissing, version)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("find stock kernel %s: %w", version, err)
+	}
+	k := &Kernel{dir: strings.TrimSpace(string(out)), tree: tree}
+	releases, err := filepath.Glob(filepath.Join(k.dir, "modules", "lib", "modules", "*"))
+	if err != nil || len(releases) != 1 {
+		return nil, fmt.Errorf("stock kernel %s: %d module trees in %s", version, len(releases), k.dir)
+	}
+	k.release = filepath.Base(releases[0])
+	return k, nil
+}
+
+// Release is what `uname -r` says of the kernel.
+func (k *Kernel) Release() string { return k.release }
+
+// BuildLoader builds the first process of a machine, static, into dir, where Machine.Binaries looks for it.
+func BuildLoader(ctx context.Context, tree, dir string) error {
+	return testkernel.BuildCommand(ctx, tree, "e2e/stockkernel/loader", dir)
+}
+
+// A nic is a network card of the machine, and at the other end of its wire a second one, named NAME-peer, of virtio.
+type nic struct {
+	name   string // in the guest
+	device string // QEMU's
+	driver string // the kernel's module
+}
+
+// nics are the cards of every machine. virtio-net offers TSO only on a tap with vnet_hdr.
+var nics = []nic{
+	{"e1000e", "e1000e", "e1000e"},
+	{"vmxnet3", "vmxnet3", "vmxnet3"},
+	{"virtio", "virtio-net-pci", "virtio_net"},
+}
+
+const (
+	// memory is the machine's, in MiB.
+	memory = 1024
+	// patience is how much longer than the test kernel a stock kernel takes for the same, about: it is emulated. The scenarios'
+	// deadlines grow by it.
+	patience = 4
+)
+
+// rootModules are what the kernel needs before it has a root, each with its dependencies.
+var rootModules = []string{"virtio_pci", "9pnet_virtio", "9p"}
+
+// Boot returns the command that is the machine (testkernel.Machine.Boot).
+func (k *Kernel) Boot(m *testkernel.Machine) (*exec.Cmd, error) {
+	initramfs := filepath.Join(m.Dir, "initramfs")
+	if err := k.writeInitramfs(initramfs, filepath.Join(m.Binaries, "loader")); err != nil {
+		return nil, fmt.Errorf("initramfs: %w", err)
+	}
+	var devices, names, drivers []string
+	for i, n := range nics {
+		for j, end := range []struct{ tap, device, name string }{
+			{"near", n.device, n.name},
+			{"far", "virtio-net-pci", n.name + "-peer"},
+		} {
+			tap := end.tap + strconv.Itoa(i+1)
+			mac := fmt.Sprintf("52:54:00:00:%02x:%02x", i+1, j+1)
+			devices = append(devices,
+				"-netdev", "tap,script=no,downscript=no,id="+tap+",ifname="+tap,
+				// No boot ROM: nothing boots from it, and Debian has them in another package.
+				"-device", end.device+",romfile=,netdev="+tap+",mac="+mac)
+			names = append(names, end.name+"="+mac)
+		}
+		drivers = append(drivers, n.driver)
+	}
+	args := []string{filepath.Join(k.tree, "e2e", "stockkernel", "network"), strconv.Itoa(len(nics)), emulator,
+		"-machine", "pc", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", strconv.Itoa(memory),
+		"-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-serial", "stdio",
+		"-kernel", filepath.Join(k.dir, "vmlinux"), "-initrd", initramfs,
+		"-append", strings.Join([]string{
+			// A panic ends the machine. Mitigations only cost here. QEMU gives all processors one TSC; Linux doubts it, and would
+			// take the HPET, each look at which leaves the guest.
+			"console=ttyS0", "loglevel=5", "panic=-1", "mitigations=off", "tsc=reliable",
+			"tsoagent.root=9p",
+			"tsoagent.init=" + filepath.Join(m.Binaries, "guest"),
+			"tsoagent.x=x",
+			"tsoagent.bin=" + m.Binaries,
+			"tsoagent.src=" + m.Tree,
+			"tsoagent.modules=" + filepath.Join(k.dir, "modules"),
+			"tsoagent.drivers=" + strings.Join(drivers, ","),
+			"tsoagent.nics=" + strings.Join(names, ","),
+			"tsoagent.patience=" + strconv.Itoa(patience),
+			"tsoagent.deadline=" + m.Deadline.String(),
+		}, " "),
+		// Without remap, files of two file systems of the host could look like one to the guest.
+		"-fsdev", "local,id=root,path=/,security_model=none,readonly=on,multidevs=remap",
+		"-device", "virtio-9p-pci,fsdev=root,mount_tag=root",
+		"-fsdev", "local,id=x,path=" + m.Dir + ",security_model=none",
+		"-device", "virtio-9p-pci,fsdev=x,mount_tag=x",
+	}
+	cmd := exec.Command(args[0], append(args[1:], devices...)...)
+	cmd.Env = []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=" + m.Dir}
+	// The taps live in a namespace of the machine's own, and die with it.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET}
+	return cmd, nil
+}
+
+// writeInitramfs writes the loader as /init and the modules for the root, in the order to load them.
+func (k *Kernel) writeInitramfs(path, loader string) error {
+	archive := &cpio{}
+	text, err := os.ReadFile(loader)
+	if err != nil {
+		return err
+	}
+	archive.dir("modules")
+	archive.file("init", 0o755, text)
+
+	tree := modules.Tree(filepath.Join(k.dir, "modules", "lib", "modules", k.release))
+	seen := map[string]bool{}
+	for _, name := range rootModules {
+		files, err := tree.Files(name)
+		if err != nil {
+			return err
+		}
+		for _, file := range files {
+			if seen[file] {
+				continue
+			}
+			seen[file] = true
+			text, err := os.ReadFile(file)
+			if err != nil {
+				return err
+			}
+			archive.file(fmt.Sprintf("modules/%02d-%s", len(seen), filepath.Base(file)), 0o644, text)
+		}
+	}
+	return os.WriteFile(path, archive.bytes(), 0o644)
+}
