@@ -291,14 +291,14 @@ func (w *world) wrapped(p packet, l *routes.Link) fate {
 					Oif: int32(at.route.Body.Nexthops[i].Oif),
 				})
 			}
+			if ft.kind == dropped {
+				continue
+			}
 			if l := w.fib.Link(at.route.Body.Nexthops[i].Oif); ft.kind == uncovered && l != nil && l.Kind == "xfrm" {
-				ft.kind = dropped
+				continue
 			}
 			if ft.kind == uncovered {
 				return ft
-			}
-			if ft.kind == dropped {
-				continue
 			}
 			path := w.fib.Link(at.route.Body.Nexthops[i].Oif).MTU
 			if own := int(at.route.Body.Metrics.MTU); own != 0 {
