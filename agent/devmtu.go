@@ -84,13 +84,26 @@ func (a *Agent) freshenMTUs() {
 		a.checkMTUs()
 	}
 	for i, c := range a.st.mtus {
-		l := a.st.fib.Link(i)
-		if l == nil || c.Theirs != 0 || l.MTU == c.Ours {
-			continue
+		if l := a.st.fib.Link(i); l != nil && c.Theirs == 0 && l.MTU != c.Ours {
+			a.st.doubtful[i] = true
 		}
-		if now, err := a.links.ReadLink(i); err == nil && now.MTU != l.MTU {
+	}
+	for i := range a.st.doubtful {
+		l := a.st.fib.Link(i)
+		now, err := a.links.ReadLink(i)
+		if err == nil && l != nil && (now.MTU != l.MTU || now.MTU6 != l.MTU6) {
 			a.st.fib.Own(routes.LinkSet{Link: now})
 		}
+	}
+	clear(a.st.doubtful)
+}
+
+// doubtMTU6 has a link read anew whose event says that IPv6 has a smaller MTU of its own: the event
+// of a new MTU is sent before IPv6 hears of it, and there is none after (rtnetlink_event,
+// net/core/rtnetlink.c, comes ahead of addrconf_notify, net/ipv6/addrconf.c).
+func (a *Agent) doubtMTU6(l *routes.Link) {
+	if l.MTU6 != 0 && a.links != nil {
+		a.st.doubtful[l.Index] = true
 	}
 }
 

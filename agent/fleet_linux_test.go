@@ -483,6 +483,35 @@ func TestFleetFollowsAProcess(t *testing.T) {
 	s.stop()
 }
 
+// A watcher whose socket ends is dialled again where it was, and not in the process's namespace.
+func TestFleetDialsAgainInTheNamespace(t *testing.T) {
+	if !netnstest.Private(t) {
+		return
+	}
+	checkLeaks(t)
+	named(t, "a")
+	s := sail(t, fleetConfig(t, "host", "a"))
+	s.state("a", NetnsFollowed)
+	a, err := s.agentOf("a")
+	if err != nil {
+		t.Fatal(err)
+	}
+	a.sources.mu.Lock()
+	err = errors.Join(a.sources.xfrm.Close(), a.sources.routes.Close(), a.sources.eth.Close())
+	a.sources.mu.Unlock()
+	if err != nil {
+		t.Fatal(err)
+	}
+	netnstest.Within(t, "all watchers end", func() bool { return strings.Count(s.log.String(), `watcher ended`) == 3 })
+	cover(t, "a")
+	locked(t, "a")
+	netnstest.IP(t, "-n a route replace default via 192.0.2.253")
+	netnstest.Within(t, "the clone follows", func() bool { return strings.Contains(ours(t, "a"), "10.3.0.0/16 via 192.0.2.253") })
+	bare(t, "")
+	s.stop()
+	bare(t, "a")
+}
+
 func TestFleetTellsOfAMissingCapability(t *testing.T) {
 	const step = "TSOAGENT_FLEET_NOCAP"
 	if os.Getenv(step) == "" {

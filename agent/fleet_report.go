@@ -43,6 +43,7 @@ type NamespaceReport struct {
 func (r *Report) Degraded() bool {
 	return len(r.Stale) > 0 || len(r.Findings) > 0 ||
 		slices.ContainsFunc(r.Holds, func(h HoldReport) bool { return h.State == StateContested || h.State == StateRefused }) ||
+		slices.ContainsFunc(r.DeviceMTUs, func(m DeviceMTUReport) bool { return m.State == StateContested }) ||
 		slices.ContainsFunc(r.Lanes, func(l LaneReport) bool { return l.State == StateRefused }) ||
 		slices.ContainsFunc(r.Namespaces, func(n NamespaceReport) bool { return n.Degraded })
 }

@@ -58,6 +58,7 @@ func (a *Agent) applyRoute(ev routes.Event) {
 		clear(a.st.inflight)
 		clear(a.st.writing)
 	case routes.LinkSet:
+		a.doubtMTU6(ev.Link)
 		a.laneLink(ev.Link.Index, ev.Link.Name)
 		// A new or renamed device has no features event of its own.
 		if f := a.st.features[ev.Link.Index]; f == nil || f.Name != ev.Link.Name {

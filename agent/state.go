@@ -57,8 +57,9 @@ type state struct {
 
 	clamps      clampState
 	lanes       laneState
-	mtusAdopted []deviceMTU // until the first plan
-	mtusGiven   int         // how many devices got their MTU back
+	mtusAdopted []deviceMTU             // until the first plan
+	doubtful    map[routes.Ifindex]bool // links that are to be read anew
+	mtusGiven   int                     // how many devices got their MTU back
 }
 
 type lingerer struct {
@@ -116,6 +117,7 @@ func newState() *state {
 		holds:         map[plan.HoldKey]plan.HoldClaim{},
 		locks:         map[routes.Key]plan.LockClaim{},
 		mtus:          map[routes.Ifindex]plan.MTUClaim{},
+		doubtful:      map[routes.Ifindex]bool{},
 		lanes:         newLaneState(),
 		retakes:       map[plan.HoldKey]int{},
 		contested:     map[plan.HoldKey]string{},

@@ -220,6 +220,10 @@ func (a *Agent) lead(sh *plan.Shape, add []routes.Rule, now time.Time) {
 	}
 	if why := a.compare(probes, before, sh); why != "" {
 		a.withhold(sh, why, now)
+		if f.n == 1 {
+			// The owner may have moved a route between the two answers.
+			a.st.withheld[sh.ID] = withheldShape{why, now.Add(lookAgain)}
+		}
 	}
 }
 
@@ -238,7 +242,11 @@ func (a *Agent) withhold(sh *plan.Shape, why string, now time.Time) {
 	a.stats.Actions++
 }
 
-const withholdFor = time.Minute
+const (
+	withholdFor = time.Minute
+	// lookAgain is how soon a shape is tried a second time.
+	lookAgain = 250 * time.Millisecond
+)
 
 // dropTables takes away rules and clones that are wanted no more, the rules first.
 func (a *Agent) dropTables(s *plan.Steps) {
@@ -275,9 +283,10 @@ func (a *Agent) dropTables(s *plan.Steps) {
 			a.failed("clone can't be deleted", res.Err, "route", of[i].Key().String())
 			continue
 		}
-		if res.Err == nil {
-			a.st.inflight[res.Seq] = struct{}{}
+		if res.Err != nil {
+			continue // gone already; the mirror is about to know
 		}
+		a.st.inflight[res.Seq] = struct{}{}
 		a.dropped.clones++
 		a.did("clone deleted", "route", of[i].Key().String())
 	}

@@ -3,7 +3,6 @@ package lane
 import (
 	"bytes"
 	"errors"
-	"fmt"
 	"io"
 	"net"
 	"net/netip"
@@ -39,19 +38,13 @@ func inNS(t *testing.T) *os.File {
 		t.Cleanup(func() { f.Close() })
 		return f
 	}
-	far, near := enter(), enter()
-	run(t, "ip link set lo up")
-	run(t, "ip link add nic mtu 1400 type veth peer name peer mtu 1400 netns /proc/self/fd/"+fd(far, t))
-	run(t, "ip addr add 192.0.2.1/24 dev nic")
-	run(t, "ip addr add fd00::1/64 dev nic nodad")
-	run(t, "ip link set nic up")
+	far := enter()
+	enter()
+	batch(t, "link set lo up", "link add nic mtu 1400 type veth peer name peer mtu 1400 netns /proc/self/fd/"+fd(far, t),
+		"addr add 192.0.2.1/24 dev nic", "addr add fd00::1/64 dev nic nodad", "link set nic up")
 	within(t, far, func() {
-		run(t, "ip link set lo up")
-		run(t, "ip addr add 192.0.2.2/24 dev peer")
-		run(t, "ip addr add fd00::2/64 dev peer nodad")
-		run(t, "ip link set peer up")
+		batch(t, "link set lo up", "addr add 192.0.2.2/24 dev peer", "addr add fd00::2/64 dev peer nodad", "link set peer up")
 	})
-	within(t, near, func() {})
 	return far
 }
 
@@ -110,6 +103,19 @@ func run(t testing.TB, line string) string {
 		t.Fatalf("%s: %v\n%s", line, err, out)
 	}
 	return string(out)
+}
+
+// batch runs several commands of ip in one process.
+func batch(t testing.TB, lines ...string) {
+	t.Helper()
+	cmd := exec.Command("ip", "-batch", "-")
+	cmd.Stdin = strings.NewReader(strings.Join(lines, "\n"))
+	if inherited != nil {
+		cmd.ExtraFiles = []*os.File{inherited}
+	}
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
 }
 
 // changing are the parts of ip's and tc's output that change by themselves. The kernel learns of a
@@ -361,50 +367,46 @@ func TestKernelObstaclesAreNamedAndLeftAlone(t *testing.T) {
 // Whoever is killed while it makes a lane leaves one of these behind. The next one finds it by
 // names and marks alone, can finish it, and can take it away.
 func TestKernelHalfMadeLanes(t *testing.T) {
-	for steps := range 6 {
-		t.Run(fmt.Sprint("after step ", steps), func(t *testing.T) {
-			inTestKernel(t)
-			c := dial(t)
-			l := testLane(t)
-			before := place(t)
-			half := func() {
-				v, err := c.view()
-				if err != nil {
-					t.Fatal(err)
-				}
-				nic := v.links[l.Index]
-				ifb := link{index: -1}
-				for i, step := range []func() error{
-					func() error { return c.addIFB(nic) },
-					func() error {
-						ifb.index, ifb.name = indexOf(t, IFBName(l.Index)), IFBName(l.Index)
-						return c.setAlias(&ifb, nic.name, false)
-					},
-					func() error { return c.setIFB(ifb, nic) },
-					func() error { return c.setAlias(&ifb, nic.name, true) },
-					func() error { return c.addClsact(nic.index) },
-					func() error { return c.put(nic.index, filter{handle: 1, match: l.Matches[0], to: ifb.index}, 0) },
-				} {
-					if i > steps {
-						return
-					}
-					if err := step(); err != nil {
-						t.Fatalf("step %d: %v", i, err)
-					}
-				}
+	inTestKernel(t)
+	c := dial(t)
+	l := testLane(t)
+	before := place(t)
+	const steps = 6
+	half := func(last int) {
+		v, err := c.view()
+		if err != nil {
+			t.Fatal(err)
+		}
+		nic := v.links[l.Index]
+		var ifb link
+		for i, step := range []func() error{
+			func() error { return c.addIFB(nic) },
+			func() error {
+				ifb.index, ifb.name = indexOf(t, IFBName(l.Index)), IFBName(l.Index)
+				return c.setAlias(&ifb, nic.name, false)
+			},
+			func() error { return c.setIFB(ifb, nic) },
+			func() error { return c.setAlias(&ifb, nic.name, true) },
+			func() error { return c.addClsact(nic.index) },
+			func() error { return c.put(nic.index, filter{handle: 1, match: l.Matches[0], to: ifb.index}, 0) },
+		}[:last] {
+			if err := step(); err != nil {
+				t.Fatalf("step %d: %v", i, err)
 			}
-			half()
-			states, err := c.List()
-			if err != nil || len(states) != 1 || states[0].Index != l.Index || states[0].Is(l) {
-				t.Errorf("found %+v, %v", states, err)
-			}
-			remove(t, c, l)
-			checkPlace(t, before)
-			half()
-			ensure(t, c, l)
-			remove(t, c, l)
-			checkPlace(t, before)
-		})
+		}
+	}
+	for last := 1; last <= steps; last++ {
+		half(last)
+		states, err := c.List()
+		if err != nil || len(states) != 1 || states[0].Index != l.Index || states[0].Is(l) {
+			t.Errorf("after step %d: found %+v, %v", last, states, err)
+		}
+		remove(t, c, l)
+		checkPlace(t, before)
+		half(last)
+		ensure(t, c, l)
+		remove(t, c, l)
+		checkPlace(t, before)
 	}
 }
 

@@ -37,6 +37,14 @@ func datagrams(t *testing.T, to string, size int, hopopts string) {
 
 // What a match means for packets that are not the plain case.
 func TestKernelMatches(t *testing.T) {
+	inTestKernel(t)
+	client := dial(t)
+	batch(t, "link add link nic name nic.5 type vlan id 5", "addr add 198.51.100.1/24 dev nic.5", "link set nic.5 up",
+		"neigh add 198.51.100.2 lladdr 02:00:00:00:00:02 dev nic.5")
+	// The first packet is not to wait for an answer of the neighbour.
+	run(t, "ping -c1 -W5 192.0.2.2")
+	run(t, "ping -c1 -W5 fd00::2")
+	l := Lane{Index: indexOf(t, "nic"), Name: "nic"}
 	udp4 := match("192.0.2.1/32", "192.0.2.2/32", 17)
 	udp4port := match("192.0.2.1/32", "192.0.2.2/32", 17, 0, 9)
 	udp6port := match("fd00::1/128", "fd00::2/128", 17, 0, 9)
@@ -57,28 +65,16 @@ func TestKernelMatches(t *testing.T) {
 		{"fragments have no port", udp4port, "192.0.2.2:9", 4000, "", 0},
 		{"VLAN", match("0.0.0.0/0", "0.0.0.0/0", 17), "198.51.100.2:9", 100, "", 0},
 	} {
-		t.Run(c.name, func(t *testing.T) {
-			inTestKernel(t)
-			client := dial(t)
-			if c.name == "VLAN" {
-				run(t, "ip link add link nic name nic.5 type vlan id 5")
-				run(t, "ip addr add 198.51.100.1/24 dev nic.5")
-				run(t, "ip link set nic.5 up")
-				run(t, "ip neigh add 198.51.100.2 lladdr 02:00:00:00:00:02 dev nic.5")
-			}
-			// The first packet is not to wait for an answer of the neighbour.
-			run(t, "ping -c1 -W5 192.0.2.2")
-			run(t, "ping -c1 -W5 fd00::2")
-			l := Lane{Index: indexOf(t, "nic"), Name: "nic", Matches: []Match{c.match}}
-			if err := client.Ensure(l); err != nil {
-				t.Fatal(err)
-			}
-			datagrams(t, c.to, c.size, c.hopopts)
-			states, err := client.List()
-			if err != nil || len(states) != 1 || states[0].Packets != c.want {
-				t.Errorf("%+v, %v: want %d packets through the ifb", states, err, c.want)
-			}
-		})
+		l.Matches = []Match{c.match}
+		if err := client.Ensure(l); err != nil {
+			t.Fatal(err)
+		}
+		datagrams(t, c.to, c.size, c.hopopts)
+		states, err := client.List()
+		if err != nil || len(states) != 1 || states[0].Packets != c.want {
+			t.Errorf("%s: %+v, %v: want %d packets through the ifb", c.name, states, err, c.want)
+		}
+		remove(t, client, l)
 	}
 }
 

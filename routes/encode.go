@@ -209,7 +209,13 @@ func encode(r Route, c change) ([]byte, error) {
 			if object {
 				out = appendRaw(out, a.raw)
 			}
-		case rtaOif, rtaGateway, rtaVia, rtaEncap, rtaEncapType, rtaFlow:
+		case rtaEncap:
+			if !object {
+				n := len(out)
+				out = appendRaw(out, a.raw)
+				markNested(out[n:])
+			}
+		case rtaOif, rtaGateway, rtaVia, rtaEncapType, rtaFlow:
 			if !object {
 				out = appendRaw(out, a.raw)
 			}
@@ -278,12 +284,26 @@ func appendMetrics(out, old []byte, c change) []byte {
 	return appendAttr(out, rtaMetrics, m)
 }
 
+// markNested sets NLA_F_NESTED on RTA_ENCAP. The kernel leaves it out when it shows a route
+// (lwtunnel_fill_encap, net/core/lwtunnel.c), but wants it for a tunnel of type xfrm
+// (xfrmi_build_state, net/xfrm).
+func markNested(attribute []byte) {
+	const nested = 1 << 15 // linux/netlink.h
+	binary.NativeEndian.PutUint16(attribute[2:], binary.NativeEndian.Uint16(attribute[2:])|nested)
+}
+
 // maskHops clears the flags that the kernel sets by itself in the members of RTA_MULTIPATH; it
-// refuses a route that comes with them (fib_create_info).
+// refuses a route that comes with them (fib_create_info). Their tunnels are marked as nested.
 func maskHops(b []byte) {
 	_ = eachHop(b, func(hop []byte) error {
 		hop[2] &^= nexthopKernelFlags
-		return nil
+		a := attrs{b: hop[rtnexthopLen:]}
+		for a.next() {
+			if a.typ == rtaEncap {
+				markNested(a.raw)
+			}
+		}
+		return a.err
 	})
 }
 

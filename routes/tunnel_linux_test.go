@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -405,4 +406,43 @@ func (w *wire) send(mark int) (proto byte) {
 	}
 	w.t.Fatal("nothing of the outer family left by a0")
 	return 0
+}
+
+// TestKernelLocksOnEncapXfrm locks routes that say their if_id, and gives them back. The kernel
+// shows RTA_ENCAP in another way than it takes it.
+func TestKernelLocksOnEncapXfrm(t *testing.T) {
+	ns := tunnelNS(t)
+	for _, route := range []string{
+		"route add 198.18.1.0/24 dev x0 encap xfrm if_id 5",
+		"-6 route add 2001:db8:1::/48 dev x0 encap xfrm if_id 5",
+		"route add 198.18.1.0/24 nexthop dev x0 encap xfrm if_id 5 nexthop dev x1 encap xfrm if_id 6",
+	} {
+		ns.run(t, route, func(t *testing.T) {
+			ip(t, "link add x0 type xfrm external\nlink add x1 type xfrm if_id 9 dev a0\nlink set x0 up\nlink set x1 up")
+			defer ip(t, "link del x0\nlink del x1")
+			ip(t, route)
+			tb := openTable(t)
+			dst := "198.18.1.0/24"
+			if strings.HasPrefix(route, "-6") {
+				dst = "2001:db8:1::/48"
+			}
+			before := findOne(t, tb, dst)
+			if nh := before.Body.Nexthops[0]; !nh.Encap || nh.IfID != 5 {
+				t.Errorf("nexthop %+v", nh)
+			}
+			for _, m := range []MTUMetric{{MTU: 1400, Locked: true}, {}} {
+				b, err := EncodeLock(findOne(t, tb, dst), m)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if _, err := tb.Replace(b); err != nil {
+					t.Fatalf("%s: %v", m, err)
+				}
+				after := findOne(t, tb, dst)
+				if MTUMetricOf(after.Body) != m || !slices.Equal(after.Body.Nexthops, before.Body.Nexthops) {
+					t.Errorf("%s: %+v %+v, want nexthops %+v", m, after.Body.Metrics, after.Body.Nexthops, before.Body.Nexthops)
+				}
+			}
+		})
+	}
 }

@@ -51,6 +51,7 @@ const (
 	attrSetMarkMask  = 30
 	attrIfID         = 31
 	attrSADir        = 33
+	attrSAPCPU       = 35 // Linux 6.13
 
 	attrTypeMask = 0x3fff // without NLA_F_NESTED and NLA_F_NET_BYTEORDER
 )

@@ -92,6 +92,10 @@ func (s *SA) readAttribute(typ uint16, v []byte) (err error) {
 			return errShort
 		}
 		s.SADir = v[0]
+	case attrSAPCPU:
+		var cpu uint32
+		cpu, err = decodeU32(v)
+		s.CPU = cpu + 1 // UINT_MAX is none
 	}
 	return err
 }

@@ -136,6 +136,7 @@ func genSA() *rapid.Generator[*SA] {
 			ExtraFlags: rapid.Uint32Range(0, 1).Draw(t, "extra"),
 			AddTime:    rapid.Uint64Range(0, 3).Draw(t, "add_time"),
 			SADir:      rapid.Uint8Range(0, 2).Draw(t, "dir"),
+			CPU:        rapid.Uint32Range(0, 3).Draw(t, "cpu"),
 		}
 		if rapid.Bool().Draw(t, "has_selector") {
 			s.HasSelector, s.Selector = true, genSelector(f).Draw(t, "selector")

@@ -215,6 +215,9 @@ func wireSAAttrs(s *SA, keys saKeys) []byte {
 	if s.SADir != 0 {
 		b = append(b, wireAttr(attrSADir, []byte{s.SADir})...)
 	}
+	if s.CPU != 0 {
+		b = append(b, wireU32(attrSAPCPU, s.CPU-1)...)
+	}
 	return b
 }
 

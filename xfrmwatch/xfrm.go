@@ -178,6 +178,9 @@ type SA struct {
 	AddTime      uint64 `json:"add_time"` // seconds since the epoch (curlft.add_time)
 	// Dir is XFRM_SA_DIR_IN or _OUT, 0 where the kernel does not say (before 6.10).
 	SADir uint8 `json:"sa_dir,omitempty"`
+	// CPU is one more than the number of the CPU whose flows alone use the SA (XFRMA_SA_PCPU), 0 for
+	// all. The SAs of all CPUs count as valid at once, as any flow can be on any CPU.
+	CPU uint32 `json:"cpu,omitempty"`
 }
 
 // Default is the namespace's action for flows that no policy matches (XFRM_MSG_GETDEFAULT).

@@ -182,6 +182,9 @@ func probeKeys(kind string, c *coverage) iter.Seq[ProbeKey] {
 		for _, st := range c.Steps {
 			for _, sa := range st.SAs {
 				k := ProbeKey{Kind: kind, Family: routes.Family(sa.Family), Mode: st.Template.Mode, SA: sa.Suite()}
+				if sa.Encap.Type != 0 || len(c.Steps) > 1 {
+					k.SA += ", encapsulated" // which no probe tries
+				}
 				if !yield(k) {
 					return
 				}

@@ -24,7 +24,7 @@ func ReadIdentity() (Identity, error) {
 		Machine:       unix.ByteSliceToString(u.Machine[:]),
 		Modules:       map[string]ModuleState{},
 	}
-	dir := filepath.Join("/lib/modules", id.Release)
+	dir := "/lib/modules/" + id.Release
 	builtin, available := moduleList(dir, "modules.builtin"), moduleList(dir, "modules.dep")
 	var unknown []module
 	for _, m := range modules {
@@ -46,7 +46,7 @@ func ReadIdentity() (Identity, error) {
 // loaded says whether a module is loaded. What is built in may have a directory, too, but no
 // state.
 func loaded(name string) bool {
-	b, err := os.ReadFile(filepath.Join("/sys/module", name, "initstate"))
+	b, err := os.ReadFile("/sys/module/" + name + "/initstate")
 	return err == nil && strings.TrimSpace(string(b)) == "live"
 }
 

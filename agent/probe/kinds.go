@@ -121,9 +121,9 @@ func tasksFor(kinds, sas []string) ([]task, error) {
 
 // addShape adds a task, or its shape to the task that there is.
 func addShape(tasks []task, t task) []task {
-	for i, have := range tasks {
-		if have.kind == t.kind && have.outer == t.outer && have.mode == t.mode && have.suite == t.suite {
-			tasks[i].shapes = append(have.shapes, t.shapes...)
+	for i := range tasks {
+		if have := &tasks[i]; have.kind == t.kind && have.outer == t.outer && have.mode == t.mode && have.suite == t.suite {
+			have.shapes = append(have.shapes, t.shapes...)
 			return tasks
 		}
 	}

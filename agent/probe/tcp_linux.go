@@ -141,7 +141,7 @@ func (l *lab) connect(ctx context.Context, inner Family) (*net.TCPConn, func(), 
 	tcp := conn.(*net.TCPConn)
 	return tcp, func() {
 		_ = tcp.SetLinger(0) // a FIN may never arrive
-		tcp.Close()
+		_ = tcp.Close()
 		closeListener()
 	}, nil
 }
@@ -159,9 +159,9 @@ func discard(listener *net.TCPListener) (stop func()) {
 		}
 	}()
 	return func() {
-		listener.Close()
+		_ = listener.Close()
 		if conn := <-accepted; conn != nil { // the sender's reset may be lost
-			conn.Close()
+			_ = conn.Close()
 		}
 		<-ended
 	}

@@ -80,12 +80,12 @@ func (l *lab) udpSockets(inner Family) (in, out *net.UDPConn, err error) {
 		return err
 	})
 	if err != nil {
-		in.Close()
+		_ = in.Close()
 		return nil, nil, err
 	}
 	if err := setSegment(out); err != nil {
-		in.Close()
-		out.Close()
+		_ = in.Close()
+		_ = out.Close()
 		return nil, nil, fmt.Errorf("UDP_SEGMENT: %w", err)
 	}
 	return in, out, nil

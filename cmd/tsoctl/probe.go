@@ -171,11 +171,16 @@ func withSA(rows [][]string, r *probe.Result) [][]string {
 func reasons(r *probe.Result) []string {
 	var order []string
 	cases := map[string][]string{}
+	several := len(sasOf(r)) > 1
 	tell := func(c probe.Case, why string) {
 		if !slices.Contains(order, why) {
 			order = append(order, why)
 		}
-		cases[why] = append(cases[why], fmt.Sprintf("%s %s %s", c.Kind, c.Outer, c.Mode))
+		name := fmt.Sprintf("%s %s %s", c.Kind, c.Outer, c.Mode)
+		if several {
+			name += " " + c.SA
+		}
+		cases[why] = append(cases[why], name)
 	}
 	for _, c := range r.Cases {
 		if c.Verdict != probe.Healthy {

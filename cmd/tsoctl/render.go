@@ -105,12 +105,16 @@ func statusTable(p page, r *agent.Report) {
 	findings(p, r)
 }
 
-// namespaceTable has a line for each namespace but the one that the report is about.
+// namespaceTable has a line for each namespace but the one that the report is about. Where they
+// don't fit one screen, those in which there is nothing to see are only counted.
 func namespaceTable(p page, r *agent.Report) {
+	quiet, many := 0, len(r.Namespaces) > screen
 	rows := [][]string{{"NAMESPACE", "STATE", "COVERED", "HELD OFF", "LOCKED"}}
 	for _, n := range r.Namespaces {
 		switch {
 		case n.Name == netns.Host:
+		case many && n.State == agent.NetnsFollowed && n.Coverages+n.Holds+n.Locks+n.Clones == 0 && !n.Degraded:
+			quiet++
 		case n.State == agent.NetnsFollowed || n.State == agent.NetnsLeaving:
 			state := n.State
 			if n.Degraded {
@@ -126,6 +130,11 @@ func namespaceTable(p page, r *agent.Report) {
 	}
 	if len(rows) > 1 {
 		p.table(rows)
+	}
+	if quiet > 0 {
+		p.text(0, "followed, with nothing covered: %s", count(quiet, "namespace", "namespaces"))
+	}
+	if len(rows) > 1 {
 		p.text(0, "more with `tsoctl status --netns NAMESPACE`")
 	}
 }

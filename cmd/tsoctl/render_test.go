@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"flag"
+	"fmt"
 	"os"
 	"strings"
 	"testing"
@@ -100,6 +101,22 @@ func nested() *agent.Explanation {
 	}
 }
 
+// several is the report of an agent that follows several namespaces.
+func several(without bool) *agent.Report {
+	return &agent.Report{
+		Mode: agent.Enforce, Live: true, Since: covered().Since, PID: 1, Links: 1, Routes: 1, NotFollowed: without,
+		Namespaces: []agent.NamespaceReport{
+			{Name: "host", State: agent.NetnsFollowed},
+			{Name: "blue", State: agent.NetnsFollowed, Coverages: 2, Holds: 3, Locks: 1, Clones: 4},
+			{Name: "green", State: agent.NetnsFollowed, Coverages: 1, Holds: 3, Degraded: true},
+			{Name: "later", State: agent.NetnsWaiting, Why: "there is no such namespace; waiting for it", Degraded: true},
+			{Name: "/run/docker/netns/1f2e3d", State: agent.NetnsStarting},
+			{Name: "pid:77", State: agent.NetnsLeaving, Holds: 1},
+		},
+		Findings: []string{"namespace later: there is no such namespace; waiting for it"},
+	}
+}
+
 func TestTables(t *testing.T) {
 	observed := covered()
 	observed.Mode, observed.Coverages = agent.Observe, observed.Coverages[1:2]
@@ -124,6 +141,18 @@ func TestTables(t *testing.T) {
 		{"status, nothing covered", 80, func(p page) { statusTable(p, quiet) }},
 		{"status, degraded", 80, func(p page) { statusTable(p, degradedReport()) }},
 		{"status, observing", 80, func(p page) { statusTable(p, observed) }},
+		{"status, several namespaces", 80, func(p page) { statusTable(p, several(false)) }},
+		{"status, many namespaces", 80, func(p page) {
+			r := several(false)
+			for i := range 20 {
+				r.Namespaces = append(r.Namespaces, agent.NamespaceReport{Name: fmt.Sprintf("n%d", i), State: agent.NetnsFollowed, Coverages: i / 19})
+			}
+			statusTable(p, r)
+		}},
+		{"status, without its own namespace", 80, func(p page) { statusTable(p, several(true)) }},
+		{"status, of another namespace", 80, func(p page) {
+			statusTable(p, &agent.Report{Mode: agent.Enforce, Live: true, Netns: "blue", PID: 1, Links: 2})
+		}},
 		{"plan", 80, func(p page) { planTable(p, covered()) }},
 		{"plan, not on a terminal", 0, func(p page) { planTable(p, covered()) }},
 		{"plan, observing", 80, func(p page) { planTable(p, observed) }},
@@ -136,6 +165,12 @@ func TestTables(t *testing.T) {
 		{"explain, presumed", 80, func(p page) { explainTable(p, presumed) }},
 		{"restore", 80, func(p page) {
 			restoreTable(p, &agent.Restored{Holds: 3, Locks: 1, Rules: 2, Clones: 2, Actions: 8}, false)
+		}},
+		{"restore, several namespaces", 80, func(p page) {
+			restoreTable(p, &agent.Restored{
+				Findings:   []string{"the journals of 2 namespaces that are gone were removed"},
+				Namespaces: []agent.Restored{{Netns: "blue", Holds: 3, Locks: 1, Actions: 4}, {Netns: "pid:77", Rules: 1, Clones: 1, Actions: 2}, {Netns: "red"}},
+			}, false)
 		}},
 		{"restore, one kind", 80, func(p page) { restoreTable(p, &agent.Restored{Locks: 2, Actions: 2}, false) }},
 		{"restore, nothing", 80, func(p page) {
@@ -215,6 +250,8 @@ func TestDegraded(t *testing.T) {
 		"finding":      {&agent.Report{Findings: []string{"x"}}, true},
 		"contested":    {&agent.Report{Holds: []agent.HoldReport{{State: agent.StateContested}}}, true},
 		"refused":      {&agent.Report{Holds: []agent.HoldReport{{State: agent.StateRefused}}}, true},
+		"a namespace":  {&agent.Report{Namespaces: []agent.NamespaceReport{{}, {Degraded: true}}}, true},
+		"namespaces":   {&agent.Report{Namespaces: []agent.NamespaceReport{{}, {}}}, false},
 		"off already":  {&agent.Report{Holds: []agent.HoldReport{{State: agent.StateNotOurs}}}, false},
 	} {
 		if got := degraded(tt.report); got != tt.want {

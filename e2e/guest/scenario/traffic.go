@@ -21,6 +21,7 @@ import (
 const (
 	burstSize    = 256 << 10
 	burstPause   = 40 * time.Millisecond
+	longestPause = 160 * time.Millisecond
 	totalLimit   = 8 << 30
 	timeLimit    = 10 * time.Minute
 	progressSize = 256 << 10 // what `tcp progress` asks for unless told
@@ -193,7 +194,7 @@ func discard(listener net.Listener) {
 // send sends bursts until the connection is stopped, breaks, or a limit is reached.
 func (c *connection) send() error {
 	buffer := make([]byte, burstSize)
-	pause := time.NewTicker(burstPause * patience())
+	pause := time.NewTicker(min(burstPause*patience(), longestPause))
 	defer pause.Stop()
 	limit := time.After(timeLimit)
 	for sent := 0; sent < totalLimit; {
