@@ -171,24 +171,25 @@ func (a *Agent) ask(probes []probe) []answer {
 	return out
 }
 
-// compare asks the probes again and says what makes the shape unfit; empty if nothing does.
+// compare says what in the answers with the rules makes the shape unfit, and the clone that it was
+// asked for; empty if nothing does.
 // With answers from before the rule was there, a packet that goes another way now is one. A
 // clone that takes its packet where its route does not lead is one in any case. A packet that
 // goes where it went without finding the clone is neither: another rule takes it.
-func (a *Agent) compare(probes []probe, before []answer, sh *plan.Shape) string {
-	for i, now := range a.ask(probes) {
+func (a *Agent) compare(probes []probe, before, with []answer, sh *plan.Shape) (why string, at *plan.Clone) {
+	for i, now := range with {
 		p := probes[i]
 		if i < len(before) && !now.same(before[i]) {
-			return fmt.Sprintf("with it %s would go another way", p.query.Dst)
+			return fmt.Sprintf("with it %s would go another way", p.query.Dst), p.clone
 		}
 		if now.err != nil || p.clone == nil || p.clone.Throw || now.ans.Table != sh.Table {
 			continue
 		}
 		if !leavesBy(p.clone.Of.Body, now.ans) {
-			return fmt.Sprintf("the kernel does not send %s where the plan foresaw", p.query.Dst)
+			return fmt.Sprintf("the kernel does not send %s where the plan foresaw", p.query.Dst), p.clone
 		}
 	}
-	return ""
+	return "", nil
 }
 
 func leavesBy(b *routes.Body, ans routes.Answer) bool {

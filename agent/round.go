@@ -85,6 +85,7 @@ func (a *Agent) applyRoute(ev routes.Event) {
 	if e := a.st.fib.Apply(ev); e.Resync != nil && a.sources != nil {
 		a.sources.resyncRoutes(*e.Resync)
 	}
+	a.moved(ev)
 	a.echo(ev)
 }
 

@@ -92,6 +92,8 @@ type clonedAt struct {
 type withheldShape struct {
 	why   string
 	until time.Time
+	// of is the route whose clone took a packet another way, the zero value for none.
+	of routes.Route
 }
 
 // write is an in-place lock under way. There is no compare-and-swap in rtnetlink: what the

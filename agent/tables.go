@@ -3,6 +3,7 @@ package agent
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"time"
@@ -49,7 +50,8 @@ func (a *Agent) moveClones(pl *plan.Plan, s *plan.Steps, now time.Time) {
 		case len(add) > 0:
 			a.lead(sh, add, now)
 		case len(written) > 0:
-			if why := a.compare(a.probes(sh, written), nil, sh); why != "" {
+			probes := a.probes(sh, written)
+			if why, _ := a.compare(probes, nil, a.ask(probes), sh); why != "" {
 				a.withhold(sh, why, now)
 			}
 		}
@@ -201,7 +203,7 @@ func (a *Agent) lead(sh *plan.Shape, add []routes.Rule, now time.Time) {
 		if rests {
 			a.withhold(sh, why, now)
 		}
-		a.st.withheld[sh.ID] = withheldShape{why, f.until} // whatever else changes
+		a.st.withheld[sh.ID] = withheldShape{why: why, until: f.until} // whatever else changes
 		return
 	}
 	probes := a.probes(sh, nil)
@@ -218,19 +220,41 @@ func (a *Agent) lead(sh *plan.Shape, add []routes.Rule, now time.Time) {
 		a.st.fib.Own(routes.RuleSet{Rule: &rule})
 		a.did("rule added", "family", r.Family.String(), "priority", r.Priority, "selectors", sh.ID.String(), "table", r.Table)
 	}
-	if why := a.compare(probes, before, sh); why != "" {
+	if why, at := a.compare(probes, before, a.ask(probes), sh); why != "" {
 		a.withhold(sh, why, now)
-		if f.n == 1 {
-			// The owner may have moved a route between the two answers.
-			a.st.withheld[sh.ID] = withheldShape{why, now.Add(lookAgain)}
+		if at != nil && !at.Throw {
+			w := a.st.withheld[sh.ID]
+			w.of = at.Of
+			a.st.withheld[sh.ID] = w
 		}
 	}
+}
+
+// moved lets a shape be tried again whose clone took a packet another way because its route had
+// just been changed, and the event was not read yet.
+func (a *Agent) moved(ev routes.Event) {
+	if len(a.st.withheld) == 0 {
+		return
+	}
+	var r routes.Route
+	switch ev := ev.(type) {
+	case routes.RouteSet:
+		r = ev.Route
+	case routes.RouteGone:
+		r = ev.Route
+	default:
+		return
+	}
+	_, gone := ev.(routes.RouteGone)
+	maps.DeleteFunc(a.st.withheld, func(_ plan.ShapeID, w withheldShape) bool {
+		return w.of.Body != nil && w.of.Key() == r.Key() && (gone || w.of.Body != r.Body)
+	})
 }
 
 // withhold takes the rules of a shape away and keeps it from being tried again for a while.
 func (a *Agent) withhold(sh *plan.Shape, why string, now time.Time) {
 	a.log.Warn("lock withdrawn", "shape", sh.ID.String(), "why", why)
-	a.st.withheld[sh.ID] = withheldShape{why, now.Add(withholdFor)}
+	a.st.withheld[sh.ID] = withheldShape{why: why, until: now.Add(withholdFor)}
 	for _, r := range sh.Rules {
 		if err := a.rt.DeleteRule(r); err != nil && !errors.Is(err, unix.ENOENT) {
 			a.failed("rule can't be deleted", err, "priority", r.Priority)
@@ -242,11 +266,7 @@ func (a *Agent) withhold(sh *plan.Shape, why string, now time.Time) {
 	a.stats.Actions++
 }
 
-const (
-	withholdFor = time.Minute
-	// lookAgain is how soon a shape is tried a second time.
-	lookAgain = 250 * time.Millisecond
-)
+const withholdFor = time.Minute
 
 // dropTables takes away rules and clones that are wanted no more, the rules first.
 func (a *Agent) dropTables(s *plan.Steps) {

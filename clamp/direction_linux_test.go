@@ -1,6 +1,7 @@
 package clamp
 
 import (
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -8,6 +9,7 @@ import (
 	"runtime"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -84,8 +86,12 @@ func open(t *testing.T, from, to, addr string) (client, server int) {
 	defer l.Close()
 	var c net.Conn
 	in(t, from, func() (err error) {
-		c, err = net.Dial("tcp", l.Addr().String())
-		return err
+		// A device that has just come up may not have found its neighbours yet.
+		for end := time.Now().Add(20 * time.Second); ; {
+			if c, err = net.Dial("tcp", l.Addr().String()); !errors.Is(err, unix.EHOSTUNREACH) || time.Now().After(end) {
+				return err
+			}
+		}
 	})
 	defer c.Close()
 	s, err := l.Accept()

@@ -124,7 +124,7 @@ func orderedHops(b *Body) []string {
 				var parts []string
 				n := attrs{b: hop[rtnexthopLen:]}
 				for n.next() {
-					parts = append(parts, string(appendRaw(nil, n.raw)))
+					parts = append(parts, n.hopAttr())
 				}
 				slices.Sort(parts)
 				out = append(out, string(h)+strings.Join(parts, ""))
@@ -135,7 +135,7 @@ func orderedHops(b *Body) []string {
 			copy(head[4:], a.val)
 		case rtaGateway, rtaVia, rtaEncap, rtaEncapType, rtaFlow:
 			one = true
-			single = append(single, string(appendRaw(nil, a.raw)))
+			single = append(single, a.hopAttr())
 		}
 	}
 	if one && len(out) == 0 {
@@ -143,4 +143,14 @@ func orderedHops(b *Body) []string {
 		out = []string{string(head) + strings.Join(single, "")}
 	}
 	return out
+}
+
+// hopAttr is an attribute of a nexthop. Whether RTA_ENCAP is marked as nested makes no
+// difference: the kernel shows it without, and takes it with.
+func (a *attrs) hopAttr() string {
+	b := appendRaw(nil, a.raw)
+	if a.typ == rtaEncap {
+		markNested(b)
+	}
+	return string(b)
 }

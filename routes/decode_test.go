@@ -241,8 +241,8 @@ func TestDefaultRoutesHaveAPrefixOfTheirFamily(t *testing.T) {
 }
 
 func TestNexthopsOfXfrmTunnelsHaveTheirIfID(t *testing.T) {
-	encap := attr(rtaEncap|0x8000, attr32(lwtXfrmIfID, 42)...)
-	other := attr(rtaEncap|0x8000, attr32(lwtXfrmIfID, 43)...)
+	encap := attr(rtaEncap, attr32(lwtXfrmIfID, 42)...)
+	other := attr(rtaEncap, attr32(lwtXfrmIfID, 43)...)
 	kind := func(k byte) []byte { return attr(rtaEncapType, k, 0, 0, 0)[:8] }
 	head := func() []byte {
 		h := make([]byte, rtmsgLen)
@@ -275,11 +275,29 @@ func TestNexthopsOfXfrmTunnelsHaveTheirIfID(t *testing.T) {
 		if d := cmp.Diff(tc.want, r.Body.Nexthops, cmp.Comparer(func(a, b netip.Addr) bool { return a == b })); d != "" {
 			t.Errorf("%s (-want +got):\n%s", name, d)
 		}
+		// Written again each of them is marked as nested, which the kernel insists on.
+		out, err := EncodeRoute(r)
+		nested := binary.NativeEndian.AppendUint16(nil, rtaEncap|1<<15)
+		if n := strings.Count(string(out), string(nested)); err != nil || n != tunnelsIn(tc.want) {
+			t.Errorf("%s: %d nested tunnels in %x, %v", name, n, out, err)
+		}
+		if again, err := in.ParseRoute(out); err != nil || !EqualButMTU(r.Body, again.Body) {
+			t.Errorf("%s: %x is another route, %v", name, out, err)
+		}
 	}
 	var in Interner
 	if _, err := in.ParseRoute(raw(head(), attr32(rtaOif, 3), attr(rtaEncap, attr(lwtXfrmIfID, 1)...), kind(lwtEncapXfrm))); err == nil {
 		t.Error("an if_id of one byte was decoded")
 	}
+}
+
+func tunnelsIn(hops []Nexthop) (n int) {
+	for _, h := range hops {
+		if h.Encap {
+			n++
+		}
+	}
+	return n
 }
 
 func fuzz(f *testing.F, types ...uint16) {

@@ -101,6 +101,10 @@ func (s *session) eventually(ts *testscript.TestScript, neg bool, args []string)
 			ts.Fatalf("eventually: %v", err)
 		}
 		unmet := c.met(stdout, err)
+		if unmet == nil && err != nil && ctx.Err() != nil {
+			// The deadline killed it: that it failed says nothing of what was asked.
+			unmet = fmt.Errorf("killed at the deadline: %w", err)
+		}
 		took := time.Since(start)
 		if unmet == nil {
 			ts.Logf("[true after %v, %d tries]", took.Round(time.Millisecond), tries)
