@@ -216,9 +216,7 @@ type egress struct {
 // filters reads the egress filters of a NIC.
 func (c *Client) filters(nic int32) (egress, error) {
 	var e egress
-	err := c.dump(rtmGetTFilter, tcmsg{index: nic, parent: egressClass}.encode(), func(b []byte) error {
-		return e.add(b)
-	})
+	err := c.dump(rtmGetTFilter, tcmsg{index: nic, parent: egressClass}.encode(), e.add)
 	if gone(err) {
 		return egress{}, nil
 	}

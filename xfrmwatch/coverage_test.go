@@ -81,7 +81,7 @@ func TestSAChoice(t *testing.T) {
 		{"the template's spi", func(p *Policy) { p.Templates[0].SPI = 2 },
 			[]*SA{good, with(func(s *SA) { s.AddTime = 1 })}, []SPI{2}},
 		{"for receiving only", same, []*SA{good, with(func(s *SA) { s.Flags = 8 })}, []SPI{1}},
-		{"of one CPU each", same, []*SA{with(func(s *SA) { s.CPU = 1 }), with(func(s *SA) { s.SPI, s.Key.SPI, s.CPU = 7, 7, 2 })}, []SPI{2, 7}},
+		{"of one CPU each", same, []*SA{with(func(s *SA) { s.CPU = 1 }), with(func(s *SA) { s.SPI, s.Key.SPI, s.CPU = 7, 7, 2 })}, []SPI{7, 2}},
 		{"direction in", same, []*SA{good, with(func(s *SA) { s.SADir = 1 })}, []SPI{1}},
 		{"direction out", same, []*SA{with(func(s *SA) { s.SADir = 2 })}, []SPI{2}},
 		{"a selector that misses", same, []*SA{good, with(func(s *SA) {

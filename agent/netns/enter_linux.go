@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 	"runtime"
 	"strconv"
 
@@ -58,7 +57,7 @@ func identify(fd int) (ID, error) {
 	if err := unix.Fstat(fd, &st); err != nil {
 		return ID{}, os.NewSyscallError("fstat", err)
 	}
-	return ID{uint64(st.Dev), st.Ino}, nil
+	return ID{st.Dev, st.Ino}, nil
 }
 
 // Stat is the ID that a path leads to, without opening the namespace, which would keep it alive.
@@ -77,7 +76,7 @@ func Stat(path string) (ID, error) {
 	if err != nil {
 		return ID{}, fmt.Errorf("netns: %w", &os.PathError{Op: "stat", Path: path, Err: err})
 	}
-	return ID{uint64(st.Dev), st.Ino}, nil
+	return ID{st.Dev, st.Ino}, nil
 }
 
 // ID is the namespace's identity.
@@ -151,7 +150,7 @@ func Processes(fn func(pid int, ns *Namespace) bool) error {
 		if err != nil {
 			continue
 		}
-		ns, err := Open(filepath.Join("/proc", d.Name(), "ns/net"))
+		ns, err := Open("/proc/" + d.Name() + "/ns/net")
 		if err != nil {
 			continue // it ended, or is not ours to look at
 		}

@@ -252,7 +252,7 @@ func (m *maker) route() {
 		}
 	}
 	dev := func() string {
-		if m.some("tunnel", 3) {
+		if len(m.devices) > 0 && m.some("tunnel", 3) {
 			return m.of("dev", m.devices...)
 		}
 		return m.of("dev", "eth0", "eth0", "eth1", "xfrm0", "xfrm0", "xfrm1", "eth2", "eth3", "xfrmx")

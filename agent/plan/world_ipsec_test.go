@@ -224,7 +224,7 @@ func (b *routeBytes) ways() []byte {
 		switch {
 		case h.ifID != 0: // LWTUNNEL_ENCAP_XFRM, LWT_XFRM_IF_ID
 			out = append(out, attribute(rtaEncapType, []byte{10, 0})...)
-			out = append(out, attribute(rtaEncap, attribute32(1, h.ifID))...)
+			out = append(out, attribute(rtaEncap|0x8000, attribute32(1, h.ifID))...)
 		case h.encap:
 			out = append(out, attribute(rtaEncapType, []byte{1, 0})...)
 			out = append(out, attribute(rtaEncap, nil)...)

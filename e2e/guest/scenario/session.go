@@ -176,7 +176,7 @@ func (s *session) program(ctx context.Context, ts *testscript.TestScript, args [
 	}
 	cmd.Stdout, cmd.Stderr = &out, &errOut
 	// A grandchild that keeps the pipes open must not keep us.
-	cmd.WaitDelay = time.Second
+	cmd.WaitDelay = 10 * time.Second
 	err = cmd.Run()
 	return out.String(), errOut.String(), err
 }
