@@ -205,7 +205,12 @@ func (a *Agent) unlock(list []plan.Unlock) {
 	for _, u := range list {
 		k := u.Route.Key()
 		if err := a.giveBack(u.Route, u.Was); err != nil {
-			a.failed("mtu can't be given back", err, "route", k.String())
+			if errors.Is(err, unix.ENODEV) && a.st.stuck[k] == 0 {
+				// The device is gone, and its event on the way, as a rule: the claim goes with the route.
+				a.log.Debug("mtu can't be given back", "err", err, "route", k.String())
+			} else {
+				a.failed("mtu can't be given back", err, "route", k.String())
+			}
 			a.st.stuck[k]++
 			continue
 		}

@@ -384,7 +384,7 @@ func (p *planner) follows(m routes.Match) string {
 			return "its route has a lifetime, at whose end no event tells of the next best"
 		}
 		for _, nh := range b.Nexthops {
-			neighbours = neighbours || b.Family == routes.IPv6 && !p.FIB.Link(nh.Oif).Tunnel()
+			neighbours = neighbours || b.Family == routes.IPv6 && p.FIB.Link(nh.Oif).Neighbours()
 		}
 	}
 	if neighbours && len(m.Paths.Bodies()) > 1 {

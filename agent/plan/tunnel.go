@@ -290,7 +290,12 @@ func (p *planner) outerOf(t *tunnel, f routes.Family, proto uint8) outerFlow {
 	}
 	o := outerFlow{
 		src: host(e.Local), dst: host(e.Remote), proto: proto, mark: e.Mark, anyMark: e.AnyMark,
-		oifs: [2]routes.Ifindex{e.Link, t.path.Oif},
+		oifs: [2]routes.Ifindex{e.Link, 0},
+	}
+	if f == routes.IPv4 {
+		// ip_route_output_flow sets flowi_oif to the route's device ahead of the policy lookup, IPv6
+		// does not.
+		o.oifs[1] = t.path.Oif
 	}
 	switch proto {
 	case 17:

@@ -97,7 +97,7 @@ func modprobe(args []string) error {
 	if err := unix.Uname(&uname); err != nil {
 		return err
 	}
-	tree := modules.Tree(filepath.Join("/mnt", "modules", "lib", "modules", unix.ByteSliceToString(uname.Release[:])))
+	tree := modules.Tree("/mnt/modules/lib/modules/" + unix.ByteSliceToString(uname.Release[:]))
 	var failed []error
 	for _, name := range args {
 		if strings.HasPrefix(name, "-") {
