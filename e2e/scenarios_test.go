@@ -157,7 +157,7 @@ func (s script) name() string {
 }
 
 // variantFile is the head of a file that sets the environment of one variant of a scenario.
-var variantFile = regexp.MustCompile(`(?m)^-- variant-(\w+)\.env --$`)
+var variantFile = regexp.MustCompile(`(?m)^-- variant-([\w-]+)\.env --$`)
 
 // run runs the scenario as a job of one of the bench's machines, and judges the result.
 func (s script) run(t *testing.T, b *bench, job func(*testing.T, ...string) *testkernel.Result) {
