@@ -295,8 +295,10 @@ func (a *Agent) Run(ctx context.Context) error {
 	defer a.inbox.close()
 	defer cancel()
 	failed := make(chan error, 1)
-	wg.Go(func() { a.watchClamps(watch) })
-	wg.Go(func() { a.watchLanes(watch) })
+	if !a.once { // which is the loop's from here on
+		wg.Go(func() { a.watchClamps(watch) })
+		wg.Go(func() { a.watchLanes(watch) })
+	}
 	wg.Go(func() {
 		if err := a.sources.run(watch, a.inbox); err != nil && watch.Err() == nil {
 			failed <- err
@@ -325,8 +327,8 @@ func (a *Agent) loop(ctx context.Context, failed <-chan error) error {
 			letGo := errors.Is(context.Cause(ctx), errLetGo)
 			if a.lastP == nil && !letGo {
 				// Not even read yet: this run has written nothing.
-				if n := len(a.st.holds) + len(a.st.locks) + len(a.st.lanes.booked); n > 0 {
-					return fmt.Errorf("agent: stopped before the kernel's state was read: %d holds and locks of an earlier run are still in place; run `tsoctl restore`", n)
+				if n := a.claims(); n > 0 {
+					return fmt.Errorf("agent: stopped before the kernel's state was read: %d changes of an earlier run are still in place; run `tsoctl restore`", n)
 				}
 				return nil
 			}

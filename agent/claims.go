@@ -136,6 +136,20 @@ func (a *Agent) unbook(ids ...string) {
 	}
 }
 
+// claims counts what is ours to give back, but for rules and clones.
+func (a *Agent) claims() int {
+	n := len(a.st.holds) + len(a.st.locks) + len(a.st.lanes.booked)
+	for _, c := range a.st.mtus {
+		if c.Theirs == 0 {
+			n++
+		}
+	}
+	if a.st.clamps.booked {
+		n++
+	}
+	return n
+}
+
 // adopt takes over what an earlier run left in the journal. Nothing is touched: the first plan
 // decides what stays.
 func (a *Agent) adopt(found *journal.Recovery) {

@@ -46,9 +46,11 @@ type clampRecord struct {
 const clampID = "clamp"
 
 // clampsConcern reports whether our nftables table is looked at: where it is wanted, where an
-// earlier run has noted that it may be there, and to restore.
+// earlier run has noted that it may be there, and by a restore, which has no plan of its own. A stop
+// doesn't look where nothing was clamped: the kernel would load nf_tables for the question
+// (nfnetlink_rcv_msg, net/netfilter/nfnetlink.c).
 func (a *Agent) clampsConcern() bool {
-	return a.goal == restoreAll || a.st.clamps.booked || a.cfg.Plan.Partial == plan.PartialClamp
+	return a.st.clamps.booked || a.cfg.Plan.Partial == plan.PartialClamp || a.goal == restoreAll && (a.nft != nil || a.lastP == nil)
 }
 
 // lookAtClamps reads our table if what is known of it may be old. It reports whether it is known.
@@ -220,7 +222,7 @@ func (a *Agent) clampsDue(now time.Time) time.Time {
 // watchClamps wakes the loop when our nftables table changes, whoever did it. It ends with the
 // context.
 func (a *Agent) watchClamps(ctx context.Context) {
-	if a.cfg.Plan.Partial != plan.PartialClamp || a.openNFT == nil || a.once {
+	if a.cfg.Plan.Partial != plan.PartialClamp || a.openNFT == nil {
 		return
 	}
 	changed := func() {
@@ -231,8 +233,11 @@ func (a *Agent) watchClamps(ctx context.Context) {
 		}
 	}
 	var w *clamp.Watcher
-	dial := func() (err error) {
-		w, err = clamp.Watch()
+	dial := func() error {
+		fresh, err := clamp.Watch()
+		if err == nil {
+			w = fresh // else the old one is what is closed at the end
+		}
 		return err
 	}
 	if err := a.in(dial); err != nil {

@@ -182,6 +182,29 @@ func TestClampGoesWithItsCauseAndStaysWhereStale(t *testing.T) {
 	}
 }
 
+// To look is to load nf_tables where it is a module: a stop does not where nothing was clamped, and
+// `tsoctl restore`, which knows of nothing, does.
+func TestOnlyARestoreLooksForAClampThatNobodyKnows(t *testing.T) {
+	for _, restore := range []bool{false, true} {
+		w, f := clampWorld(t)
+		w.restart(dedicatedOff())
+		opened := 0
+		w.a.openNFT = func() (clampTable, error) { opened++; return f, nil }
+		f.state = clamp.State{There: true, Ours: true, Whole: true}
+		if restore {
+			w.a.goal, w.a.once = restoreAll, true
+		}
+		w.start(partPolicy, partSA)
+		w.a.goal, w.a.once = restoreAll, true
+		for range 10 {
+			w.settle()
+		}
+		if want := map[bool]int{true: 1}[restore]; opened != want || f.state.There == restore {
+			t.Errorf("restore %v: opened %d times, left %+v", restore, opened, f.state)
+		}
+	}
+}
+
 func TestClampThatCannotBeWrittenIsTriedAgain(t *testing.T) {
 	w, f := clampWorld(t)
 	f.err = unix.EOPNOTSUPP

@@ -352,7 +352,7 @@ func TestRestoreAllWithoutAnAgent(t *testing.T) {
 		t.Errorf("in one namespace, while an agent runs: %v", err)
 	}
 	s.crash()
-	if _, _, tables := LeftOver(cfg.RunDir); !tables {
+	if !LeftOver(cfg.RunDir).Tables {
 		t.Error("nothing is known to be left")
 	}
 	netnstest.IP(t, "netns del c")
@@ -540,6 +540,51 @@ func TestFleetTellsOfAMissingCapability(t *testing.T) {
 		t.Errorf("report %+v", r)
 	}
 	s.stop()
+}
+
+// A namespace that can't be entered is not gone: its journal stays.
+func TestSweepKeepsJournalsOfWhatItCantLookAt(t *testing.T) {
+	const step = "TSOAGENT_FLEET_SWEEP_NOCAP"
+	if dir := os.Getenv(step); dir != "" {
+		cfg := fleetConfig(t, "host")
+		cfg.RunDir = dir
+		s := sail(t, cfg)
+		netnstest.Within(t, "a finding", func() bool {
+			r := s.Report()
+			return r != nil && strings.Contains(strings.Join(r.Findings, "\n"), "tsoctl restore")
+		})
+		s.stop()
+		if _, err := RestoreAll(t.Context(), cfg, discard(), "test", false); err == nil {
+			t.Error("a restore that could not look said nothing")
+		}
+		return
+	}
+	if !netnstest.Private(t) {
+		return
+	}
+	setpriv, err := exec.LookPath("setpriv")
+	if err != nil {
+		t.Skip("needs setpriv (util-linux)")
+	}
+	named(t, "a")
+	cover(t, "a")
+	cfg := fleetConfig(t, "host", "a")
+	s := sail(t, cfg)
+	locked(t, "a")
+	s.crash()
+	cmd := exec.Command(setpriv, "--bounding-set=-sys_admin", "--inh-caps=-sys_admin", os.Args[0], "-test.run=^"+t.Name()+"$", "-test.v")
+	cmd.Env = append(os.Environ(), step+"="+cfg.RunDir)
+	if out, err := cmd.CombinedOutput(); err != nil || !strings.Contains(string(out), "--- PASS") {
+		t.Errorf("%v\n%s", err, out)
+	}
+	locked(t, "a")
+	if !LeftOver(cfg.RunDir).Tables {
+		t.Error("the journal is gone, and what it knew is in place")
+	}
+	if _, err := RestoreAll(t.Context(), cfg, discard(), "test", false); err != nil {
+		t.Error(err)
+	}
+	bare(t, "a")
 }
 
 func TestControlInNamespaces(t *testing.T) {

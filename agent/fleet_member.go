@@ -85,13 +85,17 @@ func (f *Fleet) open(m *member) (a *Agent, err error) {
 }
 
 // closeMember closes a member's agent after its Run, which has returned err. A namespace that is
-// let go takes its journal along, also what could not be given back: nobody will find it again.
+// let go takes its journal along, unless not everything could be given back: while a process
+// lives in it, the next start and `tsoctl restore` find it.
 func (f *Fleet) closeMember(ctx context.Context, m *member, a *Agent, err error) error {
 	if errors.Is(context.Cause(ctx), errLetGo) && a.cfg.Mode == Enforce {
-		holds, locks := len(a.st.holds), len(a.st.locks)
-		err = errors.Join(err, a.forgetDir(), a.Close())
-		if err != nil || holds+locks > 0 {
-			a.log.Warn("a namespace was let go before everything was given back", "holds", holds, "locks", locks, "err", err)
+		left := a.claims()
+		if left == 0 && (err == nil || len(a.journal.Entries()) == 0) {
+			err = errors.Join(err, a.forgetDir())
+		}
+		err = errors.Join(err, a.Close())
+		if err != nil || left > 0 {
+			a.log.Warn("a namespace was let go before everything was given back", "left", left, "err", err)
 		} else {
 			a.log.Info("a namespace was let go")
 		}

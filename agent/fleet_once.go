@@ -37,13 +37,16 @@ func knownNamespaces(runDir string) ([]uint64, error) {
 type search struct {
 	missing []uint64
 	found   map[uint64]string // how each one that was found can be named
+	blind   error             // why something could not be looked at: what is missing need not be gone
 }
 
-// look takes a namespace, named as in a configuration, for what it is. Those that can't be
-// entered are none.
+// look takes a namespace, named as in a configuration, for what it is.
 func (s *search) look(spec string) {
 	ns, err := netns.Open(netns.Path(spec))
 	if err != nil {
+		if !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, netns.ErrNotNetns) {
+			s.blind = err
+		}
 		return
 	}
 	defer ns.Close()
@@ -56,6 +59,9 @@ func (s *search) take(spec string, ns *netns.Namespace) {
 		scope, err = journal.ReadScope()
 		return err
 	})
+	if err != nil {
+		s.blind = err
+	}
 	if i := slices.Index(s.missing, scope.NetnsCookie); err == nil && i >= 0 {
 		s.missing = slices.Delete(s.missing, i, i+1)
 		s.found[scope.NetnsCookie] = spec
@@ -78,8 +84,9 @@ func (n Namespaces) specs() []string {
 }
 
 // find looks for namespaces by the names of the configuration, and then by all other names and
-// by processes. followed has the former only.
-func find(cookies []uint64, n Namespaces) (followed, others map[uint64]string, gone []uint64) {
+// by processes. followed has the former only. The error says that those that are gone may be
+// where it could not look.
+func find(cookies []uint64, n Namespaces) (followed, others map[uint64]string, gone []uint64, err error) {
 	s := search{missing: slices.Clone(cookies), found: map[uint64]string{}}
 	for _, spec := range n.specs() {
 		if len(s.missing) > 0 {
@@ -93,17 +100,23 @@ func find(cookies []uint64, n Namespaces) (followed, others map[uint64]string, g
 		}
 	}
 	if len(s.missing) > 0 {
-		_ = netns.Processes(func(pid int, ns *netns.Namespace) bool {
+		err := netns.Processes(func(pid int, ns *netns.Namespace) bool {
 			s.take(fmt.Sprintf("pid:%d", pid), ns)
 			return len(s.missing) > 0
 		})
+		if err != nil {
+			s.blind = err
+		}
 	}
-	return followed, s.found, s.missing
+	if len(s.missing) == 0 {
+		s.blind = nil
+	}
+	return followed, s.found, s.missing, s.blind
 }
 
 // leftBehind is find for the journals in a run directory, but for one of the caller's own
 // namespace. What is renamed while names are read can be missed, so what is gone was looked
-// for twice.
+// for twice. Where it could not be looked everywhere, nothing is gone.
 func leftBehind(runDir string, n Namespaces) (followed, others map[uint64]string, gone []uint64, err error) {
 	cookies, err := knownNamespaces(runDir)
 	if len(cookies) == 0 || err != nil {
@@ -114,10 +127,14 @@ func leftBehind(runDir string, n Namespaces) (followed, others map[uint64]string
 		return nil, nil, nil, fmt.Errorf("agent: %w", err)
 	}
 	cookies = slices.DeleteFunc(cookies, func(c uint64) bool { return c == own.NetnsCookie })
-	if followed, others, gone = find(cookies, n); len(gone) > 0 {
-		followed, others, gone = find(cookies, n)
+	if followed, others, gone, err = find(cookies, n); len(gone) > 0 {
+		followed, others, gone, err = find(cookies, n)
 	}
-	return followed, others, gone, nil
+	if err != nil {
+		err = fmt.Errorf("agent: namespaces with a journal that were not found: %d, and not every one can be looked at; run `tsoctl restore` as root: %w", len(gone), err)
+		gone = nil
+	}
+	return followed, others, gone, err
 }
 
 // sweep takes care of what an earlier run has left in namespaces: those that are still followed

@@ -155,14 +155,13 @@ func (a *Agent) setLane(want lane.Lane, because string, now time.Time) {
 	again := sameLane(s.written[want.Index], want)
 	if again {
 		f := s.fights[want.Index]
-		may, rests := f.once(now)
+		may, _ := f.once(now)
 		s.fights[want.Index] = f
-		if rests {
-			// Half a lane is worse than none: without its ifb the kernel drops what matches.
+		if !may {
+			// Half a lane is worse than none: without its ifb the kernel drops what matches. So it
+			// goes in the rest, too, where an event of the NIC had it made once more.
 			a.takeLane(want.Index, want.Name, now)
 			a.refuseLane(want, "it does not stay as it was made: somebody changes or deletes its ifb, its filters or clsact")
-		}
-		if !may {
 			return
 		}
 	}
@@ -293,6 +292,9 @@ func (a *Agent) lanesDone() bool {
 func (a *Agent) lanesDue(now time.Time) time.Time {
 	s := &a.st.lanes
 	due := s.retry
+	if due.After(now) {
+		return due // nothing is done ahead of the next look
+	}
 	add := func(t time.Time) {
 		if due.IsZero() || t.Before(due) {
 			due = t
@@ -329,7 +331,7 @@ func (a *Agent) watchLanesOf(pl *plan.Plan) {
 // watchLanes wakes the loop when somebody changes qdiscs or filters of a NIC with a lane. It
 // ends with the context.
 func (a *Agent) watchLanes(ctx context.Context) {
-	if !a.useLanes() || a.once || a.cfg.Mode == Observe || a.sources == nil {
+	if !a.useLanes() || a.cfg.Mode == Observe || a.sources == nil {
 		return
 	}
 	changed := func(nic int32) {
@@ -343,8 +345,11 @@ func (a *Agent) watchLanes(ctx context.Context) {
 		}
 	}
 	var w *lane.Watcher
-	dial := func() (err error) {
-		w, err = lane.Watch()
+	dial := func() error {
+		fresh, err := lane.Watch()
+		if err == nil {
+			w = fresh // else the old one is what is closed at the end
+		}
 		return err
 	}
 	if err := a.in(dial); err != nil {

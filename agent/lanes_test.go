@@ -265,6 +265,50 @@ func TestLaneThatDoesNotStayIsGivenUp(t *testing.T) {
 	mustLane(t, w, StateRefused)
 }
 
+// After it was given up, an event of the NIC has it tried again. In the rest nobody mends it.
+func TestLaneThatIsGivenUpLeavesNoHalf(t *testing.T) {
+	w, f := laneWorld(t, laneConfig())
+	w.start(partPolicy, partSA)
+	spoil := func() {
+		if s, there := f.have[2]; there {
+			s.IFB, s.Problems = "", []string{"there is no ifb"}
+			f.have[2] = s
+		}
+		w.a.st.lanes.changed.Store(true)
+		w.settle()
+	}
+	for range 3 * fightWrites {
+		spoil()
+	}
+	mustLane(t, w, StateRefused)
+	w.routing(routes.LinkSet{Link: w.kernel.Link(2)})
+	w.settle()
+	mustLane(t, w, StateInPlace)
+	spoil()
+	mustLane(t, w, StateRefused)
+	if len(f.have) > 0 {
+		t.Errorf("half a lane stays: %+v", f.have)
+	}
+}
+
+func TestLanesThatCantBeReadAreNotAskedForAllTheTime(t *testing.T) {
+	w, f := laneWorld(t, laneConfig())
+	w.start(partPolicy, partSA)
+	w.xfrm(gone(partPolicy), saGone(partSA))
+	w.settle()
+	f.listErr = errors.New("out of memory")
+	w.a.st.lanes.changed.Store(true)
+	before := w.a.stats.Rounds
+	w.advance(2 * stuckRetry)
+	if n := w.a.stats.Rounds - before; n > 10 {
+		t.Errorf("%d rounds", n)
+	}
+	f.listErr = nil
+	w.took()
+	w.advance(stuckRetry)
+	mustLaneOps(t, w, "remove lane 2", "journal remove lane/2")
+}
+
 func TestStaleMirrorTakesNoLane(t *testing.T) {
 	w, _ := laneWorld(t, laneConfig())
 	w.start(partPolicy, partSA)

@@ -75,13 +75,20 @@ func (readOnly) Remove(...string) error { return nil }
 // Entries is empty.
 func (readOnly) Entries() []journal.Entry { return nil }
 
-// LeftOver counts the holds and locks that the journals in a run directory remember, and tells
-// whether there may be rules and clones. With no agent running they are what one that was
-// killed has left.
-func LeftOver(runDir string) (holds, locks int, tables bool) {
+// Left is what the journals in a run directory remember, in all namespaces together.
+type Left struct {
+	Holds, Locks, DeviceMTUs, Lanes int
+	Clamp                           bool // an nftables table of ours
+	Tables                          bool // there may be rules and clones
+}
+
+// LeftOver reads the journals in a run directory. With no agent running they tell what one that
+// was killed, or told to keep, has left.
+func LeftOver(runDir string) Left {
+	var left Left
 	scope, err := journal.ReadScope()
 	if err != nil {
-		return 0, 0, false
+		return left
 	}
 	entries := []journal.Entry{}
 	if found, err := journal.Read(runDir, scope); err == nil {
@@ -95,15 +102,21 @@ func LeftOver(runDir string) (holds, locks int, tables bool) {
 	}
 	for _, e := range entries {
 		switch e.Kind {
-		case kindHold, kindLane:
-			holds++
-		case kindLock, kindDeviceMTU:
-			locks++
-		case kindTables, kindClamp:
-			tables = true
+		case kindHold:
+			left.Holds++
+		case kindLock:
+			left.Locks++
+		case kindDeviceMTU:
+			left.DeviceMTUs++
+		case kindLane:
+			left.Lanes++
+		case kindClamp:
+			left.Clamp = true
+		case kindTables:
+			left.Tables = true
 		}
 	}
-	return holds, locks, tables
+	return left
 }
 
 // Restored says what Restore did.

@@ -3,11 +3,14 @@ package agent
 import (
 	"context"
 	"errors"
+	"fmt"
+	"os"
 	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
 
+	"tsoagent/agent/journal"
 	"tsoagent/agent/plan"
 	"tsoagent/ethtool"
 	"tsoagent/xfrmwatch"
@@ -102,6 +105,57 @@ func TestStopBeforeAnythingIsKnownTellsOfWhatWasAdopted(t *testing.T) {
 			t.Errorf("stopped with %v", err)
 		}
 	})
+}
+
+// A stop that comes before the first plan says so of each kind of what an earlier run has left.
+func TestStopBeforeAnythingIsKnownTellsOfEachKind(t *testing.T) {
+	claim := deviceMTU{Index: 7, Name: "ipsec1", Claim: plan.MTUClaim{Was: 1500, Ours: 1446}}
+	for _, e := range []journal.Entry{
+		entry(clampID, kindClamp, clampRecord{Table: "tsoagent"}),
+		entry(mtuDeviceID(7), kindDeviceMTU, claim),
+		entry(laneID(2), kindLane, laneRecord{2, "nic1"}),
+	} {
+		t.Run(string(e.Kind), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w := tunnelWorld(t, Config{})
+				w.a.adopt(&journal.Recovery{Entries: []journal.Entry{e}})
+				stop := w.runLoop()
+				synctest.Wait()
+				if err := stop(); err == nil || !strings.Contains(err.Error(), "tsoctl restore") {
+					t.Errorf("stopped with %v", err)
+				}
+			})
+		})
+	}
+}
+
+// A namespace can be let go before all is given back. Its journal stays then: who still lives in
+// it can be found by a process.
+func TestNamespaceThatIsLetGoTooEarlyKeepsItsJournal(t *testing.T) {
+	for _, left := range []bool{false, true} {
+		t.Run(fmt.Sprint("left ", left), func(t *testing.T) {
+			w, f := laneWorld(t, laneConfig())
+			w.a.dir = cookieDir(t.TempDir(), 4711)
+			if err := os.MkdirAll(w.a.dir, 0o700); err != nil {
+				t.Fatal(err)
+			}
+			if left {
+				f.removeErr = errors.New("busy")
+				w.start(partPolicy, partSA)
+			}
+			ctx, cancel := context.WithCancelCause(t.Context())
+			cancel(errLetGo)
+			if err := (&Fleet{}).closeMember(ctx, &member{names: []string{"blue"}}, w.a, nil); err != nil {
+				t.Error(err)
+			}
+			if _, err := os.Stat(w.a.dir); (err == nil) != left {
+				t.Errorf("the journal's directory: %v", err)
+			}
+			if told := strings.Contains(w.logs.String(), "before everything was given back"); told != left {
+				t.Errorf("the log:\n%s", w.logs.String())
+			}
+		})
+	}
 }
 
 func TestStopThatCannotRestoreSaysWhatToDo(t *testing.T) {

@@ -583,6 +583,9 @@ func TestKernelWithoutFlower(t *testing.T) {
 	if !strings.Contains(err.Error(), "flower") && !strings.Contains(err.Error(), "CONFIG_IFB") {
 		t.Errorf("the error names no capability: %v", err)
 	}
+	if errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the error says that the NIC is gone: %v", err)
+	}
 	t.Log(err)
 	checkPlace(t, before)
 }

@@ -34,6 +34,11 @@ func (c *Client) Ensure(l Lane) error {
 		return fmt.Errorf("lane: %s: %w", l.Name, err)
 	}
 	if err := c.ensure(l); err != nil {
+		if errors.Is(err, unix.ENOENT) {
+			// So the kernel says that it has no such qdisc, classifier or action, and errors.Is
+			// takes it for os.ErrNotExist.
+			err = errors.New(err.Error())
+		}
 		err = fmt.Errorf("lane: %s: %w", l.Name, err)
 		if rerr := c.Remove(l.Index, l.Name); rerr != nil {
 			err = errors.Join(err, rerr)

@@ -94,7 +94,7 @@ func decodeLink(data []byte) (*Link, error) {
 	}
 	// A tunnel that was moved sends in the namespace that it was made in, and IFLA_LINK_NETNSID
 	// names that one (rtnl_fill_link_netnsid, net/core/rtnetlink.c).
-	l.Encap.LinkElsewhere = l.ParentElsewhere && l.Encap.Family != 0
+	l.Encap.LinkElsewhere = l.ParentElsewhere && l.Encap != Encap{}
 	if l.MTU6 >= l.MTU { // the first events of a device come before IPv6 is on it
 		l.MTU6 = 0
 	}

@@ -119,8 +119,12 @@ func (l *Link) decodeEncap(data []byte) error {
 	return err
 }
 
-// anywhere takes the addresses of a tunnel that has none of its own.
-func (e *Encap) anywhere() { e.Local, e.Remote = netip.Addr{}, netip.Addr{} }
+// anywhere is for a tunnel whose packets bring their own addresses: it takes what it has itself.
+// Their lookups have the packet's mark (ip_md_tunnel_xmit, net/ipv4/ip_tunnel.c).
+func (e *Encap) anywhere() {
+	e.Local, e.Remote = netip.Addr{}, netip.Addr{}
+	e.Mark, e.AnyMark = 0, true
+}
 
 // decodeGRE decodes IFLA_GRE_*. With eth the inner packets are Ethernet frames.
 func (e *Encap) decodeGRE(f Family, eth bool, data []byte) error {
@@ -297,7 +301,8 @@ func (e *Encap) decodeVXLAN(data []byte) error {
 		}
 	}
 	e.Header = ipHdrLen(e.Family) + udpHdrLen + vxlanHdrLen + inner
-	if e.External {
+	if e.External { // it has a socket of each family (vxlan_open, drivers/net/vxlan)
+		e.Family = 0
 		e.anywhere()
 	}
 	return a.err
@@ -323,7 +328,8 @@ func (e *Encap) decodeGeneve(data []byte) error {
 	// With inner_proto_inherit there is no inner Ethernet header, yet the driver counts it
 	// (geneve_xmit_skb, drivers/net/geneve.c).
 	e.Header = ipHdrLen(e.Family) + udpHdrLen + vxlanHdrLen + etherHdrLen
-	if e.External {
+	if e.External { // it has a socket of each family (geneve_open, drivers/net/geneve.c)
+		e.Family = 0
 		e.anywhere()
 	}
 	return a.err

@@ -130,7 +130,7 @@ type Link struct {
 // looks up its route and its policy (ip_tunnel_xmit, ip6_tnl_xmit, udp_tunnel_dst_lookup). It is
 // comparable, and the zero value means that the device wraps nothing or that nothing is known.
 type Encap struct {
-	// Family is that of the outer packets.
+	// Family is that of the outer packets, 0 where they can be of both (VXLAN and Geneve with External).
 	Family Family
 	// Proto is the protocol of the outer lookup: 4 (IPv4 in IP), 41 (IPv6 in IP), 47 (GRE), 17 (VXLAN,
 	// Geneve, L2TP over UDP), 115 (L2TP over IP). With FOU and GUE it stays 4, 41 or 47, without

@@ -45,11 +45,11 @@ var tunnels = []struct {
 	{add: "type gre local 10.0.0.1 remote 10.0.0.2 fwmark 9", want: Encap{Proto: 47, Mark: 9, Header: 24}},
 	{add: "type gre local 10.0.0.1", want: Encap{Proto: 47, Header: 24}, mute: true},
 	{add: "type gre local 10.0.0.1 remote 224.1.1.1 dev a0", want: Encap{Proto: 47, Key: 0xe0010101, HasKey: true, Header: 28}, mute: true},
-	{add: "type gre external", want: Encap{Proto: 47, External: true, Header: 24}, mute: true},
+	{add: "type gre external", want: Encap{Proto: 47, AnyMark: true, External: true, Header: 24}, mute: true},
 	{add: "type gre local 10.0.0.1 remote 10.0.0.2 encap gue encap-sport auto encap-dport 5555", want: Encap{Proto: 47, Header: 36}},
 	{add: "type gretap local 10.0.0.1 remote 10.0.0.2", want: Encap{Proto: 47, Header: 38}, eth: true},
 	{add: "type gretap remote 10.0.0.2 key 3", want: Encap{Proto: 47, Key: 3, HasKey: true, Header: 42}, eth: true},
-	{add: "type gretap external", want: Encap{Proto: 47, External: true, Header: 38}, eth: true, mute: true},
+	{add: "type gretap external", want: Encap{Proto: 47, AnyMark: true, External: true, Header: 38}, eth: true, mute: true},
 	{add: "type ip6gre local fd00:a::1 remote fd00:a::2", want: Encap{Family: IPv6, Proto: 47, Header: 52}},
 	{add: "type ip6gre local fd00:a::1 remote fd00:a::2 key 7 encaplimit none", want: Encap{Family: IPv6, Proto: 47, Key: 7, HasKey: true, Header: 48}},
 	{add: "type ip6gre local fd00:a::1 remote fd00:a::2 encaplimit none fwmark 3", want: Encap{Family: IPv6, Proto: 47, Mark: 3, Header: 44}},
@@ -58,7 +58,7 @@ var tunnels = []struct {
 	{add: "type erspan local 10.0.0.1 remote 10.0.0.2 seq key 1 erspan_ver 1 erspan 2", want: Encap{}, mute: true, mtu: 1450},
 	{add: "type ipip local 10.0.0.1 remote 10.0.0.2", want: Encap{Proto: 4, Header: 20}},
 	{add: "type ipip local 10.0.0.1 remote 10.0.0.2 mode any fwmark 0x20", want: Encap{Proto: 4, Mark: 0x20, Header: 20}},
-	{add: "type ipip external", want: Encap{Proto: 4, External: true, Header: 20}, mute: true},
+	{add: "type ipip external", want: Encap{Proto: 4, AnyMark: true, External: true, Header: 20}, mute: true},
 	{add: "type ipip local 10.0.0.1 remote 10.0.0.2 encap fou encap-sport 6666 encap-dport 5555", want: Encap{Proto: 4, Header: 28}},
 	{add: "type ipip local 10.0.0.1 remote 10.0.0.2 encap gue encap-sport auto encap-dport 5555", want: Encap{Proto: 4, Header: 32}},
 	{add: "type sit local 10.0.0.1 remote 10.0.0.2 mode ip6ip", want: Encap{Proto: 41, Header: 20}, v6: true},
@@ -69,7 +69,7 @@ var tunnels = []struct {
 	{add: "type ip6tnl local fd00:a::1 remote fd00:a::2 mode ip6ip6 encaplimit none", want: Encap{Family: IPv6, Proto: 41, Header: 40}, v6: true},
 	{add: "type ip6tnl local fd00:a::1 remote fd00:a::2 mode any encaplimit none fwmark inherit", want: Encap{Family: IPv6, Proto: 0, AnyMark: true, Header: 40}},
 	{add: "type ip6tnl local fd00:a::1 remote fd00:a::2 mode any", want: Encap{Family: IPv6, Proto: 0, Header: 48}},
-	{add: "type ip6tnl external", want: Encap{Family: IPv6, External: true, Header: 48}, mute: true},
+	{add: "type ip6tnl external", want: Encap{Family: IPv6, AnyMark: true, External: true, Header: 48}, mute: true},
 	{add: "type vti local 10.0.0.1 remote 10.0.0.2 ikey 1 okey 42", want: Encap{Key: 42, HasKey: true, Mark: 42}, mute: true, mtu: 1480},
 	{add: "type vti6 local fd00:a::1 remote fd00:a::2 key 42", want: Encap{Family: IPv6, Key: 42, HasKey: true, Mark: 42}, mute: true, mtu: 1460},
 	{add: "type vxlan id 1 local 10.0.0.1 remote 10.0.0.2 dstport 4789 dev a0", want: Encap{Proto: 17, AnyMark: true, Dport: PortRange{4789, 4789}, Header: 50}, eth: true},
@@ -124,7 +124,7 @@ func TestKernelTunnels(t *testing.T) {
 
 // complete adds what the command names.
 func complete(e Encap, add string, a0 Ifindex) Encap {
-	if e.Family == 0 {
+	if e.Family == 0 && !(e.External && e.Proto == protoUDP) {
 		e.Family = IPv4
 	}
 	f := strings.Fields(add)

@@ -49,6 +49,8 @@ type planner struct {
 	vtis    []*routes.Link
 	devices map[routes.Ifindex]*dedicated     // the dedicated carriers
 	senders map[routes.Ifindex][]*routes.Link // the ports by which a bond, team or bridge sends now
+	taken   map[HoldKey]*held
+	ports   map[routes.Ifindex][]*routes.Link // those that have a master, by the master
 }
 
 // Make works out the plan. It is from scratch: what it costs grows with all that is covered.
@@ -166,7 +168,12 @@ func (p *planner) cover(c xfrmwatch.Coverage, gone bool) *entry {
 		if cov.tunnels = cov.tunnels || !t.TakesFlow(); !t.TakesFlow() && t.Dst.IsValid() && !t.Dst.IsUnspecified() {
 			to := netip.PrefixFrom(t.Dst, t.Dst.BitLen())
 			have, _ := p.outer.Get(to)
-			p.outer.Insert(to, append(slices.Clip(have), peersOf(c, t)...))
+			for _, peer := range peersOf(c, t) { // thousands of policies can have one peer
+				if !slices.Contains(have, peer) {
+					have = append(slices.Clip(have), peer)
+				}
+			}
+			p.outer.Insert(to, have)
 		}
 	}
 	if !gone {
@@ -292,7 +299,7 @@ func (p *planner) applying(w way, dst netip.Prefix, inside bool) []*entry {
 type way struct {
 	ifID   uint32       // of its xfrm interface
 	vti    *routes.Link // its vti, whose policies are those with its okey as mark
-	tunnel *tunnel      // its dedicated tunnel, all of whose packets are covered
+	tunnel *tunnel      // its dedicated tunnel, or the first of several, all of whose packets are covered
 }
 
 // drops says that what no policy takes is dropped (xfrmi_xmit2, net/xfrm/xfrm_interface_core.c;
@@ -325,10 +332,13 @@ func (p *planner) domain(b *routes.Body) (way, bool) {
 				one.tunnel = t
 			}
 		}
-		if i > 0 && one != w {
+		switch {
+		case i == 0:
+			w = one
+		case one.tunnel != nil && w.tunnel != nil: // wrapsAt looks at each of them
+		case one != w:
 			return way{}, false
 		}
-		w = one
 	}
 	return w, len(b.Nexthops) > 0
 }
@@ -375,6 +385,9 @@ func (p *planner) linkMTU(r routes.Route) int {
 	return mtu
 }
 
+// anyRoute is an MTU that no route's is larger than, in bytes.
+const anyRoute = 1 << 16
+
 // mtuAt is the MTU to lock for a coverage on a route, 0 for none, with the reason.
 func (p *planner) mtuAt(c *coverage, r routes.Route) (int, string) {
 	path := p.pathMTU(r)
@@ -393,8 +406,9 @@ func (p *planner) mtuAt(c *coverage, r routes.Route) (int, string) {
 		default:
 			return 0, status.String()
 		}
-	} else if have, ok := p.plan.MTU[c.ID]; c.tunnels && (!ok || mtu < have) {
-		p.plan.MTU[c.ID] = mtu
+	} else if c.tunnels {
+		// A smaller MTU of the route itself is not the coverage's: other routes can have a larger one.
+		p.plan.MTU[c.ID], _ = c.MTU(p.peerMTU, anyRoute)
 	}
 	if c.verdict.MTU == 0 || mtu < c.verdict.MTU {
 		c.verdict.MTU = mtu

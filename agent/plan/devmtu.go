@@ -148,6 +148,8 @@ func (p *planner) needs(r routes.Route) (need int, by []*coverage, why string) {
 		switch {
 		case n != 0:
 			agree(n)
+		case w.tunnel != nil && p.leavesToTunnel(e, r):
+			continue
 		case e.cov.Larval && e.cov.last == 0 && p.Config.PresumeMTU == 0, p.hasRoom(e.cov, r):
 		default:
 			why = cmp.Or(why, no)
@@ -159,14 +161,14 @@ func (p *planner) needs(r routes.Route) (need int, by []*coverage, why string) {
 	if w.tunnel == nil {
 		return need, by, why
 	}
-	n, no := p.wrapsAt(w.tunnel, r)
+	n, covs, no := p.wrapsAt(r)
 	switch left, _ := p.wraps(w.tunnel); {
 	case n != 0:
 		agree(n)
 	case left == 0 || left < p.linkMTU(r):
 		why = cmp.Or(why, no)
 	}
-	return need, append(by, w.tunnel.covs...), why
+	return need, append(by, covs...), why
 }
 
 // hasRoom reports whether a route's own MTU is small enough for a coverage.

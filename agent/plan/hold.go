@@ -21,6 +21,8 @@ type dedicated struct {
 	// lower are the dedicated devices that it sends by, in a stack.
 	lower []*dedicated
 	upper bool // another dedicated device sends by it
+	// nested is a tunnel in another one or in an xfrm interface, which no probe tries.
+	nested bool
 }
 
 // hold takes TSO from the dedicated carriers: xfrm interfaces by which covered flows leave,
@@ -45,15 +47,16 @@ func (p *planner) hold() {
 		}
 	}
 	for _, t := range p.dedicatedTunnels() {
-		if t.link.Up { // nothing leaves by one that is down: tunl0 and its kin stay as they are
+		if t.link.Up && len(t.over) == 0 { // nothing leaves by one that is down: tunl0 and its kin stay as they are
 			add(t.link, t.covs...)
+			d := p.devices[t.link.Index]
+			if _, ok := p.L2TP[t.link.Index]; ok {
+				d.kind = "l2tp" // its device has no kind
+			}
+			under := p.FIB.Link(t.path.Oif)
+			d.nested = p.tunnels[t.path.Oif] != nil || under != nil && under.Kind == "xfrm"
 		}
-		wrapped := Tunnel{Index: t.link.Index, Encap: t.encap, Path: t.path.MTU}
-		wrapped.MTU, _ = p.wraps(t)
-		for _, c := range t.own {
-			wrapped.Own = append(wrapped.Own, c.ID)
-		}
-		p.plan.Tunnels = append(p.plan.Tunnels, wrapped)
+		p.plan.Tunnels = append(p.plan.Tunnels, p.wrapped(t))
 	}
 	for _, l := range p.wholeDevices() {
 		if covs := p.wholly(l); len(covs) > 0 {
@@ -70,6 +73,22 @@ func (p *planner) hold() {
 		}
 	}
 	p.noteVTIs()
+}
+
+// wrapped is what becomes of what a dedicated tunnel wraps, or of what a device above one sends:
+// that is as its first tunnel does, with the tag.
+func (p *planner) wrapped(t *tunnel) Tunnel {
+	first, tag := t, 0
+	for ; len(first.over) > 0; first = first.over[0] {
+		tag += first.tag
+	}
+	out := Tunnel{Index: t.link.Index, Encap: first.encap, Path: first.path.MTU}
+	out.Encap.Header += tag
+	out.MTU, _ = p.wraps(t)
+	for _, c := range first.own {
+		out.Own = append(out.Own, c.ID)
+	}
+	return out
 }
 
 // sortHolds puts the holds into a stable order.
@@ -128,19 +147,31 @@ func (p *planner) holdFeature(d *dedicated, f ethtool.Feature) {
 	}
 }
 
+// held is a hold of the plan: where it stands, until they are sorted, and the coverages that ask
+// for it. There can be thousands of both.
+type held struct {
+	at int
+	by map[*coverage]bool
+}
+
 // addHold adds a hold, or gives one that is there more causes.
 func (p *planner) addHold(l *routes.Link, f ethtool.Feature, covs []*coverage, cut Cut) {
 	dev := ethtool.Device{Index: ethtool.Ifindex(l.Index), Name: l.Name}
-	i := slices.IndexFunc(p.plan.Holds, func(h Hold) bool { return h.Device == dev && h.Feature == f })
-	if i < 0 {
-		i = len(p.plan.Holds)
+	if p.taken == nil {
+		p.taken = map[HoldKey]*held{}
+	}
+	have := p.taken[HoldKey{dev.Index, f}]
+	if have == nil {
+		have = &held{at: len(p.plan.Holds), by: map[*coverage]bool{}}
+		p.taken[HoldKey{dev.Index, f}] = have
 		p.plan.Holds = append(p.plan.Holds, Hold{Device: dev, Feature: f})
 	}
-	h := &p.plan.Holds[i]
+	h := &p.plan.Holds[have.at]
 	for _, c := range covs {
-		if slices.Contains(h.Because, c.ID) {
+		if have.by[c] {
 			continue
 		}
+		have.by[c] = true
 		h.Because = append(h.Because, c.ID)
 		if c.verdict.Cut != CutDevice {
 			c.verdict.Cut = cut
@@ -152,6 +183,12 @@ func (p *planner) addHold(l *routes.Link, f ethtool.Feature, covs []*coverage, c
 // probed reports whether a probe has shown, for every SA of the carrier, that super-packets are
 // carried correctly and at least as fast.
 func (p *planner) probed(d *dedicated) bool {
+	switch {
+	case d.nested:
+		return false
+	case len(d.lower) > 0:
+		return !slices.ContainsFunc(d.lower, func(low *dedicated) bool { return !p.probed(low) })
+	}
 	n := 0
 	for _, c := range d.covs {
 		for k := range probeKeys(d.kind, c) {
@@ -166,6 +203,9 @@ func (p *planner) probed(d *dedicated) bool {
 // breaksUDP reports whether a probe has shown that UDP super-packets are lost with one of the
 // carrier's SAs.
 func (p *planner) breaksUDP(d *dedicated) bool {
+	if len(d.lower) > 0 {
+		return slices.ContainsFunc(d.lower, p.breaksUDP)
+	}
 	for _, c := range d.covs {
 		for k := range probeKeys(d.kind, c) {
 			if p.Probed[k].BreaksUDP {
@@ -352,9 +392,8 @@ func (p *planner) judge() {
 // bareMTU is the inner MTU of a coverage no route of which was looked at, for the verdict.
 func (p *planner) bareMTU(c *coverage) int {
 	// Only a tunnel's path is known without the flow's own route.
-	const noRoute = 1 << 16
 	if n := len(c.Steps); n > 0 && c.Steps[n-1].Template.Mode == xfrmwatch.Tunnel {
-		if mtu, status := c.MTU(p.peerMTU, noRoute); status == xfrmwatch.MTUKnown {
+		if mtu, status := c.MTU(p.peerMTU, anyRoute); status == xfrmwatch.MTUKnown {
 			return mtu
 		}
 	}

@@ -220,6 +220,8 @@ func (p *planner) alike(r routes.Route) (mtu int, by []*coverage, ok bool) {
 		switch {
 		case n == 0 && e.cov.Larval && w.drops() && e.cov.last == 0:
 			continue // no flow passes before there is an SA
+		case n == 0 && w.tunnel != nil && p.leavesToTunnel(e, r):
+			continue
 		case n == 0:
 			e.cov.verdict.note(fmt.Sprintf("%s: %s", r.Key(), why))
 			return 0, nil, false
@@ -233,15 +235,27 @@ func (p *planner) alike(r routes.Route) (mtu int, by []*coverage, ok bool) {
 	}
 	switch {
 	case w.tunnel != nil:
-		n, why := p.wrapsAt(w.tunnel, r)
+		n, covs, why := p.wrapsAt(r)
 		if n == 0 {
-			w.tunnel.note(fmt.Sprintf("%s: %s", r.Key(), why))
+			for _, c := range covs {
+				c.verdict.note(fmt.Sprintf("%s: %s", r.Key(), why))
+			}
 		}
-		return n, append(by, w.tunnel.covs...), n != 0 && (mtu == 0 || n == mtu)
+		return n, union(by, covs), n != 0 && (mtu == 0 || n == mtu)
 	case w.drops(), p.XFRM.Default().Out == xfrmwatch.Block:
 		return mtu, by, mtu != 0
 	}
 	return 0, nil, false
+}
+
+// leavesToTunnel reports whether an entry that asks for no lock on a route through a dedicated
+// tunnel leaves the one for the tunnel's own sake as it is: what it takes in transport mode meets
+// that lock by right, and what it has room for is not all.
+func (p *planner) leavesToTunnel(e *entry, r routes.Route) bool {
+	if !e.cov.tunnels {
+		return true
+	}
+	return !(e.all() && routes.Contains(e.sel.Dst, r.Dst)) && (e.cov.Larval && e.cov.last == 0 || p.hasRoom(e.cov, r))
 }
 
 // unsafe says why a route can't be replaced in place, or is empty. The kernel's replace hits

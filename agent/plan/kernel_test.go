@@ -277,8 +277,8 @@ func (w *world) wrapped(p packet, l *routes.Link) fate {
 			}
 		}
 		return worst
-	case l.Encap == routes.Encap{}:
-		return fate{kind: uncovered}
+	case l.Encap == routes.Encap{}, w.into(l, l, 0):
+		return fate{kind: uncovered} // the planner leaves tunnels into themselves alone
 	}
 	worst := fate{kind: dropped}
 	for _, sport := range []uint16{1, 40000} {
@@ -317,6 +317,26 @@ func (w *world) wrapped(p packet, l *routes.Link) fate {
 		}
 	}
 	return worst
+}
+
+// into reports whether what leaves by a device is routed into a tunnel again.
+func (w *world) into(l, tunnel *routes.Link, depth int) bool {
+	switch {
+	case l == nil || depth > 8:
+		return false
+	case depth > 0 && l == tunnel:
+		return true
+	case l.Kind == "vlan" || l.Kind == "macvlan":
+		return w.into(w.fib.Link(l.Parent), tunnel, depth+1)
+	case l.Kind == "bond":
+		return slices.ContainsFunc(w.fib.Links(), func(port *routes.Link) bool {
+			return port.Master == l.Index && w.into(port, tunnel, depth+1)
+		})
+	case !l.Encap.Remote.IsValid():
+		return false
+	}
+	path := w.path(Peer{Addr: l.Encap.Remote, Src: l.Encap.Local, Mark: xfrmwatch.Mark{Value: l.Encap.Mark, Mask: ^uint32(0)}})
+	return w.into(w.fib.Link(path.Oif), tunnel, depth+1)
 }
 
 // outerPacket is the packet that a tunnel sends for one.
@@ -409,7 +429,7 @@ func (w *world) path(p Peer) Path {
 	if o.route.Body == nil || len(o.route.Body.Nexthops) == 0 || w.fib.Link(o.route.Body.Nexthops[0].Oif) == nil {
 		return path
 	}
-	path.Oif = o.route.Body.Nexthops[0].Oif
+	path.Oif, path.Table = o.route.Body.Nexthops[0].Oif, o.route.Body.Table
 	if path.MTU == 0 {
 		path.MTU = w.pathMTU(o.route)
 	}

@@ -130,12 +130,13 @@ type Hold struct {
 	Why string
 }
 
-// Tunnel is a dedicated tunnel with what becomes of its outer packets.
+// Tunnel is a dedicated tunnel, or a device in a stack above one, with what becomes of its outer
+// packets.
 type Tunnel struct {
 	Index routes.Ifindex
-	Encap routes.Encap
-	Path  int // the MTU of the outer packets' route, in bytes, 0 if it is not known
-	MTU   int // what is left to an inner packet, in bytes, 0 if it is not known
+	Encap routes.Encap // its Header counts the tags of VLANs
+	Path  int          // the MTU of the outer packets' route, in bytes, 0 if it is not known
+	MTU   int          // what is left to an inner packet, in bytes, 0 if it is not known
 	// Own are the coverages whose policies take the outer packets; those that they leave alone
 	// leave by a dedicated carrier.
 	Own []xfrmwatch.CoverageID

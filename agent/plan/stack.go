@@ -10,7 +10,6 @@ import (
 // VLAN, macvlan or ipvlan above one, a bond or team all of whose ports are. A bridge is not among
 // them: it also sends to its other ports, and its ports take what it forwards.
 func (p *planner) stack() {
-	ports := p.portsOf()
 	// Stacks have a few levels; each pass finds one more.
 	for again := true; again; {
 		again = false
@@ -18,7 +17,7 @@ func (p *planner) stack() {
 			if p.devices[l.Index] != nil {
 				continue
 			}
-			lower := below(l, ports[l.Index], func(l *routes.Link) *dedicated { return p.devices[l.Index] }, p.FIB)
+			lower := below(l, p.ports[l.Index], func(l *routes.Link) *dedicated { return p.devices[l.Index] }, p.FIB)
 			if len(lower) == 0 {
 				continue
 			}

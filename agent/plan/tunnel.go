@@ -85,7 +85,7 @@ func (t *tunnel) note(text string) {
 
 // findTunnels works out which tunnels are dedicated.
 func (p *planner) findTunnels() {
-	p.tunnels = map[routes.Ifindex]*tunnel{}
+	p.tunnels, p.ports = map[routes.Ifindex]*tunnel{}, p.portsOf()
 	var list []*tunnel
 	for _, l := range p.FIB.Links() {
 		if l.Kind == "vti" || l.Kind == "vti6" {
@@ -106,14 +106,13 @@ func (p *planner) findTunnels() {
 
 // stackTunnels adds the devices that send by dedicated tunnels alone.
 func (p *planner) stackTunnels() {
-	ports := p.portsOf()
 	for again := true; again; {
 		again = false
 		for _, l := range p.FIB.Links() {
 			if p.tunnels[l.Index] != nil {
 				continue
 			}
-			over := below(l, ports[l.Index], func(l *routes.Link) *tunnel {
+			over := below(l, p.ports[l.Index], func(l *routes.Link) *tunnel {
 				if t := p.tunnels[l.Index]; t != nil && len(t.covs) > 0 {
 					return t
 				}
@@ -145,6 +144,9 @@ func (p *planner) settle(t *tunnel, done map[*tunnel]bool) {
 	}
 	t.looking = true
 	defer func() { t.looking, done[t] = false, true }()
+	if p.leadsTo(t.path.Oif, t.link.Index, map[routes.Ifindex]bool{}) {
+		return // its outer packets would go into itself: a lock would lower their path, and with it the next lock
+	}
 	var own []*coverage
 	var lower *tunnel
 	for _, o := range p.outerFlows(t) {
@@ -163,6 +165,26 @@ func (p *planner) settle(t *tunnel, done map[*tunnel]bool) {
 	}
 }
 
+// leadsTo reports whether what leaves by a device comes to another one: through the outer packets of
+// tunnels, the device below a VLAN and its kin, and the ports of a bond or team.
+func (p *planner) leadsTo(from, to routes.Ifindex, seen map[routes.Ifindex]bool) bool {
+	l := p.FIB.Link(from)
+	if from == to || l == nil || seen[from] {
+		return l != nil && from == to
+	}
+	seen[from] = true
+	if t := p.tunnels[from]; t != nil && p.leadsTo(t.path.Oif, to, seen) {
+		return true
+	}
+	switch l.Kind {
+	case "vlan", "macvlan", "macvtap", "ipvlan", "ipvtap":
+		return !l.ParentElsewhere && p.leadsTo(l.Parent, to, seen)
+	case "bond", "team":
+		return slices.ContainsFunc(p.ports[from], func(port *routes.Link) bool { return p.leadsTo(port.Index, to, seen) })
+	}
+	return false
+}
+
 // union appends the coverages that are not there yet.
 func union(a, b []*coverage) []*coverage {
 	a = slices.Clip(a)
@@ -177,16 +199,13 @@ func union(a, b []*coverage) []*coverage {
 // takersOf are the coverages that take the outer packets of one flow of a tunnel, and the
 // dedicated tunnel that takes the rest, if there is one. It is false if some are left.
 func (p *planner) takersOf(t *tunnel, o outerFlow, done map[*tunnel]bool) ([]*coverage, *tunnel, bool) {
-	var below way
-	l := p.FIB.Link(t.path.Oif)
-	if l != nil && l.Type == arphrdLoopback { // net.ipv4.conf.lo.disable_xfrm is on
+	if l := p.FIB.Link(t.path.Oif); l != nil && l.Type == arphrdLoopback { // net.ipv4.conf.lo.disable_xfrm is on
 		return nil, nil, false
 	}
-	if l != nil && l.Kind == "xfrm" && !l.External {
-		below.ifID = l.IfID
-	} else if lower := p.tunnels[t.path.Oif]; lower != nil {
-		p.settle(lower, done)
-		below.tunnel = lower
+	answered, one := p.wayBelow(t, done)
+	below := answered
+	if !one {
+		below = way{}
 	}
 	var took []*coverage
 	partly := ""
@@ -225,7 +244,96 @@ func (p *planner) takersOf(t *tunnel, o outerFlow, done map[*tunnel]bool) ([]*co
 		}
 		c.verdict.note(fmt.Sprintf("%s keeps its features: only a part of its outer packets is covered by this policy, and %s", t.link.Name, partly))
 	}
+	if !one {
+		p.noteWays(t, o, answered)
+	}
 	return nil, nil, false
+}
+
+// noteWays tells those that take outer packets of a tunnel by one way that there are others.
+func (p *planner) noteWays(t *tunnel, o outerFlow, one way) {
+	if !t.link.Up {
+		return
+	}
+	var covs []*coverage
+	if one.tunnel != nil {
+		covs = one.tunnel.covs
+	}
+	for _, e := range p.applying(one, o.dst, true) {
+		if _, some := o.takenBy(e); some && e.cov != nil && e.ifID != 0 {
+			covs = append(slices.Clip(covs), e.cov)
+		}
+	}
+	for _, c := range covs {
+		c.verdict.note(fmt.Sprintf("%s keeps its features, and its routes have no lock for its sake: its outer packets can also leave by another way than %s", t.link.Name, p.FIB.Link(t.path.Oif).Name))
+	}
+}
+
+// wayBelow is what applies to a tunnel's outer packets besides the policies without an if_id, as
+// the kernel answered. It is false where they can leave by ways that differ in that.
+func (p *planner) wayBelow(t *tunnel, done map[*tunnel]bool) (way, bool) {
+	by := func(i routes.Ifindex) way {
+		if l := p.FIB.Link(i); l != nil && l.Kind == "xfrm" && !l.External {
+			return way{ifID: l.IfID}
+		}
+		lower := p.tunnels[i]
+		if lower != nil {
+			p.settle(lower, done)
+		}
+		return way{tunnel: lower}
+	}
+	below := by(t.path.Oif)
+	if below == (way{}) {
+		return below, true
+	}
+	devices := p.outerDevices(t)
+	if len(devices) == 0 || slices.ContainsFunc(devices, func(i routes.Ifindex) bool { return by(i) != below }) {
+		return below, false
+	}
+	return below, true
+}
+
+// outerDevices are the devices by which a tunnel's outer packets can leave; none if that isn't
+// known: the kernel's one answer is for one flow, without a packet's mark.
+func (p *planner) outerDevices(t *tunnel) []routes.Ifindex {
+	e := t.encap
+	switch {
+	case t.path.Oif == 0 || !e.Remote.IsValid():
+		return nil
+	case e.Link == t.path.Oif:
+		return []routes.Ifindex{e.Link} // the lookup is bound to it
+	case e.AnyMark && p.marksDecide(e.Family, t.path.Table):
+		return nil
+	}
+	m, _ := p.FIB.Cover(e.Family, t.path.Table, netip.PrefixFrom(e.Remote, e.Remote.BitLen()))
+	first, ok := m.First()
+	if !ok {
+		return nil
+	}
+	var out []routes.Ifindex
+	for _, b := range m.Paths.Bodies() {
+		for _, nh := range b.Nexthops {
+			if b.Priority == first.Body.Priority && !slices.Contains(out, nh.Oif) {
+				out = append(out, nh.Oif)
+			}
+		}
+	}
+	return out
+}
+
+// marksDecide reports whether a rule ahead of the one that leads to a table looks at a packet's
+// mark, or that one itself.
+func (p *planner) marksDecide(f routes.Family, table routes.TableID) bool {
+	for _, r := range p.FIB.Rules(f) {
+		switch {
+		case p.Config.OwnRule(r): // its clones lead where the routes do
+		case r.Mask != 0:
+			return true
+		case r.Action == routes.RuleToTable && r.Table == table:
+			return false
+		}
+	}
+	return false
 }
 
 // outerFlow is what is known of the flow of a tunnel's outer packets, as a policy's selector sees it.
@@ -295,7 +403,9 @@ func (p *planner) outerOf(t *tunnel, f routes.Family, proto uint8) outerFlow {
 	if f == routes.IPv4 {
 		// ip_route_output_flow sets flowi_oif to the route's device ahead of the policy lookup, IPv6
 		// does not.
-		o.oifs[1] = t.path.Oif
+		if devices := p.outerDevices(t); len(devices) == 1 {
+			o.oifs[1] = devices[0]
+		}
 	}
 	switch proto {
 	case 17:
@@ -394,6 +504,8 @@ func (p *planner) wraps(t *tunnel) (int, string) {
 	for _, c := range t.own {
 		left, status := c.MTU(p.peerMTU, t.path.MTU)
 		switch {
+		case status == xfrmwatch.MTUKnown && c.tunnels:
+			p.plan.MTU[c.ID], _ = c.MTU(p.peerMTU, anyRoute)
 		case status == xfrmwatch.MTUKnown:
 			if have, ok := p.plan.MTU[c.ID]; !ok || left < have {
 				p.plan.MTU[c.ID] = left
@@ -415,22 +527,37 @@ func (p *planner) wraps(t *tunnel) (int, string) {
 	return mtu - t.encap.Header, ""
 }
 
-// wrapsAt is the MTU to lock on a route through a dedicated tunnel, 0 for none.
-func (p *planner) wrapsAt(t *tunnel, r routes.Route) (int, string) {
-	mtu, why := p.wraps(t)
-	if mtu == 0 {
-		return 0, why
+// wrapsAt is the MTU to lock on a route through dedicated tunnels, with their coverages; 0 for
+// none, with the reason. Of several that share its flows all have to leave the same.
+func (p *planner) wrapsAt(r routes.Route) (int, []*coverage, string) {
+	var covs []*coverage
+	mtu, why, name := 0, "", ""
+	for i, nh := range r.Body.Nexthops {
+		t := p.tunnels[nh.Oif]
+		covs = union(covs, t.covs)
+		left, no := p.wraps(t)
+		switch {
+		case left == 0:
+			why = cmp.Or(why, no)
+		case i == 0:
+			mtu, name = left, t.link.Name
+		case left != mtu:
+			why = cmp.Or(why, fmt.Sprintf("its flows have different MTUs left, %d and %d", mtu, left))
+		}
+	}
+	if why != "" {
+		return 0, covs, why
 	}
 	path := p.linkMTU(r)
 	switch {
 	case path == 0:
-		return 0, "a device of the route is not known yet"
+		return 0, covs, "a device of the route is not known yet"
 	case mtu >= path:
-		return 0, fmt.Sprintf("%s's own MTU %d leaves room already", t.link.Name, path)
+		return 0, covs, fmt.Sprintf("%s's own MTU %d leaves room already", name, path)
 	case mtu < lowestMTU(r.Body.Family):
-		return 0, fmt.Sprintf("the inner MTU %d is below what %s allows", mtu, r.Body.Family)
+		return 0, covs, fmt.Sprintf("the inner MTU %d is below what %s allows", mtu, r.Body.Family)
 	}
-	return mtu, ""
+	return mtu, covs, ""
 }
 
 // lowestMTU is the least MTU of a route (RFC 8200 section 5; RFC 791).
@@ -441,12 +568,12 @@ func lowestMTU(f routes.Family) int {
 	return 68
 }
 
-// dedicatedTunnels are the tunnels all of whose outer packets are covered, in order, without
-// the devices above them.
+// dedicatedTunnels are the tunnels all of whose outer packets are covered, and the devices above
+// them, in order.
 func (p *planner) dedicatedTunnels() []*tunnel {
 	var out []*tunnel
 	for _, t := range p.tunnels {
-		if len(t.covs) > 0 && len(t.over) == 0 {
+		if len(t.covs) > 0 {
 			out = append(out, t)
 		}
 	}

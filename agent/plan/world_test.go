@@ -230,6 +230,10 @@ func (w *world) link(f *words) error {
 			f.fail("unknown setting %q", k)
 		}
 	}
+	switch l.Kind {
+	case "xfrm", "vti", "vti6", "gre", "ipip", "sit", "ip6tnl":
+		l.Type = 0xfffe // ARPHRD_NONE, an xfrm interface's: what counts is that it isn't Ethernet
+	}
 	if l.Name == "lo" {
 		l.Type = arphrdLoopback
 	}

@@ -46,7 +46,7 @@ func run(args []string) int {
 		return 0
 	}
 	if text := err.Error(); text != "" {
-		fmt.Fprintln(os.Stderr, "tsoctl:", text)
+		fmt.Fprintln(plain{os.Stderr}, "tsoctl:", text)
 	}
 	return exitCode(err)
 }
@@ -312,15 +312,22 @@ func status(c *cli.Context) error {
 
 // nextWithout says what to do where no agent runs.
 func nextWithout(runDir string) string {
-	holds, locks, tables := agent.LeftOver(runDir)
-	if holds+locks == 0 && !tables {
+	l := agent.LeftOver(runDir)
+	left := []string{
+		count(l.Holds, "held feature", "held features"), count(l.Locks, "locked route", "locked routes"),
+		count(l.DeviceMTUs, "device mtu", "device mtus"), count(l.Lanes, "lane", "lanes"),
+	}
+	if l.Tables {
+		left = append(left, "rules and clones")
+	}
+	if l.Clamp {
+		left = append(left, "a clamp")
+	}
+	text := some(left...)
+	if text == "" {
 		return "`tsoctl plan` shows what one would do, `tsoagent run` starts one"
 	}
-	left := count(holds, "held feature", "held features") + " and " + count(locks, "locked route", "locked routes")
-	if tables {
-		left += ", rules and clones"
-	}
-	return fmt.Sprintf("one that was killed or told to keep has left %s: `tsoagent run` takes them over, `tsoctl restore` gives them back", left)
+	return fmt.Sprintf("one that was killed or told to keep has left %s: `tsoagent run` takes over what it still wants, `tsoctl restore` gives all of it back", text)
 }
 
 // degraded reports whether a person should look.

@@ -1,10 +1,12 @@
 package main
 
 import (
+	"bytes"
 	"fmt"
 	"io"
 	"os"
 	"slices"
+	"strconv"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -30,10 +32,30 @@ func pageOf(w io.Writer) page {
 	const most = 100 // wider lines are hard to read
 	if f, ok := w.(*os.File); ok {
 		if size, err := unix.IoctlGetWinsize(int(f.Fd()), unix.TIOCGWINSZ); err == nil {
-			return page{w, min(int(size.Col), most)}
+			return page{plain{w}, min(int(size.Col), most)}
 		}
 	}
-	return page{w, 0}
+	return page{plain{w}, 0}
+}
+
+// plain is a writer for text with names in it that others chose: a device's may have any byte but
+// blanks, '/' and ':' (dev_valid_name, net/core/dev.c). A terminal gets none that it would obey.
+type plain struct{ io.Writer }
+
+// Write writes b with a question mark for each character that a terminal could obey.
+func (w plain) Write(b []byte) (int, error) {
+	if _, err := w.Writer.Write(bytes.Map(harmless, b)); err != nil {
+		return 0, err
+	}
+	return len(b), nil
+}
+
+// harmless is the rune itself, or a question mark for one that can't be printed.
+func harmless(r rune) rune {
+	if r != '\n' && r != '\t' && !strconv.IsPrint(r) {
+		return '?'
+	}
+	return r
 }
 
 // text prints a line after an indent. Where it is wrapped, the rest is indented by two more.

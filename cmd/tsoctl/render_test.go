@@ -6,6 +6,7 @@ import (
 	"flag"
 	"fmt"
 	"os"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -257,5 +258,29 @@ func TestDegraded(t *testing.T) {
 		if got := degraded(tt.report); got != tt.want {
 			t.Errorf("%s: got %v, want %v", name, got, tt.want)
 		}
+	}
+}
+
+// A device's name may have any byte but blanks, '/' and ':' (dev_valid_name, net/core/dev.c), and
+// whoever owns a namespace that is followed chooses it. A terminal must not obey it.
+func TestTablesObeyNoNames(t *testing.T) {
+	const evil = "a\x1b]0;x\x07\x7f\u009bb"
+	r := covered()
+	r.Holds[0].Device, r.Coverages[1].Carriers = evil, []string{evil}
+	r.Findings = []string{"device 7 is " + evil + " now"}
+	for name, draw := range map[string]func(page, *agent.Report){"status": statusTable, "plan": planTable} {
+		var b bytes.Buffer
+		draw(pageOf(&b), r)
+		if i := strings.IndexFunc(b.String(), func(r rune) bool { return r != '\n' && !strconv.IsPrint(r) }); i >= 0 {
+			t.Errorf("%s prints %q", name, b.String()[i:min(i+20, b.Len())])
+		}
+		if !strings.Contains(b.String(), "a?]0;x???b") {
+			t.Errorf("%s: the name is not there:\n%s", name, b.String())
+		}
+	}
+	var b bytes.Buffer
+	explainTable(pageOf(&b), &agent.Explanation{Dst: "10.0.0.1", Device: evil})
+	if strings.Contains(b.String(), "\x1b") {
+		t.Errorf("explain prints %q", b.String())
 	}
 }
