@@ -317,11 +317,12 @@ func (p *planner) domain(b *routes.Body) (way, bool) {
 		case l == nil:
 			return way{}, false
 		case nh.Encap:
-			if l.Kind != "xfrm" || !l.External || nh.IfID == 0 {
+			if l.Kind != "xfrm" || !l.External || nh.IfID == 0 || l.ParentElsewhere {
 				return way{}, false
 			}
 			one.ifID = nh.IfID
-		case l.Kind == "xfrm" && l.External:
+		case l.Kind == "xfrm" && (l.External || l.ParentElsewhere), l.Encap.LinkElsewhere:
+			// One that was moved here has its policies in the namespace that it was made in.
 			return way{}, false
 		case l.Kind == "xfrm":
 			one.ifID = l.IfID

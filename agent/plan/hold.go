@@ -47,7 +47,7 @@ func (p *planner) hold() {
 		}
 	}
 	for _, t := range p.dedicatedTunnels() {
-		if t.link.Up && len(t.over) == 0 { // nothing leaves by one that is down: tunl0 and its kin stay as they are
+		if t.link.Up && len(t.over) == 0 && !t.maybe { // nothing leaves by one that is down: tunl0 and its kin stay as they are
 			add(t.link, t.covs...)
 			d := p.devices[t.link.Index]
 			if _, ok := p.L2TP[t.link.Index]; ok {

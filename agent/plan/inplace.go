@@ -117,7 +117,7 @@ func (p *planner) waysOf(ifID uint32) []*ways {
 		p.ways = map[uint32][]*ways{}
 		for _, l := range p.FIB.Links() {
 			switch {
-			case l.Kind != "xfrm":
+			case l.Kind != "xfrm", l.ParentElsewhere:
 			case l.External:
 				ids := map[uint32]bool{}
 				for _, r := range p.routesBy(l) {

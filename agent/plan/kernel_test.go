@@ -441,7 +441,9 @@ func (w *world) expected(f fate, r routes.Route) int {
 	path := w.pathMTU(r)
 	mtu := f.left
 	if !f.wrapped {
-		mtu = w.expectedOf(f.cov, min(path, cmp.Or(f.left, path)))
+		if mtu = w.expectedOf(f.cov, min(path, cmp.Or(f.left, path))); mtu == 0 && f.under {
+			mtu = f.left // what the tunnel leaves is the path of its own ESP packets, too
+		}
 	}
 	least := 68
 	if r.Body.Family == routes.IPv6 {

@@ -21,6 +21,7 @@ type tunnel struct {
 	own  []*coverage // those whose policies take the outer packets themselves
 	// lower takes what they leave alone, as the outer packets leave by it; nil if nothing is left.
 	lower   *tunnel
+	maybe   bool // one of covs has optional templates: locked, and never a reason for a hold
 	looking bool // while it is worked out: a tunnel through itself has no end
 	// over are the dedicated tunnels that a device in a stack sends by: it wraps nothing itself, but
 	// for the bytes of its tag.
@@ -88,7 +89,7 @@ func (p *planner) findTunnels() {
 	p.tunnels, p.ports = map[routes.Ifindex]*tunnel{}, p.portsOf()
 	var list []*tunnel
 	for _, l := range p.FIB.Links() {
-		if l.Kind == "vti" || l.Kind == "vti6" {
+		if (l.Kind == "vti" || l.Kind == "vti6") && !l.Encap.LinkElsewhere {
 			p.vtis = append(p.vtis, l)
 		}
 		if e, ok := encapOf(l, p.L2TP); ok && !e.LinkElsewhere && !e.Others {
@@ -127,6 +128,7 @@ func (p *planner) stackTunnels() {
 			}
 			for _, o := range over {
 				t.covs = union(t.covs, o.covs)
+				t.maybe = t.maybe || o.maybe
 			}
 			p.tunnels[l.Index] = t
 			again = true
@@ -161,6 +163,7 @@ func (p *planner) settle(t *tunnel, done map[*tunnel]bool) {
 	}
 	t.own, t.lower, t.covs = own, lower, own
 	if lower != nil {
+		t.maybe = t.maybe || lower.maybe
 		t.covs = union(own, lower.covs)
 	}
 }
@@ -218,10 +221,9 @@ func (p *planner) takersOf(t *tunnel, o outerFlow, done map[*tunnel]bool) ([]*co
 			// dropped; on an xfrm interface a bypass is dropped as well
 		case e.cov == nil:
 			partly = "a bypass policy takes a part of its outer packets"
-		case e.cov.Maybe:
-			partly = "the policy's templates are optional"
 		default:
 			took = append(took, e.cov)
+			t.maybe = t.maybe || e.cov.Maybe
 		}
 		if partly != "" {
 			break
