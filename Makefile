@@ -1,6 +1,6 @@
 # make run                builds the agent and starts it on this host (root; MODE=observe only looks)
 # make test               everything that .ci/run checks; as root on a fresh Debian 12 it installs what it needs
-# make test-kernels       scenarios on Debian's stock kernels in QEMU, with real drivers and two processors (a few minutes; root)
+# make test-kernels       scenarios on Debian's stock kernels in QEMU, with real drivers and two processors (about 9 minutes; root)
 # make demo               the whole story in the test kernel, as a timeline
 # make build              bin/tsoagent and bin/tsoctl
 # make testkernel         the test kernel, if it isn't in the cache (about 5 minutes on 2 processors)
