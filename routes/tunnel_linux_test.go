@@ -124,7 +124,7 @@ func TestKernelTunnels(t *testing.T) {
 
 // complete adds what the command names.
 func complete(e Encap, add string, a0 Ifindex) Encap {
-	if e.Family == 0 && !(e.External && e.Proto == protoUDP) {
+	if e.Family == 0 && (!e.External || e.Proto != protoUDP) {
 		e.Family = IPv4
 	}
 	f := strings.Fields(add)

@@ -255,7 +255,7 @@ func (p *planner) leavesToTunnel(e *entry, r routes.Route) bool {
 	if !e.cov.tunnels {
 		return true
 	}
-	return !(e.all() && routes.Contains(e.sel.Dst, r.Dst)) && (e.cov.Larval && e.cov.last == 0 || p.hasRoom(e.cov, r))
+	return (!e.all() || !routes.Contains(e.sel.Dst, r.Dst)) && (e.cov.Larval && e.cov.last == 0 || p.hasRoom(e.cov, r))
 }
 
 // unsafe says why a route can't be replaced in place, or is empty. The kernel's replace hits

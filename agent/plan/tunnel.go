@@ -77,13 +77,6 @@ func encapOf(l *routes.Link, l2tp map[routes.Ifindex]routes.Encap) (routes.Encap
 	return l.Encap, l.Encap != routes.Encap{}
 }
 
-// note tells each coverage of the tunnel.
-func (t *tunnel) note(text string) {
-	for _, c := range t.covs {
-		c.verdict.note(text)
-	}
-}
-
 // findTunnels works out which tunnels are dedicated.
 func (p *planner) findTunnels() {
 	p.tunnels, p.ports = map[routes.Ifindex]*tunnel{}, p.portsOf()

@@ -21,6 +21,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"syscall"
 	"time"
@@ -35,6 +36,10 @@ const (
 	sourceDir   = "/mnt/src"
 	modulesDir  = "/mnt/modules" // the stock kernels' (e2e/stockkernel/loader)
 )
+
+// The main goroutine keeps the process's first thread to itself. That one can't end: a goroutine that enters a namespace
+// on it and ends (scenario.inNamespace) would keep the namespace alive for ever.
+func init() { runtime.LockOSThread() }
 
 func main() {
 	if os.Getpid() != 1 {
