@@ -1,0 +1,104 @@
+package plan
+
+import (
+	"cmp"
+	"fmt"
+
+	"tsoagent/routes"
+	"tsoagent/xfrmwatch"
+)
+
+// wraps is the inner MTU that a dedicated tunnel leaves to what it wraps, in bytes: what its
+// coverages leave of the outer path, less its own header. It is 0, with the reason, if it isn't
+// known.
+func (p *planner) wraps(t *tunnel) (int, string) {
+	if len(t.over) > 0 {
+		least := 0
+		for _, o := range t.over {
+			mtu, why := p.wraps(o)
+			if mtu == 0 {
+				return 0, why
+			}
+			if least == 0 || mtu < least {
+				least = mtu
+			}
+		}
+		return least - t.tag, ""
+	}
+	if t.path.MTU == 0 || t.encap.Header == 0 {
+		return 0, fmt.Sprintf("the path of %s's outer packets is not known", t.link.Name)
+	}
+	mtu := t.path.MTU
+	if t.lower != nil {
+		left, why := p.wraps(t.lower)
+		if left == 0 {
+			return 0, why
+		}
+		mtu = min(mtu, left)
+	}
+	for _, c := range t.own {
+		left, status := c.MTU(p.peerMTU, t.path.MTU)
+		switch {
+		case status == xfrmwatch.MTUKnown && c.tunnels:
+			p.plan.MTU[c.ID], _ = c.MTU(p.peerMTU, anyRoute)
+		case status == xfrmwatch.MTUKnown:
+			if have, ok := p.plan.MTU[c.ID]; !ok || left < have {
+				p.plan.MTU[c.ID] = left
+			}
+		case c.last != 0:
+			left = min(c.last, t.path.MTU)
+			c.verdict.note(fmt.Sprintf("%s; the last valid MTU stays", status))
+		case p.Config.PresumeMTU != 0:
+			left = min(p.Config.PresumeMTU, t.path.MTU)
+			c.verdict.note(fmt.Sprintf("%s; presume_mtu %d", status, p.Config.PresumeMTU))
+		default:
+			return 0, status.String()
+		}
+		if c.verdict.MTU == 0 || left < c.verdict.MTU {
+			c.verdict.MTU = left
+		}
+		mtu = min(mtu, left)
+	}
+	return mtu - t.encap.Header, ""
+}
+
+// wrapsAt is the MTU to lock on a route through dedicated tunnels, with their coverages; 0 for
+// none, with the reason. Of several that share its flows all have to leave the same.
+func (p *planner) wrapsAt(r routes.Route) (int, []*coverage, string) {
+	var covs []*coverage
+	mtu, why, name := 0, "", ""
+	for i, nh := range r.Body.Nexthops {
+		t := p.tunnels[nh.Oif]
+		covs = union(covs, t.covs)
+		left, no := p.wraps(t)
+		switch {
+		case left == 0:
+			why = cmp.Or(why, no)
+		case i == 0:
+			mtu, name = left, t.link.Name
+		case left != mtu:
+			why = cmp.Or(why, fmt.Sprintf("its flows have different MTUs left, %d and %d", mtu, left))
+		}
+	}
+	if why != "" {
+		return 0, covs, why
+	}
+	path := p.linkMTU(r)
+	switch {
+	case path == 0:
+		return 0, covs, "a device of the route is not known yet"
+	case mtu >= path:
+		return 0, covs, fmt.Sprintf("%s's own MTU %d leaves room already", name, path)
+	case mtu < lowestMTU(r.Body.Family):
+		return 0, covs, fmt.Sprintf("the inner MTU %d is below what %s allows", mtu, r.Body.Family)
+	}
+	return mtu, covs, ""
+}
+
+// lowestMTU is the least MTU of a route (RFC 8200 section 5; RFC 791).
+func lowestMTU(f routes.Family) int {
+	if f == routes.IPv6 {
+		return 1280
+	}
+	return 68
+}
