@@ -231,6 +231,9 @@ func (w *world) fate(p packet, l *routes.Link, ifID uint32) fate {
 		f.Mark = l.Encap.Key
 	default:
 		below := w.wrapped(p, l)
+		if below.kind == dropped {
+			return below
+		}
 		if got.kind != uncovered {
 			got.left, got.under = below.left, below.kind == covered
 			return got
