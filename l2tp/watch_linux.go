@@ -122,10 +122,12 @@ func (w *Watcher) Run(ctx context.Context, sink func([]Event)) error {
 	retry := time.NewTimer(0) // the first look
 	defer retry.Stop()
 	for {
+		asked := false
 		select {
 		case <-ctx.Done():
 			return context.Cause(ctx)
 		case <-w.again:
+			asked = true
 		case <-retry.C:
 		}
 		sessions, err := w.look()
@@ -145,9 +147,17 @@ func (w *Watcher) Run(ctx context.Context, sink func([]Event)) error {
 			}
 			told, first, lost, wait = sessions, false, false, minRetry
 			retry.Stop()
+			if asked {
+				// The kernel tells that a session or tunnel goes before it goes, and a worker takes it away
+				// later (l2tp_nl_cmd_session_delete, l2tp_session_delete): one more look finds it gone.
+				retry.Reset(lookAgain)
+			}
 		}
 	}
 }
+
+// lookAgain is how long after a notification there is a second look.
+const lookAgain = 200 * time.Millisecond
 
 // maxFailures is how many receives in a row may fail before the socket is given up.
 const maxFailures = 16
