@@ -1,0 +1,76 @@
+package sockopt
+
+import "net/netip"
+
+// Conn is one TCP socket as the kernel itself has it (struct sock, include/net/sock.h). It is a comparable value and holds no
+// secret.
+type Conn struct {
+	// Local and Remote are unmapped; Remote is the zero value for a listener.
+	Local, Remote netip.AddrPort
+	State         State
+	UID           uint32
+	Inode         uint64 // of the socket's file, 0 if it has none (TIME_WAIT, or orphaned)
+	Cookie        uint64 // sk_cookie, 0 if nobody has asked for it yet
+	Mark          uint32
+	BoundDev      int32 // sk_bound_dev_if, 0 for none
+
+	// MD5Keys and AOKeys count the keys that the socket itself holds (md5sig_info, ao_info).
+	MD5Keys, AOKeys uint16
+
+	// GSO is whether the socket builds super-packets now (sk_can_gso: sk_route_caps has the bits of sk_gso_type).
+	GSO bool
+	// GSODisabled is sk_gso_disabled: set with a key, or inherited from a listener, and never cleared (KERNEL.md 7).
+	GSODisabled bool
+	GSOMaxSegs  uint16 // sk_gso_max_segs
+	GSOMaxSize  uint32 // sk_gso_max_size, bytes
+
+	// Route is the cached route (sk_dst_cache), the zero value if the socket has none.
+	Route ConnRoute
+}
+
+// ConnRoute is what a socket's cached route says.
+type ConnRoute struct {
+	Dev       int32  // ifindex of dst->dev, 0 for no route
+	TSO       bool   // dst->dev->features has the segmentation offload for this socket's family
+	HeaderLen uint16 // dst->header_len, bytes that IPsec adds; not 0 for an XFRM bundle
+	XFRM      bool   // dst->xfrm is set: an SA applies
+	Offload   bool   // the SA is offloaded to a device, or ESP is cut just before it (xfrm_dst_offload_ok)
+}
+
+// State is a TCP state (include/net/tcp_states.h).
+type State uint8
+
+// The TCP states that are named somewhere.
+const (
+	Established State = 1
+	TimeWait    State = 6
+	Listen      State = 10
+)
+
+// Segmentation is where a socket's segments are cut.
+type Segmentation string
+
+// The places.
+const (
+	SegOffload  Segmentation = "offload"  // super-packets down to a device that cuts them
+	SegSoftware Segmentation = "software" // super-packets, which the kernel cuts ahead of the device
+	SegNone     Segmentation = "none"     // the socket itself sends single segments
+	SegUnknown  Segmentation = "unknown"  // it has no route yet, or sends nothing (a listener, TIME_WAIT)
+)
+
+// Segmentation is where the kernel cuts what the socket sends now.
+func (c Conn) Segmentation() Segmentation {
+	switch {
+	case c.State == Listen, c.State == TimeWait:
+		return SegUnknown
+	case !c.GSO && (c.GSODisabled || c.Route.Dev != 0):
+		return SegNone
+	case c.Route.Dev == 0:
+		return SegUnknown
+	case c.GSOMaxSegs == 1:
+		return SegNone
+	case c.Route.TSO && (!c.Route.XFRM || c.Route.Offload):
+		return SegOffload
+	}
+	return SegSoftware
+}
