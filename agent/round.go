@@ -242,6 +242,7 @@ func (a *Agent) round(now time.Time) (next time.Duration, reached bool) {
 	a.st.linger(now, time.Duration(a.cfg.RestoreAfter))
 	a.st.forwarding = a.forwards.read()
 	a.freshenMTUs()
+	a.settleUnsure()
 	in := a.input(now)
 	pl := &plan.Plan{}
 	if a.goal == protect {

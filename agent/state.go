@@ -38,6 +38,7 @@ type state struct {
 	locks     map[routes.Key]plan.LockClaim
 	mtus      map[routes.Ifindex]plan.MTUClaim
 	retakes   map[plan.HoldKey]int
+	unsure    map[plan.HoldKey]bool // holds that may be in place: it could not be read back
 	contested map[plan.HoldKey]string
 	refused   map[plan.HoldKey]string
 	release   map[plan.HoldKey]time.Time     // when a hold that is wanted no more is given back
@@ -122,6 +123,7 @@ func newState() *state {
 		doubtful:      map[routes.Ifindex]bool{},
 		lanes:         newLaneState(),
 		retakes:       map[plan.HoldKey]int{},
+		unsure:        map[plan.HoldKey]bool{},
 		contested:     map[plan.HoldKey]string{},
 		refused:       map[plan.HoldKey]string{},
 		release:       map[plan.HoldKey]time.Time{},
