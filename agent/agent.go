@@ -341,7 +341,7 @@ func (a *Agent) loop(ctx context.Context, failed <-chan error) error {
 			deadline = time.After(stopWithin)
 			timer.Reset(0)
 		case <-deadline:
-			return fmt.Errorf("agent: not everything could be restored within %s; run `tsoctl restore`", stopWithin)
+			return fmt.Errorf("agent: not everything could be restored within %s; still in place: %s; run `tsoctl restore`", stopWithin, a.left())
 		case err := <-failed:
 			return fmt.Errorf("agent: %w", err)
 		case fn := <-a.calls:

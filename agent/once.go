@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"strings"
 	"time"
 
 	"tsoagent/agent/journal"
@@ -100,6 +101,12 @@ func LeftOver(runDir string) Left {
 			entries = append(entries, found.Entries...)
 		}
 	}
+	left.add(entries)
+	return left
+}
+
+// add counts journal entries.
+func (left *Left) add(entries []journal.Entry) {
 	for _, e := range entries {
 		switch e.Kind {
 		case kindHold:
@@ -116,7 +123,40 @@ func LeftOver(runDir string) Left {
 			left.Tables = true
 		}
 	}
-	return left
+}
+
+// String is what is left in words, empty for nothing.
+func (left Left) String() string {
+	var out []string
+	for _, c := range []struct {
+		n         int
+		one, many string
+	}{
+		{left.Holds, "held feature", "held features"}, {left.Locks, "locked route", "locked routes"},
+		{left.DeviceMTUs, "device mtu", "device mtus"}, {left.Lanes, "lane", "lanes"},
+	} {
+		switch c.n {
+		case 0:
+		case 1:
+			out = append(out, "1 "+c.one)
+		default:
+			out = append(out, fmt.Sprintf("%d %s", c.n, c.many))
+		}
+	}
+	if left.Tables {
+		out = append(out, "rules and clones")
+	}
+	if left.Clamp {
+		out = append(out, "a clamp")
+	}
+	return strings.Join(out, ", ")
+}
+
+// left is what the agent's journal remembers. Its loop must have ended, or be the caller.
+func (a *Agent) left() string {
+	var left Left
+	left.add(a.journal.Entries())
+	return left.String()
 }
 
 // Restored says what Restore did.
@@ -172,6 +212,9 @@ func (a *Agent) restore(ctx context.Context, stale bool) (*Restored, error) {
 	ctx, cancel := context.WithTimeout(ctx, onceWithin)
 	defer cancel()
 	if err := a.Run(ctx); err != nil {
+		if left := a.left(); left != "" {
+			return nil, fmt.Errorf("agent: restore: %w; still in place: %s; run `tsoctl restore`", err, left)
+		}
 		return nil, fmt.Errorf("agent: restore: %w", err)
 	}
 	out.Rules, out.Clones = a.dropped.rules, a.dropped.clones
