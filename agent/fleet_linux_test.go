@@ -381,6 +381,43 @@ func TestRestoreAllWithoutAnAgent(t *testing.T) {
 	}
 }
 
+// `ip netns exec a tsoctl restore`: the agent was started elsewhere, and has a's journal under its cookie.
+func TestRestoreInsideOfANamespace(t *testing.T) {
+	if !netnstest.Private(t) {
+		return
+	}
+	checkLeaks(t)
+	named(t, "a")
+	cover(t, "a")
+	cfg := fleetConfig(t, "all")
+	s := sail(t, cfg)
+	locked(t, "a")
+	s.crash()
+	ns, err := netns.Open(netns.Path("a"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ns.Close()
+	err = ns.Do(func() error {
+		for range 2 { // twice does no harm
+			if done, err := RestoreAll(t.Context(), cfg, discard(), "test", false); err != nil || len(done.Namespaces) != 0 || done.Failed != 0 {
+				t.Errorf("restore: %+v, %v", done, err)
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		t.Error(err)
+	}
+	bare(t, "a")
+	if n := len(s.dirs()); n != 0 {
+		t.Errorf("%d journals are left", n)
+	}
+	if left := LeftOver(cfg.RunDir).String(); left != "" {
+		t.Errorf("left: %s", left)
+	}
+}
+
 func TestFleetWithoutTheHost(t *testing.T) {
 	if !netnstest.Private(t) {
 		return

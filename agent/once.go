@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"slices"
 	"strings"
 	"time"
 
@@ -52,10 +53,12 @@ func (a *Agent) openToLook() error {
 	}
 	if scope, err := a.scope(); err == nil {
 		// Without its journal, a lock of ours would look like its owner's.
-		if found, err := journal.Read(a.dir, scope); err == nil {
-			a.adopt(found)
-		} else if !errors.Is(err, os.ErrNotExist) {
-			a.findings = append(a.findings, err.Error())
+		for _, dir := range slices.Compact([]string{a.dir, cookieDir(a.cfg.RunDir, scope.NetnsCookie)}) {
+			if found, err := journal.Read(dir, scope); err == nil {
+				a.adopt(found)
+			} else if !errors.Is(err, os.ErrNotExist) {
+				a.findings = append(a.findings, err.Error())
+			}
 		}
 	}
 	a.journal = readOnly{}
@@ -189,7 +192,35 @@ func Restore(ctx context.Context, cfg Config, log *slog.Logger, version string, 
 // RestoreIn is Restore in a namespace, which is named as in a configuration.
 func RestoreIn(ctx context.Context, spec string, cfg Config, log *slog.Logger, version string, stale bool) (*Restored, error) {
 	cfg.Mode = Enforce
-	a, err := newAgentIn(spec, cfg, log, version, (*Agent).open)
+	var cookie uint64
+	out, err := restoreFrom(ctx, spec, cfg, log, version, stale, func(a *Agent) error {
+		if scope, err := a.scope(); err == nil && a.name == "" {
+			cookie = scope.NetnsCookie
+		}
+		return a.open()
+	})
+	if err != nil || cookie == 0 {
+		return out, err
+	}
+	// An agent that was started elsewhere, as in the host's namespace while we are inside of
+	// `ip netns exec NAME`, has the journal of this one in a directory of its own.
+	dir := cookieDir(cfg.WithDefaults().RunDir, cookie)
+	if _, err := os.Stat(dir); err != nil {
+		return out, nil // none
+	}
+	more, err := restoreFrom(ctx, spec, cfg, log, version, stale, func(a *Agent) error {
+		a.dir = dir
+		return a.open()
+	})
+	if more != nil {
+		out.add(more)
+	}
+	return out, err
+}
+
+// restoreFrom is RestoreIn with what one journal knows, which open chooses.
+func restoreFrom(ctx context.Context, spec string, cfg Config, log *slog.Logger, version string, stale bool, open func(*Agent) error) (*Restored, error) {
+	a, err := newAgentIn(spec, cfg, log, version, open)
 	if err != nil {
 		return nil, err
 	}
@@ -198,6 +229,13 @@ func RestoreIn(ctx context.Context, spec string, cfg Config, log *slog.Logger, v
 		a.tidy()
 	}
 	return out, errors.Join(err, a.Close())
+}
+
+// add counts what was restored from another journal of the same namespace.
+func (r *Restored) add(more *Restored) {
+	r.Holds, r.Locks, r.Rules, r.Clones = r.Holds+more.Holds, r.Locks+more.Locks, r.Rules+more.Rules, r.Clones+more.Clones
+	r.DeviceMTUs, r.Clamps, r.Lanes = r.DeviceMTUs+more.DeviceMTUs, r.Clamps+more.Clamps, r.Lanes+more.Lanes
+	r.Actions, r.Failed, r.Findings = r.Actions+more.Actions, r.Failed+more.Failed, append(r.Findings, more.Findings...)
 }
 
 func (a *Agent) restore(ctx context.Context, stale bool) (*Restored, error) {
