@@ -19,6 +19,7 @@ import (
 type linkTable interface {
 	SetLinkMTU(routes.Ifindex, int) error
 	ReadLink(routes.Ifindex) (*routes.Link, error)
+	ReadLinkAt(routes.Place) (*routes.Link, error)
 }
 
 var _ linkTable = (*routes.Table)(nil)

@@ -31,6 +31,9 @@ func (f *fakeLinks) ReadLink(i routes.Ifindex) (*routes.Link, error) {
 	return nil, unix.ENODEV
 }
 
+// ReadLinkAt reads a device of another namespace, which a fake kernel has not.
+func (f *fakeLinks) ReadLinkAt(routes.Place) (*routes.Link, error) { return nil, unix.EINVAL }
+
 func (f *fakeLinks) SetLinkMTU(i routes.Ifindex, mtu int) error {
 	if f.err != nil {
 		return f.err

@@ -82,6 +82,7 @@ func newFleet(ctx context.Context, cfg Config, log *slog.Logger, version string,
 		if err != nil {
 			return nil, errors.Join(err, host.Close())
 		}
+		a.carry = f.carry
 		f.members[host.ID()] = &member{id: host.ID(), names: []string{netns.Host}, agent: a, cancel: func(error) {}}
 		return f, nil
 	}

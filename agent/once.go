@@ -258,6 +258,6 @@ func (a *Agent) restore(ctx context.Context, stale bool) (*Restored, error) {
 	out.Rules, out.Clones = a.dropped.rules, a.dropped.clones
 	out.DeviceMTUs, out.Clamps = a.st.mtusGiven, a.st.clamps.deleted
 	out.Lanes = a.st.lanes.removed
-	out.Actions, out.Failed, out.Findings = a.stats.Actions, a.stats.Failed, list(a.findings)
+	out.Actions, out.Failed, out.Findings = a.stats.Actions, a.stats.Failed, list(slices.Concat(a.findings, a.movedFindings()))
 	return out, nil
 }

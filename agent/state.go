@@ -61,6 +61,10 @@ type state struct {
 	mtusAdopted []deviceMTU             // until the first plan
 	doubtful    map[routes.Ifindex]bool // links that are to be read anew
 	mtusGiven   int                     // how many devices got their MTU back
+
+	moved    map[string]*movedDevice        // devices that left with changes of ours, by the journal's ID
+	left     map[routes.Ifindex]movedDevice // devices that left of late, without claims
+	arrivals []arrival                      // claims on devices that were moved here
 }
 
 type lingerer struct {
@@ -122,6 +126,8 @@ func newState() *state {
 		mtus:          map[routes.Ifindex]plan.MTUClaim{},
 		doubtful:      map[routes.Ifindex]bool{},
 		lanes:         newLaneState(),
+		moved:         map[string]*movedDevice{},
+		left:          map[routes.Ifindex]movedDevice{},
 		retakes:       map[plan.HoldKey]int{},
 		unsure:        map[plan.HoldKey]bool{},
 		contested:     map[plan.HoldKey]string{},
