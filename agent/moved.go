@@ -266,7 +266,16 @@ func (a *Agent) takeIn(now time.Time) {
 		left, gone := a.st.left[x.dev.To.Index]
 		switch {
 		case l != nil && x.dev.same(l):
-			a.answer(x, a.takeOver(l, &x.dev))
+			switch err := a.takeOver(l, &x.dev); {
+			case err == nil:
+				a.answer(x, true)
+			case now.Before(x.until): // renamed or moved on, as a rule, which its events tell
+				a.log.Debug("a device that was moved here can't be taken over yet", "device", l.Name, "err", err)
+				waiting = append(waiting, x)
+			default:
+				a.failed("a device that was moved here can't be taken over", err, "device", l.Name)
+				a.answer(x, false)
+			}
 		case gone && left.Kind == x.dev.Kind && left.Addr == x.dev.Addr && left.PermAddr == x.dev.PermAddr && left.IfID == x.dev.IfID:
 			if left.To != (routes.Place{}) { // it was moved on before its claims came
 				left.Features, left.MTU = x.dev.Features, x.dev.MTU
@@ -293,14 +302,12 @@ func (a *Agent) answer(x arrival, taken bool) {
 }
 
 // takeOver makes the claims on a device ours as far as they hold: a feature that is on is nobody's, nor is
-// an MTU that is not the one that was set. The next plan keeps them or gives them back. It is false if they
-// could not be booked.
-func (a *Agent) takeOver(l *routes.Link, d *movedDevice) bool {
+// an MTU that is not the one that was set. The next plan keeps them or gives them back.
+func (a *Agent) takeOver(l *routes.Link, d *movedDevice) error {
 	dev := ethtool.Device{Index: ethtool.Ifindex(l.Index), Name: l.Name}
 	f, err := a.et.Features(dev)
 	if err != nil {
-		a.failed("a device that was moved here can't be read", err, "device", l.Name)
-		return false
+		return err
 	}
 	a.st.know(f)
 	var entries []journal.Entry
@@ -317,19 +324,18 @@ func (a *Agent) takeOver(l *routes.Link, d *movedDevice) bool {
 	}
 	if len(entries) > 0 {
 		if err := a.journal.Put(entries...); err != nil {
-			a.failed("journal can't be written: a device that was moved here is left as it is", err, "device", l.Name)
-			return false
+			return err
 		}
 	}
 	maps.Copy(a.st.holds, claims)
-	if _, ours := a.st.mtus[l.Index]; !ours && d.MTU != nil && l.MTU == d.MTU.Ours {
-		if !a.bookMTU(l, *d.MTU) {
-			return false
-		}
+	if _, ours := a.st.mtus[l.Index]; !ours && d.MTU != nil && l.MTU == d.MTU.Ours && !a.bookMTU(l, *d.MTU) {
+		return errNotBooked
 	}
 	a.log.Info("a device was moved here with changes of ours: they are kept or given back here", "device", l.Name, "features", d.Features)
-	return true
+	return nil
 }
+
+var errNotBooked = errors.New("the journal can't be written")
 
 // settleMoved hears what became of claims that were handed on.
 func (a *Agent) settleMoved(h handed) {

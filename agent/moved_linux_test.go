@@ -109,9 +109,9 @@ func (s *sailing) finding(ns string, want ...string) {
 
 func (s *sailing) noFinding(ns string) {
 	s.t.Helper()
-	netnstest.Within(s.t, "no finding in "+ns, func() bool {
-		r, err := s.reportOf(ns)
-		return err == nil && len(r.Findings) == 0
+	netnstest.Within(s.t, "no device is missed in "+ns, func() bool {
+		r, err := s.reportOf(ns) // in which a lock can rest, as the route went in the middle of its change
+		return err == nil && !slices.ContainsFunc(r.Findings, func(f string) bool { return strings.Contains(f, "was moved to") })
 	})
 }
 
@@ -168,6 +168,8 @@ func TestMovedDeviceThatIsMovedOn(t *testing.T) {
 	carrierIn(t, "a")
 	netnstest.IP(t, "-n b link add x1 type veth peer name x2\n-n b link add x3 type veth peer name x4") // the index is taken there
 	s := sail(t, movedConfig(t, "all"))
+	s.state("b", NetnsFollowed) // else nobody sees it leave
+	s.state("c", NetnsFollowed)
 	for range 5 {
 		s.held("a", 3)
 		netnstest.IP(t, "-n a link set c0 netns b\n-n b link set c0 netns c name c9")
