@@ -62,6 +62,8 @@ type Agent struct {
 	rt       routeTable
 	et       featureClient
 	links    linkTable                  // nil where no MTU of a device is ever set
+	ids      *netns.IDs                 // nil where the numbers of other namespaces can't be asked for
+	carry    func(*Agent, arrival) bool // brings claims to another namespace's loop, nil where there is none
 	openNFT  func() (clampTable, error) // nil where nothing is ever clamped
 	nft      clampTable                 // nil until it is needed
 	lanes    laneClient                 // nil where none can be made, for the reason noLanes
@@ -256,6 +258,12 @@ func (a *Agent) dial() error {
 			a.closers = append(a.closers, lanes.Close)
 			a.lanes = lanes
 		}
+		if ids, err := netns.DialIDs(); err != nil {
+			a.log.Warn("devices that are moved can't be followed", "err", err)
+		} else {
+			a.closers = append(a.closers, ids.Close)
+			a.ids = ids
+		}
 		a.forwards = openForwarding()
 		a.closers = append(a.closers, a.forwards.Close)
 		return nil
@@ -341,7 +349,7 @@ func (a *Agent) loop(ctx context.Context, failed <-chan error) error {
 			deadline = time.After(stopWithin)
 			timer.Reset(0)
 		case <-deadline:
-			return fmt.Errorf("agent: not everything could be restored within %s; run `tsoctl restore`", stopWithin)
+			return fmt.Errorf("agent: not everything could be restored within %s; still in place: %s; run `tsoctl restore`", stopWithin, a.left())
 		case err := <-failed:
 			return fmt.Errorf("agent: %w", err)
 		case fn := <-a.calls:
@@ -350,6 +358,7 @@ func (a *Agent) loop(ctx context.Context, failed <-chan error) error {
 		case <-resync.C:
 			a.sources.resync()
 			a.readProbed()
+			a.inbox.post(batch{offer: true})
 			resync.Reset(a.resyncIn())
 			continue
 		case <-a.inbox.signal:
@@ -390,6 +399,9 @@ func (a *Agent) step(now time.Time) (next time.Duration, reached bool) {
 			return 0, false
 		}
 		a.checkAdopted()
+	}
+	if a.st.ready() {
+		a.takeIn(now)
 	}
 	if len(a.st.inflight) > 0 {
 		if wait := a.st.patience.Sub(now); wait > 0 {

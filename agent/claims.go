@@ -210,6 +210,8 @@ func (a *Agent) adoptEntry(e journal.Entry) error {
 			return err
 		}
 		a.st.lanes.booked[l.Index] = true
+	case kindMoved:
+		return a.adoptMoved(e)
 	case kindDeviceMTU:
 		return a.adoptMTU(e)
 	default:
@@ -237,6 +239,7 @@ func (a *Agent) recallMTUs() {
 // plan.
 func (a *Agent) checkAdopted() {
 	a.recallMTUs()
+	a.recallMoved()
 	for k, c := range a.st.holds {
 		if s, ok := a.st.features[routes.Ifindex(k.Index)].Get(k.Feature); ok && s.Wanted {
 			a.dropHold(k)

@@ -19,6 +19,7 @@ import (
 type linkTable interface {
 	SetLinkMTU(routes.Ifindex, int) error
 	ReadLink(routes.Ifindex) (*routes.Link, error)
+	ReadLinkAt(routes.Place) (*routes.Link, error)
 }
 
 var _ linkTable = (*routes.Table)(nil)
@@ -152,28 +153,34 @@ func (a *Agent) setMTU(d plan.DeviceMTU) bool {
 	}
 	failpoint("mtu-journal-after")
 	if l.MTU != d.Want {
-		if err = a.links.SetLinkMTU(l.Index, d.Want); err == nil {
-			failpoint("mtu-written")
-			l, err = a.links.ReadLink(l.Index)
-		}
+		err = a.links.SetLinkMTU(l.Index, d.Want)
+		failpoint("mtu-written")
 	}
+	now, readErr := a.links.ReadLink(l.Index)
 	switch {
-	case errors.Is(err, unix.ENODEV):
-		a.dropMTU(d.Device.Index)
+	case errors.Is(err, unix.ENODEV), errors.Is(readErr, unix.ENODEV):
+		return false // its event is on the way, and tells whether it was moved
+	case readErr != nil:
+		// Written or not: the claim says both, and the event of the write brings the next look.
+		a.failed("the device's mtu can't be read back", errors.Join(err, readErr), "device", d.Device.Name, "mtu", d.Want)
 		return false
-	case err != nil:
+	case now.MTU != d.Want && now.MTU != l.MTU: // somebody's, which the next plan sees
+		a.st.fib.Own(routes.LinkSet{Link: now})
+		a.again = true
+		return false
+	case err != nil && now.MTU == l.MTU:
 		a.failed("the device's mtu can't be set, its routes are locked", err, "device", d.Device.Name, "mtu", d.Want)
 		a.refuseMTU(d, before, had, err)
 		return false
 	}
-	a.st.fib.Own(routes.LinkSet{Link: l})
-	a.bookMTU(l, plan.MTUClaim{Was: d.Was, Ours: d.Want})
-	a.did("device mtu set", "device", l.Name, "mtu", d.Want, "was", d.Was, "because", ids(d.Because))
+	a.st.fib.Own(routes.LinkSet{Link: now})
+	a.bookMTU(now, plan.MTUClaim{Was: d.Was, Ours: d.Want})
+	a.did("device mtu set", "device", now.Name, "mtu", d.Want, "was", d.Was, "because", ids(d.Because))
 	return true
 }
 
-// refuseMTU leaves a device alone that the kernel does not let us set. What we set earlier stays
-// ours to give back.
+// refuseMTU leaves a device alone that the kernel does not let us set: it has been read since, and
+// has the MTU that it had. What we set earlier stays ours to give back.
 func (a *Agent) refuseMTU(d plan.DeviceMTU, before plan.MTUClaim, had bool, err error) {
 	if !had {
 		a.unbook(mtuDeviceID(d.Device.Index))
@@ -215,8 +222,7 @@ func (a *Agent) giveMTU(b plan.MTUBack) {
 	}
 	switch {
 	case errors.Is(err, unix.ENODEV):
-		a.dropMTU(b.Device.Index)
-		return
+		return // its event is on the way, and tells whether it was moved
 	case err != nil:
 		a.failed("the device's mtu can't be given back", err, "device", b.Device.Name, "mtu", b.Claim.Was)
 		return

@@ -15,15 +15,24 @@ import (
 // fakeLinks sets the MTU of a fake kernel's devices. Events wait until the test sends them.
 type fakeLinks struct {
 	*world
-	err error
+	err      error
+	lateErr  error // of a set that was done
+	readErr  error // of the reads after a set
+	readsBad bool
 }
 
 func (f *fakeLinks) ReadLink(i routes.Ifindex) (*routes.Link, error) {
+	if f.readsBad {
+		return nil, f.readErr
+	}
 	if l := f.kernel.Link(i); l != nil {
 		return l, nil
 	}
 	return nil, unix.ENODEV
 }
+
+// ReadLinkAt reads a device of another namespace, which a fake kernel has not.
+func (f *fakeLinks) ReadLinkAt(routes.Place) (*routes.Link, error) { return nil, unix.EINVAL }
 
 func (f *fakeLinks) SetLinkMTU(i routes.Ifindex, mtu int) error {
 	if f.err != nil {
@@ -31,7 +40,8 @@ func (f *fakeLinks) SetLinkMTU(i routes.Ifindex, mtu int) error {
 	}
 	f.wrote("mtu %s %d", f.kernel.Link(i).Name, mtu)
 	f.mtu(i, mtu)
-	return nil
+	f.readsBad = f.readErr != nil
+	return f.lateErr
 }
 
 // mtu sets a device's MTU in the kernel, which tells of it.
@@ -134,6 +144,43 @@ func TestDeviceMTUThatIsRefusedLocksTheRoutes(t *testing.T) {
 	}
 	if m := w.a.Report().DeviceMTUs; len(m) != 1 || !strings.Contains(m[0].Why, "refuses") {
 		t.Errorf("the report says %+v", m)
+	}
+}
+
+// A claim is dropped only when it is known that nothing was written.
+func TestDeviceMTUThatCantBeReadBackStaysOurs(t *testing.T) {
+	for name, fail := range map[string]func(*fakeLinks){
+		"the read fails":         func(f *fakeLinks) { f.readErr = unix.ENOBUFS },
+		"the answer is lost":     func(f *fakeLinks) { f.lateErr = unix.ENOBUFS },
+		"both fail":              func(f *fakeLinks) { f.lateErr, f.readErr = unix.ENOBUFS, unix.ENOBUFS },
+		"both, and then a crash": func(f *fakeLinks) { f.lateErr, f.readErr = unix.ENOBUFS, unix.ENOBUFS },
+	} {
+		t.Run(name, func(t *testing.T) {
+			w, f := mtuWorld(t)
+			fail(f)
+			w.resync()
+			w.dumpXFRM(tunnelPolicy, tunnelSA)
+			w.step()
+			if f.kernel.Link(ipsec1).MTU != 1446 || w.book["device-mtu/7"].ID == "" {
+				t.Fatalf("set to %d, journal %v", f.kernel.Link(ipsec1).MTU, w.book["device-mtu/7"])
+			}
+			f.lateErr, f.readErr, f.readsBad = nil, nil, false
+			if strings.Contains(name, "crash") {
+				w.crash(mtuConfig())
+				w.a.links = f
+				w.start(tunnelPolicy, tunnelSA)
+			}
+			w.settle()
+			if m := w.a.Report().DeviceMTUs; len(m) != 1 || m[0].State != StateInPlace || m[0].Was != 1500 {
+				t.Errorf("the report says %+v", m)
+			}
+			w.xfrm(gone(tunnelPolicy))
+			w.settle()
+			w.advance(time.Minute)
+			if got := f.kernel.Link(ipsec1).MTU; got != 1500 || w.book["device-mtu/7"].ID != "" {
+				t.Errorf("given back: mtu %d, journal %v", got, w.book["device-mtu/7"])
+			}
+		})
 	}
 }
 

@@ -48,6 +48,7 @@ func (a *Agent) failed(what string, err error, args ...any) {
 func (a *Agent) forget(s *plan.Steps) {
 	for _, l := range s.LostLocks {
 		delete(a.st.locks, l.Key)
+		delete(a.st.stuck, l.Key) // a later lock of such a route begins anew
 		a.unbook(lockID(l.Key))
 		if l.Changed {
 			a.log.Info("a locked route was changed by somebody else: it stays as it is", "route", l.Key.String())

@@ -41,6 +41,7 @@ type world struct {
 
 	refuse     map[ethtool.Feature]bool
 	setErr     error // of the next Set
+	lateErr    error // of the next Set, which was done, and of all reads of features until it is nil
 	putErr     error // of the journal's Put
 	replaceErr error
 	ruleErr    error

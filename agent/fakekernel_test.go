@@ -130,6 +130,9 @@ func (w *world) Lookup(q routes.Query) (routes.Answer, error) {
 // The fake kernel's features.
 
 func (w *world) Features(dev ethtool.Device) (*ethtool.Features, error) {
+	if w.lateErr != nil {
+		return nil, w.lateErr
+	}
 	f := w.feats[dev.Index]
 	if f == nil || dev.Name != "" && f.Name != dev.Name {
 		return nil, fmt.Errorf("fake: %w", errNoDevice)
@@ -154,7 +157,10 @@ func (w *world) Set(dev ethtool.Device, want map[ethtool.Feature]bool) (*ethtool
 		w.setErr = nil
 		return nil, err
 	}
+	late := w.lateErr
+	w.lateErr = nil
 	f, err := w.Features(dev)
+	w.lateErr = late
 	if err != nil {
 		return nil, err
 	}
@@ -169,6 +175,9 @@ func (w *world) Set(dev ethtool.Device, want map[ethtool.Feature]bool) (*ethtool
 	}
 	if len(refused.Refused) > 0 {
 		return f, refused
+	}
+	if late != nil {
+		return nil, late
 	}
 	return f, nil
 }

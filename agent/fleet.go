@@ -34,6 +34,7 @@ type Fleet struct {
 	host    *netns.Namespace
 	lock    *journal.Journal // of the run directory where the host is not followed, else nil
 	look    chan struct{}    // has a token when namespaces may have come or gone
+	grace   time.Duration    // stopWithin
 
 	wg      sync.WaitGroup
 	mu      sync.Mutex
@@ -57,15 +58,20 @@ type member struct {
 }
 
 // NewFleet opens the host's namespace, which is that of the calling thread, as New does. What
-// goes wrong with others is told in reports.
-func NewFleet(cfg Config, log *slog.Logger, version string) (*Fleet, error) {
+// goes wrong with others is told in reports. Where the host is not followed any more, what an earlier
+// run left in it is given back first; that ends stopWithin after ctx does, at the latest.
+func NewFleet(ctx context.Context, cfg Config, log *slog.Logger, version string) (*Fleet, error) {
+	return newFleet(ctx, cfg, log, version, stopWithin)
+}
+
+func newFleet(ctx context.Context, cfg Config, log *slog.Logger, version string, grace time.Duration) (*Fleet, error) {
 	cfg = cfg.WithDefaults()
 	host, err := netns.Current()
 	if err != nil {
 		return nil, fmt.Errorf("agent: %w", err)
 	}
 	f := &Fleet{
-		cfg: cfg, log: log, version: version, started: time.Now(), host: host, look: make(chan struct{}, 1),
+		cfg: cfg, log: log, version: version, started: time.Now(), host: host, look: make(chan struct{}, 1), grace: grace,
 		members: map[netns.ID]*member{}, waiting: map[string]string{}, dead: map[string]bool{},
 	}
 	if !cfg.Namespaces.host() && slices.ContainsFunc(cfg.Namespaces, f.isHost) {
@@ -76,10 +82,11 @@ func NewFleet(cfg Config, log *slog.Logger, version string) (*Fleet, error) {
 		if err != nil {
 			return nil, errors.Join(err, host.Close())
 		}
+		a.carry = f.carry
 		f.members[host.ID()] = &member{id: host.ID(), names: []string{netns.Host}, agent: a, cancel: func(error) {}}
 		return f, nil
 	}
-	if err := f.lockRunDir(); err != nil {
+	if err := f.lockRunDir(ctx); err != nil {
 		return nil, errors.Join(err, host.Close())
 	}
 	return f, nil
@@ -93,7 +100,7 @@ func (f *Fleet) isHost(spec string) bool {
 
 // lockRunDir keeps a second agent out where the host's own is not there to do it. What an
 // earlier run has left in the host's namespace is given back first.
-func (f *Fleet) lockRunDir() error {
+func (f *Fleet) lockRunDir(ctx context.Context) error {
 	if err := checkCapabilities(); err != nil {
 		return err
 	}
@@ -109,7 +116,7 @@ func (f *Fleet) lockRunDir() error {
 		if err := j.Close(); err != nil {
 			return fmt.Errorf("agent: %w", err)
 		}
-		if err := f.giveBackIn(context.Background(), netns.Host); err != nil {
+		if err := f.giveBackIn(ctx, netns.Host); err != nil {
 			return err
 		}
 		if j, _, err = journal.Open(f.cfg.RunDir, scope); err != nil {

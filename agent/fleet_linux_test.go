@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"net"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -14,11 +15,14 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
 	"tsoagent/agent/netns"
 	"tsoagent/agent/netns/netnstest"
+	"tsoagent/agent/plan"
+	"tsoagent/routes"
 )
 
 // These tests run on any kernel with XFRM policies, in a process with names of its own.
@@ -98,7 +102,7 @@ func sail(t *testing.T, cfg Config) *sailing {
 	t.Helper()
 	s := &sailing{t: t, done: make(chan error, 1), log: new(lockedBuffer)}
 	var err error
-	if s.Fleet, err = NewFleet(cfg, slog.New(slog.NewTextHandler(s.log, nil)), "test"); err != nil {
+	if s.Fleet, err = newFleet(t.Context(), cfg, slog.New(slog.NewTextHandler(s.log, nil)), "test", stopWithin); err != nil {
 		t.Fatal(err)
 	}
 	var ctx context.Context
@@ -135,12 +139,13 @@ func (s *sailing) crash() {
 		}
 		s.mu.Unlock()
 		for _, a := range agents {
-			if err := a.call(s.t.Context(), func() { a.once = true }); err != nil {
+			// One that only looks gives nothing back, whatever events come before it ends.
+			if err := a.call(s.t.Context(), func() { a.cfg.Mode = Observe }); err != nil {
 				s.t.Fatal(err)
 			}
 		}
 		s.cancel()
-		if err := <-s.done; !errors.Is(err, context.Canceled) {
+		if err := <-s.done; err != nil {
 			s.t.Errorf("Run: %v", err)
 		}
 		if err := s.Close(); err != nil {
@@ -377,6 +382,43 @@ func TestRestoreAllWithoutAnAgent(t *testing.T) {
 	}
 }
 
+// `ip netns exec a tsoctl restore`: the agent was started elsewhere, and has a's journal under its cookie.
+func TestRestoreInsideOfANamespace(t *testing.T) {
+	if !netnstest.Private(t) {
+		return
+	}
+	checkLeaks(t)
+	named(t, "a")
+	cover(t, "a")
+	cfg := fleetConfig(t, "all")
+	s := sail(t, cfg)
+	locked(t, "a")
+	s.crash()
+	ns, err := netns.Open(netns.Path("a"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ns.Close()
+	err = ns.Do(func() error {
+		for range 2 { // twice does no harm
+			if done, err := RestoreAll(t.Context(), cfg, discard(), "test", false); err != nil || len(done.Namespaces) != 0 || done.Failed != 0 {
+				t.Errorf("restore: %+v, %v", done, err)
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		t.Error(err)
+	}
+	bare(t, "a")
+	if n := len(s.dirs()); n != 0 {
+		t.Errorf("%d journals are left", n)
+	}
+	if left := LeftOver(cfg.RunDir).String(); left != "" {
+		t.Errorf("left: %s", left)
+	}
+}
+
 func TestFleetWithoutTheHost(t *testing.T) {
 	if !netnstest.Private(t) {
 		return
@@ -406,7 +448,7 @@ func TestFleetWithoutTheHost(t *testing.T) {
 	for _, namespaces := range []Namespaces{{"a"}, {"host"}} {
 		second := cfg
 		second.Namespaces = namespaces
-		if f, err := NewFleet(second, discard(), "test"); !errors.Is(err, ErrRunning) {
+		if f, err := NewFleet(t.Context(), second, discard(), "test"); !errors.Is(err, ErrRunning) {
 			t.Errorf("a second agent: %v, %v", f, err)
 		}
 	}
@@ -481,6 +523,68 @@ func TestFleetFollowsAProcess(t *testing.T) {
 	netnstest.Within(t, "it is let go", func() bool { return len(s.dirs()) == 0 })
 	bare(t, "a") // which still has its name
 	s.stop()
+}
+
+// What can't be given back in a namespace that is not followed any more doesn't hold up a stop.
+func TestStopWhileADroppedNamespaceIsGivenBack(t *testing.T) {
+	if !netnstest.Private(t) {
+		return
+	}
+	checkLeaks(t)
+	named(t, "a", "b")
+	netnstest.IP(t, "link add n0 type veth peer name n1")
+	const grace = 200 * time.Millisecond
+	// No veth has an MTU of 10: it is refused for ever.
+	refused := func(spec string, cfg Config) {
+		t.Helper()
+		a, err := newAgentIn(spec, cfg, discard(), "test", (*Agent).open)
+		if err != nil {
+			t.Fatal(err)
+		}
+		err = a.in(func() error {
+			ifi, err := net.InterfaceByName("n0")
+			if err != nil {
+				return err
+			}
+			return a.journal.Put(entry(mtuDeviceID(routes.Ifindex(ifi.Index)), kindDeviceMTU,
+				deviceMTU{Index: routes.Ifindex(ifi.Index), Name: "n0", Kind: "veth", Claim: plan.MTUClaim{Was: 10, Ours: 1500}}))
+		})
+		if err := errors.Join(err, a.Close()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	late := func(what string, began time.Time, err error) {
+		t.Helper()
+		if took := time.Since(began); took > 20*time.Second || err == nil || !strings.Contains(err.Error(), "1 device mtu") || !strings.Contains(err.Error(), "tsoctl restore") {
+			t.Errorf("%s: after %s: %v", what, took, err)
+		}
+	}
+
+	cfg := fleetConfig(t, "a")
+	refused(netns.Host, cfg)
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	began := time.Now()
+	_, err := newFleet(ctx, cfg, discard(), "test", grace)
+	late("the host's, at the start", began, err)
+
+	cfg = fleetConfig(t, "host", "a")
+	refused("b", cfg)
+	log := new(lockedBuffer)
+	f, err := newFleet(t.Context(), cfg, slog.New(slog.NewTextHandler(log, nil)), "test", grace)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel = context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- f.Run(ctx) }()
+	netnstest.Within(t, "it is tried", func() bool { return strings.Contains(log.String(), "can't be given back") })
+	began = time.Now()
+	cancel()
+	late("another's, at the stop", began, errors.Join(<-done, f.Close()))
+	if left := LeftOver(cfg.RunDir).DeviceMTUs; left != 1 {
+		t.Errorf("the journal knows of %d", left)
+	}
 }
 
 // A watcher whose socket ends is dialled again where it was, and not in the process's namespace.

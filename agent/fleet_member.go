@@ -31,6 +31,7 @@ func (f *Fleet) follow(ctx context.Context, m *member) {
 			f.mu.Lock()
 			m.agent, m.why = a, ""
 			f.mu.Unlock()
+			f.announce()
 			err = a.Run(ctx)
 			f.mu.Lock()
 			m.agent = nil
@@ -70,6 +71,7 @@ func (f *Fleet) open(m *member) (a *Agent, err error) {
 				if a.ns.ID() != m.id {
 					return errMoved
 				}
+				a.carry = f.carry
 				return a.open()
 			})
 			return err

@@ -9,6 +9,7 @@ import (
 	"os"
 	"slices"
 	"strconv"
+	"time"
 
 	"tsoagent/agent/journal"
 	"tsoagent/agent/netns"
@@ -162,8 +163,15 @@ func (f *Fleet) sweep(ctx context.Context) {
 	for _, spec := range others {
 		f.wg.Go(func() {
 			err := f.host.Do(func() error { return f.giveBackIn(ctx, spec) })
-			if err != nil {
-				f.note(fmt.Sprintf("namespace %s is not followed any more, and not everything could be given back in it: %v", spec, err))
+			if err == nil {
+				return
+			}
+			err = fmt.Errorf("namespace %s is not followed any more, and not everything could be given back in it: %w", spec, err)
+			f.note(err.Error())
+			if ctx.Err() != nil { // nobody reads the reports any more
+				f.mu.Lock()
+				f.errs = append(f.errs, err)
+				f.mu.Unlock()
 			}
 		})
 	}
@@ -175,8 +183,11 @@ func (f *Fleet) note(text string) {
 	f.notes = append(f.notes, text)
 }
 
-// giveBackIn gives back what an earlier run has left in a namespace that is not followed now.
+// giveBackIn gives back what an earlier run has left in a namespace that is not followed now. A
+// stop does not cut it short, but bounds it.
 func (f *Fleet) giveBackIn(ctx context.Context, spec string) error {
+	ctx, cancel := graceful(ctx, f.grace)
+	defer cancel()
 	r, err := RestoreIn(ctx, spec, f.cfg, f.log.With("netns", spec), f.version, false)
 	if err != nil {
 		f.log.Warn("what an earlier run left in a namespace can't be given back", "netns", spec, "err", err)
@@ -184,6 +195,21 @@ func (f *Fleet) giveBackIn(ctx context.Context, spec string) error {
 	}
 	f.log.Info("given back in a namespace that is not followed any more", "netns", spec, "holds", r.Holds, "locks", r.Locks, "rules", r.Rules, "clones", r.Clones)
 	return nil
+}
+
+// graceful is a context that ends a while after another one does.
+func graceful(ctx context.Context, grace time.Duration) (context.Context, context.CancelFunc) {
+	out, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	stop := context.AfterFunc(ctx, func() {
+		t := time.NewTimer(grace)
+		defer t.Stop()
+		select {
+		case <-t.C:
+			cancel()
+		case <-out.Done():
+		}
+	})
+	return out, func() { stop(); cancel() }
 }
 
 // RestoreAll is Restore in the namespace of the calling thread and in all others that have a

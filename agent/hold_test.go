@@ -81,6 +81,39 @@ func TestChangeWhileAHoldIsGivenBackDoesNotCountAgainstTheNextHold(t *testing.T)
 	w.mustProtect()
 }
 
+// A claim is dropped only when it is known that the feature is on.
+func TestHoldThatCantBeReadBackStaysOurs(t *testing.T) {
+	w := tunnelWorld(t, dedicatedOff())
+	w.start()
+	w.lateErr = unix.ENOBUFS
+	w.xfrm(tunnelPolicy, tunnelSA)
+	w.step()
+	if len(w.a.st.holds) != 3 || w.book["feature/7/tx-tcp-segmentation"].ID == "" {
+		t.Fatalf("holds %v, journal %v", w.a.st.holds, w.ids())
+	}
+	w.lateErr = nil
+	w.settle()
+	if h := w.hold(tso); h.State != StateInPlace || len(w.a.st.unsure)+len(w.a.st.retakes)+len(w.a.st.refused) > 0 {
+		t.Errorf("the report says %+v", h)
+	}
+	w.xfrm(gone(tunnelPolicy))
+	w.settle()
+	w.advance(time.Minute)
+	w.mustBeBare()
+
+	// The request came to nothing, which nobody overruled: it is asked for again.
+	w.xfrm(tunnelPolicy)
+	w.beforeSet = func() { w.setErr, w.lateErr = unix.ENOBUFS, unix.ENOBUFS }
+	w.step()
+	w.lateErr = nil
+	w.features(ethtool.FeaturesSet{Features: w.feats[ipsec1]})
+	w.settle()
+	w.mustProtect()
+	if len(w.a.st.retakes)+len(w.a.st.unsure) > 0 {
+		t.Errorf("counted: %v, %v", w.a.st.retakes, w.a.st.unsure)
+	}
+}
+
 // An event from before our own write is nobody's change.
 func TestOldEventIsNotTakenForAChange(t *testing.T) {
 	on := func(w *world) *ethtool.Features { return w.feats[ipsec1] }

@@ -43,7 +43,7 @@ func (a *Agent) mayHold(h plan.Hold, retaken bool) bool {
 	if _, refused := a.st.refused[k]; refused {
 		return false
 	}
-	if !retaken {
+	if !retaken || a.st.unsure[k] {
 		return true
 	}
 	if a.st.retakes[k]++; a.st.retakes[k] == 1 {
@@ -74,23 +74,10 @@ func (a *Agent) holdDevice(dev ethtool.Device, due []plan.Hold, at time.Time) {
 		a.st.know(now)
 	}
 	var refused *ethtool.RefusedError
-	if err != nil && !errors.As(err, &refused) && a.didHold(dev, due) {
-		err = nil // done, but not read back
-	}
 	if err != nil && !errors.As(err, &refused) {
-		for _, h := range due {
-			a.dropHold(plan.HoldKey{Index: dev.Index, Feature: h.Feature})
-		}
-		if errors.Is(err, os.ErrNotExist) {
-			// Renamed, re-created or gone: its events are on the way, and so is another plan.
-			a.log.Debug("device to hold is gone", "device", dev.Name)
-			delete(a.st.features, routes.Ifindex(dev.Index))
-			a.look(routes.Ifindex(dev.Index))
+		if due = a.afterFailedSet(dev, due, err); len(due) == 0 {
 			return
 		}
-		a.failed("features can't be set", err, "device", dev.Name)
-		a.refuse(dev, due, err.Error())
-		return
 	}
 	again := false
 	for _, h := range due {
@@ -105,6 +92,7 @@ func (a *Agent) holdDevice(dev ethtool.Device, due []plan.Hold, at time.Time) {
 		_, had := a.st.holds[k]
 		again = again || !had
 		a.st.holds[k] = a.claimOf(h)
+		delete(a.st.unsure, k)
 		delete(a.st.release, k)
 		a.did("feature held off", "device", dev.Name, "feature", h.Feature, "because", cmp.Or(ids(h.Because), h.Why))
 	}
@@ -113,17 +101,50 @@ func (a *Agent) holdDevice(dev ethtool.Device, due []plan.Hold, at time.Time) {
 	}
 }
 
-// didHold reads whether all features are off after a Set whose outcome is not known.
-func (a *Agent) didHold(dev ethtool.Device, due []plan.Hold) bool {
+// settleUnsure ends the doubt about holds whose feature is known to be off.
+func (a *Agent) settleUnsure() {
+	for k := range a.st.unsure {
+		if s, ok := a.st.features[routes.Ifindex(k.Index)].Get(k.Feature); ok && !s.Wanted {
+			delete(a.st.unsure, k)
+		}
+	}
+}
+
+// afterFailedSet reads what came of a Set whose outcome is not known, and returns the holds that
+// are in place. A claim is dropped only if its feature is known to be on. While that can't be read
+// the claim stays, and does not count as one that somebody overruled.
+func (a *Agent) afterFailedSet(dev ethtool.Device, due []plan.Hold, failed error) []plan.Hold {
 	now, err := a.et.Features(dev)
 	if err != nil {
-		return false
+		for _, h := range due {
+			k := plan.HoldKey{Index: dev.Index, Feature: h.Feature}
+			a.st.holds[k], a.st.unsure[k] = a.claimOf(h), true
+		}
+		if !errors.Is(err, os.ErrNotExist) {
+			a.failed("features were to be held off, and can't be read back", errors.Join(failed, err), "device", dev.Name)
+		} else {
+			// Renamed, re-created, moved or gone: its events are on the way, and so is another plan.
+			a.log.Debug("device to hold is gone", "device", dev.Name)
+		}
+		delete(a.st.features, routes.Ifindex(dev.Index))
+		a.look(routes.Ifindex(dev.Index))
+		return nil
 	}
 	a.st.know(now)
-	return !slices.ContainsFunc(due, func(h plan.Hold) bool {
-		s, ok := now.Get(h.Feature)
-		return !ok || s.Wanted
-	})
+	var held, on []plan.Hold
+	for _, h := range due {
+		if s, ok := now.Get(h.Feature); ok && !s.Wanted {
+			held = append(held, h)
+			continue
+		}
+		on = append(on, h)
+		a.dropHold(plan.HoldKey{Index: dev.Index, Feature: h.Feature})
+	}
+	if len(on) > 0 {
+		a.failed("features can't be set", failed, "device", dev.Name)
+		a.refuse(dev, on, failed.Error())
+	}
+	return held
 }
 
 func (a *Agent) refuse(dev ethtool.Device, holds []plan.Hold, why string) {
@@ -136,6 +157,7 @@ func (a *Agent) refuse(dev ethtool.Device, holds []plan.Hold, why string) {
 func (a *Agent) dropHold(k plan.HoldKey) {
 	delete(a.st.holds, k)
 	delete(a.st.retakes, k)
+	delete(a.st.unsure, k)
 	a.unbook(holdID(k))
 }
 

@@ -17,6 +17,10 @@ type batch struct {
 	features []ethtool.Event
 	keys     []sockopt.Event
 	l2tp     []l2tp.Event
+	// Messages of other namespaces' loops, which the Fleet carries.
+	arrivals []arrival
+	handed   []handed
+	offer    bool // a namespace is followed that was not
 }
 
 func (b batch) len() int {
@@ -59,6 +63,22 @@ func (b *inbox) put(x batch) {
 	case b.signal <- struct{}{}:
 	default:
 	}
+}
+
+// post is put for messages between loops: it never waits, as two loops could wait for each other. It
+// is false if nobody reads the inbox any more.
+func (b *inbox) post(x batch) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.closed {
+		return false
+	}
+	b.pending = append(b.pending, x)
+	select {
+	case b.signal <- struct{}{}:
+	default:
+	}
+	return true
 }
 
 // take returns all that is pending.

@@ -30,3 +30,20 @@ func TestRouteMovedUnderANewRuleIsTriedAgain(t *testing.T) {
 		t.Error("still withheld after its route has changed")
 	}
 }
+
+// A lock that could not be given back because its device was gone does not count against a later one.
+func TestLockThatIsLostIsNoLongerStuck(t *testing.T) {
+	w := tunnelWorld(t, dedicatedOff())
+	w.start(tunnelPolicy, tunnelSA)
+	if len(w.a.st.locks) != 1 {
+		t.Fatalf("locks %v", w.a.st.locks)
+	}
+	for k := range w.a.st.locks {
+		w.a.st.stuck[k] = stuckAfter - 1
+	}
+	w.deleteRoute("10.2.0.0/16")
+	w.settle()
+	if len(w.a.st.locks)+len(w.a.st.stuck) != 0 {
+		t.Errorf("locks %v, stuck %v", w.a.st.locks, w.a.st.stuck)
+	}
+}

@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"slices"
+	"strings"
 	"time"
 
 	"tsoagent/agent/journal"
@@ -51,10 +53,12 @@ func (a *Agent) openToLook() error {
 	}
 	if scope, err := a.scope(); err == nil {
 		// Without its journal, a lock of ours would look like its owner's.
-		if found, err := journal.Read(a.dir, scope); err == nil {
-			a.adopt(found)
-		} else if !errors.Is(err, os.ErrNotExist) {
-			a.findings = append(a.findings, err.Error())
+		for _, dir := range slices.Compact([]string{a.dir, cookieDir(a.cfg.RunDir, scope.NetnsCookie)}) {
+			if found, err := journal.Read(dir, scope); err == nil {
+				a.adopt(found)
+			} else if !errors.Is(err, os.ErrNotExist) {
+				a.findings = append(a.findings, err.Error())
+			}
 		}
 	}
 	a.journal = readOnly{}
@@ -100,6 +104,12 @@ func LeftOver(runDir string) Left {
 			entries = append(entries, found.Entries...)
 		}
 	}
+	left.add(entries)
+	return left
+}
+
+// add counts journal entries.
+func (left *Left) add(entries []journal.Entry) {
 	for _, e := range entries {
 		switch e.Kind {
 		case kindHold:
@@ -116,7 +126,40 @@ func LeftOver(runDir string) Left {
 			left.Tables = true
 		}
 	}
-	return left
+}
+
+// String is what is left in words, empty for nothing.
+func (left Left) String() string {
+	var out []string
+	for _, c := range []struct {
+		n         int
+		one, many string
+	}{
+		{left.Holds, "held feature", "held features"}, {left.Locks, "locked route", "locked routes"},
+		{left.DeviceMTUs, "device mtu", "device mtus"}, {left.Lanes, "lane", "lanes"},
+	} {
+		switch c.n {
+		case 0:
+		case 1:
+			out = append(out, "1 "+c.one)
+		default:
+			out = append(out, fmt.Sprintf("%d %s", c.n, c.many))
+		}
+	}
+	if left.Tables {
+		out = append(out, "rules and clones")
+	}
+	if left.Clamp {
+		out = append(out, "a clamp")
+	}
+	return strings.Join(out, ", ")
+}
+
+// left is what the agent's journal remembers. Its loop must have ended, or be the caller.
+func (a *Agent) left() string {
+	var left Left
+	left.add(a.journal.Entries())
+	return left.String()
 }
 
 // Restored says what Restore did.
@@ -149,7 +192,35 @@ func Restore(ctx context.Context, cfg Config, log *slog.Logger, version string, 
 // RestoreIn is Restore in a namespace, which is named as in a configuration.
 func RestoreIn(ctx context.Context, spec string, cfg Config, log *slog.Logger, version string, stale bool) (*Restored, error) {
 	cfg.Mode = Enforce
-	a, err := newAgentIn(spec, cfg, log, version, (*Agent).open)
+	var cookie uint64
+	out, err := restoreFrom(ctx, spec, cfg, log, version, stale, func(a *Agent) error {
+		if scope, err := a.scope(); err == nil && a.name == "" {
+			cookie = scope.NetnsCookie
+		}
+		return a.open()
+	})
+	if err != nil || cookie == 0 {
+		return out, err
+	}
+	// An agent that was started elsewhere, as in the host's namespace while we are inside of
+	// `ip netns exec NAME`, has the journal of this one in a directory of its own.
+	dir := cookieDir(cfg.WithDefaults().RunDir, cookie)
+	if _, err := os.Stat(dir); err != nil {
+		return out, nil // none
+	}
+	more, err := restoreFrom(ctx, spec, cfg, log, version, stale, func(a *Agent) error {
+		a.dir = dir
+		return a.open()
+	})
+	if more != nil {
+		out.add(more)
+	}
+	return out, err
+}
+
+// restoreFrom is RestoreIn with what one journal knows, which open chooses.
+func restoreFrom(ctx context.Context, spec string, cfg Config, log *slog.Logger, version string, stale bool, open func(*Agent) error) (*Restored, error) {
+	a, err := newAgentIn(spec, cfg, log, version, open)
 	if err != nil {
 		return nil, err
 	}
@@ -158,6 +229,13 @@ func RestoreIn(ctx context.Context, spec string, cfg Config, log *slog.Logger, v
 		a.tidy()
 	}
 	return out, errors.Join(err, a.Close())
+}
+
+// add counts what was restored from another journal of the same namespace.
+func (r *Restored) add(more *Restored) {
+	r.Holds, r.Locks, r.Rules, r.Clones = r.Holds+more.Holds, r.Locks+more.Locks, r.Rules+more.Rules, r.Clones+more.Clones
+	r.DeviceMTUs, r.Clamps, r.Lanes = r.DeviceMTUs+more.DeviceMTUs, r.Clamps+more.Clamps, r.Lanes+more.Lanes
+	r.Actions, r.Failed, r.Findings = r.Actions+more.Actions, r.Failed+more.Failed, append(r.Findings, more.Findings...)
 }
 
 func (a *Agent) restore(ctx context.Context, stale bool) (*Restored, error) {
@@ -172,11 +250,14 @@ func (a *Agent) restore(ctx context.Context, stale bool) (*Restored, error) {
 	ctx, cancel := context.WithTimeout(ctx, onceWithin)
 	defer cancel()
 	if err := a.Run(ctx); err != nil {
+		if left := a.left(); left != "" {
+			return nil, fmt.Errorf("agent: restore: %w; still in place: %s; run `tsoctl restore`", err, left)
+		}
 		return nil, fmt.Errorf("agent: restore: %w", err)
 	}
 	out.Rules, out.Clones = a.dropped.rules, a.dropped.clones
 	out.DeviceMTUs, out.Clamps = a.st.mtusGiven, a.st.clamps.deleted
 	out.Lanes = a.st.lanes.removed
-	out.Actions, out.Failed, out.Findings = a.stats.Actions, a.stats.Failed, list(a.findings)
+	out.Actions, out.Failed, out.Findings = a.stats.Actions, a.stats.Failed, list(slices.Concat(a.findings, a.movedFindings()))
 	return out, nil
 }

@@ -148,7 +148,7 @@ func (a *Agent) publish(pl *plan.Plan, s *plan.Steps, now time.Time) {
 		Links: len(a.st.fib.Links()), Routes: a.st.fib.Len(),
 		Policies: a.st.db.PolicyCount(), SAs: a.st.db.SACount(),
 		Coverages: coverageReports(pl), Holds: a.holdReports(pl), Locks: a.lockReports(pl, s),
-		Findings: list(slices.Concat(a.findings, a.probeFindings(), a.conflicts(now), a.clampConflicts(now))), Counters: a.stats,
+		Findings: list(slices.Concat(a.findings, a.movedFindings(), a.probeFindings(), a.conflicts(now), a.clampConflicts(now))), Counters: a.stats,
 		Rules: []RuleReport{}, Clones: []CloneReport{}, Sources: []SourceReport{},
 		Clamps: a.clampReports(pl), Lanes: a.laneReports(pl, now), DeviceMTUs: a.mtuReports(pl),
 	}

@@ -43,6 +43,13 @@ func (a *Agent) apply(b batch) {
 			a.st.l2tp.set(ev.Sessions)
 		}
 	}
+	a.st.arrivals = append(a.st.arrivals, b.arrivals...)
+	for _, h := range b.handed {
+		a.settleMoved(h)
+	}
+	if b.offer && a.lastP != nil {
+		a.offerAgain()
+	}
 	for _, ev := range b.keys {
 		if set, ok := ev.(sockopt.KeysSet); ok {
 			a.st.keys = set.Keys
@@ -60,6 +67,9 @@ func (a *Agent) applyRoute(ev routes.Event) {
 	case routes.LinkSet:
 		a.doubtMTU6(ev.Link)
 		a.laneLink(ev.Link.Index, ev.Link.Name)
+		if a.lastP != nil {
+			a.returned(ev.Link)
+		}
 		// A new or renamed device has no features event of its own.
 		if f := a.st.features[ev.Link.Index]; f == nil || f.Name != ev.Link.Name {
 			a.look(ev.Link.Index)
@@ -68,6 +78,7 @@ func (a *Agent) applyRoute(ev routes.Event) {
 	case routes.LinkGone:
 		delete(a.st.features, ev.Index)
 		a.st.l2tp.gone(ev.Index)
+		a.departed(ev)
 		a.forgetDevice(ev.Index)
 		a.laneLink(ev.Index, "")
 	case routes.RuleSet:
@@ -242,6 +253,7 @@ func (a *Agent) round(now time.Time) (next time.Duration, reached bool) {
 	a.st.linger(now, time.Duration(a.cfg.RestoreAfter))
 	a.st.forwarding = a.forwards.read()
 	a.freshenMTUs()
+	a.settleUnsure()
 	in := a.input(now)
 	pl := &plan.Plan{}
 	if a.goal == protect {
@@ -283,7 +295,7 @@ func (a *Agent) round(now time.Time) (next time.Duration, reached bool) {
 		// Look again at once: what was written is to be found in place.
 		return time.Nanosecond, false
 	}
-	reached = a.st.ready() && (a.cfg.Mode == Observe || steps.Empty() && len(a.st.writing) == 0 && a.moreDone(&more) && a.lanesDone())
+	reached = a.st.ready() && (a.cfg.Mode == Observe || steps.Empty() && len(a.st.writing) == 0 && a.moreDone(&more) && a.lanesDone() && len(a.st.arrivals) == 0)
 	if a.once && !reached { // nobody else brings the next round
 		if a.stats.Failed != failures {
 			return onceFailed, false
@@ -401,6 +413,9 @@ func (a *Agent) nextTimer(now time.Time) time.Duration {
 	}
 	add(a.clampsDue(now))
 	add(a.lanesDue(now))
+	for _, x := range a.st.arrivals {
+		add(x.until)
+	}
 	for k := range a.st.stuck {
 		if _, held := a.st.locks[k]; held {
 			add(now.Add(stuckRetry))

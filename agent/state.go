@@ -38,6 +38,7 @@ type state struct {
 	locks     map[routes.Key]plan.LockClaim
 	mtus      map[routes.Ifindex]plan.MTUClaim
 	retakes   map[plan.HoldKey]int
+	unsure    map[plan.HoldKey]bool // holds that may be in place: it could not be read back
 	contested map[plan.HoldKey]string
 	refused   map[plan.HoldKey]string
 	release   map[plan.HoldKey]time.Time     // when a hold that is wanted no more is given back
@@ -60,6 +61,10 @@ type state struct {
 	mtusAdopted []deviceMTU             // until the first plan
 	doubtful    map[routes.Ifindex]bool // links that are to be read anew
 	mtusGiven   int                     // how many devices got their MTU back
+
+	moved    map[string]*movedDevice        // devices that left with changes of ours, by the journal's ID
+	left     map[routes.Ifindex]movedDevice // devices that left of late, without claims
+	arrivals []arrival                      // claims on devices that were moved here
 }
 
 type lingerer struct {
@@ -121,7 +126,10 @@ func newState() *state {
 		mtus:          map[routes.Ifindex]plan.MTUClaim{},
 		doubtful:      map[routes.Ifindex]bool{},
 		lanes:         newLaneState(),
+		moved:         map[string]*movedDevice{},
+		left:          map[routes.Ifindex]movedDevice{},
 		retakes:       map[plan.HoldKey]int{},
+		unsure:        map[plan.HoldKey]bool{},
 		contested:     map[plan.HoldKey]string{},
 		refused:       map[plan.HoldKey]string{},
 		release:       map[plan.HoldKey]time.Time{},

@@ -87,7 +87,8 @@ func (d *Decoder) decode(h Header, data []byte) (Event, error) {
 			return nil, err
 		}
 		if h.Type == rtmDelLink {
-			return LinkGone{Index: l.Index}, nil
+			to, err := decodePlace(data)
+			return LinkGone{Index: l.Index, To: to}, err
 		}
 		return LinkSet{Link: l}, nil
 	case rtmNewAddr, rtmDelAddr:

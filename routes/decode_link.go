@@ -17,6 +17,8 @@ const (
 	iflaLinkInfo    = 18
 	iflaAFSpec      = 26
 	iflaLinkNetnsid = 37
+	iflaNewNetnsid  = 45
+	iflaNewIfindex  = 49
 	iflaPermAddress = 54
 	iflaExtMask     = 29
 
@@ -99,6 +101,26 @@ func decodeLink(data []byte) (*Link, error) {
 		l.MTU6 = 0
 	}
 	return l, nil
+}
+
+// decodePlace is where a device went that left the namespace (dev_change_net_namespace,
+// net/core/dev.c). One that is deleted has no such attributes.
+func decodePlace(data []byte) (Place, error) {
+	var p Place
+	known := false
+	a := attrs{b: data[ifinfomsgLen:]}
+	for a.next() {
+		switch a.typ {
+		case iflaNewNetnsid:
+			p.Netnsid, known = int32(a.u32()), true
+		case iflaNewIfindex:
+			p.Index = Ifindex(a.u32())
+		}
+	}
+	if a.err != nil || !known || p.Index <= 0 || p.Netnsid < 0 {
+		return Place{}, a.err
+	}
+	return p, nil
 }
 
 // decodeSpec decodes the IPv6 MTU from IFLA_AF_SPEC (inet6_fill_link_af, net/ipv6/addrconf.c).

@@ -22,10 +22,20 @@ func (t *Table) SetLinkMTU(i Ifindex, mtu int) error {
 }
 
 // ReadLink reads one device. One that is gone is ENODEV.
-func (t *Table) ReadLink(i Ifindex) (*Link, error) {
+func (t *Table) ReadLink(i Ifindex) (*Link, error) { return t.readLink(linkHeader(i), i) }
+
+// ReadLinkAt reads a device in another namespace, without entering that. It takes CAP_NET_ADMIN in the
+// user namespace that owns it (rtnl_get_net_ns_capable, net/core/rtnetlink.c). A device that is gone
+// is ENODEV, a namespace that is gone EINVAL.
+func (t *Table) ReadLinkAt(p Place) (*Link, error) {
+	const iflaTargetNetnsid = 46
+	return t.readLink(appendU32(linkHeader(p.Index), iflaTargetNetnsid, uint32(p.Netnsid)), p.Index)
+}
+
+func (t *Table) readLink(b []byte, i Ifindex) (*Link, error) {
 	const rtextFilterSkipStats = 1 << 3 // linux/rtnetlink.h
 	var l *Link
-	b := appendU32(linkHeader(i), iflaExtMask, rtextFilterSkipStats)
+	b = appendU32(b, iflaExtMask, rtextFilterSkipStats)
 	_, err := t.c.request(rtmGetLink, unix.NLM_F_ACK, b, func(h Header, data []byte) (err error) {
 		if h.Type == rtmNewLink {
 			l, err = decodeLink(data)

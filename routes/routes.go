@@ -98,6 +98,13 @@ const (
 	NAT         Type = 10
 )
 
+// Place is a device in another namespace than the one that tells of it.
+type Place struct {
+	Index Ifindex // its index there (IFLA_NEW_IFINDEX), 0 for no place
+	// Netnsid is how the namespace that tells of it numbers the other one (IFLA_NEW_NETNSID, `ip netns list-id`).
+	Netnsid int32
+}
+
 // Link is a network device. A Link is immutable once it was handed out.
 type Link struct {
 	Index     Ifindex
@@ -397,7 +404,11 @@ type (
 	// LinkSet is a device that is new, changed or found by a dump.
 	LinkSet struct{ Link *Link }
 	// LinkGone is a device that was deleted or left the namespace.
-	LinkGone struct{ Index Ifindex }
+	LinkGone struct {
+		Index Ifindex
+		// To is where it was moved, the zero value if it was deleted or the kernel doesn't tell.
+		To Place
+	}
 	// AddrSet is an address of a device.
 	AddrSet struct{ Addr Addr }
 	// AddrGone is an address that was removed.

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"strings"
 
 	"tsoagent/lane"
 	"tsoagent/routes"
@@ -18,7 +19,7 @@ func (p *planner) share() {
 	if p.Config.SharedNICs == SharedKeep && !slices.ContainsFunc(p.Config.Devices, func(d DeviceConfig) bool { return d.SharedNICs != "" }) {
 		return
 	}
-	lanes := map[routes.Ifindex]*Lane{}
+	var wanted []laneWanted
 	for _, c := range p.covers {
 		if c.Maybe || c.verdict.Cut == CutDevice && c.Policy.IfID != 0 {
 			continue
@@ -28,9 +29,15 @@ func (p *planner) share() {
 			case SharedOff:
 				p.holdShared(c, l)
 			case SharedLane:
-				p.lane(lanes, c, l)
+				if w, ok := p.wantLane(c, l); ok {
+					wanted = append(wanted, w)
+				}
 			}
 		}
+	}
+	lanes := map[routes.Ifindex]*Lane{}
+	for _, w := range p.oncePassed(wanted) {
+		p.lane(lanes, w)
 	}
 	for _, l := range lanes {
 		slices.SortFunc(l.Matches, lane.Match.Compare)
@@ -59,23 +66,113 @@ func (p *planner) holdShared(c *coverage, l *routes.Link) {
 	}
 }
 
-// lane adds a coverage's packets, as they leave by the NIC, to its lane.
-func (p *planner) lane(lanes map[routes.Ifindex]*Lane, c *coverage, l *routes.Link) {
+// laneWanted is what a coverage asks of the lane of a NIC.
+type laneWanted struct {
+	cov     *coverage
+	nic     *routes.Link
+	matches []lane.Match
+}
+
+// wantLane is a coverage's packets as they leave by the NIC. It is false, with a note, if there is
+// to be no lane for them.
+func (p *planner) wantLane(c *coverage, l *routes.Link) (laneWanted, bool) {
 	if p.offloaded([]*coverage{c}) != nil {
 		c.verdict.note(fmt.Sprintf("no lane on %s: the SA is offloaded to hardware that segments ESP", l.Name))
-		return
+		return laneWanted{}, false
 	}
 	matches := laneMatches(c)
 	if len(matches) == 0 {
 		c.verdict.note(fmt.Sprintf("no lane on %s yet: without an SA it is not known what leaves", l.Name))
-		return
+		return laneWanted{}, false
 	}
+	return laneWanted{c, l, matches}, true
+}
+
+// oncePassed leaves packets that pass the lanes of two devices, one upon the other, the lower one
+// alone: all of them pass that, and those that are sent by the lower device itself pass only that. What
+// is wanted at the upper one is wanted there, on behalf of the same coverage.
+func (p *planner) oncePassed(wanted []laneWanted) []laneWanted {
+	at := map[routes.Ifindex][]lane.Match{}
+	for _, w := range wanted {
+		at[w.nic.Index] = append(at[w.nic.Index], w.matches...)
+	}
+	takes := func(l *routes.Link, m lane.Match) bool {
+		return slices.ContainsFunc(at[l.Index], func(have lane.Match) bool { return laneCovers(have, m) })
+	}
+	var out []laneWanted
+	for _, w := range wanted {
+		own := laneWanted{cov: w.cov, nic: w.nic}
+		for _, m := range w.matches {
+			lower := p.laneBelow(w.nic, func(l *routes.Link) bool { return takes(l, m) })
+			if len(lower) == 0 {
+				own.matches = append(own.matches, m)
+			}
+			var names []string
+			for _, l := range lower {
+				out = append(out, laneWanted{w.cov, l, []lane.Match{m}})
+				names = append(names, l.Name)
+			}
+			if len(names) > 0 {
+				w.cov.verdict.note(fmt.Sprintf("what leaves by %s takes the lane of %s, which it passes as well", w.nic.Name, strings.Join(names, " or ")))
+			}
+		}
+		if len(own.matches) > 0 {
+			out = append(out, own)
+		}
+	}
+	return out
+}
+
+// laneBelow are the lowest devices with a lane that takes something, through which all of it passes
+// that an upper device sends; none if there are none. A VLAN's packets have its tag below, where no
+// lane of ours takes them, and a bridge sends elsewhere, too.
+func (p *planner) laneBelow(l *routes.Link, takes func(*routes.Link) bool) []*routes.Link {
+	var lower []*routes.Link
+	switch l.Kind {
+	case "macvlan", "macvtap", "ipvlan", "ipvtap":
+		if parent := p.FIB.Link(l.Parent); parent != nil && !l.ParentElsewhere {
+			lower = append(lower, parent)
+		}
+	case "bond", "team":
+		lower = p.ports[l.Index]
+	}
+	var out, without []*routes.Link
+	for _, low := range lower {
+		switch deeper := p.laneBelow(low, takes); {
+		case len(deeper) > 0:
+			out = append(out, deeper...)
+		case takes(low):
+			out = append(out, low)
+		case p.Config.shared(low.Name) != SharedLane:
+			return nil
+		default:
+			without = append(without, low)
+		}
+	}
+	if len(out) == 0 {
+		return nil
+	}
+	return append(out, without...) // a bond's other ports are to have one as well then
+}
+
+// laneCovers reports whether one match takes all that another one takes.
+func laneCovers(m, other lane.Match) bool {
+	within := func(p, q netip.Prefix) bool { return p.Bits() <= q.Bits() && p.Contains(q.Addr()) }
+	return m.Proto == other.Proto && m.Sport == other.Sport && m.Dport == other.Dport && within(m.Src, other.Src) && within(m.Dst, other.Dst)
+}
+
+// lane adds a coverage's packets to the lane of a NIC.
+func (p *planner) lane(lanes map[routes.Ifindex]*Lane, w laneWanted) {
+	c, l, matches := w.cov, w.nic, w.matches
 	have := lanes[l.Index]
 	if have == nil {
 		have = &Lane{Lane: lane.Lane{Index: int32(l.Index), Name: l.Name}}
 		lanes[l.Index] = have
 	}
 	have.Matches = append(have.Matches, matches...)
+	if slices.Contains(have.Because, c.ID) {
+		return // on behalf of a device above, too
+	}
 	have.Because = append(have.Because, c.ID)
 	c.verdict.Carriers = append(c.verdict.Carriers, l.Name)
 	if c.verdict.Cut != CutDevice { // a tunnel is one of its flows; there may be others

@@ -166,7 +166,7 @@ func run(c *cli.Context) error {
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
 	defer stop()
-	a, err := agent.NewFleet(cfg, log, version())
+	a, err := agent.NewFleet(ctx, cfg, log, version())
 	if err != nil {
 		return err
 	}

@@ -312,18 +312,7 @@ func status(c *cli.Context) error {
 
 // nextWithout says what to do where no agent runs.
 func nextWithout(runDir string) string {
-	l := agent.LeftOver(runDir)
-	left := []string{
-		count(l.Holds, "held feature", "held features"), count(l.Locks, "locked route", "locked routes"),
-		count(l.DeviceMTUs, "device mtu", "device mtus"), count(l.Lanes, "lane", "lanes"),
-	}
-	if l.Tables {
-		left = append(left, "rules and clones")
-	}
-	if l.Clamp {
-		left = append(left, "a clamp")
-	}
-	text := some(left...)
+	text := agent.LeftOver(runDir).String()
 	if text == "" {
 		return "`tsoctl plan` shows what one would do, `tsoagent run` starts one"
 	}

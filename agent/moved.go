@@ -1,0 +1,374 @@
+package agent
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"tsoagent/agent/journal"
+	"tsoagent/agent/netns"
+	"tsoagent/agent/plan"
+	"tsoagent/ethtool"
+	"tsoagent/routes"
+)
+
+// A device that is moved to another namespace keeps its features and its MTU (KERNEL.md 80): what we
+// changed goes with it. The claims go after it:
+//
+//	loop of the old namespace            Fleet                  loop of the new namespace
+//	RTM_DELLINK, with where it went
+//	journal: moved  ───────────── arrival ──────────────> the link is there, as it was
+//	                                                      journal: the claims; held on, or given back
+//	journal: done   <───────────── handed ───────────────
+//
+// Where nobody follows the new namespace, the entry stays and is told in reports until the device
+// comes back or is gone. Nothing is entered for it: that is the admin's to do.
+
+const kindMoved journal.Kind = "moved"
+
+// movedDevice is the journal's entry for a device that left the namespace with what we changed.
+type movedDevice struct {
+	To       routes.Place      `json:"to"`
+	Index    routes.Ifindex    `json:"ifindex"` // that it had here
+	Name     string            `json:"name"`
+	Kind     string            `json:"kind,omitempty"`
+	IfID     uint32            `json:"if_id,omitempty"`
+	Addr     string            `json:"addr,omitempty"`
+	PermAddr string            `json:"perm_addr,omitempty"`
+	Features []ethtool.Feature `json:"features,omitempty"` // held off; each was wanted before
+	MTU      *plan.MTUClaim    `json:"mtu,omitempty"`
+
+	offered bool   // the loop of another namespace has it
+	where   string // how the other namespace can be named, empty for unknown
+}
+
+// An arrival is a device that was moved here, with the loop to tell what became of its claims.
+type arrival struct {
+	id    string // of the entry in the old namespace's journal
+	dev   movedDevice
+	from  *inbox
+	until time.Time // when it is no longer waited for, zero before it was looked at
+}
+
+// handed tells the old namespace's loop that the new one has taken over the claims, or has not.
+type handed struct {
+	id    string
+	taken bool
+}
+
+// arrivalWithin bounds how long the new namespace's loop waits for the device's own events.
+const arrivalWithin = 10 * time.Second
+
+// maxLeft bounds how many devices that left are remembered for claims that come behind them.
+const maxLeft = 256
+
+func movedID(p routes.Place) string { return fmt.Sprintf("moved/%d/%d", p.Netnsid, p.Index) }
+
+// same reports whether a link can be the device, whatever its name and index are now. The hardware
+// address of a NIC is anybody's to change, its permanent one is not.
+func (d *movedDevice) same(l *routes.Link) bool {
+	return l.Kind == d.Kind && l.IfID == d.IfID && l.PermAddr == d.PermAddr && (l.HardwareAddr == d.Addr || d.Kind == "" && d.PermAddr != "")
+}
+
+// back reports whether a link that appeared in the old namespace is the device, of whose way back
+// the kernel tells nothing.
+func (d *movedDevice) back(l *routes.Link) bool {
+	return d.same(l) && (l.Name == d.Name || l.Index == d.Index || d.Kind == "" && d.PermAddr != "")
+}
+
+// departed takes the claims on a device that leaves, before they are dropped. The link is still in
+// the mirror.
+func (a *Agent) departed(ev routes.LinkGone) {
+	l := a.st.fib.Link(ev.Index)
+	if l == nil || a.cfg.Mode != Enforce {
+		return
+	}
+	d := movedDevice{
+		To: ev.To, Index: l.Index, Name: l.Name, Kind: l.Kind, IfID: l.IfID, Addr: l.HardwareAddr, PermAddr: l.PermAddr,
+	}
+	if len(a.st.left) >= maxLeft {
+		clear(a.st.left)
+	}
+	a.st.left[l.Index] = d
+	if ev.To == (routes.Place{}) {
+		return
+	}
+	for k, c := range a.st.holds {
+		if routes.Ifindex(k.Index) == l.Index && (a.lastP != nil || c.Device.Name == l.Name && c.PermAddr == l.PermAddr) {
+			d.Features = append(d.Features, k.Feature)
+		}
+	}
+	slices.Sort(d.Features)
+	if c, ours := a.st.mtus[l.Index]; ours && c.Theirs == 0 && c.Wrote(l.MTU) && l.MTU != c.Was {
+		d.MTU = &plan.MTUClaim{Was: c.Was, Ours: l.MTU}
+	}
+	if len(d.Features) > 0 || d.MTU != nil {
+		a.log.Info("a device with changes of ours was moved to another network namespace", "device", d.Name, "features", d.Features)
+		a.follow(d)
+		a.dropMTU(l.Index)
+	}
+}
+
+// follow books a device that left, and offers its claims to the loop of the namespace where it is.
+func (a *Agent) follow(d movedDevice) {
+	id := movedID(d.To)
+	if err := a.journal.Put(entry(id, kindMoved, d)); err != nil {
+		a.failed("journal can't be written: a device that was moved is not remembered", err, "device", d.Name)
+	}
+	a.st.moved[id] = &d
+	a.offer(id)
+}
+
+// offer hands the claims on. Where the namespace is not followed it finds out how it is called.
+func (a *Agent) offer(id string) {
+	d := a.st.moved[id]
+	d.offered = a.carry != nil && a.carry(a, arrival{id: id, dev: *d, from: a.inbox})
+	if !d.offered {
+		a.locate(d)
+		a.log.Warn("a device was moved to a network namespace that is not followed", "device", d.Name, "look", d.says())
+	}
+}
+
+// offerAgain offers what nobody has taken: namespaces come to be followed. It forgets devices
+// that are gone.
+func (a *Agent) offerAgain() {
+	for _, id := range slices.Sorted(maps.Keys(a.st.moved)) {
+		d := a.st.moved[id]
+		if d.offered {
+			continue
+		}
+		if d.offered = a.carry != nil && a.carry(a, arrival{id: id, dev: *d, from: a.inbox}); !d.offered && a.stillThere(d) {
+			a.locate(d)
+		} else if !d.offered {
+			a.log.Warn("a device that was moved to a network namespace that is not followed has nothing of ours any more, is gone from there, or was moved on", "device", d.Name)
+			a.doneMoved(id)
+		}
+	}
+}
+
+// stillThere looks at a device without entering its namespace, and reports whether anything of ours
+// can be left on it. A NIC outlives its namespace: it goes to the host's.
+func (a *Agent) stillThere(d *movedDevice) bool {
+	if a.links == nil {
+		return true
+	}
+	l, err := a.links.ReadLinkAt(d.To)
+	if errors.Is(err, unix.ENODEV) || errors.Is(err, unix.EINVAL) || err == nil && !d.same(l) {
+		return d.Kind == ""
+	}
+	if err != nil {
+		return true
+	}
+	d.Name = l.Name
+	if d.MTU != nil && l.MTU != d.MTU.Ours {
+		d.MTU = nil
+	}
+	return len(d.Features) > 0 || d.MTU != nil
+}
+
+// locate finds a name, else a process, by which the namespace of a moved device can be entered.
+func (a *Agent) locate(d *movedDevice) {
+	d.where = ""
+	if a.ids == nil {
+		return
+	}
+	names, _ := netns.Names() // without them a process may still lead there
+	for _, name := range names {
+		if ns, err := netns.Open(netns.Path(name)); err == nil {
+			id, err := a.ids.Of(ns)
+			_ = ns.Close()
+			if err == nil && id == d.To.Netnsid {
+				d.where = name
+				return
+			}
+		}
+	}
+	_ = netns.Processes(func(pid int, ns *netns.Namespace) bool { // else it stays unknown
+		if id, err := a.ids.Of(ns); err == nil && id == d.To.Netnsid {
+			d.where = fmt.Sprintf("pid:%d", pid)
+		}
+		return d.where == ""
+	})
+}
+
+// says is the finding: what was left on which device, and how to give it back.
+func (d *movedDevice) says() string {
+	in, place := "in there ", fmt.Sprintf("a network namespace without a name (number %d in `ip netns list-id`)", d.To.Netnsid)
+	if pid, is := strings.CutPrefix(d.where, "pid:"); is {
+		in, place = "nsenter -t "+pid+" -n ", "the network namespace of process "+pid
+	} else if d.where != "" {
+		in, place = "ip netns exec "+d.where+" ", "network namespace "+d.where
+	}
+	var what, how []string
+	if len(d.Features) > 0 {
+		cmd := in + "ethtool -K " + d.Name
+		for _, f := range d.Features {
+			what, cmd = append(what, string(f)), cmd+" "+string(f)+" on"
+		}
+		what, how = []string{strings.Join(what, ", ") + " held off"}, append(how, "`"+cmd+"`")
+	}
+	if d.MTU != nil {
+		what = append(what, fmt.Sprintf("mtu %d", d.MTU.Ours))
+		how = append(how, fmt.Sprintf("`%sip link set %s mtu %d`", in, d.Name, d.MTU.Was))
+	}
+	return fmt.Sprintf("%s was moved to %s, which is not followed, and took along what this agent changed (%s): give it back with %s, or follow that namespace",
+		d.Name, place, strings.Join(what, ", "), strings.Join(how, " and "))
+}
+
+// movedFindings are the devices that took changes of ours to where nobody follows.
+func (a *Agent) movedFindings() []string {
+	var out []string
+	for _, id := range slices.Sorted(maps.Keys(a.st.moved)) {
+		if d := a.st.moved[id]; !d.offered {
+			out = append(out, d.says())
+		}
+	}
+	return out
+}
+
+// returned looks whether a link that appears is a device that was moved away.
+func (a *Agent) returned(l *routes.Link) {
+	if a.st.fib.Link(l.Index) == nil {
+		delete(a.st.left, l.Index) // another device has the index now
+	}
+	for id, d := range a.st.moved {
+		if d.offered || !d.back(l) {
+			continue
+		}
+		if a.links != nil {
+			if there, err := a.links.ReadLinkAt(d.To); err == nil && d.same(there) {
+				continue // this one is only like it
+			}
+		}
+		dev := *d
+		dev.To.Index, d.offered = l.Index, true
+		a.st.arrivals = append(a.st.arrivals, arrival{id: id, dev: dev, from: a.inbox})
+	}
+}
+
+// takeIn takes over the claims on devices that were moved here, once their links are in the mirror.
+func (a *Agent) takeIn(now time.Time) {
+	if a.cfg.Mode != Enforce {
+		a.st.arrivals = nil
+	}
+	waiting := a.st.arrivals[:0]
+	for _, x := range a.st.arrivals {
+		if x.until.IsZero() {
+			x.until = now.Add(arrivalWithin)
+		}
+		l := a.st.fib.Link(x.dev.To.Index)
+		left, gone := a.st.left[x.dev.To.Index]
+		switch {
+		case l != nil && x.dev.same(l):
+			switch err := a.takeOver(l, &x.dev); {
+			case err == nil:
+				a.answer(x, true)
+			case now.Before(x.until): // renamed or moved on, as a rule, which its events tell
+				a.log.Debug("a device that was moved here can't be taken over yet", "device", l.Name, "err", err)
+				waiting = append(waiting, x)
+			default:
+				a.failed("a device that was moved here can't be taken over", err, "device", l.Name)
+				a.answer(x, false)
+			}
+		case gone && left.Kind == x.dev.Kind && left.Addr == x.dev.Addr && left.PermAddr == x.dev.PermAddr && left.IfID == x.dev.IfID:
+			if left.To != (routes.Place{}) { // it was moved on before its claims came
+				left.Features, left.MTU = x.dev.Features, x.dev.MTU
+				a.follow(left)
+			}
+			a.answer(x, true)
+		case now.Before(x.until):
+			waiting = append(waiting, x)
+		default:
+			a.answer(x, false)
+		}
+	}
+	a.st.arrivals = waiting
+}
+
+// answer tells the loop of the old namespace, which can be this one, what became of the claims.
+func (a *Agent) answer(x arrival, taken bool) {
+	h := handed{x.id, taken}
+	if x.from == a.inbox {
+		a.settleMoved(h)
+	} else {
+		x.from.post(batch{handed: []handed{h}}) // one that ended keeps its journal's entry
+	}
+}
+
+// takeOver makes the claims on a device ours as far as they hold: a feature that is on is nobody's, nor is
+// an MTU that is not the one that was set. The next plan keeps them or gives them back.
+func (a *Agent) takeOver(l *routes.Link, d *movedDevice) error {
+	dev := ethtool.Device{Index: ethtool.Ifindex(l.Index), Name: l.Name}
+	f, err := a.et.Features(dev)
+	if err != nil {
+		return err
+	}
+	a.st.know(f)
+	var entries []journal.Entry
+	claims := map[plan.HoldKey]plan.HoldClaim{}
+	for _, name := range d.Features {
+		k := plan.HoldKey{Index: dev.Index, Feature: name}
+		if s, ok := f.Get(name); !ok || s.Wanted {
+			continue
+		}
+		if _, ours := a.st.holds[k]; !ours {
+			claims[k] = plan.HoldClaim{Device: dev, PermAddr: l.PermAddr, Was: true}
+			entries = append(entries, entry(holdID(k), kindHold, heldFeature{claims[k], name}))
+		}
+	}
+	if len(entries) > 0 {
+		if err := a.journal.Put(entries...); err != nil {
+			return err
+		}
+	}
+	maps.Copy(a.st.holds, claims)
+	if _, ours := a.st.mtus[l.Index]; !ours && d.MTU != nil && l.MTU == d.MTU.Ours && !a.bookMTU(l, *d.MTU) {
+		return errNotBooked
+	}
+	a.log.Info("a device was moved here with changes of ours: they are kept or given back here", "device", l.Name, "features", d.Features)
+	return nil
+}
+
+var errNotBooked = errors.New("the journal can't be written")
+
+// settleMoved hears what became of claims that were handed on.
+func (a *Agent) settleMoved(h handed) {
+	d := a.st.moved[h.id]
+	switch {
+	case d == nil:
+	case h.taken:
+		a.doneMoved(h.id)
+	default:
+		d.offered = false
+		a.locate(d)
+	}
+}
+
+func (a *Agent) doneMoved(id string) {
+	delete(a.st.moved, id)
+	a.unbook(id)
+}
+
+// adoptMoved takes over what an earlier run remembers of a device that left.
+func (a *Agent) adoptMoved(e journal.Entry) error {
+	d := new(movedDevice)
+	if err := json.Unmarshal(e.Data, d); err != nil {
+		return err
+	}
+	a.st.moved[e.ID] = d
+	return nil
+}
+
+// recallMoved looks once, before the first plan, where such devices are now.
+func (a *Agent) recallMoved() {
+	for _, l := range a.st.fib.Links() {
+		a.returned(l)
+	}
+	a.offerAgain()
+}
