@@ -18,7 +18,7 @@ func vxlanNS(t *testing.T) *testNS {
 	if _, err := exec.LookPath("bridge"); err != nil {
 		t.Skip("needs iproute2's bridge")
 	}
-	ip(t, "link set vx up")
+	ip(t, "link set vx addrgenmode none\nlink set vx up")
 	return ns
 }
 
@@ -111,10 +111,10 @@ func TestManyForwardingEntriesAreNotKept(t *testing.T) {
 // neighbours, nor what a bridge learns.
 func TestNeighboursDoNotWakeTheWatcher(t *testing.T) {
 	vxlanNS(t)
-	ip(t, "link add name br0 type bridge\nlink set a1 master br0\nlink set br0 up")
+	ip(t, "link add name br0 type bridge\nlink set br0 addrgenmode none\nlink set a1 master br0\nlink set br0 up")
 	f := follow(t, WatchOptions{})
 	f.settle()
-	before := f.w.Stats().Messages
+	before, seen := f.w.Stats().Messages, len(f.seen)
 	var b strings.Builder
 	for i := range 50 {
 		fmt.Fprintf(&b, "neigh replace 10.0.1.%d nud stale lladdr 02:00:00:00:00:%02x dev b0\n", 10+i, i)
@@ -123,8 +123,16 @@ func TestNeighboursDoNotWakeTheWatcher(t *testing.T) {
 	bridgeFDB(t, "fdb add 02:00:00:00:00:aa dev a1 master static")
 	ip(t, "neigh flush all")
 	f.settle()
-	if n := f.w.Stats().Messages - before; n != 0 {
-		t.Errorf("%d messages were received", n)
+	// A device tells that it runs up to a second after it was set up (linkwatch), and its addresses follow.
+	others := 0
+	for _, ev := range f.seen[seen:] {
+		switch ev.(type) {
+		case LinkSet, AddrSet, RouteSet:
+			others++
+		}
+	}
+	if n := int(f.w.Stats().Messages - before); n > others {
+		t.Errorf("%d messages were received, %d of them of links, addresses and routes", n, others)
 	}
 	bridgeFDB(t, "fdb append 02:00:00:00:00:01 dev vx dst 10.0.0.3")
 	f.others(true)
