@@ -73,8 +73,8 @@ func world() *World {
 
 func conn(local, remote string, change ...func(*sockopt.Conn)) sockopt.Conn {
 	c := sockopt.Conn{
-		Local: netip.MustParseAddrPort(local), State: sockopt.Established, GSO: true, GSOMaxSegs: 65535, GSOMaxSize: 65536,
-		Route: sockopt.ConnRoute{Dev: eth0, TSO: true},
+		Local: netip.MustParseAddrPort(local), State: sockopt.Established, GSO: true, GSOMaxSegs: 65535, GSOMaxSize: 65215, MSS: 1448,
+		Route: sockopt.ConnRoute{Dev: eth0, TSO: true, GSOMaxSegs: 65535},
 	}
 	if remote == "" {
 		c.State, c.Route, c.GSO = sockopt.Listen, sockopt.ConnRoute{}, false
@@ -150,6 +150,7 @@ var scenes = []struct {
 		conn("10.9.0.1:40000", "10.2.0.1:443", bundle),
 		conn("[fd09::1]:40000", "[fd02::1]:443", bundle),
 		conn("10.9.0.1:40001", "10.2.0.1:443", offloaded),
+		conn("10.9.0.1:40001", "10.2.0.1:444", offloaded, func(c *sockopt.Conn) { c.Route.DeviceESP = true }),
 		conn("10.9.0.1:40002", "10.2.7.1:443"),
 		conn("10.8.0.1:40003", "10.2.0.1:443"),
 		conn("10.9.0.1:40004", "10.5.0.1:443"),
@@ -177,7 +178,11 @@ var scenes = []struct {
 		conn("10.1.0.1:40001", "10.7.0.1:443", by(fixed, false)),
 		conn("10.1.0.1:40002", "10.7.0.1:443", by(held0, false)),
 		conn("10.1.0.1:40003", "10.7.0.1:443", func(c *sockopt.Conn) { c.GSOMaxSegs = 1 }),
+		conn("10.1.0.1:40003", "10.7.0.1:444", func(c *sockopt.Conn) { c.Route.GSOMaxSegs = 1 }),
+		conn("10.1.0.1:40003", "10.7.0.1:445", func(c *sockopt.Conn) { c.GSOMaxSize = 2000 }),
 		conn("127.0.0.1:40004", "127.0.0.1:443", by(1, true)),
+		conn("127.0.0.1:40004", "127.0.0.1:444", by(1, true), func(c *sockopt.Conn) { c.MSS = 65483 }),
+		conn("127.0.0.1:40004", "127.0.0.1:445", by(1, true), disabled, func(c *sockopt.Conn) { c.MSS = 65483 }),
 		conn("10.1.0.1:40005", "10.7.0.1:443", by(99, true)),
 		conn("10.1.0.1:40006", "10.7.0.1:443", by(0, false)),
 	}},

@@ -91,8 +91,10 @@ func (j *Join) whyPolicy(f *Flow, c *sockopt.Conn, p *xfrmwatch.Policy, outer bo
 		f.Why = fmt.Sprintf("%s covers what leaves by %s: TSO is off there, the kernel cuts ahead of it", name, f.Device)
 	case p != nil && outer:
 		f.Why = fmt.Sprintf("%s covers what leaves by %s", name, f.Device)
+	case c.Route.XFRM && c.Route.DeviceESP:
+		f.Why = name + " covers it: the device cuts ESP"
 	case c.Route.XFRM && c.Route.Offload:
-		f.Why = name + " covers it: cut by the device, or just ahead of it"
+		f.Why = name + " covers it: ESP is cut just ahead of the device"
 	case f.Segmentation == sockopt.SegNone:
 		f.Why = name + " covers it: the kernel takes GSO from the socket"
 	default:
@@ -115,6 +117,10 @@ func (j *Join) whyUncovered(f *Flow, c *sockopt.Conn, from *listener) {
 	if f.Segmentation == sockopt.SegUnknown || f.Segmentation == sockopt.SegOffload {
 		return
 	}
+	if 2*c.MSS > largest {
+		f.Why = fmt.Sprintf("its segments have %d bytes: there is nothing to lose", c.MSS)
+		return
+	}
 	f.Lost = connected(c.State)
 	switch {
 	case c.GSODisabled && from != nil:
@@ -132,11 +138,17 @@ func (j *Join) whyUncovered(f *Flow, c *sockopt.Conn, from *listener) {
 		f.Why = "the socket may not build super-packets"
 		f.Contradiction = "no policy, SA or key tells why"
 	case c.GSOMaxSegs == 1:
-		f.Why = fmt.Sprintf("the socket has gso_max_segs 1, from %s or its route", f.Device)
+		f.Why = fmt.Sprintf("the socket has gso_max_segs 1, from %s", f.Device)
+	case c.GSOMaxSize < 2*c.MSS:
+		f.Why = fmt.Sprintf("gso_max_size of %s has no room for two segments", f.Device)
 	default:
 		j.whyDevice(f, c)
 	}
 }
+
+// largest is the most that a super-packet has unless a device takes more (GSO_LEGACY_MAX_SIZE,
+// linux/netdevice.h). Over lo, as a rule, no two segments fit one.
+const largest = 65536
 
 // whyDevice says why a device does not cut segments.
 func (j *Join) whyDevice(f *Flow, c *sockopt.Conn) {
@@ -146,6 +158,8 @@ func (j *Join) whyDevice(f *Flow, c *sockopt.Conn) {
 		tso = d.TSO6
 	}
 	switch {
+	case c.Route.GSOMaxSegs == 1:
+		f.Why = fmt.Sprintf("%s has gso_max_segs 1: the kernel cuts", f.Device)
 	case tso.Held:
 		f.Why = "we hold TSO off on " + f.Device
 	case tso.Fixed && !tso.Active:
