@@ -43,7 +43,7 @@ func serveFlows(s served, w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	out := &patient{w: w, rc: http.NewResponseController(w)}
-	lines := bufio.NewWriterSize(out, 64<<10)
+	lines := bufio.NewWriterSize(out, 256<<10)
 	enc := json.NewEncoder(lines)
 	var buf []byte
 	res, err := a.eachFlow(r.Context(), a.call, f, func(f *flows.Flow) (err error) {
