@@ -64,6 +64,11 @@ const (
 	SegUnknown  Segmentation = "unknown"  // it has no route yet, or sends nothing (a listener, TIME_WAIT)
 )
 
+// gsoMaxSizeDefault is no more than what is left of GSO_LEGACY_MAX_SIZE, 65536 bytes, without MAX_TCP_HEADER, which depends on the
+// kernel's configuration. Less says that somebody lowered gso_max_size. With an MSS as large as the loopback's the default has no room for
+// two segments either, and nothing is lost by that.
+const gsoMaxSizeDefault = 65536 - 512
+
 // Segmentation is where the kernel cuts what the socket sends now.
 func (c Conn) Segmentation() Segmentation {
 	switch {
@@ -73,7 +78,7 @@ func (c Conn) Segmentation() Segmentation {
 		return SegNone
 	case c.Route.Dev == 0:
 		return SegUnknown
-	case !c.GSO, c.GSOMaxSegs == 1, c.GSOMaxSize < 2*c.MSS:
+	case !c.GSO, c.GSOMaxSegs == 1, c.GSOMaxSize < min(2*c.MSS, gsoMaxSizeDefault):
 		return SegNone
 	case !c.Route.TSO, c.Route.GSOMaxSegs == 1, c.Route.XFRM && !c.Route.DeviceESP:
 		return SegSoftware

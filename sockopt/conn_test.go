@@ -19,6 +19,7 @@ func TestSegmentation(t *testing.T) {
 		{"gso_max_segs 1 when the route was looked up", func(c *Conn) { c.GSOMaxSegs, c.Route.GSOMaxSegs = 1, 1 }, SegNone},
 		{"no room for two segments", func(c *Conn) { c.GSOMaxSize = 2*c.MSS - 1 }, SegNone},
 		{"room for two segments", func(c *Conn) { c.GSOMaxSize = 2 * c.MSS }, SegOffload},
+		{"as much room as the loopback's MSS leaves", func(c *Conn) { c.GSOMaxSize, c.MSS = 65343, 32741 }, SegOffload},
 		{"signed", func(c *Conn) { c.MD5Keys, c.GSO, c.GSODisabled, c.GSOMaxSegs = 1, false, true, 1 }, SegNone},
 		{"inherited", func(c *Conn) { c.GSO, c.GSODisabled, c.GSOMaxSegs = false, true, 1 }, SegNone},
 		{"inherited, without a route", func(c *Conn) { c.GSO, c.GSODisabled, c.Route = false, true, ConnRoute{} }, SegNone},
