@@ -57,20 +57,13 @@ func flowFilter(c *cli.Context) (flows.Filter, error) {
 }
 
 func showFlows(c *cli.Context) error {
-	if err := noArgs(c); err != nil {
+	cfg, ns, err := plainCall(c)
+	if err != nil {
 		return err
 	}
 	f, err := flowFilter(c)
 	if err != nil {
 		return cli.Exit(err.Error(), exitUsage)
-	}
-	cfg, err := configOf(c)
-	if err != nil {
-		return err
-	}
-	ns, err := netnsOf(c)
-	if err != nil {
-		return err
 	}
 	out := bufio.NewWriterSize(c.App.Writer, 64<<10)
 	p := pageOf(c.App.Writer)
