@@ -744,6 +744,10 @@ func TestControlInNamespaces(t *testing.T) {
 	if list, err := c.Namespaces(ctx); err != nil || len(list) != 2 || list[0].Name != "host" || list[1].Name != "a" {
 		t.Errorf("list: %+v, %v", list, err)
 	}
+	flowsIn(t, c, cfg)
+	if list := s.Reports(); len(list) != 2 || list[0].Netns != "" || list[1].Netns != "a" || len(list[1].Coverages) != 1 {
+		t.Errorf("reports: %+v", list)
+	}
 	_, err = c.ReportIn(ctx, "b")
 	_, err2 := c.ExplainIn(ctx, "b", q)
 	for _, err := range []error{err, err2} {

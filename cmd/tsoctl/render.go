@@ -44,6 +44,9 @@ type plain struct{ io.Writer }
 
 // Write writes b with a question mark for each character that a terminal could obey.
 func (w plain) Write(b []byte) (int, error) {
+	if !bytes.ContainsFunc(b, func(r rune) bool { return harmless(r) != r }) {
+		return w.Writer.Write(b)
+	}
 	if _, err := w.Writer.Write(bytes.Map(harmless, b)); err != nil {
 		return 0, err
 	}
@@ -52,7 +55,9 @@ func (w plain) Write(b []byte) (int, error) {
 
 // harmless is the rune itself, or a question mark for one that can't be printed.
 func harmless(r rune) rune {
-	if r != '\n' && r != '\t' && !strconv.IsPrint(r) {
+	switch {
+	case r >= ' ' && r <= '~', r == '\n', r == '\t': // nearly all there is
+	case !strconv.IsPrint(r):
 		return '?'
 	}
 	return r

@@ -1,0 +1,221 @@
+package sockbpf
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/btf"
+	"github.com/cilium/ebpf/link"
+	"github.com/cilium/ebpf/ringbuf"
+
+	"tsoagent/sockopt"
+)
+
+// A tap is a program on a kernel function.
+type tap struct{ program, function string }
+
+// ways are the ways to know each thing, the best first. The taps of a way belong together: all are attached, or none.
+var ways = []struct {
+	kind sockopt.Kind // that can't be known without it, 0 for none
+	ways [][]tap
+}{
+	{sockopt.MD5, [][]tap{
+		{{keysProgMd5Add, "tcp_md5_do_add"}, {keysProgMd5Del, "tcp_md5_do_del"}},
+		{{keysProgMd5OptionV4, "tcp_v4_parse_md5_keys"}, {keysProgMd5OptionV6, "tcp_v6_parse_md5_keys"}},
+	}},
+	{sockopt.AO, [][]tap{{{keysProgAoOption, "tcp_parse_ao"}}}},
+	{0, [][]tap{{{keysProgMd5Copy, "tcp_md5_key_copy"}}}},
+	{0, [][]tap{{{keysProgMd5Clear, "tcp_clear_md5_list"}}}},
+}
+
+// Hook tells when keys are set and deleted, in all network namespaces.
+type Hook struct {
+	types     *btf.Spec // of the kernel, until all is loaded
+	maps      *ebpf.Collection
+	closers   []io.Closer
+	functions []string
+	kinds     []sockopt.Kind
+	reader    *ringbuf.Reader
+	lost      *ebpf.Variable
+	told      uint64 // how many of lost have been told
+}
+
+// OpenHook loads and attaches the programs. It needs CAP_BPF and CAP_PERFMON, and no more; without them the error is os.ErrPermission, as
+// it is where the kernel refuses to trace functions. Where it has none of them, or can't, it is ErrUnsupported. Events are kept from then
+// on.
+func OpenHook() (*Hook, error) { return openHook(func(string) bool { return true }) }
+
+// openHook leaves out the functions that use doesn't take.
+func openHook(use func(function string) bool) (*Hook, error) {
+	types, err := kernelTypes()
+	if err != nil {
+		return nil, err
+	}
+	h := &Hook{types: types}
+	if err := h.open(use); err != nil {
+		return nil, errors.Join(err, h.Close())
+	}
+	h.types = nil
+	return h, nil
+}
+
+func (h *Hook) open(use func(function string) bool) error {
+	spec, err := loadKeys()
+	if err != nil {
+		return fmt.Errorf("sockbpf: %w", err)
+	}
+	if err := h.openRing(spec); err != nil {
+		return err
+	}
+	return h.takeWays(spec, use)
+}
+
+// openRing makes the maps that the programs share.
+func (h *Hook) openRing(spec *ebpf.CollectionSpec) (err error) {
+	maps := spec.Copy()
+	maps.Programs = nil
+	if h.maps, err = ebpf.NewCollection(maps); err != nil {
+		return explain("make the ring of key events", err)
+	}
+	h.lost = h.maps.Variables[keysVarLost]
+	if h.reader, err = ringbuf.NewReader(h.maps.Maps[keysMapEvents]); err != nil {
+		return explain("map the ring of key events", err)
+	}
+	return nil
+}
+
+// takeWays takes the first way that works for each thing. What can't be known is no error as long as something can.
+func (h *Hook) takeWays(spec *ebpf.CollectionSpec, use func(function string) bool) error {
+	var errs []error
+	for _, thing := range ways {
+		for _, way := range thing.ways {
+			if slices.ContainsFunc(way, func(t tap) bool { return !use(t.function) || !hasFunc(h.types, t.function) }) {
+				continue
+			}
+			if err := h.take(spec, way); err != nil {
+				errs = append(errs, err)
+				continue
+			}
+			if thing.kind != 0 {
+				h.kinds = append(h.kinds, thing.kind)
+			}
+			break
+		}
+	}
+	switch {
+	case len(h.kinds) > 0:
+		return nil
+	case len(errs) > 0:
+		return errs[0] // the best way's
+	}
+	return fmt.Errorf("sockbpf: the kernel has none of its functions for TCP-MD5 and TCP-AO keys (CONFIG_TCP_MD5SIG): %w", ErrUnsupported)
+}
+
+// take loads and attaches the programs of a way, or nothing.
+func (h *Hook) take(spec *ebpf.CollectionSpec, way []tap) (err error) {
+	var taken []io.Closer
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, closeAll(taken))
+		}
+	}()
+	for _, t := range way {
+		one := spec.Copy()
+		one.Programs = map[string]*ebpf.ProgramSpec{t.program: spec.Programs[t.program]}
+		loaded, err := ebpf.NewCollectionWithOptions(one, ebpf.CollectionOptions{
+			Programs: ebpf.ProgramOptions{KernelTypes: h.types}, MapReplacements: h.maps.Maps,
+		})
+		if err != nil {
+			return explain("trace "+t.function, err)
+		}
+		taken = append(taken, closer(loaded.Close))
+		l, err := link.AttachTracing(link.TracingOptions{Program: loaded.Programs[t.program]})
+		if err != nil {
+			return explain("trace "+t.function, err)
+		}
+		taken = append(taken, l)
+	}
+	h.closers = append(h.closers, taken...)
+	for _, t := range way {
+		h.functions = append(h.functions, t.function)
+	}
+	return nil
+}
+
+// closer is a Close that can't fail.
+type closer func()
+
+// Close calls it.
+func (c closer) Close() error {
+	c()
+	return nil
+}
+
+// closeAll closes the last first: a link goes before its program.
+func closeAll(closers []io.Closer) error {
+	var errs []error
+	for _, c := range slices.Backward(closers) {
+		errs = append(errs, c.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// Functions are the kernel's functions that are traced.
+func (h *Hook) Functions() []string { return slices.Clone(h.functions) }
+
+// Watches reports whether keys of this kind are seen when they are set and deleted.
+func (h *Hook) Watches(kind sockopt.Kind) bool { return slices.Contains(h.kinds, kind) }
+
+// Run calls fn with each event, in order, until ctx is done, and returns nil then. The kernel keeps events while nobody runs it, as many
+// as have room; those that hadn't are told by one Lost when there is room again. Run may be called again, but not at the same time.
+func (h *Hook) Run(ctx context.Context, fn func(KeyEvent)) error {
+	// Flush wakes the reader, which SetDeadline would wait for.
+	defer context.AfterFunc(ctx, func() { _ = h.reader.Flush() })()
+	var record ringbuf.Record
+	for ctx.Err() == nil {
+		switch err := h.reader.ReadInto(&record); {
+		case errors.Is(err, ringbuf.ErrFlushed):
+			continue
+		case err != nil:
+			return fmt.Errorf("sockbpf: read key events: %w", err)
+		}
+		// The ring was full at some time ahead of this record if it lost some: whatever was lost is told after at most one more.
+		if err := h.tell(record.RawSample, fn); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (h *Hook) tell(sample []byte, fn func(KeyEvent)) error {
+	var lost uint64
+	if err := h.lost.Get(&lost); err != nil {
+		return fmt.Errorf("sockbpf: read the number of lost key events: %w", err)
+	}
+	e, err := decodeKey(sample)
+	if err != nil {
+		e = KeyEvent{Op: Lost, Missing: 1} // not one of ours: what it was to say is missing
+	}
+	fn(e)
+	if lost > h.told {
+		fn(KeyEvent{Op: Lost, Missing: lost - h.told})
+		h.told = lost
+	}
+	return nil
+}
+
+// Close detaches the programs and unloads them. Run must have returned.
+func (h *Hook) Close() error {
+	err := closeAll(h.closers)
+	if h.reader != nil {
+		err = errors.Join(err, h.reader.Close())
+	}
+	if h.maps != nil {
+		h.maps.Close()
+	}
+	return err
+}
