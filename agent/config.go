@@ -66,6 +66,9 @@ type Config struct {
 	OnStop OnStop `yaml:"on_stop"`
 	// ResyncEvery is how often all sources are read again, spread out by a tenth.
 	ResyncEvery Duration `yaml:"resync_every"`
+	// TCPKeysEvery is how often the keys of TCP sockets are looked at, of which the kernel tells
+	// nobody.
+	TCPKeysEvery Duration `yaml:"tcp_keys_every"`
 	// Namespaces are those that are followed, each by an agent of its own.
 	Namespaces Namespaces `yaml:"namespaces"`
 	// Plan is what decisions depend on. Its keys stand at the top level of the file.
@@ -108,6 +111,9 @@ func (c Config) WithDefaults() Config {
 	}
 	if c.ResyncEvery == 0 {
 		c.ResyncEvery = Duration(15 * time.Minute)
+	}
+	if c.TCPKeysEvery == 0 {
+		c.TCPKeysEvery = Duration(10 * time.Second)
 	}
 	if len(c.Namespaces) == 0 {
 		c.Namespaces = Namespaces{netns.Host}
@@ -297,6 +303,9 @@ func (c Config) Validate() []Wrong {
 	}
 	if c.ResyncEvery != 0 && time.Duration(c.ResyncEvery) < time.Minute {
 		wrong("resync_every", "less than 1m")
+	}
+	if c.TCPKeysEvery != 0 && time.Duration(c.TCPKeysEvery) < 100*time.Millisecond {
+		wrong("tcp_keys_every", "less than 100ms")
 	}
 	switch {
 	case c.StateDir == "":
