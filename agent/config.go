@@ -74,6 +74,9 @@ type Config struct {
 	OnStop OnStop `yaml:"on_stop"`
 	// ResyncEvery is how often all sources are read again, spread out by a tenth.
 	ResyncEvery Duration `yaml:"resync_every"`
+	// TCPKeysEvery is how often the keys of TCP sockets are looked at, of which the kernel tells
+	// nobody.
+	TCPKeysEvery Duration `yaml:"tcp_keys_every"`
 	// Namespaces are those that are followed, each by an agent of its own.
 	Namespaces Namespaces `yaml:"namespaces"`
 	// Metrics is the address on which Prometheus can scrape, or off.
@@ -124,6 +127,9 @@ func (c Config) WithDefaults() Config {
 	}
 	if c.Metrics == "" {
 		c.Metrics = DefaultMetrics
+	}
+	if c.TCPKeysEvery == 0 {
+		c.TCPKeysEvery = Duration(10 * time.Second)
 	}
 	if len(c.Namespaces) == 0 {
 		c.Namespaces = Namespaces{netns.Host}
@@ -321,6 +327,9 @@ func (c Config) Validate() []Wrong {
 	}
 	if f := c.MetricsWebConfig; f != "" && (!path.IsAbs(f) || strings.ContainsFunc(f, unprintable)) {
 		wrong("metrics_web_config", "%q is not an absolute path", f)
+	}
+	if c.TCPKeysEvery != 0 && time.Duration(c.TCPKeysEvery) < 100*time.Millisecond {
+		wrong("tcp_keys_every", "less than 100ms")
 	}
 	switch {
 	case c.StateDir == "":

@@ -14,8 +14,9 @@ import (
 
 // share does what the configuration asks for on NICs by which covered and other flows leave: a
 // lane for exactly the covered ones, or TSO off for everybody. Coverages that are cut on a
-// dedicated carrier need neither.
+// dedicated carrier need neither. TCP keys count like policies.
 func (p *planner) share() {
+	p.sign()
 	if p.Config.SharedNICs == SharedKeep && !slices.ContainsFunc(p.Config.Devices, func(d DeviceConfig) bool { return d.SharedNICs != "" }) {
 		return
 	}
@@ -36,8 +37,8 @@ func (p *planner) share() {
 		}
 	}
 	lanes := map[routes.Ifindex]*Lane{}
-	for _, w := range p.oncePassed(wanted) {
-		p.lane(lanes, w)
+	for _, w := range p.oncePassed(append(wanted, p.shareSigned()...)) {
+		w.in(lanes)
 	}
 	for _, l := range lanes {
 		slices.SortFunc(l.Matches, lane.Match.Compare)
@@ -53,8 +54,7 @@ func (p *planner) holdShared(c *coverage, l *routes.Link) {
 		c.verdict.note(fmt.Sprintf("%s keeps its features: the SA is offloaded to hardware that segments ESP", l.Name))
 		return
 	}
-	c.verdict.Carriers = append(c.verdict.Carriers, l.Name)
-	c.verdict.note(fmt.Sprintf("TSO is off for everybody who leaves by %s (shared_nics: off)", l.Name))
+	c.verdict.sharedOff(l)
 	for _, f := range p.Config.features(l.Name) {
 		st, ok := p.Features[l.Index].Get(f)
 		switch {
@@ -66,11 +66,19 @@ func (p *planner) holdShared(c *coverage, l *routes.Link) {
 	}
 }
 
-// laneWanted is what a coverage asks of the lane of a NIC.
+// laneWanted is what a coverage or a TCP key asks of the lane of a NIC.
 type laneWanted struct {
-	cov     *coverage
+	cov     *coverage // nil for a key
+	key     *signed   // nil for a coverage
 	nic     *routes.Link
 	matches []lane.Match
+}
+
+func (w laneWanted) verdict() *Verdict {
+	if w.cov != nil {
+		return w.cov.verdict
+	}
+	return w.key.verdict
 }
 
 // wantLane is a coverage's packets as they leave by the NIC. It is false, with a note, if there is
@@ -85,7 +93,7 @@ func (p *planner) wantLane(c *coverage, l *routes.Link) (laneWanted, bool) {
 		c.verdict.note(fmt.Sprintf("no lane on %s yet: without an SA it is not known what leaves", l.Name))
 		return laneWanted{}, false
 	}
-	return laneWanted{c, l, matches}, true
+	return laneWanted{cov: c, nic: l, matches: matches}, true
 }
 
 // oncePassed leaves packets that pass the lanes of two devices, one upon the other, the lower one
@@ -101,7 +109,7 @@ func (p *planner) oncePassed(wanted []laneWanted) []laneWanted {
 	}
 	var out []laneWanted
 	for _, w := range wanted {
-		own := laneWanted{cov: w.cov, nic: w.nic}
+		own := laneWanted{cov: w.cov, key: w.key, nic: w.nic}
 		for _, m := range w.matches {
 			lower := p.laneBelow(w.nic, func(l *routes.Link) bool { return takes(l, m) })
 			if len(lower) == 0 {
@@ -109,11 +117,11 @@ func (p *planner) oncePassed(wanted []laneWanted) []laneWanted {
 			}
 			var names []string
 			for _, l := range lower {
-				out = append(out, laneWanted{w.cov, l, []lane.Match{m}})
+				out = append(out, laneWanted{w.cov, w.key, l, []lane.Match{m}})
 				names = append(names, l.Name)
 			}
 			if len(names) > 0 {
-				w.cov.verdict.note(fmt.Sprintf("what leaves by %s takes the lane of %s, which it passes as well", w.nic.Name, strings.Join(names, " or ")))
+				w.verdict().note(fmt.Sprintf("what leaves by %s takes the lane of %s, which it passes as well", w.nic.Name, strings.Join(names, " or ")))
 			}
 		}
 		if len(own.matches) > 0 {
@@ -161,24 +169,38 @@ func laneCovers(m, other lane.Match) bool {
 	return m.Proto == other.Proto && m.Sport == other.Sport && m.Dport == other.Dport && within(m.Src, other.Src) && within(m.Dst, other.Dst)
 }
 
-// lane adds a coverage's packets to the lane of a NIC.
-func (p *planner) lane(lanes map[routes.Ifindex]*Lane, w laneWanted) {
-	c, l, matches := w.cov, w.nic, w.matches
-	have := lanes[l.Index]
+// in adds the packets to the lane of the NIC.
+func (w laneWanted) in(lanes map[routes.Ifindex]*Lane) {
+	have := lanes[w.nic.Index]
 	if have == nil {
-		have = &Lane{Lane: lane.Lane{Index: int32(l.Index), Name: l.Name}}
-		lanes[l.Index] = have
+		have = &Lane{Lane: lane.Lane{Index: int32(w.nic.Index), Name: w.nic.Name}}
+		lanes[w.nic.Index] = have
 	}
-	have.Matches = append(have.Matches, matches...)
-	if slices.Contains(have.Because, c.ID) {
-		return // on behalf of a device above, too
+	have.Matches = append(have.Matches, w.matches...)
+	switch { // on behalf of a device above, too
+	case w.cov != nil && !slices.Contains(have.Because, w.cov.ID):
+		have.Because = append(have.Because, w.cov.ID)
+	case w.key != nil && !slices.Contains(have.Keys, w.key.key):
+		have.Keys = append(have.Keys, w.key.key)
+	default:
+		return
 	}
-	have.Because = append(have.Because, c.ID)
-	c.verdict.Carriers = append(c.verdict.Carriers, l.Name)
-	if c.verdict.Cut != CutDevice { // a tunnel is one of its flows; there may be others
-		c.verdict.Cut = CutLane
+	w.verdict().lane(w.nic)
+}
+
+// sharedOff says that a NIC has its TSO off for everybody because of a verdict's flows.
+func (v *Verdict) sharedOff(l *routes.Link) {
+	v.Carriers = append(v.Carriers, l.Name)
+	v.note(fmt.Sprintf("TSO is off for everybody who leaves by %s (shared_nics: off)", l.Name))
+}
+
+// lane says that a verdict's flows take the lane of a NIC.
+func (v *Verdict) lane(l *routes.Link) {
+	v.Carriers = append(v.Carriers, l.Name)
+	if v.Cut != CutDevice { // a tunnel is one of its flows; there may be others
+		v.Cut = CutLane
 	}
-	c.verdict.Held = append(c.verdict.Held, fmt.Sprintf("%s lane", l.Name))
+	v.Held = append(v.Held, fmt.Sprintf("%s lane", l.Name))
 }
 
 // laneMatches are the packets of the coverage's outermost SAs as a NIC sees them.
@@ -226,8 +248,13 @@ func (p *planner) nics(c *coverage) []*routes.Link {
 			oifs[p.Peers[peer].Oif] = true
 		}
 	} else {
-		p.flowDevices(c, oifs)
+		p.devicesOf(p.parts(c), c.Selector.Dst, c.verdict, oifs)
 	}
+	return p.shareable(oifs)
+}
+
+// shareable are those of the devices that others may use, too, in order.
+func (p *planner) shareable(oifs map[routes.Ifindex]bool) []*routes.Link {
 	var out []*routes.Link
 	for _, l := range p.FIB.Links() {
 		if oifs[l.Index] && l.Type != arphrdLoopback && !l.Tunnel() && p.devices[l.Index] == nil && l.Kind != "vrf" {
@@ -246,8 +273,8 @@ func outermost(c *coverage) []Peer {
 	return peersOf(c.Coverage, t)
 }
 
-// flowDevices adds the devices of the routes that a coverage's flows use.
-func (p *planner) flowDevices(c *coverage, oifs map[routes.Ifindex]bool) {
+// devicesOf adds the devices of the routes that flows to dst use.
+func (p *planner) devicesOf(parts []routes.Part, dst netip.Prefix, v *Verdict, oifs map[routes.Ifindex]bool) {
 	n := 0
 	add := func(m routes.Match) {
 		for _, b := range m.Paths.Bodies() {
@@ -258,12 +285,12 @@ func (p *planner) flowDevices(c *coverage, oifs map[routes.Ifindex]bool) {
 			}
 		}
 	}
-	for _, part := range p.parts(c) {
+	for _, part := range parts {
 		add(part.Containing)
 		for m := range part.Inside {
 			add(m)
 			if n++; n > p.Config.MaxClonesPerCoverage {
-				c.verdict.note(fmt.Sprintf("more than %d routes inside %s: the NICs of the others are left alone (max_clones_per_coverage)", p.Config.MaxClonesPerCoverage, c.Selector.Dst))
+				v.note(fmt.Sprintf("more than %d routes inside %s: the NICs of the others are left alone (max_clones_per_coverage)", p.Config.MaxClonesPerCoverage, dst))
 				return
 			}
 		}

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"fmt"
 	"io"
+	"net/netip"
 	"os"
 	"slices"
 	"strconv"
@@ -398,7 +399,7 @@ func observing(p page, r *agent.Report) {
 
 func coverageLine(c agent.CoverageReport) string {
 	if c.Key != "" {
-		return fmt.Sprintf("%s key: peer %s, local port %d", c.Key, c.Dst, c.Sport)
+		return keyLine(c)
 	}
 	s := fmt.Sprintf("policy %d priority %d: src %s dst %s", c.Policy, c.Priority, c.Src, c.Dst)
 	if c.Proto != 0 {
@@ -415,6 +416,27 @@ func coverageLine(c agent.CoverageReport) string {
 	}
 	if c.Mark != "" {
 		s += " mark " + c.Mark
+	}
+	return s
+}
+
+// keyLine says whose packets a key signs: those from a listener's port, or a client's to the peer's.
+func keyLine(c agent.CoverageReport) string {
+	peer := c.Dst
+	if p, err := netip.ParsePrefix(peer); err == nil && p.IsSingleIP() {
+		peer = p.Addr().String()
+	}
+	s := fmt.Sprintf("%s key: peer %s", c.Key, peer)
+	if c.PeerPort != 0 {
+		s += fmt.Sprintf(" port %d", c.PeerPort)
+	} else {
+		s += fmt.Sprintf(", local port %d", c.Sport)
+	}
+	if c.Src != "" {
+		s += " of " + c.Src
+	}
+	if c.Dev != "" {
+		s += " dev " + c.Dev
 	}
 	return s
 }
