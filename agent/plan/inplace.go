@@ -216,7 +216,7 @@ func (p *planner) alike(r routes.Route) (mtu int, by []*coverage, ok bool) {
 			}
 			return 0, nil, false
 		}
-		n, why := p.mtuAt(e.cov, r)
+		n, why := p.mtuAt(e.cov, p.pathMTU(r), r.Body.Family)
 		switch {
 		case n == 0 && e.cov.Larval && w.drops() && e.cov.last == 0:
 			continue // no flow passes before there is an SA
@@ -289,9 +289,9 @@ func (p *planner) unsafe(r routes.Route) string {
 // their path's MTU. Where the kernel says that they leave by another device, they go past it: by
 // a mark, as a rule.
 func (p *planner) meetsOuter(r routes.Route) string {
-	for peer, oifs := range p.outer.Subnets(r.Dst) {
-		m, _ := p.FIB.Cover(r.Body.Family, r.Body.Table, peer)
-		if m.Dst == r.Dst && p.outerBy(oifs, r.Body) {
+	for peer, peers := range p.outer.Subnets(r.Dst) {
+		used, ok := p.routeTo(r.Body.Family, r.Body.Table, peer.Addr())
+		if (!ok || routes.Contains(used.Dst, r.Dst)) && p.outerBy(peers, r.Body) {
 			return "the outer packets to " + peer.Addr().String() + " use it too"
 		}
 	}

@@ -23,6 +23,7 @@ type packet struct {
 	uid          uint32
 	tos          uint8
 	iif, oif     string
+	inside       *uint32 // of a tunnel's outer packet: the mark of what is inside
 }
 
 func (p packet) String() string {
@@ -226,19 +227,27 @@ func (w *world) fate(p packet, l *routes.Link, ifID uint32) fate {
 	got := w.policyFor(f)
 	switch l.Kind {
 	case "xfrm":
-		f.IfID = l.IfID | ifID
+		if f.IfID = l.IfID | ifID; p.inside != nil {
+			f.Mark = *p.inside // that of the packet itself, not the one of the lookup
+		}
 	case "vti", "vti6":
 		f.Mark = l.Encap.Key
 	default:
 		below := w.wrapped(p, l)
-		if below.kind == dropped {
+		if whole := w.leaves(l); below.kind == covered && whole.all {
+			below.left = whole.left // a tunnel leaves one MTU, whichever of its policies takes a packet
+		}
+		if got.kind == uncovered || got.kind == covered && !leavesToPeer(got.cov) && below.kind == dropped {
 			return below
 		}
-		if got.kind != uncovered {
-			got.left, got.under = below.left, below.kind == covered
-			return got
+		got.left, got.under = below.left, below.kind == covered
+		if leavesToPeer(got.cov) {
+			// The packet itself never enters the tunnel, but others do, by the same route.
+			if got.left = w.leaves(l).left; !w.leaves(l).all {
+				got.left = 0
+			}
 		}
-		return below
+		return got
 	}
 	if got.kind != uncovered {
 		return got
@@ -288,30 +297,36 @@ func (w *world) wrapped(p packet, l *routes.Link) fate {
 		o := w.outerPacket(p, l, sport)
 		at := w.lookup(o)
 		for i, ft := range w.fates(o, at.route) {
-			if ft.kind == unknown { // the policy lookup precedes whatever a lightweight tunnel does
-				ft = w.policyFor(xfrmwatch.Flow{
-					Src: o.src, Dst: o.dst, Proto: xfrmwatch.Proto(o.proto), Sport: o.sport, Dport: o.dport, Mark: o.mark,
-					Oif: int32(at.route.Body.Nexthops[i].Oif),
-				})
-			}
 			if ft.kind == dropped {
 				continue
 			}
-			if l := w.fib.Link(at.route.Body.Nexthops[i].Oif); ft.kind == uncovered && l != nil && l.Kind == "xfrm" {
-				continue
+			nh := at.route.Body.Nexthops[i]
+			by := w.fib.Link(nh.Oif)
+			encap := ft.kind == unknown
+			if encap { // the policy lookup precedes whatever a lightweight tunnel does
+				ft = w.policyFor(xfrmwatch.Flow{
+					Src: o.src, Dst: o.dst, Proto: xfrmwatch.Proto(o.proto), Sport: o.sport, Dport: o.dport, Mark: o.mark, Oif: int32(nh.Oif),
+				})
 			}
-			if ft.kind == uncovered {
+			switch {
+			case ft.kind == dropped, encap && !nh.Encap && !(ft.kind == covered && leavesToPeer(ft.cov)):
+				continue // xfrmi_xmit: one in external mode takes nothing without an if_id
+			case ft.kind == uncovered:
 				return ft
 			}
-			path := w.fib.Link(at.route.Body.Nexthops[i].Oif).MTU
+			path := by.MTU
 			if own := int(at.route.Body.Metrics.MTU); own != 0 {
 				path = min(path, own)
 			}
-			left := ft.left
+			left := min(ft.left, path)
 			if !ft.wrapped {
+				path, _ = w.throughTunnels(by, path)
 				left = w.leftOf(ft.cov, path)
 			}
-			if left = min(left, path); left > 0 {
+			if encap || path == 0 {
+				left = 0 // what is added isn't known
+			}
+			if left > 0 {
 				left -= l.Encap.Header
 			}
 			if worst.kind == dropped || left < worst.left {
@@ -320,6 +335,65 @@ func (w *world) wrapped(p packet, l *routes.Link) fate {
 		}
 	}
 	return worst
+}
+
+// left is what tunnels do to whatever leaves by a device: all of it is covered once it is wrapped, or
+// some; and the least MTU that they leave, 0 if it isn't known.
+type left struct {
+	all, some      bool
+	left           int
+	looking, loops bool // while it is worked out, and whether it was asked for then
+}
+
+// leaves tries every mark.
+func (w *world) leaves(l *routes.Link) left {
+	if got, ok := w.left[l.Index]; ok {
+		got.loops = got.looking
+		w.left[l.Index] = got
+		return got
+	}
+	w.left[l.Index] = left{some: true, looking: true}
+	got := left{all: true}
+	switch l.Kind {
+	case "xfrm", "vti", "vti6":
+		got.all = false
+	default:
+		for mark := range uint32(4) {
+			switch ft := w.wrapped(packet{mark: mark}, l); ft.kind {
+			case uncovered:
+				got.all = false
+			case covered:
+				if !got.some || ft.left < got.left {
+					got.left = ft.left
+				}
+				got.some = true
+			}
+		}
+	}
+	got.all = got.all && got.some
+	if w.left[l.Index].loops { // a tunnel through itself
+		got.left = 0
+	}
+	w.left[l.Index] = got
+	return got
+}
+
+// throughTunnels is what is left of a path whose packets leave by a device, 0 and false if that isn't known.
+func (w *world) throughTunnels(l *routes.Link, path int) (int, bool) {
+	switch got := w.leaves(l); {
+	case !got.some:
+		return path, path != 0
+	case !got.all || got.left == 0:
+		return 0, false
+	default:
+		return min(path, got.left), path != 0
+	}
+}
+
+// leavesToPeer says that what a coverage takes leaves by the way to its peer (tunnel mode), not by the
+// device of its own route.
+func leavesToPeer(c xfrmwatch.Coverage) bool {
+	return c.Policy != nil && slices.ContainsFunc(c.Policy.Templates, func(t xfrmwatch.Template) bool { return !t.TakesFlow() })
 }
 
 // into reports whether what leaves by a device is routed into a tunnel again.
@@ -355,8 +429,11 @@ func (w *world) outerPacket(p packet, l *routes.Link, sport uint16) packet {
 	case 47:
 		o.sport, o.dport = uint16(e.Key>>16), uint16(e.Key)
 	}
+	if o.inside = &p.mark; p.inside != nil {
+		o.inside = p.inside
+	}
 	if e.AnyMark {
-		o.mark = p.mark
+		o.mark = *o.inside
 	}
 	return o
 }
@@ -421,14 +498,41 @@ func (w *world) pathMTU(r routes.Route) int {
 // peerMTU answers for the route to an outer peer as the agent asks the kernel: a lookup of the
 // host's own, with the SA's source.
 func (w *world) peerMTU(sa *xfrmwatch.SA) (int, bool) {
-	path := w.path(PeerOf(sa))
-	return path.MTU, path.MTU != 0
+	p := PeerOf(sa)
+	path := w.path(p)
+	l := w.fib.Link(path.Oif)
+	if l == nil {
+		return path.MTU, path.MTU != 0
+	}
+	o := w.lookup(peerPacket(p))
+	if o.route.Body != nil && o.route.Body.Nexthops[0].Encap && w.fates(peerPacket(p), o.route)[0].kind == unknown {
+		return 0, false // what a lightweight tunnel adds isn't known
+	}
+	return w.throughTunnels(l, path.MTU)
+}
+
+func peerPacket(p Peer) packet {
+	return packet{family: routes.FamilyOf(p.Addr), dst: p.Addr, src: p.Src, mark: p.Mark.Value & p.Mark.Mask, iif: "lo"}
 }
 
 // path is the kernel's answer for the route to a peer.
 func (w *world) path(p Peer) Path {
-	o := w.lookup(packet{family: routes.FamilyOf(p.Addr), dst: p.Addr, src: p.Src, mark: p.Mark.Value & p.Mark.Mask, iif: "lo"})
-	path := Path{MTU: w.peers[Peer{Addr: p.Addr, Mark: p.Mark}]}
+	return w.answer(peerPacket(p), w.peers[Peer{Addr: p.Addr, Mark: p.Mark}])
+}
+
+// outerPath is the kernel's answer for the route of a tunnel's outer packets.
+func (w *world) outerPath(o Outer) Path {
+	p := packet{family: o.Family, dst: o.Dst, src: o.Src, mark: o.Mark, iif: "lo"}
+	if o.Proto == 17 {
+		p.proto, p.sport, p.dport = o.Proto, o.Sport, o.Dport
+	}
+	return w.answer(p, w.peers[Peer{Addr: o.Dst, Mark: xfrmwatch.Mark{Value: o.Mark, Mask: ^uint32(0)}}])
+}
+
+// answer is the kernel's answer for one packet, with the MTU that the world's lines say, or the route's.
+func (w *world) answer(p packet, mtu int) Path {
+	o := w.lookup(p)
+	path := Path{MTU: mtu}
 	if o.route.Body == nil || len(o.route.Body.Nexthops) == 0 || w.fib.Link(o.route.Body.Nexthops[0].Oif) == nil {
 		return path
 	}
@@ -439,12 +543,17 @@ func (w *world) path(p Peer) Path {
 	return path
 }
 
-// expected is the MTU that a covered packet's route is to be locked at, 0 for none.
-func (w *world) expected(f fate, r routes.Route) int {
+// expected is the MTU that a covered packet's route is to be locked at, 0 for none. A lock for these
+// flows alone is not for what a tunnel wraps besides.
+func (w *world) expected(f fate, r routes.Route, alone bool) int {
 	path := w.pathMTU(r)
 	mtu := f.left
 	if !f.wrapped {
-		if mtu = w.expectedOf(f.cov, min(path, cmp.Or(f.left, path))); mtu == 0 && f.under {
+		shared := path
+		if f.left != 0 && !alone {
+			shared = min(path, f.left)
+		}
+		if mtu = w.expectedOf(f.cov, shared); mtu == 0 && f.under && !alone {
 			mtu = f.left // what the tunnel leaves is the path of its own ESP packets, too
 		}
 	}
@@ -495,7 +604,7 @@ func (w *world) input() Input {
 		}
 	}
 	for _, o := range OutersOf(w.fib, nil) {
-		if path := w.path(Peer{Addr: o.Dst, Src: o.Src, Mark: xfrmwatch.Mark{Value: o.Mark, Mask: ^uint32(0)}}); path.MTU != 0 {
+		if path := w.outerPath(o); path.MTU != 0 {
 			in.Outers[o.Index] = path
 		}
 	}
