@@ -224,8 +224,10 @@ func (p *planner) alike(r routes.Route) (mtu int, by []*coverage, ok bool) {
 			continue
 		case n == 0:
 			e.cov.verdict.note(fmt.Sprintf("%s: %s", r.Key(), why))
+			w.tunnel.noteOthers(r, e.cov, why)
 			return 0, nil, false
 		case mtu != 0 && n != mtu:
+			w.tunnel.noteOthers(r, e.cov, fmt.Sprintf("it leaves %d, and others %d", n, mtu))
 			return 0, nil, false
 		}
 		mtu, by = n, append(by, e.cov)
@@ -241,11 +243,28 @@ func (p *planner) alike(r routes.Route) (mtu int, by []*coverage, ok bool) {
 				c.verdict.note(fmt.Sprintf("%s: %s", r.Key(), why))
 			}
 		}
-		return n, union(by, covs), n != 0 && (mtu == 0 || n == mtu)
+		if n != 0 && mtu != 0 && n != mtu {
+			w.tunnel.noteOthers(r, by[0], fmt.Sprintf("it leaves %d, and the tunnel %d", mtu, n))
+			return 0, nil, false
+		}
+		return n, union(by, covs), n != 0
 	case w.drops(), p.XFRM.Default().Out == xfrmwatch.Block:
 		return mtu, by, mtu != 0
 	}
 	return 0, nil, false
+}
+
+// noteOthers tells the coverages of a dedicated tunnel, if there is one, that a policy for some of a
+// route's own flows keeps it from being locked in place.
+func (t *tunnel) noteOthers(r routes.Route, by *coverage, why string) {
+	if t == nil {
+		return
+	}
+	for _, c := range t.covs {
+		if c != by {
+			c.verdict.note(fmt.Sprintf("%s: policy %d takes some of its flows: %s: not locked in place", r.Key(), by.ID.Policy, why))
+		}
+	}
 }
 
 // leavesToTunnel reports whether an entry that asks for no lock on a route through a dedicated

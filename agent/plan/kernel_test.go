@@ -183,7 +183,7 @@ type fate struct {
 	// is the MTU that the tunnel leaves it then, 0 if that isn't known.
 	wrapped bool
 	left    int
-	under   bool // the packet's own policy takes it, and the tunnel's outer packets are covered, too
+	under   bool // the packet's own policy takes it, and no outer packet of the tunnel leaves uncovered
 }
 
 type fateKind int
@@ -240,7 +240,7 @@ func (w *world) fate(p packet, l *routes.Link, ifID uint32) fate {
 		if got.kind == uncovered || got.kind == covered && !leavesToPeer(got.cov) && below.kind == dropped {
 			return below
 		}
-		got.left, got.under = below.left, below.kind == covered
+		got.left, got.under = below.left, below.kind != uncovered
 		if leavesToPeer(got.cov) {
 			// The packet itself never enters the tunnel, but others do, by the same route.
 			if got.left = w.leaves(l).left; !w.leaves(l).all {
@@ -323,7 +323,7 @@ func (w *world) wrapped(p packet, l *routes.Link) fate {
 				path, _ = w.throughTunnels(by, path)
 				left = w.leftOf(ft.cov, path)
 			}
-			if encap || path == 0 {
+			if encap && nh.Encap || path == 0 {
 				left = 0 // what is added isn't known
 			}
 			if left > 0 {
@@ -412,8 +412,10 @@ func (w *world) into(l, tunnel *routes.Link, depth int) bool {
 	case !l.Encap.Remote.IsValid():
 		return false
 	}
-	path := w.path(Peer{Addr: l.Encap.Remote, Src: l.Encap.Local, Mark: xfrmwatch.Mark{Value: l.Encap.Mark, Mask: ^uint32(0)}})
-	return w.into(w.fib.Link(path.Oif), tunnel, depth+1)
+	o := w.lookup(peerPacket(Peer{Addr: l.Encap.Remote, Src: l.Encap.Local, Mark: xfrmwatch.Mark{Value: l.Encap.Mark, Mask: ^uint32(0)}}))
+	return o.route.Body != nil && slices.ContainsFunc(o.route.Body.Nexthops, func(n routes.Nexthop) bool {
+		return w.into(w.fib.Link(n.Oif), tunnel, depth+1)
+	})
 }
 
 // outerPacket is the packet that a tunnel sends for one.

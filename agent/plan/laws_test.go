@@ -272,8 +272,9 @@ func holdsOnlyWhatIsCovered(w *world, pl *Plan) error {
 				if ft.kind == unknown && w.wrapped(p, w.fib.Link(o.route.Body.Nexthops[i].Oif)).kind != uncovered {
 					continue // what a lightweight tunnel adds, the device still wraps
 				}
-				// An xfrm interface drops what no policy for its if_id takes.
-				if l := w.fib.Link(o.route.Body.Nexthops[i].Oif); l.Kind != "xfrm" || l.External {
+				// An xfrm interface drops what no policy for its if_id takes, and one in external mode what
+				// comes without an if_id (xfrmi_xmit2, net/xfrm/xfrm_interface_core.c).
+				if l := w.fib.Link(o.route.Body.Nexthops[i].Oif); l.Kind != "xfrm" {
 					return fmt.Errorf("%s\n\tleaves uncovered by %s, which is held: %s", p, l.Name, o)
 				}
 			}

@@ -48,18 +48,13 @@ func (p *planner) withoutUs(path Path, at lookup) Path {
 		return path // the mirror is behind, or ahead
 	}
 	now, oif := p.mtuBy(path.Oif, r, false), path.Oif
-	if p.Config.OwnTable(path.Table) {
-		base := p.baseOf(f, path.Table)
-		if base == nil {
-			return path // it is somebody else's rule that leads there
-		}
+	if base := p.baseOf(f, path.Table); base != nil {
 		if r, ok = p.behind(base, at); !ok {
 			return Path{}
 		}
 		path.Table = r.Body.Table
 		if !hasWay(r, oif) {
-			oif = r.Body.Nexthops[0].Oif
-			path.Src = r.Body.PrefSrc
+			oif, path.Src = r.Body.Nexthops[0].Oif, r.Body.PrefSrc
 		}
 	}
 	if own := p.mtuBy(oif, r, true); path.MTU >= now || oif != path.Oif {
@@ -135,8 +130,12 @@ func forAll(b *routes.Body) bool {
 	return alive && !b.Src.IsValid() && b.TOS == 0
 }
 
-// baseOf is the rule that a table of ours stands ahead of, nil if no rule of ours leads there.
+// baseOf is the rule that a table of ours stands ahead of, nil if no rule of ours leads there: then
+// it is somebody else's.
 func (p *planner) baseOf(f routes.Family, table routes.TableID) *routes.Rule {
+	if !p.Config.OwnTable(table) {
+		return nil
+	}
 	for _, r := range p.FIB.Rules(f) {
 		if r.Table == table && p.Config.OwnRule(r) {
 			return p.basedOn(r)

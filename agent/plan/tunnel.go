@@ -148,7 +148,7 @@ func (p *planner) settle(t *tunnel, done map[*tunnel]bool) {
 	if len(t.over) > 0 {
 		return
 	}
-	if p.leadsTo(t.path.Oif, t.link.Index, map[routes.Ifindex]bool{}) {
+	if p.outerLeadsTo(t, t.link.Index, map[routes.Ifindex]bool{}) {
 		return // its outer packets would go into itself: a lock would lower their path, and with it the next lock
 	}
 	var own []*coverage
@@ -181,7 +181,7 @@ func (p *planner) leadsTo(from, to routes.Ifindex, seen map[routes.Ifindex]bool)
 		return l != nil && from == to
 	}
 	seen[from] = true
-	if t := p.tunnels[from]; t != nil && p.leadsTo(t.path.Oif, to, seen) {
+	if t := p.tunnels[from]; t != nil && p.outerLeadsTo(t, to, seen) {
 		return true
 	}
 	switch l.Kind {
@@ -191,6 +191,12 @@ func (p *planner) leadsTo(from, to routes.Ifindex, seen map[routes.Ifindex]bool)
 		return slices.ContainsFunc(p.ports[from], func(port *routes.Link) bool { return p.leadsTo(port.Index, to, seen) })
 	}
 	return false
+}
+
+// outerLeadsTo reports the same for what leaves by one of the ways of a tunnel's outer packets.
+func (p *planner) outerLeadsTo(t *tunnel, to routes.Ifindex, seen map[routes.Ifindex]bool) bool {
+	return p.leadsTo(t.path.Oif, to, seen) ||
+		slices.ContainsFunc(p.outerWays(t), func(nh routes.Nexthop) bool { return p.leadsTo(nh.Oif, to, seen) })
 }
 
 // union appends the coverages that are not there yet.
