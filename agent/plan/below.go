@@ -54,6 +54,20 @@ func (p *planner) takesSome(o outerFlow, w way) bool {
 	})
 }
 
+// noteLoop tells those that can take outer packets of a tunnel that a way of theirs leads into it again.
+func (p *planner) noteLoop(t *tunnel) {
+	if !t.link.Up {
+		return
+	}
+	for _, o := range p.outerFlows(t) {
+		for _, l := range p.lookupsOf(o, way{}) {
+			if _, some := l.flow.takenBy(l.entry); some && l.entry.cov != nil {
+				l.entry.cov.verdict.note(fmt.Sprintf("%s keeps its features, and its routes have no lock for its sake: its outer packets can go into it again", t.link.Name))
+			}
+		}
+	}
+}
+
 // noteWays tells those that take outer packets of a tunnel by one way that there are others.
 func (p *planner) noteWays(t *tunnel, o outerFlow, one way) {
 	if !t.link.Up {

@@ -285,12 +285,13 @@ func (p *planner) applying(w way, dst netip.Prefix, inside bool) []*entry {
 		return out
 	}
 	rest := p.overlapping(w.ifID, dst, inside)
+	keyed := func(e *entry) bool { return e.mark.Mask != 0 && w.vti.Encap.Key&e.mark.Mask == e.mark.Value }
 	out = slices.DeleteFunc(out, func(e *entry) bool {
-		// Which marks flows have that a vti takes is not known; its own lookup has its key as mark.
-		return e.cov == nil && !e.block || w.vti != nil && e.mark.Mask != 0
+		// A vti's own lookup has its key as mark, whatever mark the packet has.
+		return e.cov == nil && !e.block || w.vti != nil && keyed(e)
 	})
 	if w.vti != nil {
-		rest = slices.DeleteFunc(rest, func(e *entry) bool { return w.vti.Encap.Key&e.mark.Mask != e.mark.Value || e.mark.Mask == 0 })
+		rest = slices.DeleteFunc(rest, func(e *entry) bool { return !keyed(e) })
 	}
 	return append(out, rest...)
 }

@@ -183,7 +183,16 @@ func (p *planner) tryInPlace(r routes.Route) {
 		return // its devices have the MTU themselves
 	}
 	mtu, by, ok := p.alike(r)
-	if !ok || mtu == 0 || p.unsafe(r) != "" {
+	if !ok || mtu == 0 {
+		return
+	}
+	if why := p.unsafe(r); why != "" {
+		// Others have a clone, or hear why not.
+		if w, _ := p.domain(r.Body); w.tunnel != nil {
+			for _, c := range w.tunnel.covs {
+				c.verdict.note(fmt.Sprintf("%s: %s: not locked in place", r.Key(), why))
+			}
+		}
 		return
 	}
 	if why := p.meetsOuter(r); why != "" {

@@ -149,7 +149,8 @@ func (p *planner) settle(t *tunnel, done map[*tunnel]bool) {
 		return
 	}
 	if p.outerLeadsTo(t, t.link.Index, map[routes.Ifindex]bool{}) {
-		return // its outer packets would go into itself: a lock would lower their path, and with it the next lock
+		p.noteLoop(t)
+		return // a lock would lower the path of its outer packets, and with it the next lock
 	}
 	var own []*coverage
 	var lower *tunnel
