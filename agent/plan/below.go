@@ -33,7 +33,7 @@ func (p *planner) deviceLookup(o outerFlow, w way) []asked {
 	switch {
 	case w.ifID != 0:
 		// What is on the packet is the mark of what is inside: the tunnel's own is for the lookup of its
-		// route alone (ip_tunnel_xmit, xfrmi_xmit; KERNEL.md 76).
+		// route alone (ip_tunnel_xmit, xfrmi_xmit; KERNEL.md 65).
 		o.mark, o.anyMark = 0, true
 	case w.vti != nil:
 		o.mark, o.anyMark, o.oifs = w.vti.Encap.Key, false, [2]routes.Ifindex{w.vti.Index} // vti_xmit

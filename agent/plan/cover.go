@@ -393,7 +393,7 @@ const anyRoute = 1 << 16
 
 // mtuAt is the MTU to lock for a coverage on a route, 0 for none, with the reason. path is what the
 // route has in bytes: its linkMTU for flows of the coverage alone, as those that a policy takes in
-// tunnel mode leave by the way to its peer, past the device of their own route (KERNEL.md 75); the
+// tunnel mode leave by the way to its peer, past the device of their own route (KERNEL.md 64); the
 // pathMTU where others have to share the lock.
 func (p *planner) mtuAt(c *coverage, path int, f routes.Family) (int, string) {
 	if path == 0 {
