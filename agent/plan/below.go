@@ -125,11 +125,13 @@ func (p *planner) outerWays(t *tunnel) []routes.Nexthop {
 	var out []routes.Nexthop
 	for _, b := range m.Paths.Bodies() {
 		for _, nh := range b.Nexthops {
-			// A lookup that is bound to a device takes that one's ways alone.
 			if b.Priority == first.Body.Priority && (e.Link == 0 || nh.Oif == e.Link) && !slices.Contains(out, nh) {
 				out = append(out, nh)
 			}
 		}
+	}
+	if len(out) == 0 && e.Link == t.path.Oif {
+		return []routes.Nexthop{{Oif: e.Link}} // the lookup is bound to it, and passes over routes by others
 	}
 	return out
 }

@@ -49,11 +49,11 @@ func (p *planner) withoutUs(path Path, at lookup) Path {
 	}
 	now, oif := p.mtuBy(path.Oif, r, false), path.Oif
 	if base := p.baseOf(f, path.Table); base != nil {
-		if r, ok = p.behind(base, at); !ok {
+		if r, ok = p.behind(base, at); !ok || at.oif != 0 && !hasWay(r, at.oif) {
 			return Path{}
 		}
 		path.Table = r.Body.Table
-		if !hasWay(r, oif) {
+		if !hasWay(r, oif) { // never where the lookup is bound to a device
 			oif, path.Src = r.Body.Nexthops[0].Oif, r.Body.PrefSrc
 		}
 	}
