@@ -117,11 +117,11 @@ func (p *planner) outerWays(t *tunnel) []routes.Nexthop {
 	case e.AnyMark && e.Link == 0 && p.marksDecide(e.Family, t.path.Table):
 		return nil
 	}
+	var m routes.Match
 	first, ok := p.routeTo(e.Family, t.path.Table, e.Remote)
-	if !ok {
-		return nil
+	if ok {
+		m, _ = p.FIB.Cover(e.Family, t.path.Table, first.Dst)
 	}
-	m, _ := p.FIB.Cover(e.Family, t.path.Table, first.Dst)
 	var out []routes.Nexthop
 	for _, b := range m.Paths.Bodies() {
 		for _, nh := range b.Nexthops {
