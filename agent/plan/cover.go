@@ -296,6 +296,14 @@ func (p *planner) applying(w way, dst netip.Prefix, inside bool) []*entry {
 	return append(out, rest...)
 }
 
+// bypassed reports whether a bypass ahead of an entry leaves some of the flows to a destination to the
+// own lookup of an xfrm interface or vti, past the entry.
+func (p *planner) bypassed(w way, e *entry, dst netip.Prefix) bool {
+	return w.drops() && e.ifID == 0 && slices.ContainsFunc(p.overlapping(0, dst, true), func(b *entry) bool {
+		return b.cov == nil && !b.block && b.order < e.order
+	})
+}
+
 // way is what applies to what leaves by a route besides the policies without an if_id. The zero
 // value is nothing else.
 type way struct {

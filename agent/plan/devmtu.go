@@ -154,7 +154,7 @@ func (p *planner) needs(r routes.Route) (need int, by []*coverage, why string) {
 		default:
 			why = cmp.Or(why, no)
 		}
-		if e.all() && routes.Contains(e.sel.Dst, r.Dst) {
+		if e.all() && routes.Contains(e.sel.Dst, r.Dst) && !p.bypassed(w, e, r.Dst) {
 			return need, by, why
 		}
 	}

@@ -240,7 +240,7 @@ func (p *planner) alike(r routes.Route) (mtu int, by []*coverage, ok bool) {
 			return 0, nil, false
 		}
 		mtu, by = n, append(by, e.cov)
-		if e.all() && routes.Contains(e.sel.Dst, r.Dst) {
+		if e.all() && routes.Contains(e.sel.Dst, r.Dst) && !p.bypassed(w, e, r.Dst) {
 			return mtu, by, true
 		}
 	}

@@ -464,6 +464,10 @@ func (p *planner) winnerAt(s *shaped, x netip.Prefix, w way) *coverage {
 		if e.cov == nil {
 			return nil
 		}
+		if p.bypassed(w, e, x) {
+			e.cov.verdict.note(fmt.Sprintf("%s: a bypass with priority over this policy can leave flows to the device's own: no lock there", x))
+			return nil
+		}
 		for _, q := range parts {
 			if ahead := p.serving[serves{q, s.base}]; ahead == nil || ahead.order >= s.order || !ahead.takesAll(x, s) {
 				e.cov.verdict.note(fmt.Sprintf("%s: a policy with priority over this one takes a part of the flows: no lock there", x))
