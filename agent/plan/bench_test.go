@@ -33,6 +33,9 @@ func BenchmarkMake(b *testing.B) {
 		{"transport peers", outside + "route 10.0.0.0/8 dev eth1\npolicy 1 src 0.0.0.0/0 dst 10.0.0.0/8 tmpl esp transport\n", func(i int) string {
 			return fmt.Sprintf("sa esp 192.0.2.1 10.%d.%d.1 spi 1 gcm transport\nlast 1 peer 10.%[1]d.%[2]d.2 1400\n", i>>8, i&255)
 		}},
+		{"many peers", outside + "route 0.0.0.0/0 via 192.0.2.9 dev eth0\n", func(i int) string {
+			return fmt.Sprintf("policy %d src 172.16.0.0/16 dst 10.%d.%d.0/24 tmpl esp tunnel 192.0.2.1 11.%[2]d.%[3]d.1 reqid %[1]d\nsa esp 192.0.2.1 11.%[2]d.%[3]d.1 spi %[1]d reqid %[1]d gcm\n", i+1, i>>8, i&255)
+		}},
 	}
 	for _, world := range worlds {
 		for _, n := range []int{10, 1000, 10000} {

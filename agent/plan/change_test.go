@@ -14,48 +14,57 @@ import (
 // what comes next: leftovers of the first plan must lead to no other end than a fresh start.
 func TestPlansFollowChanges(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
-		was := genWorld(t)
-		m := &maker{t: t, v6: strings.Contains(was, "fd00:2::/64")}
-		for _, l := range strings.Split(was, "\n") {
-			word, _, _ := strings.Cut(l, " ")
-			if (word == "route" || word == "policy" || word == "sa" || word == "rule") && m.some("change", 4) {
-				continue
-			}
-			if word != "gone" {
-				m.line("%s", l)
-			}
-		}
-		for range m.num("new routes", 0, 2) {
-			m.route()
-		}
-		m.policy(m.num("new policy", 1, 9))
-		m.sa(m.num("new SA", 1, 9))
-		now := strings.Join(m.lines, "\n")
-		seed := rapid.Uint64().Draw(t, "seed")
-		before, err := newWorld(was)
-		if err != nil {
-			t.Fatalf("%v in\n%s", err, was)
-		}
-		after, err := newWorld(now)
-		if err != nil {
-			t.Fatalf("%v in\n%s", err, now)
-		}
-		in := before.input()
-		with := before.clone()
-		pl := Make(in)
-		if err := with.apply(Diff(in, pl, with.held)); err != nil {
-			t.Fatal(err)
-		}
-		for id, mtu := range pl.MTU {
-			if p, ok := after.db.Policy(id.Policy); ok && p.Dir == 1 {
-				after.last[id] = mtu
-			}
-		}
-		after.inherit(before, with)
-		if err := laws(after, rand.New(rand.NewPCG(seed, 0)), 150); err != nil {
+		was, now := genChange(t)
+		if err := followsChange(was, now, rapid.Uint64().Draw(t, "seed")); err != nil {
 			t.Fatalf("%v\n\nin the world\n%s\nwhich was\n%s", err, now, was)
 		}
 	})
+}
+
+// genChange draws a world and what it changes to.
+func genChange(t *rapid.T) (was, now string) {
+	was = genWorld(t)
+	m := &maker{t: t, v6: strings.Contains(was, "fd00:2::/64")}
+	for _, l := range strings.Split(was, "\n") {
+		word, _, _ := strings.Cut(l, " ")
+		if (word == "route" || word == "policy" || word == "sa" || word == "rule") && m.some("change", 4) {
+			continue
+		}
+		if word != "gone" {
+			m.line("%s", l)
+		}
+	}
+	for range m.num("new routes", 0, 2) {
+		m.route()
+	}
+	m.policy(m.num("new policy", 1, 9))
+	m.sa(m.num("new SA", 1, 9))
+	return was, strings.Join(m.lines, "\n")
+}
+
+// followsChange checks the laws for a world that has the plan of another one in place.
+func followsChange(was, now string, seed uint64) error {
+	before, err := newWorld(was)
+	if err != nil {
+		return err
+	}
+	after, err := newWorld(now)
+	if err != nil {
+		return err
+	}
+	in := before.input()
+	with := before.clone()
+	pl := Make(in)
+	if err := with.apply(Diff(in, pl, with.held)); err != nil {
+		return err
+	}
+	for id, mtu := range pl.MTU {
+		if p, ok := after.db.Policy(id.Policy); ok && p.Dir == 1 {
+			after.last[id] = mtu
+		}
+	}
+	after.inherit(before, with)
+	return laws(after, rand.New(rand.NewPCG(seed, 0)), 150)
 }
 
 // inherit takes over what the plan of another world has put in place, where it can still be.

@@ -233,7 +233,7 @@ func (c *clamping) at(base *routes.Rule, x netip.Prefix) (mtu int, by []*coverag
 		}
 		for _, e := range c.applying(w, x, false) {
 			if e.cov != nil && c.served[base][e.cov] {
-				n, why := c.mtuAt(e.cov, r)
+				n, why := c.mtuAt(e.cov, c.linkMTU(r), r.Body.Family)
 				switch {
 				case n == 0:
 					e.cov.verdict.note(fmt.Sprintf("%s: %s", x, why))

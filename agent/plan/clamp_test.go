@@ -164,7 +164,7 @@ func judgeClamp(w *world, pl *Plan, entries []clamp.Entry, p packet) error {
 	for _, f := range w.fates(p, at.route) {
 		want := 0
 		if f.kind == covered && !f.wrapped {
-			want = w.expected(f, at.route)
+			want = w.expected(f, at.route, true)
 		}
 		if want == 0 || have != 0 && int(have) <= want-headers(p.family) {
 			continue

@@ -65,6 +65,7 @@ func Make(in Input) *Plan {
 		serving: map[serves]*shaped{},
 	}
 	p.collect()
+	p.readPaths()
 	p.findTunnels()
 	if p.Config.MTU != MTUOff {
 		p.setDevices()
@@ -285,14 +286,23 @@ func (p *planner) applying(w way, dst netip.Prefix, inside bool) []*entry {
 		return out
 	}
 	rest := p.overlapping(w.ifID, dst, inside)
+	keyed := func(e *entry) bool { return e.mark.Mask != 0 && w.vti.Encap.Key&e.mark.Mask == e.mark.Value }
 	out = slices.DeleteFunc(out, func(e *entry) bool {
-		// Which marks flows have that a vti takes is not known; its own lookup has its key as mark.
-		return e.cov == nil && !e.block || w.vti != nil && e.mark.Mask != 0
+		// A vti's own lookup has its key as mark, whatever mark the packet has.
+		return e.cov == nil && !e.block || w.vti != nil && keyed(e)
 	})
 	if w.vti != nil {
-		rest = slices.DeleteFunc(rest, func(e *entry) bool { return w.vti.Encap.Key&e.mark.Mask != e.mark.Value || e.mark.Mask == 0 })
+		rest = slices.DeleteFunc(rest, func(e *entry) bool { return !keyed(e) })
 	}
 	return append(out, rest...)
+}
+
+// bypassed reports whether a bypass ahead of an entry leaves some of the flows to a destination to the
+// own lookup of an xfrm interface or vti, past the entry.
+func (p *planner) bypassed(w way, e *entry, dst netip.Prefix) bool {
+	return w.drops() && e.ifID == 0 && slices.ContainsFunc(p.overlapping(0, dst, true), func(b *entry) bool {
+		return b.cov == nil && !b.block && b.order < e.order
+	})
 }
 
 // way is what applies to what leaves by a route besides the policies without an if_id. The zero
@@ -355,14 +365,14 @@ func (p *planner) owner(r routes.Route) MTUMetric {
 	return have
 }
 
-// pathMTU is linkMTU, and what a dedicated tunnel leaves to what it wraps.
+// pathMTU is linkMTU, and what a dedicated tunnel leaves to what it wraps: a route has one lock for
+// both. It is 0 if one of them isn't known.
 func (p *planner) pathMTU(r routes.Route) int {
 	mtu := p.linkMTU(r)
 	for _, nh := range r.Body.Nexthops {
 		if t := p.tunnels[nh.Oif]; t != nil && len(t.covs) > 0 {
-			if left, _ := p.wraps(t); left > 0 {
-				mtu = min(mtu, left)
-			}
+			left, _ := p.wraps(t)
+			mtu = min(mtu, left)
 		}
 	}
 	return mtu
@@ -390,11 +400,13 @@ func (p *planner) linkMTU(r routes.Route) int {
 // anyRoute is an MTU that no route's is larger than, in bytes.
 const anyRoute = 1 << 16
 
-// mtuAt is the MTU to lock for a coverage on a route, 0 for none, with the reason.
-func (p *planner) mtuAt(c *coverage, r routes.Route) (int, string) {
-	path := p.pathMTU(r)
+// mtuAt is the MTU to lock for a coverage on a route, 0 for none, with the reason. path is what the
+// route has in bytes: its linkMTU for flows of the coverage alone, as those that a policy takes in
+// tunnel mode leave by the way to its peer, past the device of their own route (KERNEL.md 64); the
+// pathMTU where others have to share the lock.
+func (p *planner) mtuAt(c *coverage, path int, f routes.Family) (int, string) {
 	if path == 0 {
-		return 0, "a device of the route is not known yet"
+		return 0, "a device of the route, or what a tunnel leaves to it, is not known yet"
 	}
 	mtu, status := c.MTU(p.peerMTU, path)
 	if status != xfrmwatch.MTUKnown {
@@ -406,7 +418,7 @@ func (p *planner) mtuAt(c *coverage, r routes.Route) (int, string) {
 			mtu = min(p.Config.PresumeMTU, path)
 			c.verdict.note(fmt.Sprintf("%s; presume_mtu %d", status, p.Config.PresumeMTU))
 		default:
-			return 0, status.String()
+			return 0, cmp.Or(p.lost(c), status.String())
 		}
 	} else if c.tunnels {
 		// A smaller MTU of the route itself is not the coverage's: other routes can have a larger one.
@@ -422,15 +434,36 @@ func (p *planner) mtuAt(c *coverage, r routes.Route) (int, string) {
 		return 0, "transport mode: the ESP packets use the route themselves, and the kernel gives each socket what is left"
 	case mtu >= path:
 		return 0, fmt.Sprintf("the route's own MTU %d leaves room already", path)
-	case mtu < lowestMTU(r.Body.Family):
-		return 0, fmt.Sprintf("the inner MTU %d is below what %s allows", mtu, r.Body.Family)
+	case mtu < lowestMTU(f):
+		return 0, fmt.Sprintf("the inner MTU %d is below what %s allows", mtu, f)
 	}
 	return mtu, ""
 }
 
+// peerMTU is the MTU of an SA's outer packets, in bytes, and whether it is known: that of the way to
+// the peer, and what a dedicated tunnel there leaves.
 func (p *planner) peerMTU(sa *xfrmwatch.SA) (int, bool) {
 	path := p.Peers[PeerOf(sa)]
-	return path.MTU, path.MTU > 0
+	left, why := p.through(path.Oif)
+	if path.MTU == 0 || why != "" {
+		return 0, false
+	}
+	return min(path.MTU, left), true
+}
+
+// lost says why the MTU on the way to a coverage's peers isn't known though there is a way, or is
+// empty.
+func (p *planner) lost(c *coverage) string {
+	for _, st := range c.Steps {
+		for _, sa := range st.SAs {
+			if path, ok := p.Peers[PeerOf(sa)]; ok && st.Template.Mode != xfrmwatch.Transport {
+				if _, why := p.through(path.Oif); why != "" {
+					return fmt.Sprintf("the way to %s: %s", sa.Dst, why)
+				}
+			}
+		}
+	}
+	return ""
 }
 
 func (p *planner) metric(mtu int) MTUMetric {

@@ -144,7 +144,7 @@ func (p *planner) needs(r routes.Route) (need int, by []*coverage, why string) {
 			continue // dropped, or, above a tunnel, covered all the same
 		}
 		by = append(by, e.cov)
-		n, no := p.mtuAt(e.cov, r)
+		n, no := p.mtuAt(e.cov, p.pathMTU(r), r.Body.Family)
 		switch {
 		case n != 0:
 			agree(n)
@@ -154,7 +154,7 @@ func (p *planner) needs(r routes.Route) (need int, by []*coverage, why string) {
 		default:
 			why = cmp.Or(why, no)
 		}
-		if e.all() && routes.Contains(e.sel.Dst, r.Dst) {
+		if e.all() && routes.Contains(e.sel.Dst, r.Dst) && !p.bypassed(w, e, r.Dst) {
 			return need, by, why
 		}
 	}

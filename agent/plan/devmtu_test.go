@@ -239,7 +239,7 @@ func deviceLaws(w *mtuWorld, rng *rand.Rand) error {
 			if f.kind != covered {
 				continue
 			}
-			if left := w.expected(f, at.route); left != 0 && left != mtu {
+			if left := w.expected(f, at.route, false); left != 0 && left != mtu {
 				return fmt.Errorf("%s\n\thas %d left, and the device's MTU is %d: %s", p, left, mtu, at)
 			}
 		}

@@ -53,7 +53,7 @@ func (p *planner) hold() {
 				d.kind = "l2tp" // its device has no kind
 			}
 			under := p.FIB.Link(t.path.Oif)
-			d.nested = p.tunnels[t.path.Oif] != nil || under != nil && under.Kind == "xfrm"
+			d.nested = p.tunnels[t.path.Oif] != nil || under != nil && slices.Contains([]string{"xfrm", "vti", "vti6"}, under.Kind)
 		}
 		p.plan.Tunnels = append(p.plan.Tunnels, p.wrapped(t))
 	}

@@ -183,7 +183,16 @@ func (p *planner) tryInPlace(r routes.Route) {
 		return // its devices have the MTU themselves
 	}
 	mtu, by, ok := p.alike(r)
-	if !ok || mtu == 0 || p.unsafe(r) != "" {
+	if !ok || mtu == 0 {
+		return
+	}
+	if why := p.unsafe(r); why != "" {
+		// Others have a clone, or hear why not.
+		if w, _ := p.domain(r.Body); w.tunnel != nil {
+			for _, c := range w.tunnel.covs {
+				c.verdict.note(fmt.Sprintf("%s: %s: not locked in place", r.Key(), why))
+			}
+		}
 		return
 	}
 	if why := p.meetsOuter(r); why != "" {
@@ -216,7 +225,7 @@ func (p *planner) alike(r routes.Route) (mtu int, by []*coverage, ok bool) {
 			}
 			return 0, nil, false
 		}
-		n, why := p.mtuAt(e.cov, r)
+		n, why := p.mtuAt(e.cov, p.pathMTU(r), r.Body.Family)
 		switch {
 		case n == 0 && e.cov.Larval && w.drops() && e.cov.last == 0:
 			continue // no flow passes before there is an SA
@@ -224,12 +233,14 @@ func (p *planner) alike(r routes.Route) (mtu int, by []*coverage, ok bool) {
 			continue
 		case n == 0:
 			e.cov.verdict.note(fmt.Sprintf("%s: %s", r.Key(), why))
+			w.tunnel.noteOthers(r, e.cov, why)
 			return 0, nil, false
 		case mtu != 0 && n != mtu:
+			w.tunnel.noteOthers(r, e.cov, fmt.Sprintf("it leaves %d, and others %d", n, mtu))
 			return 0, nil, false
 		}
 		mtu, by = n, append(by, e.cov)
-		if e.all() && routes.Contains(e.sel.Dst, r.Dst) {
+		if e.all() && routes.Contains(e.sel.Dst, r.Dst) && !p.bypassed(w, e, r.Dst) {
 			return mtu, by, true
 		}
 	}
@@ -241,11 +252,28 @@ func (p *planner) alike(r routes.Route) (mtu int, by []*coverage, ok bool) {
 				c.verdict.note(fmt.Sprintf("%s: %s", r.Key(), why))
 			}
 		}
-		return n, union(by, covs), n != 0 && (mtu == 0 || n == mtu)
+		if n != 0 && mtu != 0 && n != mtu {
+			w.tunnel.noteOthers(r, by[0], fmt.Sprintf("it leaves %d, and the tunnel %d", mtu, n))
+			return 0, nil, false
+		}
+		return n, union(by, covs), n != 0
 	case w.drops(), p.XFRM.Default().Out == xfrmwatch.Block:
 		return mtu, by, mtu != 0
 	}
 	return 0, nil, false
+}
+
+// noteOthers tells the coverages of a dedicated tunnel, if there is one, that a policy for some of a
+// route's own flows keeps it from being locked in place.
+func (t *tunnel) noteOthers(r routes.Route, by *coverage, why string) {
+	if t == nil {
+		return
+	}
+	for _, c := range t.covs {
+		if c != by {
+			c.verdict.note(fmt.Sprintf("%s: policy %d takes some of its flows: %s: not locked in place", r.Key(), by.ID.Policy, why))
+		}
+	}
 }
 
 // leavesToTunnel reports whether an entry that asks for no lock on a route through a dedicated
@@ -289,9 +317,9 @@ func (p *planner) unsafe(r routes.Route) string {
 // their path's MTU. Where the kernel says that they leave by another device, they go past it: by
 // a mark, as a rule.
 func (p *planner) meetsOuter(r routes.Route) string {
-	for peer, oifs := range p.outer.Subnets(r.Dst) {
-		m, _ := p.FIB.Cover(r.Body.Family, r.Body.Table, peer)
-		if m.Dst == r.Dst && p.outerBy(oifs, r.Body) {
+	for peer, peers := range p.outer.Subnets(r.Dst) {
+		used, ok := p.routeTo(r.Body.Family, r.Body.Table, peer.Addr())
+		if (!ok || routes.Contains(used.Dst, r.Dst)) && p.outerBy(peers, r.Body) {
 			return "the outer packets to " + peer.Addr().String() + " use it too"
 		}
 	}

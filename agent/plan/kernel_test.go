@@ -23,6 +23,7 @@ type packet struct {
 	uid          uint32
 	tos          uint8
 	iif, oif     string
+	inside       *uint32 // of a tunnel's outer packet: the mark of what is inside
 }
 
 func (p packet) String() string {
@@ -182,7 +183,7 @@ type fate struct {
 	// is the MTU that the tunnel leaves it then, 0 if that isn't known.
 	wrapped bool
 	left    int
-	under   bool // the packet's own policy takes it, and the tunnel's outer packets are covered, too
+	under   bool // the packet's own policy takes it, and no outer packet of the tunnel leaves uncovered
 }
 
 type fateKind int
@@ -226,19 +227,28 @@ func (w *world) fate(p packet, l *routes.Link, ifID uint32) fate {
 	got := w.policyFor(f)
 	switch l.Kind {
 	case "xfrm":
-		f.IfID = l.IfID | ifID
+		if f.IfID = l.IfID | ifID; p.inside != nil {
+			f.Mark = *p.inside // that of the packet itself, not the one of the lookup
+		}
 	case "vti", "vti6":
 		f.Mark = l.Encap.Key
 	default:
 		below := w.wrapped(p, l)
-		if below.kind == dropped {
+		if whole := w.leaves(l); below.kind == covered && whole.all {
+			below.left = whole.left // a tunnel leaves one MTU, whichever of its policies takes a packet
+		}
+		if got.kind == uncovered || got.kind == covered && !leavesToPeer(got.cov) && below.kind == dropped {
 			return below
 		}
-		if got.kind != uncovered {
-			got.left, got.under = below.left, below.kind == covered
-			return got
+		got.left, got.under = below.left, below.kind != uncovered
+		if leavesToPeer(got.cov) {
+			// The packet itself never enters the tunnel, but others do, by the same route.
+			got.left = 0
+			if whole := w.leaves(l); whole.all {
+				got.left = whole.left
+			}
 		}
-		return below
+		return got
 	}
 	if got.kind != uncovered {
 		return got
@@ -248,117 +258,6 @@ func (w *world) fate(p packet, l *routes.Link, ifID uint32) fate {
 		return fate{kind: dropped}
 	}
 	return got
-}
-
-// wrapped is what becomes of a packet that no policy takes once a tunnel, or what it sends by, has
-// wrapped it: the worst of all outer packets that it can be in.
-func (w *world) wrapped(p packet, l *routes.Link) fate {
-	if w.depth++; w.depth > 8 {
-		w.depth--
-		return fate{kind: dropped} // a tunnel through itself (dev_xmit_recursion)
-	}
-	defer func() { w.depth-- }()
-	switch {
-	case l.Kind == "vlan" || l.Kind == "macvlan":
-		ft := w.wrapped(p, w.fib.Link(l.Parent))
-		if l.Kind == "vlan" && ft.left != 0 {
-			ft.left -= 4
-		}
-		return ft
-	case l.Kind == "bond":
-		worst := fate{kind: uncovered}
-		for _, port := range w.fib.Links() {
-			if port.Master != l.Index {
-				continue
-			}
-			ft := w.wrapped(p, port)
-			if ft.kind == uncovered {
-				return ft
-			}
-			if worst.kind == uncovered || ft.left < worst.left {
-				worst = ft
-			}
-		}
-		return worst
-	case l.Encap == routes.Encap{}, w.into(l, l, 0):
-		return fate{kind: uncovered} // the planner leaves tunnels into themselves alone
-	}
-	worst := fate{kind: dropped}
-	for _, sport := range []uint16{1, 40000} {
-		o := w.outerPacket(p, l, sport)
-		at := w.lookup(o)
-		for i, ft := range w.fates(o, at.route) {
-			if ft.kind == unknown { // the policy lookup precedes whatever a lightweight tunnel does
-				ft = w.policyFor(xfrmwatch.Flow{
-					Src: o.src, Dst: o.dst, Proto: xfrmwatch.Proto(o.proto), Sport: o.sport, Dport: o.dport, Mark: o.mark,
-					Oif: int32(at.route.Body.Nexthops[i].Oif),
-				})
-			}
-			if ft.kind == dropped {
-				continue
-			}
-			if l := w.fib.Link(at.route.Body.Nexthops[i].Oif); ft.kind == uncovered && l != nil && l.Kind == "xfrm" {
-				continue
-			}
-			if ft.kind == uncovered {
-				return ft
-			}
-			path := w.fib.Link(at.route.Body.Nexthops[i].Oif).MTU
-			if own := int(at.route.Body.Metrics.MTU); own != 0 {
-				path = min(path, own)
-			}
-			left := ft.left
-			if !ft.wrapped {
-				left = w.leftOf(ft.cov, path)
-			}
-			if left = min(left, path); left > 0 {
-				left -= l.Encap.Header
-			}
-			if worst.kind == dropped || left < worst.left {
-				worst = fate{kind: covered, cov: ft.cov, wrapped: true, left: left}
-			}
-		}
-	}
-	return worst
-}
-
-// into reports whether what leaves by a device is routed into a tunnel again.
-func (w *world) into(l, tunnel *routes.Link, depth int) bool {
-	switch {
-	case l == nil || depth > 8:
-		return false
-	case depth > 0 && l == tunnel:
-		return true
-	case l.Kind == "vlan" || l.Kind == "macvlan":
-		return w.into(w.fib.Link(l.Parent), tunnel, depth+1)
-	case l.Kind == "bond":
-		return slices.ContainsFunc(w.fib.Links(), func(port *routes.Link) bool {
-			return port.Master == l.Index && w.into(port, tunnel, depth+1)
-		})
-	case !l.Encap.Remote.IsValid():
-		return false
-	}
-	path := w.path(Peer{Addr: l.Encap.Remote, Src: l.Encap.Local, Mark: xfrmwatch.Mark{Value: l.Encap.Mark, Mask: ^uint32(0)}})
-	return w.into(w.fib.Link(path.Oif), tunnel, depth+1)
-}
-
-// outerPacket is the packet that a tunnel sends for one.
-func (w *world) outerPacket(p packet, l *routes.Link, sport uint16) packet {
-	e := l.Encap
-	o := packet{family: e.Family, src: e.Local, dst: e.Remote, proto: e.Proto, mark: e.Mark, iif: "lo"}
-	if !o.src.IsValid() {
-		o.src = e.Family.Any().Addr() // the worlds' routes choose none
-	}
-	switch e.Proto {
-	case 17:
-		o.sport, o.dport = sport, e.Dport.Lo
-	case 47:
-		o.sport, o.dport = uint16(e.Key>>16), uint16(e.Key)
-	}
-	if e.AnyMark {
-		o.mark = p.mark
-	}
-	return o
 }
 
 func (w *world) policyFor(f xfrmwatch.Flow) fate {
@@ -421,14 +320,41 @@ func (w *world) pathMTU(r routes.Route) int {
 // peerMTU answers for the route to an outer peer as the agent asks the kernel: a lookup of the
 // host's own, with the SA's source.
 func (w *world) peerMTU(sa *xfrmwatch.SA) (int, bool) {
-	path := w.path(PeerOf(sa))
-	return path.MTU, path.MTU != 0
+	p := PeerOf(sa)
+	path := w.path(p)
+	l := w.fib.Link(path.Oif)
+	if l == nil {
+		return path.MTU, path.MTU != 0
+	}
+	o := w.lookup(peerPacket(p))
+	if o.route.Body != nil && o.route.Body.Nexthops[0].Encap && w.fates(peerPacket(p), o.route)[0].kind == unknown {
+		return 0, false // what a lightweight tunnel adds isn't known
+	}
+	return w.throughTunnels(l, path.MTU)
+}
+
+func peerPacket(p Peer) packet {
+	return packet{family: routes.FamilyOf(p.Addr), dst: p.Addr, src: p.Src, mark: p.Mark.Value & p.Mark.Mask, iif: "lo"}
 }
 
 // path is the kernel's answer for the route to a peer.
 func (w *world) path(p Peer) Path {
-	o := w.lookup(packet{family: routes.FamilyOf(p.Addr), dst: p.Addr, src: p.Src, mark: p.Mark.Value & p.Mark.Mask, iif: "lo"})
-	path := Path{MTU: w.peers[Peer{Addr: p.Addr, Mark: p.Mark}]}
+	return w.answer(peerPacket(p), w.peers[Peer{Addr: p.Addr, Mark: p.Mark}])
+}
+
+// outerPath is the kernel's answer for the route of a tunnel's outer packets.
+func (w *world) outerPath(o Outer) Path {
+	p := packet{family: o.Family, dst: o.Dst, src: o.Src, mark: o.Mark, iif: "lo"}
+	if o.Proto == 17 {
+		p.proto, p.sport, p.dport = o.Proto, o.Sport, o.Dport
+	}
+	return w.answer(p, w.peers[Peer{Addr: o.Dst, Mark: xfrmwatch.Mark{Value: o.Mark, Mask: ^uint32(0)}}])
+}
+
+// answer is the kernel's answer for one packet, with the MTU that the world's lines say, or the route's.
+func (w *world) answer(p packet, mtu int) Path {
+	o := w.lookup(p)
+	path := Path{MTU: mtu}
 	if o.route.Body == nil || len(o.route.Body.Nexthops) == 0 || w.fib.Link(o.route.Body.Nexthops[0].Oif) == nil {
 		return path
 	}
@@ -439,12 +365,17 @@ func (w *world) path(p Peer) Path {
 	return path
 }
 
-// expected is the MTU that a covered packet's route is to be locked at, 0 for none.
-func (w *world) expected(f fate, r routes.Route) int {
+// expected is the MTU that a covered packet's route is to be locked at, 0 for none. A lock for these
+// flows alone is not for what a tunnel wraps besides.
+func (w *world) expected(f fate, r routes.Route, alone bool) int {
 	path := w.pathMTU(r)
 	mtu := f.left
 	if !f.wrapped {
-		if mtu = w.expectedOf(f.cov, min(path, cmp.Or(f.left, path))); mtu == 0 && f.under {
+		shared := path
+		if f.left != 0 && !alone {
+			shared = min(path, f.left)
+		}
+		if mtu = w.expectedOf(f.cov, shared); mtu == 0 && f.under && !alone {
 			mtu = f.left // what the tunnel leaves is the path of its own ESP packets, too
 		}
 	}
@@ -496,7 +427,7 @@ func (w *world) input() Input {
 		}
 	}
 	for _, o := range OutersOf(w.fib, nil) {
-		if path := w.path(Peer{Addr: o.Dst, Src: o.Src, Mark: xfrmwatch.Mark{Value: o.Mark, Mask: ^uint32(0)}}); path.MTU != 0 {
+		if path := w.outerPath(o); path.MTU != 0 {
 			in.Outers[o.Index] = path
 		}
 	}

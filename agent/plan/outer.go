@@ -75,8 +75,9 @@ func (p *planner) outerOf(t *tunnel, f routes.Family, proto uint8) outerFlow {
 	if f == routes.IPv4 {
 		// ip_route_output_flow sets flowi_oif to the route's device ahead of the policy lookup, IPv6
 		// does not.
-		if devices := p.outerDevices(t); len(devices) == 1 {
-			o.oifs[1] = devices[0]
+		ways := p.outerWays(t)
+		if len(ways) > 0 && !slices.ContainsFunc(ways, func(nh routes.Nexthop) bool { return nh.Oif != ways[0].Oif }) {
+			o.oifs[1] = ways[0].Oif
 		}
 	}
 	switch proto {
@@ -98,9 +99,10 @@ func (p *planner) chosenSource(t *tunnel) netip.Addr {
 	if !t.encap.Remote.IsValid() {
 		return netip.Addr{}
 	}
-	m, _ := p.FIB.Cover(t.encap.Family, t.path.Table, netip.PrefixFrom(t.encap.Remote, t.encap.Remote.BitLen()))
-	if r, ok := m.First(); ok && len(r.Body.Nexthops) == 1 && len(m.Paths.Bodies()) == 1 {
-		return t.path.Src
+	if r, ok := p.routeTo(t.encap.Family, t.path.Table, t.encap.Remote); ok && len(r.Body.Nexthops) == 1 {
+		if m, _ := p.FIB.Cover(t.encap.Family, t.path.Table, r.Dst); len(m.Paths.Bodies()) == 1 {
+			return t.path.Src
+		}
 	}
 	return netip.Addr{}
 }

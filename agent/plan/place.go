@@ -294,13 +294,32 @@ func (p *planner) basedOn(r *routes.Rule) *routes.Rule {
 	return nil
 }
 
-// notePartial says for coverages without a lock that the configuration wants none in a table.
+// notePartial says for coverages some of whose flows have no lock that the configuration wants none
+// in a table.
 func (p *planner) notePartial() {
 	for _, c := range p.covers {
 		if !p.lockedWhole(c) {
 			c.verdict.note("only a part of a route's flows are covered: no lock (partial: off)")
 		}
 	}
+}
+
+// lockedWhole reports whether all routes that a coverage's flows use are locked in place.
+func (p *planner) lockedWhole(c *coverage) bool {
+	if c.Policy.IfID == 0 && p.vtiOf(c) == nil {
+		return !slices.ContainsFunc(p.parts(c), func(part routes.Part) bool { return !p.allLocked(part) })
+	}
+	if len(c.verdict.Locked) == 0 {
+		return false
+	}
+	for _, w := range p.waysOf(c.Policy.IfID) {
+		for _, k := range w.keys {
+			if _, overlap := routes.Intersect(k.Dst, c.Selector.Dst); overlap && !p.locked[k] {
+				return false
+			}
+		}
+	}
+	return true
 }
 
 // String renders the shape's identity as the selectors of `ip rule`.

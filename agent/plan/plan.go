@@ -139,7 +139,7 @@ type Hold struct {
 type Tunnel struct {
 	Index routes.Ifindex
 	Encap routes.Encap // its Header counts the tags of VLANs
-	Path  int          // the MTU of the outer packets' route, in bytes, 0 if it is not known
+	Path  int          // the MTU of the outer packets' route without our lock, in bytes, 0 if it is not known
 	MTU   int          // what is left to an inner packet, in bytes, 0 if it is not known
 	// Own are the coverages whose policies take the outer packets; those that they leave alone
 	// leave by a dedicated carrier.

@@ -201,8 +201,6 @@ func (p *planner) leads(part routes.Part) bool {
 	return false
 }
 
-func (p *planner) lockedWhole(c *coverage) bool { return len(c.verdict.Locked) > 0 }
-
 // fill works out what the shape's table holds.
 func (p *planner) fill(s *shaped) {
 	points := map[netip.Prefix]bool{}
@@ -338,7 +336,7 @@ func (p *planner) decide(s *shaped, x netip.Prefix, above *coverage) (Clone, *co
 		c.verdict.note(fmt.Sprintf("%s: the outer packets to this address use the route too: no lock there", x.Addr()))
 		return throw, nil
 	}
-	mtu, why := p.mtuAt(c, r)
+	mtu, why := p.mtuAt(c, p.linkMTU(r), r.Body.Family)
 	if mtu == 0 {
 		c.verdict.note(fmt.Sprintf("%s: %s", x, why))
 		return throw, nil
@@ -464,6 +462,10 @@ func (p *planner) winnerAt(s *shaped, x netip.Prefix, w way) *coverage {
 			continue
 		}
 		if e.cov == nil {
+			return nil
+		}
+		if p.bypassed(w, e, x) {
+			e.cov.verdict.note(fmt.Sprintf("%s: a bypass with priority over this policy can leave flows to the device's own: no lock there", x))
 			return nil
 		}
 		for _, q := range parts {

@@ -20,9 +20,12 @@ type tunnel struct {
 	covs []*coverage
 	own  []*coverage // those whose policies take the outer packets themselves
 	// lower takes what they leave alone, as the outer packets leave by it; nil if nothing is left.
-	lower   *tunnel
-	maybe   bool // one of covs has optional templates: locked, and never a reason for a hold
-	looking bool // while it is worked out: a tunnel through itself has no end
+	lower *tunnel
+	maybe bool // one of covs has optional templates: locked, and never a reason for a hold
+	// partly says of one that is not dedicated that policies take some of its outer packets.
+	partly            bool
+	looking, wrapping bool // while it is worked out, or its MTU
+	loops             bool // its outer packets go into itself by the way to an SA's peer
 	// over are the dedicated tunnels that a device in a stack sends by: it wraps nothing itself, but
 	// for the bytes of its tag.
 	over []*tunnel
@@ -95,38 +98,41 @@ func (p *planner) findTunnels() {
 	for _, t := range list {
 		p.settle(t, done)
 	}
-	p.stackTunnels()
+	for _, l := range p.FIB.Links() {
+		p.tunnelAt(l.Index, done)
+	}
 }
 
-// stackTunnels adds the devices that send by dedicated tunnels alone.
-func (p *planner) stackTunnels() {
-	for again := true; again; {
-		again = false
-		for _, l := range p.FIB.Links() {
-			if p.tunnels[l.Index] != nil {
-				continue
-			}
-			over := below(l, p.ports[l.Index], func(l *routes.Link) *tunnel {
-				if t := p.tunnels[l.Index]; t != nil && len(t.covs) > 0 {
-					return t
-				}
-				return nil
-			}, p.FIB)
-			if len(over) == 0 {
-				continue
-			}
-			t := &tunnel{link: l, over: over}
-			if l.Kind == "vlan" {
-				t.tag = 4 // IEEE 802.1Q
-			}
-			for _, o := range over {
-				t.covs = union(t.covs, o.covs)
-				t.maybe = t.maybe || o.maybe
-			}
-			p.tunnels[l.Index] = t
-			again = true
-		}
+// tunnelAt is a device that wraps what it sends, or one that sends by such devices alone that are
+// dedicated; nil if it is neither.
+func (p *planner) tunnelAt(i routes.Ifindex, done map[*tunnel]bool) *tunnel {
+	if t := p.tunnels[i]; t != nil {
+		p.settle(t, done)
+		return t
 	}
+	l := p.FIB.Link(i)
+	if l == nil {
+		return nil
+	}
+	over := below(l, p.ports[i], func(l *routes.Link) *tunnel {
+		if t := p.tunnelAt(l.Index, done); t != nil && len(t.covs) > 0 {
+			return t
+		}
+		return nil
+	}, p.FIB)
+	if len(over) == 0 {
+		return nil
+	}
+	t := &tunnel{link: l, over: over}
+	if l.Kind == "vlan" {
+		t.tag = 4 // IEEE 802.1Q
+	}
+	for _, o := range over {
+		t.covs = union(t.covs, o.covs)
+		t.maybe = t.maybe || o.maybe
+	}
+	p.tunnels[i], done[t] = t, true
+	return t
 }
 
 // settle works out what takes a tunnel's outer packets. A policy without an if_id takes them in
@@ -139,20 +145,27 @@ func (p *planner) settle(t *tunnel, done map[*tunnel]bool) {
 	}
 	t.looking = true
 	defer func() { t.looking, done[t] = false, true }()
-	if p.leadsTo(t.path.Oif, t.link.Index, map[routes.Ifindex]bool{}) {
-		return // its outer packets would go into itself: a lock would lower their path, and with it the next lock
+	if len(t.over) > 0 {
+		return
+	}
+	if p.outerLeadsTo(t, t.link.Index, map[routes.Ifindex]bool{}) {
+		p.noteLoop(t)
+		return // a lock would lower the path of its outer packets, and with it the next lock
 	}
 	var own []*coverage
 	var lower *tunnel
+	whole := true
 	for _, o := range p.outerFlows(t) {
 		took, below, ok := p.takersOf(t, o, done)
-		if !ok {
-			return
-		}
+		whole = whole && ok
 		own = union(own, took)
 		if below != nil {
 			lower = below
 		}
+	}
+	if !whole {
+		t.partly = t.partly || len(own) > 0
+		return
 	}
 	t.own, t.lower, t.covs = own, lower, own
 	if lower != nil {
@@ -169,7 +182,7 @@ func (p *planner) leadsTo(from, to routes.Ifindex, seen map[routes.Ifindex]bool)
 		return l != nil && from == to
 	}
 	seen[from] = true
-	if t := p.tunnels[from]; t != nil && p.leadsTo(t.path.Oif, to, seen) {
+	if t := p.tunnels[from]; t != nil && p.outerLeadsTo(t, to, seen) {
 		return true
 	}
 	switch l.Kind {
@@ -179,6 +192,12 @@ func (p *planner) leadsTo(from, to routes.Ifindex, seen map[routes.Ifindex]bool)
 		return slices.ContainsFunc(p.ports[from], func(port *routes.Link) bool { return p.leadsTo(port.Index, to, seen) })
 	}
 	return false
+}
+
+// outerLeadsTo reports the same for what leaves by one of the ways of a tunnel's outer packets.
+func (p *planner) outerLeadsTo(t *tunnel, to routes.Ifindex, seen map[routes.Ifindex]bool) bool {
+	return p.leadsTo(t.path.Oif, to, seen) ||
+		slices.ContainsFunc(p.outerWays(t), func(nh routes.Nexthop) bool { return p.leadsTo(nh.Oif, to, seen) })
 }
 
 // union appends the coverages that are not there yet.
@@ -193,7 +212,8 @@ func union(a, b []*coverage) []*coverage {
 }
 
 // takersOf are the coverages that take the outer packets of one flow of a tunnel, and the
-// dedicated tunnel that takes the rest, if there is one. It is false if some are left.
+// dedicated tunnel that takes the rest, if there is one. It is false if some are left, and says of
+// the tunnel whether some are taken.
 func (p *planner) takersOf(t *tunnel, o outerFlow, done map[*tunnel]bool) ([]*coverage, *tunnel, bool) {
 	if l := p.FIB.Link(t.path.Oif); l != nil && l.Type == arphrdLoopback { // net.ipv4.conf.lo.disable_xfrm is on
 		return nil, nil, false
@@ -205,13 +225,14 @@ func (p *planner) takersOf(t *tunnel, o outerFlow, done map[*tunnel]bool) ([]*co
 	}
 	var took []*coverage
 	partly := ""
-	for _, e := range p.applying(below, o.dst, true) {
-		all, some := o.takenBy(e)
+	for _, l := range p.lookupsOf(o, below) {
+		e := l.entry
+		all, some := l.flow.takenBy(e)
 		switch {
 		case !some:
 			continue
-		case e.cov == nil && e.block || e.cov == nil && below.ifID != 0:
-			// dropped; on an xfrm interface a bypass is dropped as well
+		case e.cov == nil && e.block || e.cov == nil && below.drops():
+			// dropped; an xfrm interface or vti drops what its own lookup lets pass
 		case e.cov == nil:
 			partly = "a bypass policy takes a part of its outer packets"
 		default:
@@ -226,13 +247,14 @@ func (p *planner) takersOf(t *tunnel, o outerFlow, done map[*tunnel]bool) ([]*co
 		}
 	}
 	switch {
-	case partly == "" && len(took) > 0 && (below.ifID != 0 || p.XFRM.Default().Out == xfrmwatch.Block):
+	case partly == "" && len(took) > 0 && (below.drops() || p.XFRM.Default().Out == xfrmwatch.Block):
 		return took, nil, true // the rest is dropped
 	case partly == "" && below.tunnel != nil && len(below.tunnel.covs) > 0:
 		return took, below.tunnel, true
 	case partly == "":
 		partly = "other packets of it are not covered"
 	}
+	t.partly = t.partly || p.takesSome(o, answered) || !one || p.partly(t.path.Oif)
 	for _, c := range took {
 		if !t.link.Up { // gre0, tunl0 and their kin are there with their module
 			break
@@ -243,92 +265,6 @@ func (p *planner) takersOf(t *tunnel, o outerFlow, done map[*tunnel]bool) ([]*co
 		p.noteWays(t, o, answered)
 	}
 	return nil, nil, false
-}
-
-// noteWays tells those that take outer packets of a tunnel by one way that there are others.
-func (p *planner) noteWays(t *tunnel, o outerFlow, one way) {
-	if !t.link.Up {
-		return
-	}
-	var covs []*coverage
-	if one.tunnel != nil {
-		covs = one.tunnel.covs
-	}
-	for _, e := range p.applying(one, o.dst, true) {
-		if _, some := o.takenBy(e); some && e.cov != nil && e.ifID != 0 {
-			covs = append(slices.Clip(covs), e.cov)
-		}
-	}
-	for _, c := range covs {
-		c.verdict.note(fmt.Sprintf("%s keeps its features, and its routes have no lock for its sake: its outer packets can also leave by another way than %s", t.link.Name, p.FIB.Link(t.path.Oif).Name))
-	}
-}
-
-// wayBelow is what applies to a tunnel's outer packets besides the policies without an if_id, as
-// the kernel answered. It is false where they can leave by ways that differ in that.
-func (p *planner) wayBelow(t *tunnel, done map[*tunnel]bool) (way, bool) {
-	by := func(i routes.Ifindex) way {
-		if l := p.FIB.Link(i); l != nil && l.Kind == "xfrm" && !l.External {
-			return way{ifID: l.IfID}
-		}
-		lower := p.tunnels[i]
-		if lower != nil {
-			p.settle(lower, done)
-		}
-		return way{tunnel: lower}
-	}
-	below := by(t.path.Oif)
-	if below == (way{}) {
-		return below, true
-	}
-	devices := p.outerDevices(t)
-	if len(devices) == 0 || slices.ContainsFunc(devices, func(i routes.Ifindex) bool { return by(i) != below }) {
-		return below, false
-	}
-	return below, true
-}
-
-// outerDevices are the devices by which a tunnel's outer packets can leave; none if that isn't
-// known: the kernel's one answer is for one flow, without a packet's mark.
-func (p *planner) outerDevices(t *tunnel) []routes.Ifindex {
-	e := t.encap
-	switch {
-	case t.path.Oif == 0 || !e.Remote.IsValid():
-		return nil
-	case e.Link == t.path.Oif:
-		return []routes.Ifindex{e.Link} // the lookup is bound to it
-	case e.AnyMark && p.marksDecide(e.Family, t.path.Table):
-		return nil
-	}
-	m, _ := p.FIB.Cover(e.Family, t.path.Table, netip.PrefixFrom(e.Remote, e.Remote.BitLen()))
-	first, ok := m.First()
-	if !ok {
-		return nil
-	}
-	var out []routes.Ifindex
-	for _, b := range m.Paths.Bodies() {
-		for _, nh := range b.Nexthops {
-			if b.Priority == first.Body.Priority && !slices.Contains(out, nh.Oif) {
-				out = append(out, nh.Oif)
-			}
-		}
-	}
-	return out
-}
-
-// marksDecide reports whether a rule ahead of the one that leads to a table looks at a packet's
-// mark, or that one itself.
-func (p *planner) marksDecide(f routes.Family, table routes.TableID) bool {
-	for _, r := range p.FIB.Rules(f) {
-		switch {
-		case p.Config.OwnRule(r): // its clones lead where the routes do
-		case r.Mask != 0:
-			return true
-		case r.Action == routes.RuleToTable && r.Table == table:
-			return false
-		}
-	}
-	return false
 }
 
 // dedicatedTunnels are the tunnels all of whose outer packets are covered, and the devices above

@@ -31,7 +31,8 @@ type world struct {
 	links      map[string]*routes.Link
 	objects    map[uint32][]byte // the nexthops of a nexthop object, as attributes
 	goneIndex  []xfrmwatch.PolicyIndex
-	depth      int // of tunnels in tunnels
+	depth      int                     // of tunnels in tunnels
+	left       map[routes.Ifindex]left // what is known of devices
 	keys       []sockopt.Key
 	keysStale  bool
 }
@@ -50,6 +51,7 @@ func newWorld(text string) (*world, error) {
 		held:       Held{Holds: map[HoldKey]HoldClaim{}, Locks: map[routes.Key]LockClaim{}},
 		links:      map[string]*routes.Link{},
 		objects:    map[uint32][]byte{},
+		left:       map[routes.Ifindex]left{},
 	}
 	w.db.Apply(xfrmwatch.ResyncBegin{})
 	w.db.Apply(xfrmwatch.ResyncEnd{})
@@ -353,7 +355,7 @@ func (w *world) rule(f *words) error {
 // clone copies the world by its events, so that a plan can be applied to the copy.
 func (w *world) clone() *world {
 	n := *w
-	n.fib = routes.NewFIB()
+	n.fib, n.left = routes.NewFIB(), map[routes.Ifindex]left{}
 	n.fib.Apply(routes.ResyncBegin{})
 	for _, l := range w.fib.Links() {
 		n.fib.Apply(routes.LinkSet{Link: l})

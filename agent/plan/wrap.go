@@ -3,6 +3,7 @@ package plan
 import (
 	"cmp"
 	"fmt"
+	"slices"
 
 	"tsoagent/routes"
 	"tsoagent/xfrmwatch"
@@ -28,17 +29,23 @@ func (p *planner) wraps(t *tunnel) (int, string) {
 	if t.path.MTU == 0 || t.encap.Header == 0 {
 		return 0, fmt.Sprintf("the path of %s's outer packets is not known", t.link.Name)
 	}
-	mtu := t.path.MTU
-	if t.lower != nil {
-		left, why := p.wraps(t.lower)
-		if left == 0 {
-			return 0, why
-		}
-		mtu = min(mtu, left)
+	if t.loops = t.loops || t.wrapping; t.loops {
+		return 0, fmt.Sprintf("the outer packets of %s go into itself", t.link.Name)
 	}
+	t.wrapping = true
+	defer func() { t.wrapping = false }()
+	// The route that they use has the lock for the tunnel that it leads into, whatever takes them.
+	below, why := p.through(t.path.Oif)
+	if why != "" {
+		return 0, why
+	}
+	path := min(t.path.MTU, below)
+	mtu := path
 	for _, c := range t.own {
-		left, status := c.MTU(p.peerMTU, t.path.MTU)
+		left, status := c.MTU(p.peerMTU, path)
 		switch {
+		case t.loops:
+			return 0, fmt.Sprintf("the outer packets of %s go into itself", t.link.Name)
 		case status == xfrmwatch.MTUKnown && c.tunnels:
 			p.plan.MTU[c.ID], _ = c.MTU(p.peerMTU, anyRoute)
 		case status == xfrmwatch.MTUKnown:
@@ -46,10 +53,10 @@ func (p *planner) wraps(t *tunnel) (int, string) {
 				p.plan.MTU[c.ID] = left
 			}
 		case c.last != 0:
-			left = min(c.last, t.path.MTU)
+			left = min(c.last, path)
 			c.verdict.note(fmt.Sprintf("%s; the last valid MTU stays", status))
-		case p.Config.PresumeMTU != 0:
-			left = min(p.Config.PresumeMTU, t.path.MTU)
+		case p.Config.PresumeMTU != 0 && !c.Maybe:
+			left = min(p.Config.PresumeMTU, path)
 			c.verdict.note(fmt.Sprintf("%s; presume_mtu %d", status, p.Config.PresumeMTU))
 		default:
 			return 0, status.String()
@@ -60,6 +67,39 @@ func (p *planner) wraps(t *tunnel) (int, string) {
 		mtu = min(mtu, left)
 	}
 	return mtu - t.encap.Header, ""
+}
+
+// through is what a device leaves to outer packets that leave by it, in bytes, or why that isn't
+// known: the MTU that a dedicated tunnel leaves; anyRoute where it adds nothing.
+func (p *planner) through(i routes.Ifindex) (int, string) {
+	t := p.tunnels[i]
+	switch {
+	case t != nil && len(t.covs) > 0:
+		left, why := p.wraps(t)
+		return left, why
+	case p.partly(i):
+		return 0, fmt.Sprintf("policies take a part of what leaves by %s", p.FIB.Link(i).Name)
+	}
+	return anyRoute, ""
+}
+
+// partly reports whether policies take some of what a device sends, once a tunnel has wrapped it,
+// and others not.
+func (p *planner) partly(i routes.Ifindex) bool {
+	l := p.FIB.Link(i)
+	if t := p.tunnels[i]; t != nil || l == nil {
+		return t != nil && t.partly
+	}
+	switch l.Kind {
+	case "vlan", "macvlan", "macvtap", "ipvlan", "ipvtap":
+		return !l.ParentElsewhere && p.partly(l.Parent)
+	case "bond", "team":
+		return slices.ContainsFunc(p.ports[i], func(port *routes.Link) bool {
+			t := p.tunnels[port.Index]
+			return t != nil && len(t.covs) > 0 || p.partly(port.Index)
+		})
+	}
+	return false
 }
 
 // wrapsAt is the MTU to lock on a route through dedicated tunnels, with their coverages; 0 for

@@ -1,0 +1,194 @@
+package plan
+
+import (
+	"slices"
+
+	"tsoagent/routes"
+	"tsoagent/xfrmwatch"
+)
+
+// What the simulated kernel does with packets that tunnels wrap.
+
+// wrapped is what becomes of a packet once a tunnel, or what it sends by, has wrapped it: the worst of
+// all outer packets that it can be in, those that are dropped aside.
+func (w *world) wrapped(p packet, l *routes.Link) fate {
+	if w.depth++; w.depth > 8 {
+		w.depth--
+		return fate{kind: dropped} // a tunnel through itself (dev_xmit_recursion)
+	}
+	defer func() { w.depth-- }()
+	switch {
+	case l.Kind == "vlan" || l.Kind == "macvlan":
+		ft := w.wrapped(p, w.fib.Link(l.Parent))
+		if l.Kind == "vlan" && ft.left != 0 {
+			ft.left -= 4
+		}
+		return ft
+	case l.Kind == "bond":
+		worst := fate{kind: uncovered}
+		for _, port := range w.fib.Links() {
+			if port.Master != l.Index {
+				continue
+			}
+			ft := w.wrapped(p, port)
+			if ft.kind == uncovered {
+				return ft
+			}
+			if worst.kind == uncovered || ft.left < worst.left {
+				worst = ft
+			}
+		}
+		return worst
+	case l.Encap == routes.Encap{}, w.into(l, l, 0):
+		return fate{kind: uncovered} // the planner leaves tunnels into themselves alone
+	}
+	worst := fate{kind: dropped}
+	for _, sport := range []uint16{1, 40000} {
+		o := w.outerPacket(p, l, sport)
+		at := w.lookup(o)
+		for i, ft := range w.fates(o, at.route) {
+			if ft.kind == dropped {
+				continue
+			}
+			nh := at.route.Body.Nexthops[i]
+			by := w.fib.Link(nh.Oif)
+			strange := ft.kind == unknown
+			if strange { // the policy lookup precedes whatever a lightweight tunnel does
+				ft = w.policyFor(xfrmwatch.Flow{
+					Src: o.src, Dst: o.dst, Proto: xfrmwatch.Proto(o.proto), Sport: o.sport, Dport: o.dport, Mark: o.mark, Oif: int32(nh.Oif),
+				})
+			}
+			past := ft.kind == covered && leavesToPeer(ft.cov)
+			switch {
+			case ft.kind == dropped:
+				continue
+			case strange && !nh.Encap && !past:
+				continue // an xfrm interface in external mode takes nothing without an if_id (xfrmi_xmit2)
+			case ft.kind == uncovered:
+				return ft
+			}
+			path := by.MTU
+			if own := int(at.route.Body.Metrics.MTU); own != 0 {
+				path = min(path, own)
+			}
+			left := min(ft.left, path)
+			if !ft.wrapped {
+				path, _ = w.throughTunnels(by, path)
+				left = w.leftOf(ft.cov, path)
+			}
+			if strange && nh.Encap || path == 0 {
+				left = 0 // what is added isn't known
+			}
+			if left > 0 {
+				left -= l.Encap.Header
+			}
+			if worst.kind == dropped || left < worst.left {
+				worst = fate{kind: covered, cov: ft.cov, wrapped: true, left: left}
+			}
+		}
+	}
+	return worst
+}
+
+// left is what tunnels do to whatever leaves by a device: all of it is covered once it is wrapped, or
+// some; and the least MTU that they leave, 0 if it isn't known.
+type left struct {
+	all, some      bool
+	left           int
+	looking, loops bool // while it is worked out, and whether it was asked for then
+}
+
+// leaves tries every mark.
+func (w *world) leaves(l *routes.Link) left {
+	if got, ok := w.left[l.Index]; ok {
+		got.loops = got.looking
+		w.left[l.Index] = got
+		return got
+	}
+	w.left[l.Index] = left{some: true, looking: true}
+	got := left{all: true}
+	switch l.Kind {
+	case "xfrm", "vti", "vti6":
+		got.all = false
+	default:
+		for mark := range uint32(4) {
+			switch ft := w.wrapped(packet{mark: mark}, l); ft.kind {
+			case uncovered:
+				got.all = false
+			case covered:
+				if !got.some || ft.left < got.left {
+					got.left = ft.left
+				}
+				got.some = true
+			}
+		}
+	}
+	got.all = got.all && got.some
+	if w.left[l.Index].loops { // a tunnel through itself
+		got.left = 0
+	}
+	w.left[l.Index] = got
+	return got
+}
+
+// throughTunnels is what is left of a path whose packets leave by a device, 0 and false if that isn't known.
+func (w *world) throughTunnels(l *routes.Link, path int) (int, bool) {
+	switch got := w.leaves(l); {
+	case !got.some:
+		return path, path != 0
+	case !got.all || got.left == 0:
+		return 0, false
+	default:
+		return min(path, got.left), path != 0
+	}
+}
+
+// leavesToPeer says that what a coverage takes leaves by the way to its peer (tunnel mode), not by the
+// device of its own route.
+func leavesToPeer(c xfrmwatch.Coverage) bool {
+	return c.Policy != nil && slices.ContainsFunc(c.Policy.Templates, func(t xfrmwatch.Template) bool { return !t.TakesFlow() })
+}
+
+// into reports whether what leaves by a device is routed into a tunnel again.
+func (w *world) into(l, tunnel *routes.Link, depth int) bool {
+	switch {
+	case l == nil || depth > 8:
+		return false
+	case depth > 0 && l == tunnel:
+		return true
+	case l.Kind == "vlan" || l.Kind == "macvlan":
+		return w.into(w.fib.Link(l.Parent), tunnel, depth+1)
+	case l.Kind == "bond":
+		return slices.ContainsFunc(w.fib.Links(), func(port *routes.Link) bool {
+			return port.Master == l.Index && w.into(port, tunnel, depth+1)
+		})
+	case !l.Encap.Remote.IsValid():
+		return false
+	}
+	o := w.lookup(peerPacket(Peer{Addr: l.Encap.Remote, Src: l.Encap.Local, Mark: xfrmwatch.Mark{Value: l.Encap.Mark, Mask: ^uint32(0)}}))
+	return o.route.Body != nil && slices.ContainsFunc(o.route.Body.Nexthops, func(n routes.Nexthop) bool {
+		return w.into(w.fib.Link(n.Oif), tunnel, depth+1)
+	})
+}
+
+// outerPacket is the packet that a tunnel sends for one.
+func (w *world) outerPacket(p packet, l *routes.Link, sport uint16) packet {
+	e := l.Encap
+	o := packet{family: e.Family, src: e.Local, dst: e.Remote, proto: e.Proto, mark: e.Mark, iif: "lo"}
+	if !o.src.IsValid() {
+		o.src = e.Family.Any().Addr() // the worlds' routes choose none
+	}
+	switch e.Proto {
+	case 17:
+		o.sport, o.dport = sport, e.Dport.Lo
+	case 47:
+		o.sport, o.dport = uint16(e.Key>>16), uint16(e.Key)
+	}
+	if o.inside = &p.mark; p.inside != nil {
+		o.inside = p.inside
+	}
+	if e.AnyMark {
+		o.mark = *o.inside
+	}
+	return o
+}

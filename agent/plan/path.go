@@ -1,0 +1,174 @@
+package plan
+
+import (
+	"net/netip"
+	"slices"
+
+	"tsoagent/routes"
+)
+
+// readPaths makes the kernel's answers those that it would give without us. A way through a clone
+// of ours is that of the route below, and a lock of ours is no path's MTU: else each plan would
+// follow from the one before, and a clone that is to go would still decide what replaces it.
+func (p *planner) readPaths() {
+	peers := make(map[Peer]Path, len(p.Peers))
+	for peer, path := range p.Peers {
+		peers[peer] = p.withoutUs(path, lookup{dst: peer.Addr, src: peer.Src, mark: peer.Mark.Value & peer.Mark.Mask, proto: protoESP})
+	}
+	outers := make(map[routes.Ifindex]Path, len(p.Outers))
+	for _, o := range OutersOf(p.FIB, p.L2TP) {
+		if path, ok := p.Outers[o.Index]; ok {
+			at := lookup{dst: o.Dst, src: o.Src, mark: o.Mark, proto: o.Proto, oif: o.Oif}
+			at.sport, at.dport = routes.PortRange{Lo: o.Sport, Hi: o.Sport}, routes.PortRange{Lo: o.Dport, Hi: o.Dport}
+			outers[o.Index] = p.withoutUs(path, at)
+		}
+	}
+	p.Peers, p.Outers = peers, outers
+}
+
+// protoESP is the protocol of an SA's packets (IPPROTO_ESP, linux/in.h).
+const protoESP = 50
+
+// lookup is what the kernel was asked for the way of outer packets.
+type lookup struct {
+	dst, src     netip.Addr // src is invalid or unspecified where the route chooses
+	mark         uint32
+	proto        uint8
+	sport, dport routes.PortRange
+	oif          routes.Ifindex
+}
+
+// withoutUs is what the kernel would have answered without our tables and locks. It is the zero
+// value where there would be no route, or where that isn't known: then a rule of ours was the last
+// way there. The MTU alone is 0 where a lightweight tunnel adds what we don't know.
+func (p *planner) withoutUs(path Path, at lookup) Path {
+	f := routes.FamilyOf(at.dst)
+	r, ok := p.routeTo(f, path.Table, at.dst)
+	if !ok || !hasWay(r, path.Oif) {
+		return path // the mirror is behind, or ahead
+	}
+	now, oif := p.mtuBy(path.Oif, r, false), path.Oif
+	if base := p.baseOf(f, path.Table); base != nil {
+		if r, ok = p.behind(base, at); !ok || at.oif != 0 && !hasWay(r, at.oif) {
+			return Path{}
+		}
+		path.Table = r.Body.Table
+		if !hasWay(r, oif) { // never where the lookup is bound to a device
+			oif, path.Src = r.Body.Nexthops[0].Oif, r.Body.PrefSrc
+		}
+	}
+	if own := p.mtuBy(oif, r, true); path.MTU >= now || oif != path.Oif {
+		path.MTU = own
+	} else { // what is smaller was learnt
+		path.MTU = min(path.MTU, own)
+	}
+	if path.Oif = oif; p.adds(r, oif) {
+		path.MTU = 0
+	}
+	return path
+}
+
+// mtuBy is the MTU of a route by one of its devices, in bytes: as the mirror has it, or without
+// what we have set. It is 0 if the device is not known.
+func (p *planner) mtuBy(oif routes.Ifindex, r routes.Route, own bool) int {
+	l := p.FIB.Link(oif)
+	if l == nil {
+		return 0
+	}
+	mtu, metric := l.MTUFor(r.Body.Family), routes.MTUMetricOf(r.Body)
+	if own {
+		mtu, metric = p.ownMTU(l, r.Body.Family), p.owner(r)
+	}
+	if m := int(metric.MTU); m != 0 {
+		mtu = min(mtu, m)
+	}
+	return mtu
+}
+
+// adds reports whether a lightweight tunnel that isn't understood wraps what leaves by a device of
+// a route.
+func (p *planner) adds(r routes.Route, oif routes.Ifindex) bool {
+	return slices.ContainsFunc(r.Body.Nexthops, func(nh routes.Nexthop) bool {
+		if nh.Oif != oif || !nh.Encap {
+			return false
+		}
+		_, ok := p.domain(&routes.Body{Nexthops: []routes.Nexthop{nh}})
+		return !ok
+	})
+}
+
+func hasWay(r routes.Route, oif routes.Ifindex) bool {
+	return slices.ContainsFunc(r.Body.Nexthops, func(nh routes.Nexthop) bool { return nh.Oif == oif })
+}
+
+// routeTo is the route that one table has for an address, whatever the source and TOS: those that
+// are for some only, or down, are passed over.
+func (p *planner) routeTo(f routes.Family, table routes.TableID, a netip.Addr) (routes.Route, bool) {
+	for at := netip.PrefixFrom(a, a.BitLen()); ; {
+		m, _ := p.FIB.Cover(f, table, at)
+		if m.Paths == nil {
+			return routes.Route{}, false
+		}
+		for _, b := range m.Paths.Bodies() {
+			if forAll(b) {
+				return routes.Route{Dst: m.Dst, Body: b}, true
+			}
+		}
+		if m.Dst.Bits() == 0 {
+			return routes.Route{}, false
+		}
+		at = netip.PrefixFrom(a, m.Dst.Bits()-1).Masked()
+	}
+}
+
+// forAll reports whether a route serves packets of every source and TOS.
+func forAll(b *routes.Body) bool {
+	alive := len(b.Nexthops) == 0
+	for _, nh := range b.Nexthops {
+		alive = alive || nh.Flags&routes.NexthopDead == 0
+	}
+	return alive && !b.Src.IsValid() && b.TOS == 0
+}
+
+// baseOf is the rule that a table of ours stands ahead of, nil if no rule of ours leads there: then
+// it is somebody else's.
+func (p *planner) baseOf(f routes.Family, table routes.TableID) *routes.Rule {
+	if !p.Config.OwnTable(table) {
+		return nil
+	}
+	for _, r := range p.FIB.Rules(f) {
+		if r.Table == table && p.Config.OwnRule(r) {
+			return p.basedOn(r)
+		}
+	}
+	return nil
+}
+
+// behind is the route that a rule or those behind it lead to, without ours; false if there is none,
+// or if it isn't known which.
+func (p *planner) behind(base *routes.Rule, at lookup) (routes.Route, bool) {
+	rules := p.FIB.Rules(base.Family)
+	ahead := slices.Index(rules, base)
+	src := at.src
+	if !src.IsValid() {
+		src = base.Family.Any().Addr()
+	}
+	flows := routes.Flows{
+		Family: base.Family, Src: netip.PrefixFrom(src, src.BitLen()), Dst: netip.PrefixFrom(at.dst, at.dst.BitLen()),
+		Proto: at.proto, Sport: at.sport, Dport: at.dport, Mark: at.mark, Mask: ^uint32(0),
+	}
+	parts := p.FIB.Resolve(flows, func(r *routes.Rule) bool { return p.Config.OwnRule(r) || slices.Contains(rules[:ahead], r) })
+	for _, part := range parts {
+		if part.Rule != base && (part.Blocked != "" || !part.Whole) || part.Rule.Action != routes.RuleToTable {
+			return routes.Route{}, false
+		}
+		r, ok := p.routeTo(base.Family, part.Rule.Table, at.dst)
+		if ok && part.Rule.SuppressPrefixLen >= 0 && int32(r.Dst.Bits()) <= part.Rule.SuppressPrefixLen {
+			continue
+		}
+		if ok && r.Body.Type != routes.Throw {
+			return r, r.Body.Type == routes.Unicast && len(r.Body.Nexthops) > 0
+		}
+	}
+	return routes.Route{}, false
+}
