@@ -3,6 +3,7 @@ module tsoagent
 go 1.26.0
 
 require (
+	github.com/cilium/ebpf v0.22.0
 	github.com/gaissmai/bart v0.30.0
 	github.com/google/go-cmp v0.7.0
 	github.com/google/nftables v0.3.0
@@ -15,7 +16,7 @@ require (
 	go.yaml.in/yaml/v3 v3.0.6
 	golang.org/x/sync v0.24.0
 	golang.org/x/sys v0.49.0
-	golang.org/x/tools v0.26.0
+	golang.org/x/tools v0.40.1-0.20260108161641-ca281cf95054
 	pgregory.net/rapid v1.3.0
 )
 

@@ -59,6 +59,7 @@ type Agent struct {
 	report   atomic.Pointer[Report]
 	sources  *sources
 	forwards *forwarding
+	conns    *connections
 	rt       routeTable
 	et       featureClient
 	links    linkTable                  // nil where no MTU of a device is ever set
@@ -78,7 +79,9 @@ type Agent struct {
 	again bool // something has to be looked at once more
 	st    *state
 	lastP *plan.Plan
-	stats Counters
+	// diagnosis is the newest one, nil for none.
+	diagnosis *Diagnosis
+	stats     Counters
 	// dropped counts the rules and clones that were taken away.
 	dropped struct{ rules, clones int }
 }
@@ -231,7 +234,7 @@ func newAgent(cfg Config, log *slog.Logger, version string) *Agent {
 	cfg = cfg.WithDefaults()
 	return &Agent{
 		cfg: cfg, dir: cfg.RunDir, log: log, version: version, started: time.Now(),
-		inbox: newInbox(), calls: make(chan func()), ended: make(chan struct{}), st: newState(),
+		inbox: newInbox(), calls: make(chan func()), ended: make(chan struct{}), st: newState(), conns: newConnections(),
 	}
 }
 
@@ -298,6 +301,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	if !a.once { // which is the loop's from here on
 		wg.Go(func() { a.watchClamps(watch) })
 		wg.Go(func() { a.watchLanes(watch) })
+		wg.Go(func() { a.watchConnections(watch) })
 	}
 	wg.Go(func() {
 		if err := a.sources.run(watch, a.inbox); err != nil && watch.Err() == nil {
@@ -350,6 +354,7 @@ func (a *Agent) loop(ctx context.Context, failed <-chan error) error {
 		case <-resync.C:
 			a.sources.resync()
 			a.readProbed()
+			a.diagnoseSoon()
 			resync.Reset(a.resyncIn())
 			continue
 		case <-a.inbox.signal:

@@ -6,12 +6,14 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"net/netip"
 	"net/url"
 	"os"
 	"strconv"
+	"strings"
 	"time"
 
 	"tsoagent/xfrmwatch"
@@ -21,9 +23,13 @@ import (
 //
 //	GET /v1/report             the newest Report; 503 while the agent still reads the kernel
 //	GET /v1/explain?dst=…      an Explanation; 400 for a wrong query
+//	GET /v1/flows              TCP connections, a line of JSON for each as they come from the kernel,
+//	                           and a flows.Result as {"result": …} in the last one; 501 where they
+//	                           can't be read; see flows.Filter for the query
+//	GET /v1/diagnosis          a Diagnosis of the connections that is some seconds old at most
 //	GET /v1/namespaces         all that are followed, or are to be, a list of NamespaceReport
 //
-// With netns=NAME the first two are about that namespace; 404 if it is not followed.
+// With netns=NAME all but the last are about that namespace; 404 if it is not followed.
 // Errors are {"error": "…"}. Who may connect is up to the socket's mode, 0660.
 
 // Serve answers on the control socket until the context ends. A socket that a dead agent left
@@ -59,6 +65,9 @@ func serve(ctx context.Context, path string, h http.Handler) error {
 	}
 	return nil
 }
+
+// paths are what the control API has.
+var paths = []string{"/v1/report", "/v1/explain", "/v1/flows", "/v1/diagnosis", "/v1/namespaces"}
 
 func handler(s served) http.Handler {
 	mux := http.NewServeMux()
@@ -102,14 +111,16 @@ func handler(s served) http.Handler {
 		}
 		answerJSON(w, http.StatusOK, e)
 	})
-	for _, path := range []string{"/v1/report", "/v1/explain", "/v1/namespaces"} {
+	mux.HandleFunc("GET /v1/flows", func(w http.ResponseWriter, r *http.Request) { serveFlows(s, w, r) })
+	mux.HandleFunc("GET /v1/diagnosis", func(w http.ResponseWriter, r *http.Request) { serveDiagnosis(s, w, r) })
+	for _, path := range paths {
 		mux.HandleFunc(path, func(w http.ResponseWriter, r *http.Request) {
 			w.Header().Set("Allow", "GET, HEAD")
 			answerError(w, http.StatusMethodNotAllowed, fmt.Errorf("%s takes GET, not %s", path, r.Method))
 		})
 	}
 	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
-		answerError(w, http.StatusNotFound, fmt.Errorf("there is no %q; this agent has /v1/report, /v1/explain and /v1/namespaces", r.URL.Path))
+		answerError(w, http.StatusNotFound, fmt.Errorf("there is no %q; this agent has %s", r.URL.Path, strings.Join(paths, ", ")))
 	})
 	return mux
 }
@@ -148,7 +159,6 @@ var ErrNoAgent = errors.New("no agent is running")
 func NewClient(runDir string) *Client {
 	c := &Client{path: SocketPath(runDir)}
 	c.http = http.Client{
-		Timeout: 30 * time.Second,
 		Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 			return (&net.Dialer{}).DialContext(ctx, "unix", c.path)
 		}},
@@ -191,23 +201,40 @@ func inNetns(v url.Values, netns string) url.Values {
 }
 
 func (c *Client) get(ctx context.Context, path string, query url.Values, into any) error {
+	ctx, cancel := context.WithTimeout(ctx, answerWithin)
+	defer cancel()
+	body, err := c.open(ctx, path, query)
+	if err != nil {
+		return err
+	}
+	defer body.Close()
+	if err := json.NewDecoder(body).Decode(into); err != nil {
+		return fmt.Errorf("agent: read the answer to %s: %w", path, err)
+	}
+	return nil
+}
+
+// answerWithin bounds how long an answer may take that does not come bit by bit.
+const answerWithin = 30 * time.Second
+
+// open asks, and returns the answer's body if it is one.
+func (c *Client) open(ctx context.Context, path string, query url.Values) (io.ReadCloser, error) {
 	u := url.URL{Scheme: "http", Host: "tsoagent", Path: path, RawQuery: query.Encode()}
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, u.String(), nil)
 	if err != nil {
-		return fmt.Errorf("agent: ask %s: %w", path, err)
+		return nil, fmt.Errorf("agent: ask %s: %w", path, err)
 	}
 	res, err := c.http.Do(req)
 	if err != nil {
 		var op *net.OpError
 		if errors.As(err, &op) && op.Op == "dial" {
 			if errors.Is(err, os.ErrPermission) {
-				return fmt.Errorf("the control socket %s is not yours to open: run it as root: %w", c.path, ErrPermission)
+				return nil, fmt.Errorf("the control socket %s is not yours to open: run it as root: %w", c.path, ErrPermission)
 			}
-			return fmt.Errorf("%w (nobody answers on %s)", ErrNoAgent, c.path)
+			return nil, fmt.Errorf("%w (nobody answers on %s)", ErrNoAgent, c.path)
 		}
-		return fmt.Errorf("agent: ask %s: %w", path, err)
+		return nil, fmt.Errorf("agent: ask %s: %w", path, err)
 	}
-	defer res.Body.Close()
 	if res.StatusCode != http.StatusOK {
 		var e struct {
 			Error string `json:"error"`
@@ -215,12 +242,9 @@ func (c *Client) get(ctx context.Context, path string, query url.Values, into an
 		if err := json.NewDecoder(res.Body).Decode(&e); err != nil || e.Error == "" {
 			e.Error = res.Status
 		}
-		return errors.New(e.Error)
+		return nil, errors.Join(errors.New(e.Error), res.Body.Close())
 	}
-	if err := json.NewDecoder(res.Body).Decode(into); err != nil {
-		return fmt.Errorf("agent: read the answer to %s: %w", path, err)
-	}
-	return nil
+	return res.Body, nil
 }
 
 // Question asks what happens to a flow. From may be invalid; the zero values of the rest mean

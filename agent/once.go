@@ -8,6 +8,7 @@ import (
 	"os"
 	"time"
 
+	"tsoagent/agent/flows"
 	"tsoagent/agent/journal"
 	"tsoagent/agent/netns"
 )
@@ -24,6 +25,38 @@ func Look(ctx context.Context, cfg Config, log *slog.Logger, version string, fn 
 
 // LookIn is Look in a namespace, which is named as in a configuration.
 func LookIn(ctx context.Context, spec string, cfg Config, log *slog.Logger, version string, fn func(explain func(Question) (*Explanation, error)) error) (*Report, error) {
+	return lookIn(ctx, spec, cfg, log, version, func(_ context.Context, a *Agent) error {
+		if fn == nil {
+			return nil
+		}
+		return fn(a.explain)
+	})
+}
+
+// FlowsIn reads the kernel once, without an agent, and calls fn for each flow in a namespace that is
+// asked for. It fails as LookIn does, and with ErrUnreadable where the kernel does not let its sockets
+// be read. A Flow is good until fn returns.
+func FlowsIn(ctx context.Context, spec string, cfg Config, log *slog.Logger, version string, f flows.Filter, fn func(*flows.Flow) error) (*flows.Result, error) {
+	var out *flows.Result
+	_, err := lookIn(ctx, spec, cfg, log, version, func(ctx context.Context, a *Agent) (err error) {
+		out, err = a.eachFlow(ctx, atOnce, f, fn)
+		return err
+	})
+	return out, err
+}
+
+// DiagnoseIn reads the kernel once, without an agent, and diagnoses the connections in a namespace.
+func DiagnoseIn(ctx context.Context, spec string, cfg Config, log *slog.Logger, version string) (*Diagnosis, error) {
+	var out *Diagnosis
+	_, err := lookIn(ctx, spec, cfg, log, version, func(ctx context.Context, a *Agent) (err error) {
+		out, err = a.diagnose(ctx, atOnce)
+		return err
+	})
+	return out, err
+}
+
+// lookIn reads the kernel once, and lets fn have the state of an agent that has ended.
+func lookIn(ctx context.Context, spec string, cfg Config, log *slog.Logger, version string, fn func(context.Context, *Agent) error) (*Report, error) {
 	cfg.Mode = Observe
 	a, err := newAgentIn(spec, cfg, log, version, (*Agent).openToLook)
 	if err != nil {
@@ -38,10 +71,7 @@ func LookIn(ctx context.Context, spec string, cfg Config, log *slog.Logger, vers
 	}
 	r := *a.Report()
 	r.Live, r.PID, r.Netns = false, 0, a.name
-	if fn != nil {
-		return &r, fn(a.explain)
-	}
-	return &r, nil
+	return &r, fn(ctx, a)
 }
 
 // openToLook is open for one who writes nothing.

@@ -48,6 +48,8 @@ type Report struct {
 	Clamps []ClampReport `json:"clamps,omitempty"`
 	// DeviceMTUs are the carriers whose own MTU is set (carrier_mtu: device).
 	DeviceMTUs []DeviceMTUReport `json:"device_mtus,omitempty"`
+	// Diagnosis is what the connections themselves said when they were looked at last.
+	Diagnosis *Diagnosis `json:"diagnosis,omitempty"`
 	// Netns is how the namespace is called, empty for the one that the agent was started in.
 	Netns string `json:"netns,omitempty"`
 	// NotFollowed says that the configuration leaves the latter out.
@@ -150,7 +152,7 @@ func (a *Agent) publish(pl *plan.Plan, s *plan.Steps, now time.Time) {
 		Coverages: coverageReports(pl), Holds: a.holdReports(pl), Locks: a.lockReports(pl, s),
 		Findings: list(slices.Concat(a.findings, a.probeFindings(), a.conflicts(now), a.clampConflicts(now))), Counters: a.stats,
 		Rules: []RuleReport{}, Clones: []CloneReport{}, Sources: []SourceReport{},
-		Clamps: a.clampReports(pl), Lanes: a.laneReports(pl, now), DeviceMTUs: a.mtuReports(pl),
+		Clamps: a.clampReports(pl), Lanes: a.laneReports(pl, now), DeviceMTUs: a.mtuReports(pl), Diagnosis: a.diagnosis,
 	}
 	if a.sources != nil {
 		r.Sources = a.sources.stats()

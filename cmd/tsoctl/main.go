@@ -172,7 +172,7 @@ func newApp() *cli.App {
 		ExitErrHandler:       func(*cli.Context, error) {}, // main prints
 		OnUsageError:         usage,
 		Description: "Exit codes: 0 done, 1 failed, 2 wrong usage, 3 degraded (something is contested,\n" +
-			"refused or stale), 4 no agent is running.",
+			"refused or stale, or the doctor has a finding), 4 no agent is running.",
 		Flags: common(true),
 		Commands: []*cli.Command{
 			{Name: "status", Usage: "what is covered, held off and locked; exit 3 if a person should look", OnUsageError: usage, Action: status},
@@ -196,6 +196,8 @@ func newApp() *cli.App {
 				},
 			},
 			probeCommand(),
+			flowsCommand(),
+			doctorCommand(),
 		},
 		Action: func(c *cli.Context) error {
 			if c.Args().Present() {
@@ -204,7 +206,7 @@ func newApp() *cli.App {
 			return cli.ShowAppHelp(c)
 		},
 	}
-	for _, name := range []string{"status", "plan", "explain", "restore"} {
+	for _, name := range []string{"status", "plan", "explain", "restore", "flows", "doctor"} {
 		cmd := app.Command(name)
 		cmd.Flags = append(cmd.Flags, netnsFlag())
 	}

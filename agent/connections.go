@@ -1,0 +1,316 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"tsoagent/agent/flows"
+	"tsoagent/agent/plan"
+	"tsoagent/ethtool"
+	"tsoagent/routes"
+	"tsoagent/sockopt"
+	"tsoagent/sockopt/sockbpf"
+	"tsoagent/xfrmwatch"
+)
+
+// connIter lists the TCP sockets in the namespace of the calling thread (sockbpf.Iter).
+type connIter interface {
+	// Each calls fn for each socket until it returns false, listeners first.
+	Each(fn func(sockopt.Conn) bool) error
+	Close() error
+}
+
+var _ connIter = (*sockbpf.Iter)(nil)
+
+func openConns() (connIter, error) { return sockbpf.Open() }
+
+// ErrUnreadable is matched (errors.Is) where the kernel does not let its sockets be read.
+var ErrUnreadable = errors.New("the kernel's sockets can't be read")
+
+// unreadable says what is missing, and what to do.
+type unreadable struct {
+	err  error
+	once bool // there is no agent
+}
+
+func (u *unreadable) Error() string {
+	do := "all but flows and this part of the doctor works without"
+	switch {
+	case !errors.Is(u.err, os.ErrPermission):
+	case u.once:
+		do = "run it as root, or with CAP_BPF and CAP_PERFMON"
+	default:
+		do = "give CAP_BPF and CAP_PERFMON to the agent's service"
+	}
+	return fmt.Sprintf("%v: %s", u.err, do)
+}
+
+func (u *unreadable) Unwrap() error { return u.err }
+
+// Is matches ErrUnreadable.
+func (u *unreadable) Is(target error) bool { return target == ErrUnreadable }
+
+// errNoSuchDevice is a filter by a device that is not there.
+var errNoSuchDevice = errors.New("there is no device")
+
+// connections looks at all TCP sockets of the namespace, and at what the loop knows.
+type connections struct {
+	open func() (connIter, error)
+	// slots bounds how many lists are made at a time.
+	slots chan struct{}
+
+	mu       sync.Mutex // of what follows
+	policies *flows.Policies
+	version  uint64 // of the mirror that policies were indexed from
+
+	diagnosing sync.Mutex
+	last       *Diagnosis    // belongs to diagnosing
+	soon       chan struct{} // has a token when a diagnosis is due
+}
+
+// maxLists is how many lists of connections are made at a time in one namespace.
+const maxLists = 2
+
+func newConnections() *connections {
+	return &connections{open: openConns, slots: make(chan struct{}, maxLists), soon: make(chan struct{}, 1)}
+}
+
+// caller runs a function where it may read the state.
+type caller func(ctx context.Context, fn func()) error
+
+// atOnce is the caller of one who owns the state.
+func atOnce(_ context.Context, fn func()) error {
+	fn()
+	return nil
+}
+
+// world is a snapshot of what connections are joined with. The loop only copies it: policies are
+// indexed outside of it, and only when they have changed.
+func (a *Agent) world(ctx context.Context, call caller) (*flows.World, error) {
+	c := a.conns
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	var w *flows.World
+	var list []*xfrmwatch.Policy
+	fresh := false
+	err := call(ctx, func() {
+		if a.lastP == nil {
+			return
+		}
+		if v := a.st.db.Version(); c.policies == nil || c.version != v {
+			fresh, c.version = true, v
+			list = make([]*xfrmwatch.Policy, 0, a.st.db.PolicyCount())
+			list = slices.AppendSeq(list, a.st.db.Policies())
+		}
+		w = &flows.World{Devices: a.flowDevices(), Stale: len(a.staleSources()) > 0}
+	})
+	if err == nil && w == nil {
+		err = errNotReady
+	}
+	if fresh {
+		c.policies = flows.NewPolicies(list)
+	}
+	if err != nil {
+		return nil, err
+	}
+	w.Policies = c.policies
+	return w, nil
+}
+
+// flowDevices are the namespace's devices with what decides about their flows.
+func (a *Agent) flowDevices() map[int32]flows.Device {
+	links := a.st.fib.Links()
+	out := make(map[int32]flows.Device, len(links))
+	for _, l := range links {
+		d := flows.Device{Name: l.Name, IfID: l.IfID}
+		if l.Kind == "vti" || l.Kind == "vti6" {
+			d.VTI, d.Mark = true, l.Encap.Key
+		}
+		d.TSO4 = a.offload(l.Index, ethtool.TCPSegmentation)
+		d.TSO6 = a.offload(l.Index, ethtool.TCP6Segmentation)
+		out[int32(l.Index)] = d
+	}
+	for _, t := range a.lastP.Tunnels {
+		if d, ok := out[int32(t.Index)]; ok && len(t.Own) > 0 {
+			d.Wrapped = t.Own[0].Policy
+			out[int32(t.Index)] = d
+		}
+	}
+	return out
+}
+
+func (a *Agent) offload(i routes.Ifindex, feature ethtool.Feature) flows.Offload {
+	s, known := a.st.features[i].Get(feature)
+	_, held := a.st.holds[plan.HoldKey{Index: ethtool.Ifindex(i), Feature: feature}]
+	return flows.Offload{Active: s.Active, Fixed: known && !s.Changeable, Held: held && !s.Active}
+}
+
+// eachFlow joins the namespace's TCP sockets with what is known of policies and devices, and calls fn
+// for each flow that is asked for, until the context ends or fn fails. The error is ErrUnreadable if the
+// kernel does not let its sockets be read.
+func (a *Agent) eachFlow(ctx context.Context, call caller, f flows.Filter, fn func(*flows.Flow) error) (*flows.Result, error) {
+	select {
+	case a.conns.slots <- struct{}{}:
+		defer func() { <-a.conns.slots }()
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+	w, err := a.world(ctx, call)
+	if err != nil {
+		return nil, err
+	}
+	if f.Device != "" && !hasDevice(w, f.Device) {
+		return nil, fmt.Errorf("%w %q", errNoSuchDevice, f.Device)
+	}
+	j := flows.NewJoin(w, f)
+	var notes []string
+	if f.Processes {
+		o := findOwners("/proc", func(uint64) bool { return true }, maxOpenFiles)
+		j.Processes = func(inode uint64) []flows.Process { return o.of[inode] }
+		if o.hidden > 0 || o.cut {
+			notes = append(notes, "processes: "+o.unknown(true))
+		}
+	}
+	if err := a.eachConn(ctx, j, fn); err != nil {
+		return nil, err
+	}
+	r := j.Result()
+	r.Netns, r.Live, r.Notes = a.name, !a.once, notes
+	nameListeners(r.Collateral)
+	return r, nil
+}
+
+func hasDevice(w *flows.World, name string) bool {
+	for _, d := range w.Devices {
+		if d.Name == name {
+			return true
+		}
+	}
+	return false
+}
+
+// eachConn reads the sockets in the agent's namespace.
+func (a *Agent) eachConn(ctx context.Context, j *flows.Join, fn func(*flows.Flow) error) error {
+	return a.in(func() error {
+		it, err := a.conns.open()
+		if err != nil {
+			return &unreadable{err, a.once}
+		}
+		var stopped error
+		err = it.Each(func(c sockopt.Conn) bool {
+			if stopped = ctx.Err(); stopped != nil {
+				return false
+			}
+			if f := j.Add(&c); f != nil {
+				stopped = fn(f)
+			}
+			return stopped == nil
+		})
+		if err != nil {
+			err = &unreadable{err, a.once}
+		}
+		return errors.Join(err, stopped, it.Close())
+	})
+}
+
+// nameListeners finds the processes of listeners, if there are any to find.
+func nameListeners(list []flows.Collateral) {
+	inodes := map[uint64]bool{}
+	for _, c := range list {
+		for _, inode := range c.Inodes {
+			inodes[inode] = true
+		}
+	}
+	if len(inodes) == 0 {
+		return
+	}
+	findOwners("/proc", func(inode uint64) bool { return inodes[inode] }, maxOpenFiles).name(list)
+}
+
+// Diagnosis is what the connections themselves say of offload that is lost for nothing.
+type Diagnosis struct {
+	At time.Time `json:"at"`
+	// Unreadable is why the kernel's sockets can't be read, and what to do; empty if they can.
+	Unreadable  string             `json:"unreadable,omitempty"`
+	Connections int                `json:"connections"`
+	Lost        int                `json:"lost"` // for whatever reason, without being covered
+	Collateral  []flows.Collateral `json:"collateral"`
+	// MoreCollateral are the connections of listeners beyond those that are listed.
+	MoreCollateral int `json:"more_collateral,omitempty"`
+}
+
+// A diagnosis looks at each TCP socket. It is made firstDiagnosis after the start, with each resync,
+// and when somebody asks for one and the last is older than diagnosisFresh.
+const (
+	firstDiagnosis = time.Minute
+	diagnosisFresh = 10 * time.Second
+)
+
+// diagnose is the newest diagnosis, made anew if it is not fresh.
+func (a *Agent) diagnose(ctx context.Context, call caller) (*Diagnosis, error) {
+	c := a.conns
+	c.diagnosing.Lock()
+	defer c.diagnosing.Unlock()
+	if c.last != nil && time.Since(c.last.At) < diagnosisFresh {
+		return c.last, nil
+	}
+	d := &Diagnosis{At: time.Now(), Collateral: []flows.Collateral{}}
+	r, err := a.eachFlow(ctx, call, flows.Filter{Lost: true}, func(*flows.Flow) error { return nil })
+	switch {
+	case errors.Is(err, ErrUnreadable):
+		d.Unreadable = oneLine(err)
+	case err != nil:
+		return nil, err
+	default:
+		d.Connections, d.Lost, d.Collateral, d.MoreCollateral = r.Summary.Connections, r.Summary.Lost, r.Collateral, r.MoreCollateral
+	}
+	c.last = d
+	return d, call(ctx, func() { a.setDiagnosis(d) })
+}
+
+func oneLine(err error) string { return strings.ReplaceAll(err.Error(), "\n", "; ") }
+
+// setDiagnosis puts a diagnosis into the report, without a round.
+func (a *Agent) setDiagnosis(d *Diagnosis) {
+	a.diagnosis = d
+	if r := a.Report(); r != nil {
+		with := *r
+		with.Diagnosis = d
+		a.report.Store(&with)
+	}
+}
+
+// diagnoseSoon has a diagnosis made outside of the loop.
+func (a *Agent) diagnoseSoon() {
+	select {
+	case a.conns.soon <- struct{}{}:
+	default:
+	}
+}
+
+// watchConnections makes a diagnosis whenever one is due, until the context ends.
+func (a *Agent) watchConnections(ctx context.Context) {
+	first := time.NewTimer(firstDiagnosis)
+	defer first.Stop()
+	said := false
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-first.C:
+		case <-a.conns.soon:
+		}
+		d, err := a.diagnose(ctx, a.call)
+		if err != nil || d.Unreadable == "" || said {
+			continue // one that could not be made is made with the next resync
+		}
+		said = true
+		a.log.Info("connections are not diagnosed", "why", d.Unreadable)
+	}
+}

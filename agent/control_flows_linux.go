@@ -1,0 +1,140 @@
+package agent
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/url"
+	"time"
+
+	"tsoagent/agent/flows"
+)
+
+// flowLine is one line of the answer to /v1/flows: a flow, or, as the last one, the result or what went
+// wrong in the middle.
+type flowLine struct {
+	flows.Flow
+	Result *flows.Result `json:"result,omitempty"`
+	Error  string        `json:"error,omitempty"`
+}
+
+// flowsPatience is how long a client may take to read the next piece of an answer: as long as it reads,
+// a list has no end that is too late.
+const flowsPatience = 30 * time.Second
+
+// serveFlows answers with a line of JSON for each flow, as they come from the kernel.
+func serveFlows(s served, w http.ResponseWriter, r *http.Request) {
+	q := r.URL.Query()
+	f, err := flows.FilterFrom(q)
+	if err != nil {
+		answerError(w, http.StatusBadRequest, err)
+		return
+	}
+	a, err := s.agentOf(q.Get("netns"))
+	if err != nil {
+		answerError(w, statusOf(err), err)
+		return
+	}
+	out := &patient{w: w, rc: http.NewResponseController(w)}
+	lines := bufio.NewWriterSize(out, 64<<10)
+	enc := json.NewEncoder(lines)
+	res, err := a.eachFlow(r.Context(), a.call, f, func(f *flows.Flow) error { return enc.Encode(f) })
+	switch {
+	case err == nil:
+		if n := q.Get("netns"); n != "" && res.Netns != "" {
+			res.Netns = n
+		}
+		_ = enc.Encode(flowLine{Result: res}) // a client that went away is its own affair
+	case out.started:
+		_ = enc.Encode(flowLine{Error: oneLine(err)})
+	default:
+		answerError(w, flowsStatus(err), errors.New(oneLine(err)))
+		return
+	}
+	_ = lines.Flush()
+}
+
+// flowsStatus is the HTTP status for why connections are not listed.
+func flowsStatus(err error) int {
+	switch {
+	case errors.Is(err, ErrUnreadable):
+		return http.StatusNotImplemented
+	case errors.Is(err, errNoSuchDevice):
+		return http.StatusBadRequest
+	case errors.Is(err, errNotReady), errors.Is(err, errEndedAgent):
+		return http.StatusServiceUnavailable
+	}
+	return http.StatusInternalServerError
+}
+
+// patient puts the deadline of an answer off with each write.
+type patient struct {
+	w       http.ResponseWriter
+	rc      *http.ResponseController
+	started bool
+}
+
+// Write writes b as a piece of the answer.
+func (p *patient) Write(b []byte) (int, error) {
+	if !p.started {
+		p.started = true
+		p.w.Header().Set("Content-Type", "application/x-ndjson")
+	}
+	if err := p.rc.SetWriteDeadline(time.Now().Add(flowsPatience)); err != nil {
+		return 0, err
+	}
+	return p.w.Write(b)
+}
+
+// serveDiagnosis answers with a Diagnosis that is fresh.
+func serveDiagnosis(s served, w http.ResponseWriter, r *http.Request) {
+	a, err := s.agentOf(r.URL.Query().Get("netns"))
+	if err != nil {
+		answerError(w, statusOf(err), err)
+		return
+	}
+	d, err := a.diagnose(r.Context(), a.call)
+	if err != nil {
+		answerError(w, flowsStatus(err), err)
+		return
+	}
+	answerJSON(w, http.StatusOK, d)
+}
+
+// FlowsIn asks for the flows of a namespace, by any of the names that the agent knows, and calls fn for
+// each as it comes. A Flow is good until fn returns.
+func (c *Client) FlowsIn(ctx context.Context, netns string, f flows.Filter, fn func(*flows.Flow) error) (*flows.Result, error) {
+	body, err := c.open(ctx, "/v1/flows", inNetns(f.Values(), netns))
+	if err != nil {
+		return nil, err
+	}
+	defer body.Close()
+	dec := json.NewDecoder(bufio.NewReaderSize(body, 64<<10))
+	for {
+		var line flowLine
+		err := dec.Decode(&line)
+		switch {
+		case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
+			return nil, errors.New("agent: the answer to /v1/flows ended early: the agent stopped, or was too busy; try again")
+		case err != nil:
+			return nil, fmt.Errorf("agent: read the answer to /v1/flows: %w", err)
+		case line.Error != "":
+			return nil, errors.New(line.Error)
+		case line.Result != nil:
+			return line.Result, nil
+		}
+		if err := fn(&line.Flow); err != nil {
+			return nil, err
+		}
+	}
+}
+
+// DiagnosisIn asks for a fresh diagnosis of a namespace, by any of the names that the agent knows.
+func (c *Client) DiagnosisIn(ctx context.Context, netns string) (*Diagnosis, error) {
+	d := new(Diagnosis)
+	return d, c.get(ctx, "/v1/diagnosis", inNetns(url.Values{}, netns), d)
+}
