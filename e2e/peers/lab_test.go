@@ -29,7 +29,8 @@ type lab struct {
 	t     *testing.T
 	peers []string
 	// secrets are the passwords so far: none of them may ever be printed.
-	secrets []string
+	secrets   []string
+	processes []*process
 }
 
 // newLab makes the namespaces, which end with the test.
@@ -137,6 +138,7 @@ func (l *lab) start(ns, dir string, args ...string) *process {
 		p.err = cmd.Wait()
 		close(p.gone)
 	}()
+	l.processes = append(l.processes, p)
 	l.t.Cleanup(p.stop)
 	return p
 }
@@ -154,16 +156,24 @@ type process struct {
 
 func (p *process) pid() int { return p.cmd.Process.Pid }
 
+// ended reports whether the program ended by itself.
+func (p *process) ended() bool {
+	select {
+	case <-p.gone:
+		return !p.stopped
+	default:
+		return false
+	}
+}
+
 // stop ends the program, if it has not been stopped already.
 func (p *process) stop() {
 	if p.stopped {
 		return
 	}
-	p.stopped = true
-	select {
-	case <-p.gone:
+	if p.ended() {
 		p.lab.t.Errorf("%s ended by itself: %v", p.name, p.err)
-	default:
+	} else {
 		if err := p.cmd.Process.Signal(syscall.SIGTERM); err != nil {
 			p.lab.t.Errorf("%s: %v", p.name, err)
 		}
@@ -175,6 +185,7 @@ func (p *process) stop() {
 			<-p.gone
 		}
 	}
+	p.stopped = true
 	if p.lab.t.Failed() {
 		text, err := os.ReadFile(p.log)
 		p.lab.t.Logf("%s said (%v):\n%s", p.name, err, p.lab.quiet(string(text)))
@@ -192,7 +203,8 @@ func output(cmd *exec.Cmd) ([]byte, error) {
 	return out, nil
 }
 
-// eventually asks until it is told nil. What it is told otherwise is why it waits, and fails the test when the patience ends.
+// eventually asks until it is told nil. What it is told otherwise is why it waits, and fails the test when the patience ends, or a program
+// that should run has ended.
 func (l *lab) eventually(what string, ask func() error) {
 	l.t.Helper()
 	ctx, cancel := context.WithTimeout(l.t.Context(), patience)
@@ -203,6 +215,11 @@ func (l *lab) eventually(what string, ask func() error) {
 		err := ask()
 		if err == nil {
 			return
+		}
+		for _, p := range l.processes {
+			if p.ended() {
+				l.t.Fatalf("%s: %s ended: %v", what, p.name, p.err)
+			}
 		}
 		select {
 		case <-tick.C:
