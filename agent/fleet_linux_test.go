@@ -640,6 +640,7 @@ func TestControlInNamespaces(t *testing.T) {
 	if list, err := c.Namespaces(ctx); err != nil || len(list) != 2 || list[0].Name != "host" || list[1].Name != "a" {
 		t.Errorf("list: %+v, %v", list, err)
 	}
+	flowsIn(t, c, cfg)
 	_, err = c.ReportIn(ctx, "b")
 	_, err2 := c.ExplainIn(ctx, "b", q)
 	for _, err := range []error{err, err2} {

@@ -207,23 +207,29 @@ func TestPackagesInTestKernel(t *testing.T) {
 				return
 			}
 			result := b.run(t, "test", pkg, binary, "-test.v", "-test.run", "Kernel", "-test.timeout", (deadline - 10*time.Second).String())
-			for _, test := range parseTests(result.Log) {
-				t.Run(test.name, func(t *testing.T) {
-					switch test.outcome {
-					case "SKIP":
-						t.Skip(test.reason)
-					case "FAIL":
-						t.Fail()
-					}
-				})
-			}
-			if result.Outcome != "pass" || testing.Verbose() {
-				t.Log(result.Log)
-			}
-			if result.Outcome != "pass" {
+			reportTests(t, result)
+		})
+	}
+}
+
+// reportTests reports the tests that ran in a machine under their names.
+func reportTests(t *testing.T, result *testkernel.Result) {
+	t.Helper()
+	for _, test := range parseTests(result.Log) {
+		t.Run(test.name, func(t *testing.T) {
+			switch test.outcome {
+			case "SKIP":
+				t.Skip(test.reason)
+			case "FAIL":
 				t.Fail()
 			}
 		})
+	}
+	if result.Outcome != "pass" || testing.Verbose() {
+		t.Log(result.Log)
+	}
+	if result.Outcome != "pass" {
+		t.Fail()
 	}
 }
 

@@ -68,6 +68,51 @@ func TestStockKernels(t *testing.T) {
 	}
 }
 
+// stockPackages are those whose tests run on stock kernels, too: all of their tests, since the host's kernel may lack what they are about.
+// User-mode Linux has no BPF tracing, and not every guest lets its kernel's functions be traced.
+var stockPackages = []string{"sockopt/sockbpf"}
+
+// TestPackagesInStockKernels runs packages' tests on stock kernels, and reports each of them under its name.
+func TestPackagesInStockKernels(t *testing.T) {
+	left, err := newBudget(os.Getenv(stockVariable))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if left == nil {
+		t.Skip("stock kernels are left out: make test-kernels runs them")
+	}
+	b, err := sharedBench()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := stockkernel.BuildLoader(t.Context(), b.tree, b.binaries); err != nil {
+		t.Fatal(err)
+	}
+	for _, version := range stockVersions {
+		kernel, err := stockkernel.Find(t.Context(), b.tree, version)
+		if err != nil {
+			t.Run(version, func(t *testing.T) { skipOrFail(t, err) })
+			continue
+		}
+		for _, pkg := range stockPackages {
+			t.Run(pkg+"/"+kernel.Release(), func(t *testing.T) {
+				if !left.allows() {
+					t.Skipf("left out for want of time (%s=%s); make test-kernels runs it", stockVariable, os.Getenv(stockVariable))
+				}
+				binary, err := testkernel.BuildTest(t.Context(), b.tree, pkg, b.binaries)
+				if err != nil {
+					t.Fatal(err)
+				}
+				start := time.Now()
+				result := b.boot(t, testkernel.Machine{Boot: kernel.Boot, Deadline: stockDeadline},
+					"test", pkg, binary, "-test.v", "-test.timeout", (stockDeadline - 10*time.Second).String())
+				left.took(time.Since(start))
+				reportTests(t, result)
+			})
+		}
+	}
+}
+
 // skipOrFail skips the test if the machine lacks something for stock kernels.
 func skipOrFail(t *testing.T, err error) {
 	t.Helper()

@@ -1,6 +1,7 @@
 package flows
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -63,6 +64,9 @@ func (l Listener) String() string {
 // StateNames are names of TCP states, in the words of ss(8).
 type StateNames []string
 
+// shortStates are states as ss(8) shows them, where that is not how it filters by them.
+var shortStates = map[string]string{"estab": "established", "listen": "listening", "unconn": "closed"}
+
 // allStates asks for sockets in any state.
 const allStates = "all"
 
@@ -71,6 +75,7 @@ func ParseStates(s string) (StateNames, error) {
 	var out StateNames
 	for name := range strings.SplitSeq(s, ",") {
 		name = strings.ToLower(strings.TrimSpace(name))
+		name = cmp.Or(shortStates[name], name)
 		if name != allStates && (name == "" || !slices.Contains(states[:], name)) {
 			known := slices.Compact(slices.Sorted(slices.Values(states[1:])))
 			return nil, fmt.Errorf("%q is no TCP state: %s, or all", name, strings.Join(known, ", "))

@@ -262,6 +262,8 @@ func TestFilter(t *testing.T) {
 		"listener=10.1.0.2:179":       "10.1.0.9:40006",
 		"listener=22":                 "",
 		"state=close-wait":            "10.1.0.4:40002",
+		"state=estab&dev=eth1":        "10.1.0.9:40006",
+		"state=LISTEN":                "listener listener listener",
 		"state=listening":             "listener listener listener",
 		"state=TIME-WAIT,listening":   "listener listener listener 10.1.0.4:40003",
 		"state=all&listener=80":       "listener 10.1.0.3:40004",

@@ -188,6 +188,19 @@ type flowTable struct {
 
 var flowHeads = []string{"LOCAL", "REMOTE", "STATE", "COVERED", "CUT", "DEVICE"}
 
+// ssState is a state as ss(8) shows it; what it filters by is longer.
+func ssState(name string) string {
+	switch name {
+	case "established":
+		return "ESTAB"
+	case "listening":
+		return "LISTEN"
+	case "closed":
+		return "UNCONN"
+	}
+	return strings.ToUpper(name)
+}
+
 func flowCells(f *flows.Flow) []string {
 	covered := "no"
 	switch f.Coverage {
@@ -206,7 +219,7 @@ func flowCells(f *flows.Flow) []string {
 	case f.Lost:
 		cut += ", lost"
 	}
-	return []string{f.Local, cmp.Or(f.Remote, "-"), f.State, covered, cut, cmp.Or(f.Device, "-")}
+	return []string{f.Local, cmp.Or(f.Remote, "-"), ssState(f.State), covered, cut, cmp.Or(f.Device, "-")}
 }
 
 func (t *flowTable) flow(f *flows.Flow) error {
@@ -235,6 +248,7 @@ func (t *flowTable) begin() {
 	for i := range t.first {
 		widen(flowCells(&t.first[i]))
 	}
+	t.narrow()
 	why := "WHY"
 	if t.page.width > 0 {
 		why = "" // it stands below
@@ -244,6 +258,26 @@ func (t *flowTable) begin() {
 		t.row(&t.first[i])
 	}
 	t.first = nil
+}
+
+// narrow takes from the columns of addresses what the page has no room for. What one doesn't need the
+// other one gets.
+func (t *flowTable) narrow() {
+	if t.page.width == 0 {
+		return
+	}
+	room := t.page.width - 2*len(gap)
+	for _, w := range t.wide[2:] {
+		room -= w + len(gap)
+	}
+	room += len(gap) // none after the last
+	local, remote := t.wide[0], t.wide[1]
+	if local+remote <= room {
+		return
+	}
+	half := max(room/2, 0)
+	t.wide[0] = min(local, max(half, room-remote))
+	t.wide[1] = min(remote, max(half, room-local))
 }
 
 // row prints a flow. What the lines below it say belongs to its own line where nothing is wrapped, so
@@ -277,24 +311,23 @@ func flowNotes(f *flows.Flow) []string {
 // gap is between columns.
 const gap = "  "
 
-// cells prints one row. Where it does not fit, both addresses have a line of their own.
+// cells prints one row. Where the addresses have no room, the rest stands in its columns one line below.
 func (t *flowTable) cells(cells []string, note string) {
-	var ends, rest strings.Builder
-	for i, c := range cells {
-		b := &ends
-		if i >= 2 {
-			b = &rest
-		}
-		fmt.Fprintf(b, "%-*s%s", t.wide[i], c, gap)
+	both := t.wide[0] + len(gap) + t.wide[1]
+	ends := fmt.Sprintf("%-*s%s%-*s", t.wide[0], cells[0], gap, t.wide[1], cells[1])
+	ends = strings.TrimRight(ends, " ")
+	if over := utf8.RuneCountInString(ends) > both; over && t.page.width > 0 {
+		fmt.Fprintln(t.page, ends)
+		ends = ""
 	}
-	rest.WriteString(note)
-	tail := strings.TrimRight(rest.String(), " ")
-	if t.page.width == 0 || utf8.RuneCountInString(ends.String())+utf8.RuneCountInString(tail) <= t.page.width {
-		fmt.Fprintln(t.page, ends.String()+tail)
-		return
+	var rest strings.Builder
+	for i, c := range cells[2:] {
+		fmt.Fprintf(&rest, "%s%-*s", gap, t.wide[2+i], c)
 	}
-	fmt.Fprintln(t.page, strings.TrimRight(ends.String(), " "))
-	fmt.Fprintln(t.page, gap+tail)
+	if note != "" {
+		rest.WriteString(gap + note)
+	}
+	fmt.Fprintln(t.page, strings.TrimRight(fmt.Sprintf("%-*s%s", both, ends, rest.String()), " "))
 }
 
 func (t *flowTable) end(r *flows.Result) error {

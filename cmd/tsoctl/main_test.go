@@ -7,6 +7,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -136,10 +137,13 @@ func TestUnprivileged(t *testing.T) {
 	}{
 		{"plan", []string{"--run-dir", filepath.Join(dir, "none"), "plan"}, "tsoctl: CAP_NET_ADMIN is missing and you are not root"},
 		{"restore", []string{"--run-dir", filepath.Join(dir, "none"), "restore"}, "tsoctl: CAP_NET_ADMIN is missing and you are not root"},
+		{"flows", []string{"--run-dir", filepath.Join(dir, "none"), "flows"}, "tsoctl: CAP_NET_ADMIN is missing and you are not root: run it as root"},
+		{"doctor", []string{"--run-dir", filepath.Join(dir, "none"), "doctor"}, "tsoctl: CAP_NET_ADMIN is missing and you are not root"},
+		{"flows of somebody else's agent", []string{"--run-dir", closed, "flows"}, "is not yours to open: run it as root"},
 		{"closed run directory", []string{"--run-dir", closed, "status"}, "is not yours to open: run it as root"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			if tt.name == "closed run directory" && !root {
+			if slices.Contains(tt.args, closed) && !root {
 				t.Skip("not root: no directory of somebody else can be made")
 			}
 			cmd := exec.Command(bin, tt.args...)

@@ -178,6 +178,13 @@ func TestTables(t *testing.T) {
 			restoreTable(p, &agent.Restored{Findings: []string{"journal entry x can't be used: unknown kind \"y\""}}, false)
 		}},
 		{"restore --stale", 80, func(p page) { restoreTable(p, &agent.Restored{Rules: 1, Clones: 10, Actions: 11}, true) }},
+		{"flows", 80, drawFlows(someFlows(), someResult())},
+		{"flows, on a wide terminal", 100, drawFlows(someFlows(), someResult())},
+		{"flows, not on a terminal", 0, drawFlows(someFlows(), someResult())},
+		{"flows, none", 80, drawFlows(nil, empty())},
+		{"flows, trouble", 80, drawFlows(nil, troubled())},
+		{"doctor", 80, drawDoctor(&agent.Diagnosis{Collateral: troubled().Collateral, MoreCollateral: 3, Unreadable: "sockbpf: no BTF of the kernel"})},
+		{"doctor, nothing", 80, drawDoctor(&agent.Diagnosis{Connections: 7})},
 		{"restore --stale, nothing", 80, func(p page) { restoreTable(p, &agent.Restored{}, true) }},
 	} {
 		var b bytes.Buffer

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"slices"
 	"time"
@@ -16,10 +17,10 @@ import (
 	"tsoagent/sockopt"
 )
 
-// A tap is a program on a kernel function. A way is the taps that together tell one thing; all are attached, or none.
+// A tap is a program on a kernel function.
 type tap struct{ program, function string }
 
-// ways are for each thing to know the ways to know it, the best first.
+// ways are the ways to know each thing, the best first. The taps of a way belong together: all are attached, or none.
 var ways = []struct {
 	kind sockopt.Kind // that can't be known without it, 0 for none
 	ways [][]tap
@@ -35,117 +36,125 @@ var ways = []struct {
 
 // Hook tells when keys are set and deleted, in all network namespaces.
 type Hook struct {
-	programs  map[string]*ebpf.Program
-	links     []link.Link
+	types     *btf.Spec // of the kernel, until all is loaded
+	maps      *ebpf.Collection
+	closers   []io.Closer
 	functions []string
 	kinds     []sockopt.Kind
 	reader    *ringbuf.Reader
 	lost      *ebpf.Variable
-	maps      []*ebpf.Map
 	told      uint64 // how many of lost have been told
 }
 
-// OpenHook loads and attaches the programs. It needs CAP_BPF and CAP_PERFMON, and no more; without them the error is os.ErrPermission.
-// Where the kernel has none of the functions, or can't trace them, it is ErrUnsupported. Events are kept from then on.
-func OpenHook() (*Hook, error) {
+// OpenHook loads and attaches the programs. It needs CAP_BPF and CAP_PERFMON, and no more; without them the error is os.ErrPermission, as
+// it is where the kernel refuses to trace functions. Where it has none of them, or can't, it is ErrUnsupported. Events are kept from then
+// on.
+func OpenHook() (*Hook, error) { return openHook(func(string) bool { return true }) }
+
+// openHook leaves out the functions that use doesn't take.
+func openHook(use func(function string) bool) (*Hook, error) {
 	types, err := kernelTypes()
 	if err != nil {
 		return nil, err
 	}
-	return openHook(types, func(string) bool { return true })
-}
-
-// openHook leaves out the functions that use doesn't take.
-func openHook(types *btf.Spec, use func(function string) bool) (*Hook, error) {
-	h := &Hook{programs: map[string]*ebpf.Program{}}
-	if err := h.open(types, func(f string) bool { return use(f) && hasFunc(types, f) }); err != nil {
+	h := &Hook{types: types}
+	if err := h.open(use); err != nil {
 		return nil, errors.Join(err, h.Close())
 	}
+	h.types = nil
 	return h, nil
 }
 
-func (h *Hook) open(types *btf.Spec, has func(function string) bool) error {
+func (h *Hook) open(use func(function string) bool) error {
 	spec, err := loadKeys()
 	if err != nil {
 		return fmt.Errorf("sockbpf: %w", err)
 	}
-	for _, thing := range ways {
-		for _, way := range thing.ways {
-			for _, t := range way {
-				if !has(t.function) {
-					delete(spec.Programs, t.program)
-				}
-			}
-		}
+	maps := spec.Copy()
+	maps.Programs = nil
+	if h.maps, err = ebpf.NewCollection(maps); err != nil {
+		return explain("make the ring of key events", err)
 	}
-	if len(spec.Programs) == 0 {
-		return fmt.Errorf("sockbpf: the kernel has none of its functions for TCP-MD5 and TCP-AO keys (CONFIG_TCP_MD5SIG): %w", ErrUnsupported)
-	}
-	loaded, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{Programs: ebpf.ProgramOptions{KernelTypes: types}})
-	if err != nil {
-		return explain("load the hook on TCP-MD5 and TCP-AO keys", err)
-	}
-	h.programs, h.lost = loaded.Programs, loaded.Variables[keysVarLost]
-	for _, m := range loaded.Maps {
-		h.maps = append(h.maps, m)
-	}
-	if h.reader, err = ringbuf.NewReader(loaded.Maps[keysMapEvents]); err != nil {
+	h.lost = h.maps.Variables[keysVarLost]
+	if h.reader, err = ringbuf.NewReader(h.maps.Maps[keysMapEvents]); err != nil {
 		return explain("map the ring of key events", err)
 	}
-	return h.attach()
+	return h.takeWays(spec, use)
 }
 
-// attach takes the first way that works for each thing. What can't be known is no error as long as something can.
-func (h *Hook) attach() error {
+// takeWays takes the first way that works for each thing. What can't be known is no error as long as something can.
+func (h *Hook) takeWays(spec *ebpf.CollectionSpec, use func(function string) bool) error {
 	var errs []error
 	for _, thing := range ways {
 		for _, way := range thing.ways {
-			err := h.attachAll(way)
-			if err == nil {
-				if thing.kind != 0 {
-					h.kinds = append(h.kinds, thing.kind)
-				}
-				break
+			if slices.ContainsFunc(way, func(t tap) bool { return !use(t.function) || !hasFunc(h.types, t.function) }) {
+				continue
 			}
-			errs = append(errs, err)
+			if err := h.take(spec, way); err != nil {
+				errs = append(errs, err)
+				continue
+			}
+			if thing.kind != 0 {
+				h.kinds = append(h.kinds, thing.kind)
+			}
+			break
 		}
 	}
-	if len(h.kinds) == 0 {
-		return explain("attach the hook on TCP-MD5 and TCP-AO keys", errors.Join(errs...))
+	switch {
+	case len(h.kinds) > 0:
+		return nil
+	case len(errs) > 0:
+		return errs[0] // the best way's
 	}
-	return nil
+	return fmt.Errorf("sockbpf: the kernel has none of its functions for TCP-MD5 and TCP-AO keys (CONFIG_TCP_MD5SIG): %w", ErrUnsupported)
 }
 
-// errAbsent says that the kernel hasn't got the function.
-var errAbsent = fmt.Errorf("not in the kernel: %w", ebpf.ErrNotSupported)
-
-func (h *Hook) attachAll(way []tap) error {
-	var links []link.Link
-	var err error
+// take loads and attaches the programs of a way, or nothing.
+func (h *Hook) take(spec *ebpf.CollectionSpec, way []tap) (err error) {
+	var taken []io.Closer
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, closeAll(taken))
+		}
+	}()
 	for _, t := range way {
-		program := h.programs[t.program]
-		if program == nil {
-			err = fmt.Errorf("%s: %w", t.function, errAbsent)
-			break
+		one := spec.Copy()
+		one.Programs = map[string]*ebpf.ProgramSpec{t.program: spec.Programs[t.program]}
+		loaded, err := ebpf.NewCollectionWithOptions(one, ebpf.CollectionOptions{
+			Programs: ebpf.ProgramOptions{KernelTypes: h.types}, MapReplacements: h.maps.Maps,
+		})
+		if err != nil {
+			return explain("trace "+t.function, err)
 		}
-		var l link.Link
-		if l, err = link.AttachTracing(link.TracingOptions{Program: program}); err != nil {
-			err = fmt.Errorf("%s: %w", t.function, err)
-			break
+		taken = append(taken, closer(loaded.Close))
+		l, err := link.AttachTracing(link.TracingOptions{Program: loaded.Programs[t.program]})
+		if err != nil {
+			return explain("trace "+t.function, err)
 		}
-		links = append(links, l)
+		taken = append(taken, l)
 	}
-	if err != nil {
-		for _, l := range links {
-			err = errors.Join(err, l.Close())
-		}
-		return err
-	}
-	h.links = append(h.links, links...)
+	h.closers = append(h.closers, taken...)
 	for _, t := range way {
 		h.functions = append(h.functions, t.function)
 	}
 	return nil
+}
+
+// closer is a Close that can't fail.
+type closer func()
+
+func (c closer) Close() error {
+	c()
+	return nil
+}
+
+// closeAll closes the last first: a link goes before its program.
+func closeAll(closers []io.Closer) error {
+	var errs []error
+	for _, c := range slices.Backward(closers) {
+		errs = append(errs, c.Close())
+	}
+	return errors.Join(errs...)
 }
 
 // Functions are the kernel's functions that are traced.
@@ -194,18 +203,12 @@ func (h *Hook) tell(sample []byte, fn func(KeyEvent)) error {
 
 // Close detaches the programs and unloads them. Run must have returned.
 func (h *Hook) Close() error {
-	var errs []error
-	for _, l := range h.links {
-		errs = append(errs, l.Close())
-	}
+	err := closeAll(h.closers)
 	if h.reader != nil {
-		errs = append(errs, h.reader.Close())
+		err = errors.Join(err, h.reader.Close())
 	}
-	for _, p := range h.programs {
-		errs = append(errs, p.Close())
+	if h.maps != nil {
+		h.maps.Close()
 	}
-	for _, m := range h.maps {
-		errs = append(errs, m.Close())
-	}
-	return errors.Join(errs...)
+	return err
 }

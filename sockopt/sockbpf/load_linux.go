@@ -38,8 +38,8 @@ func explain(what string, err error) error {
 		if names := missing(); len(names) > 0 {
 			return fmt.Errorf("sockbpf: %s: %w (%s is missing)", what, os.ErrPermission, strings.Join(names, " and "))
 		}
-		return fmt.Errorf("sockbpf: %s: %w, although CAP_BPF and CAP_PERFMON are there: a user namespace, a security module or lockdown",
-			what, os.ErrPermission)
+		return fmt.Errorf("sockbpf: %s: %w, although CAP_BPF and CAP_PERFMON are there (a user namespace, a security module, lockdown, or a "+
+			"kernel that doesn't let its functions be traced)", what, os.ErrPermission)
 	case errors.Is(err, unix.ENOSYS):
 		return fmt.Errorf("sockbpf: %s: no bpf(2) (CONFIG_BPF_SYSCALL): %w", what, ErrUnsupported)
 	case errors.As(err, &verifier):
