@@ -266,7 +266,7 @@ func (a *Agent) dial() error {
 	if err != nil {
 		return err
 	}
-	a.sources, err = dialSources(a.log, a.in)
+	a.sources, err = dialSources(a.log, a.in, a.cfg)
 	return err
 }
 

@@ -11,6 +11,7 @@ import (
 	"tsoagent/agent/plan"
 	"tsoagent/ethtool"
 	"tsoagent/routes"
+	"tsoagent/sockopt"
 	"tsoagent/xfrmwatch"
 )
 
@@ -251,17 +252,29 @@ func (a *Agent) checkAdopted() {
 	}
 }
 
-func ids(list []xfrmwatch.CoverageID) string {
-	out := make([]string, 0, len(list))
-	for _, id := range list {
-		out = append(out, ids1(id))
-	}
+func ids(list []xfrmwatch.CoverageID) string { return causes(list, nil) }
+
+// causes are those who ask for something, in a line of a log.
+func causes(list []xfrmwatch.CoverageID, keys []sockopt.Key) string {
+	out := causeList(list, keys)
 	slices.Sort(out)
 	const most = 4
 	if len(out) > most {
 		out = append(out[:most], fmt.Sprintf("and %d more", len(out)-most))
 	}
 	return strings.Join(out, ", ")
+}
+
+// causeList is never nil.
+func causeList(list []xfrmwatch.CoverageID, keys []sockopt.Key) []string {
+	out := make([]string, 0, len(list)+len(keys))
+	for _, id := range list {
+		out = append(out, ids1(id))
+	}
+	for _, k := range keys {
+		out = append(out, k.String())
+	}
+	return out
 }
 
 func ids1(id xfrmwatch.CoverageID) string {

@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"io"
 	"math"
+	"net"
+	"net/netip"
 	"os"
 	"path"
 	"regexp"
@@ -52,6 +54,12 @@ const DefaultRunDir = "/run/tsoagent"
 // DefaultStateDir holds the result of a probe.
 const DefaultStateDir = "/var/lib/tsoagent"
 
+// DefaultMetrics is where Prometheus can scrape.
+const DefaultMetrics = "127.0.0.1:15450"
+
+// MetricsOff says that nobody can scrape.
+const MetricsOff = "off"
+
 // Config is the whole configuration. The zero value means the defaults.
 type Config struct {
 	// Mode is enforce or observe.
@@ -66,8 +74,16 @@ type Config struct {
 	OnStop OnStop `yaml:"on_stop"`
 	// ResyncEvery is how often all sources are read again, spread out by a tenth.
 	ResyncEvery Duration `yaml:"resync_every"`
+	// TCPKeysEvery is how often the keys of TCP sockets are looked at, of which the kernel tells
+	// nobody.
+	TCPKeysEvery Duration `yaml:"tcp_keys_every"`
 	// Namespaces are those that are followed, each by an agent of its own.
 	Namespaces Namespaces `yaml:"namespaces"`
+	// Metrics is the address on which Prometheus can scrape, or off.
+	Metrics string `yaml:"metrics"`
+	// MetricsWebConfig is a web configuration file of Prometheus's exporter toolkit (TLS and
+	// authentication), empty for none.
+	MetricsWebConfig string `yaml:"metrics_web_config"`
 	// Plan is what decisions depend on. Its keys stand at the top level of the file.
 	Plan plan.Config `yaml:",inline"`
 }
@@ -108,6 +124,12 @@ func (c Config) WithDefaults() Config {
 	}
 	if c.ResyncEvery == 0 {
 		c.ResyncEvery = Duration(15 * time.Minute)
+	}
+	if c.TCPKeysEvery == 0 {
+		c.TCPKeysEvery = Duration(10 * time.Second)
+	}
+	if c.Metrics == "" {
+		c.Metrics = DefaultMetrics
 	}
 	if len(c.Namespaces) == 0 {
 		c.Namespaces = Namespaces{netns.Host}
@@ -298,6 +320,17 @@ func (c Config) Validate() []Wrong {
 	if c.ResyncEvery != 0 && time.Duration(c.ResyncEvery) < time.Minute {
 		wrong("resync_every", "less than 1m")
 	}
+	if c.TCPKeysEvery != 0 && time.Duration(c.TCPKeysEvery) < 100*time.Millisecond {
+		wrong("tcp_keys_every", "less than 100ms")
+	}
+	if c.Metrics != "" && c.Metrics != MetricsOff {
+		if host, port, err := net.SplitHostPort(c.Metrics); err != nil || !isHost(host) || !isPort(port) {
+			wrong("metrics", "%q is neither off nor ADDRESS:PORT, as %s", c.Metrics, DefaultMetrics)
+		}
+	}
+	if f := c.MetricsWebConfig; f != "" && (!path.IsAbs(f) || strings.ContainsFunc(f, unprintable)) {
+		wrong("metrics_web_config", "%q is not an absolute path", f)
+	}
 	switch {
 	case c.StateDir == "":
 	case !path.IsAbs(c.StateDir):
@@ -351,6 +384,18 @@ func (c Config) Validate() []Wrong {
 		}
 	}
 	return out
+}
+
+// isHost reports whether metrics can be served on a host: an IP address, or none for all of them. A name
+// would have to be looked up, which can fail for reasons that come and go.
+func isHost(s string) bool {
+	_, err := netip.ParseAddr(s)
+	return s == "" || err == nil
+}
+
+func isPort(s string) bool {
+	n, err := strconv.ParseUint(s, 10, 16)
+	return err == nil && n > 0
 }
 
 // maxSocketPath is what sun_path holds besides its end (struct sockaddr_un, linux/un.h).

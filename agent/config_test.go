@@ -62,6 +62,7 @@ func TestReadConfigTellsEveryMistakeWithItsPlace(t *testing.T) {
 		"namespaces as a mapping": {"namespaces: {host: 1}\n", []string{"c.yaml:1: namespaces: not all, and not a list"}},
 		"no namespace":            {"namespaces:\n- host\n- a/b\n- pid:x\n- [c]\n", []string{"c.yaml:5: a list is not a text"}},
 		"names of namespaces":     {"namespaces:\n- host\n- a/b\n- pid:x\n- ''\n", []string{`c.yaml:3: namespaces: entry 2: "a/b" is neither a name in /run/netns nor an absolute path`, `c.yaml:4: namespaces: entry 3: "x" is no process number`, `c.yaml:5: namespaces: entry 4: an empty name`}},
+		"keys too often":          {"tcp_keys_every: 5ms\n", []string{"c.yaml:1: tcp_keys_every: less than 100ms"}},
 		"negative resync":         {"resync_every: -5m\n", []string{"c.yaml:1: resync_every: less than 1m"}},
 		"zero is not the default": {"restore_after: 0s\n", []string{`c.yaml:1: "0s" is no duration above 0`}},
 		"relative run_dir":        {"run_dir: run/x\n", []string{"c.yaml:1: run_dir: not an absolute path"}},
@@ -71,6 +72,11 @@ func TestReadConfigTellsEveryMistakeWithItsPlace(t *testing.T) {
 		"table at the end":        {"table: 4294967280\n", []string{"c.yaml:1: table: …"}},
 		"kernel's protocol":       {"protocol: 2\n", []string{"c.yaml:1: protocol: 2 is one of the kernel's and iproute2's own (0 to 4)"}},
 		"unknown feature":         {"features: [tso]\n", []string{`c.yaml:1: features: "tso" is no feature that can be held: …`}},
+		"metrics without port":    {"metrics: 127.0.0.1\n", []string{`c.yaml:1: metrics: "127.0.0.1" is neither off nor ADDRESS:PORT, as 127.0.0.1:15450`}},
+		"metrics on a name":       {"metrics: localhost:15450\n", []string{`c.yaml:1: metrics: "localhost:15450" is neither off …`}},
+		"metrics on port 0":       {"metrics: ':0'\n", []string{`c.yaml:1: metrics: ":0" is neither off …`}},
+		"metrics on a service":    {"metrics: ':http'\n", []string{`c.yaml:1: metrics: ":http" is neither off …`}},
+		"relative web config":     {"metrics_web_config: web.yml\n", []string{`c.yaml:1: metrics_web_config: "web.yml" is not an absolute path`}},
 		"glob":                    {"devices:\n- {match: 'eth[', dedicated: keep}\n", []string{`c.yaml:2: devices: entry 1: "eth[" is no glob for a device name`}},
 		"no glob": {"devices:\n- dedicated: keep\n- match: a\n", []string{
 			`c.yaml:2: devices: entry 1: "" is no glob for a device name`, "c.yaml:3: devices: entry 2: dedicated, shared_nics or features is missing",
@@ -122,7 +128,7 @@ func checkPrintable(t *testing.T, s string) {
 
 func TestReadConfigDefaults(t *testing.T) {
 	want := Config{
-		Mode: Enforce, RunDir: "/run/tsoagent", StateDir: "/var/lib/tsoagent", RestoreAfter: Duration(time.Second), OnStop: RestoreOnStop, ResyncEvery: Duration(15 * time.Minute),
+		Mode: Enforce, RunDir: "/run/tsoagent", StateDir: "/var/lib/tsoagent", RestoreAfter: Duration(time.Second), OnStop: RestoreOnStop, ResyncEvery: Duration(15 * time.Minute), TCPKeysEvery: Duration(10 * time.Second), Metrics: "127.0.0.1:15450",
 		Namespaces: Namespaces{"host"},
 		Plan: plan.Config{
 			Dedicated: plan.Auto, SharedNICs: plan.SharedKeep, CarrierMTU: plan.CarrierRoute, MTU: plan.MTULock, Partial: plan.PartialTable, SourceLess: plan.Serve, Table: 5450, Protocol: 84,
@@ -158,7 +164,10 @@ state_dir: /var/x
 restore_after: 2s
 on_stop: keep
 resync_every: 1h
+tcp_keys_every: 3s
 namespaces: [host, blue, /proc/1/ns/net, pid:7]
+metrics: "[::1]:9100"
+metrics_web_config: /etc/web.yml
 dedicated: keep
 devices:
   - {match: "ipsec*", dedicated: "off"}
@@ -179,8 +188,9 @@ max_clones: 6
 		t.Fatal(err)
 	}
 	want := Config{
-		Mode: Observe, RunDir: "/run/x", StateDir: "/var/x", RestoreAfter: Duration(2 * time.Second), OnStop: KeepOnStop, ResyncEvery: Duration(time.Hour),
+		Mode: Observe, RunDir: "/run/x", StateDir: "/var/x", RestoreAfter: Duration(2 * time.Second), OnStop: KeepOnStop, ResyncEvery: Duration(time.Hour), TCPKeysEvery: Duration(3 * time.Second),
 		Namespaces: Namespaces{"host", "blue", "/proc/1/ns/net", "pid:7"},
+		Metrics:    "[::1]:9100", MetricsWebConfig: "/etc/web.yml",
 		Plan: plan.Config{
 			Dedicated: plan.Keep, Devices: []plan.DeviceConfig{{Match: "ipsec*", Dedicated: plan.Off}, {Match: "eth0", Dedicated: plan.Auto, SharedNICs: plan.SharedLane, Features: []ethtool.Feature{ethtool.TCPSegmentation}}},
 			SharedNICs: plan.SharedOff, CarrierMTU: plan.CarrierDevice,

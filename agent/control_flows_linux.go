@@ -22,6 +22,9 @@ type flowLine struct {
 	Error  string        `json:"error,omitempty"`
 }
 
+// maxFlowLine bounds a line: 64 listeners with the processes that are named of each are the longest.
+const maxFlowLine = 1 << 20
+
 // flowsPatience is how long a client may take to read the next piece of an answer: as long as it reads,
 // a list has no end that is too late.
 const flowsPatience = 30 * time.Second
@@ -40,9 +43,15 @@ func serveFlows(s served, w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	out := &patient{w: w, rc: http.NewResponseController(w)}
-	lines := bufio.NewWriterSize(out, 64<<10)
+	lines := bufio.NewWriterSize(out, 256<<10)
 	enc := json.NewEncoder(lines)
-	res, err := a.eachFlow(r.Context(), a.call, f, func(f *flows.Flow) error { return enc.Encode(f) })
+	var buf []byte
+	res, err := a.eachFlow(r.Context(), a.call, f, func(f *flows.Flow) (err error) {
+		if buf, err = flows.AppendJSON(buf[:0], f); err == nil {
+			_, err = lines.Write(append(buf, '\n'))
+		}
+		return err
+	})
 	switch {
 	case err == nil:
 		if n := q.Get("netns"); n != "" && res.Netns != "" {
@@ -113,13 +122,24 @@ func (c *Client) FlowsIn(ctx context.Context, netns string, f flows.Filter, fn f
 		return nil, err
 	}
 	defer body.Close()
-	dec := json.NewDecoder(bufio.NewReaderSize(body, 64<<10))
+	in := bufio.NewReaderSize(body, maxFlowLine)
+	var flow flows.Flow
 	for {
+		b, err := in.ReadSlice('\n')
+		if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
+			err = errors.New("it ended early: the agent stopped, or was too busy; try again")
+		}
+		if err != nil {
+			return nil, fmt.Errorf("agent: read the answer to /v1/flows: %w", err)
+		}
+		if flows.ParseJSON(b, &flow) {
+			if err := fn(&flow); err != nil {
+				return nil, err
+			}
+			continue
+		}
 		var line flowLine
-		err := dec.Decode(&line)
-		switch {
-		case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
-			return nil, errors.New("agent: the answer to /v1/flows ended early: the agent stopped, or was too busy; try again")
+		switch err := json.Unmarshal(b, &line); {
 		case err != nil:
 			return nil, fmt.Errorf("agent: read the answer to /v1/flows: %w", err)
 		case line.Error != "":

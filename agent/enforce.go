@@ -16,11 +16,12 @@ func (a *Agent) enforce(pl *plan.Plan, s *plan.Steps, now time.Time) bool {
 	a.setHolds(s.Holds, false, now)
 	a.setHolds(s.Retaken, true, now)
 	stale := a.st.db.Stale() || a.st.fib.Stale()
-	a.setLanes(pl, stale, now)
+	staleLanes := stale || a.st.keysStale
+	a.setLanes(pl, staleLanes, now)
 	a.dropTables(s)
 	a.unlock(s.Unlocks)
 	a.unhold(pl, s.Unholds, now)
-	a.takeLanes(pl, stale, now)
+	a.takeLanes(pl, staleLanes, now)
 	a.forget(s)
 	a.forgiveHolds(pl)
 	if len(a.st.inflight) > 0 {

@@ -76,6 +76,7 @@ func (a *Agent) explain(q Question) (*Explanation, error) {
 	if ans.Gateway.IsValid() {
 		e.Gateway = ans.Gateway.String()
 	}
+	a.explainKeys(e, q)
 	var ifID uint32
 	if l := a.st.fib.Link(ans.Oif); l != nil {
 		e.Device, e.DeviceMTU = l.Name, l.MTU
@@ -208,7 +209,7 @@ func tunnelEnds(e routes.Encap) string {
 func (a *Agent) verdictOf(id xfrmwatch.CoverageID) *CoverageReport {
 	for i, v := range a.lastP.Verdicts {
 		if v.ID == id && v.Key == nil {
-			return &coverageReports(&plan.Plan{Verdicts: a.lastP.Verdicts[i : i+1]})[0]
+			return &a.coverageReports(a.lastP.Verdicts[i : i+1])[0]
 		}
 	}
 	return nil

@@ -148,6 +148,22 @@ func (f *Fleet) Report() *Report {
 	return r
 }
 
+// Reports are the newest reports of all namespaces that are followed and have been read, in the order of
+// their names.
+func (f *Fleet) Reports() []*Report {
+	var out []*Report
+	for _, n := range f.namespaces() {
+		if a, err := f.agentOf(n.Name); err == nil && a.Report() != nil {
+			r := *a.Report()
+			if r.Netns = n.Name; n.Name == netns.Host {
+				r.Netns = ""
+			}
+			out = append(out, &r)
+		}
+	}
+	return out
+}
+
 func (f *Fleet) reportOf(name string) (*Report, error) {
 	host := name == "" || name == netns.Host
 	if host && !f.cfg.Namespaces.host() {

@@ -106,7 +106,7 @@ func (a *Agent) holdDevice(dev ethtool.Device, due []plan.Hold, at time.Time) {
 		again = again || !had
 		a.st.holds[k] = a.claimOf(h)
 		delete(a.st.release, k)
-		a.did("feature held off", "device", dev.Name, "feature", h.Feature, "because", cmp.Or(ids(h.Because), h.Why))
+		a.did("feature held off", "device", dev.Name, "feature", h.Feature, "because", cmp.Or(causes(h.Because, h.Keys), h.Why))
 	}
 	if again {
 		a.reflap(dev.Index, at)
@@ -160,7 +160,7 @@ func (a *Agent) unhold(pl *plan.Plan, keys []plan.HoldKey, now time.Time) {
 	for _, h := range pl.Holds {
 		k := plan.HoldKey{Index: h.Device.Index, Feature: h.Feature}
 		_, ours := a.st.holds[k]
-		if ours && len(h.Because) > 0 && !a.st.db.Stale() && !slices.ContainsFunc(h.Because, a.st.lives) {
+		if ours && len(h.Because) > 0 && len(h.Keys) == 0 && !a.st.db.Stale() && !slices.ContainsFunc(h.Because, a.st.lives) {
 			wane(k)
 		}
 	}

@@ -145,7 +145,7 @@ func (a *Agent) setLanes(pl *plan.Plan, stale bool, now time.Time) {
 			}
 		case refused && sameLane(r.lane, want):
 		default:
-			a.setLane(want, ids(l.Because), now)
+			a.setLane(want, causes(l.Because, l.Keys), now)
 		}
 	}
 }
@@ -239,7 +239,7 @@ func (a *Agent) takeLanes(pl *plan.Plan, stale bool, now time.Time) {
 	wanted := map[int32]bool{}
 	for _, l := range pl.Lanes {
 		wanted[l.Index] = true
-		if _, there := s.seen[l.Index]; there && !stale && !slices.ContainsFunc(l.Because, a.st.lives) {
+		if _, there := s.seen[l.Index]; there && !stale && len(l.Keys) == 0 && !slices.ContainsFunc(l.Because, a.st.lives) {
 			due(l.Index)
 		}
 	}
@@ -393,9 +393,7 @@ func (a *Agent) laneReports(pl *plan.Plan, now time.Time) []LaneReport {
 		for _, m := range l.Matches {
 			r.Matches = append(r.Matches, m.String())
 		}
-		for _, id := range l.Because {
-			r.Because = append(r.Because, ids1(id))
-		}
+		r.Because = causeList(l.Because, l.Keys)
 		if refusal, no := s.refused[l.Index]; no {
 			r.State, r.Why = StateRefused, refusal.why
 		} else if have, there := s.seen[l.Index]; there && have.Is(l.Lane) {
@@ -426,7 +424,7 @@ func noteLanes(r *Report) {
 		}
 		for i := range r.Coverages {
 			c := &r.Coverages[i]
-			if c.Key != "" || !slices.Contains(l.Because, c.name()) {
+			if !slices.Contains(l.Because, c.name()) {
 				continue
 			}
 			c.Notes = append(slices.Clone(c.Notes), fmt.Sprintf("no lane on %s, which keeps its offloads: %s", l.Device, l.Why))

@@ -60,11 +60,14 @@ type Report struct {
 
 // SourceReport counts what a source of events brought since it was dialled.
 type SourceReport struct {
-	Source      string `json:"source"` // xfrm, routes or ethtool
+	Source      string `json:"source"` // xfrm, routes, ethtool, l2tp or sockopt
 	Events      uint64 `json:"events"`
 	Dumps       uint64 `json:"dumps"`
 	Overruns    uint64 `json:"overruns"`    // receive buffer overflows
 	Undecodable uint64 `json:"undecodable"` // messages that made no sense; each led to a new dump
+	// Seconds is the CPU time of all looks, and Sockets what the last saw, of a source that polls.
+	Seconds float64 `json:"seconds,omitempty"`
+	Sockets int     `json:"sockets,omitempty"`
 }
 
 // CoverageReport is the verdict for one coverage.
@@ -88,6 +91,12 @@ type CoverageReport struct {
 	Held     []string `json:"held"`
 	Locked   []string `json:"locked"`
 	Notes    []string `json:"notes"`
+	// PeerPort is the peer's port where the key is a client's; Dev the VRF or other device that the
+	// key's socket is bound to.
+	PeerPort uint16 `json:"peer_port,omitempty"`
+	Dev      string `json:"dev,omitempty"`
+	// Listener says that the key is a listener's.
+	Listener bool `json:"listener,omitempty"`
 }
 
 // The states of holds, locks, rules and clones.
@@ -149,8 +158,8 @@ func (a *Agent) publish(pl *plan.Plan, s *plan.Steps, now time.Time) {
 		Since: a.started, Now: now, Stale: a.staleSources(),
 		Links: len(a.st.fib.Links()), Routes: a.st.fib.Len(),
 		Policies: a.st.db.PolicyCount(), SAs: a.st.db.SACount(),
-		Coverages: coverageReports(pl), Holds: a.holdReports(pl), Locks: a.lockReports(pl, s),
-		Findings: list(slices.Concat(a.findings, a.probeFindings(), a.conflicts(now), a.clampConflicts(now))), Counters: a.stats,
+		Coverages: a.coverageReports(pl.Verdicts), Holds: a.holdReports(pl), Locks: a.lockReports(pl, s),
+		Findings: list(slices.Concat(a.findings, a.probeFindings(), a.conflicts(now), a.clampConflicts(now), a.keyFindings())), Counters: a.stats,
 		Rules: []RuleReport{}, Clones: []CloneReport{}, Sources: []SourceReport{},
 		Clamps: a.clampReports(pl), Lanes: a.laneReports(pl, now), DeviceMTUs: a.mtuReports(pl), Diagnosis: a.diagnosis,
 	}
@@ -209,7 +218,7 @@ func noteHolds(r *Report) {
 		}
 		for i := range r.Coverages {
 			c := &r.Coverages[i]
-			if c.Key == "" && slices.Contains(h.Because, c.name()) {
+			if slices.Contains(h.Because, c.name()) {
 				c.Notes = append(slices.Clone(c.Notes), fmt.Sprintf("%s %s is %s: %s", h.Device, h.Feature, h.State, h.Why))
 				c.Held = slices.DeleteFunc(slices.Clone(c.Held), func(s string) bool { return s == h.Device+" "+h.Feature })
 				if len(c.Held) == 0 {
@@ -222,6 +231,9 @@ func noteHolds(r *Report) {
 
 // name is how a coverage is called where it is a cause.
 func (c *CoverageReport) name() string {
+	if c.Key != "" {
+		return keyName(c)
+	}
 	s := fmt.Sprintf("policy %d", c.Policy)
 	if c.Peer != "" {
 		s += " to " + c.Peer
@@ -240,12 +252,15 @@ func (a *Agent) staleSources() []string {
 	if a.st.featuresStale {
 		out = append(out, "ethtool")
 	}
+	if a.st.keysStale {
+		out = append(out, "sockopt")
+	}
 	return out
 }
 
-func coverageReports(pl *plan.Plan) []CoverageReport {
-	out := make([]CoverageReport, 0, len(pl.Verdicts))
-	for _, v := range pl.Verdicts {
+func (a *Agent) coverageReports(verdicts []plan.Verdict) []CoverageReport {
+	out := make([]CoverageReport, 0, len(verdicts))
+	for _, v := range verdicts {
 		c := CoverageReport{
 			Policy: uint32(v.ID.Policy), Src: v.Selector.Src.String(), Dst: v.Selector.Dst.String(),
 			Proto: uint8(v.Selector.Proto), Sport: v.Selector.Sport.Port, Dport: v.Selector.Dport.Port,
@@ -260,7 +275,14 @@ func coverageReports(pl *plan.Plan) []CoverageReport {
 			c.Mark = fmt.Sprintf("%#x/%#x", v.Mark.Value, v.Mark.Mask)
 		}
 		if v.Key != nil {
-			c.Key, c.Src, c.Dst, c.Sport = v.Key.Kind.String(), "", v.Key.Peer.String(), v.Key.Port
+			c.Key, c.Dst, c.Sport = v.Key.Kind.String(), v.Key.Peer.String(), v.Key.Port
+			c.Src, c.PeerPort, c.Listener = "", v.Key.PeerPort, v.Key.Listener
+			if v.Key.Local.IsValid() {
+				c.Src = v.Key.Local.String()
+			}
+			if v.Key.Ifindex != 0 {
+				c.Dev = a.deviceName(routes.Ifindex(v.Key.Ifindex))
+			}
 		}
 		out = append(out, c)
 	}
@@ -282,9 +304,7 @@ func (a *Agent) holdReports(pl *plan.Plan) []HoldReport {
 		k := plan.HoldKey{Index: h.Device.Index, Feature: h.Feature}
 		wanted[k] = true
 		r := HoldReport{Device: h.Device.Name, Index: int32(k.Index), Feature: string(k.Feature), State: StateWanted, Why: h.Why, Because: []string{}}
-		for _, id := range h.Because {
-			r.Because = append(r.Because, ids1(id))
-		}
+		r.Because = causeList(h.Because, h.Keys)
 		st, _ := a.st.features[routes.Ifindex(k.Index)].Get(k.Feature)
 		_, ours := a.st.holds[k]
 		switch {
@@ -358,15 +378,19 @@ func (a *Agent) conflicts(now time.Time) []string {
 func (a *Agent) devices(b *routes.Body) []string {
 	out := []string{}
 	for _, n := range b.Nexthops {
-		name := fmt.Sprintf("if%d", n.Oif)
-		if l := a.st.fib.Link(n.Oif); l != nil {
-			name = l.Name
-		}
+		name := a.deviceName(n.Oif)
 		if !slices.Contains(out, name) {
 			out = append(out, name)
 		}
 	}
 	return out
+}
+
+func (a *Agent) deviceName(i routes.Ifindex) string {
+	if l := a.st.fib.Link(i); l != nil {
+		return l.Name
+	}
+	return fmt.Sprintf("if%d", i)
 }
 
 // ruleText is the rule in the words of `ip rule`.

@@ -44,8 +44,12 @@ func (a *Agent) apply(b batch) {
 		}
 	}
 	for _, ev := range b.keys {
-		if set, ok := ev.(sockopt.KeysSet); ok {
-			a.st.keys = set.Keys
+		switch ev := ev.(type) {
+		case sockopt.Lost:
+			a.log.Warn("the TCP keys can't be read, trying again", "source", "sockopt", "err", ev.Err)
+			a.st.keysStale = true
+		case sockopt.KeysSet:
+			a.st.keys, a.st.keysHidden, a.st.keysStale = ev.Keys, ev.Hidden, false
 		}
 	}
 }
@@ -162,7 +166,7 @@ func (a *Agent) echo(ev routes.Event) {
 // input is what the next plan follows from.
 func (a *Agent) input(now time.Time) plan.Input {
 	in := plan.Input{
-		Config: a.cfg.Plan, XFRM: a.st.db, FIB: a.st.fib, Features: a.st.features, Keys: a.st.keys,
+		Config: a.cfg.Plan, XFRM: a.st.db, FIB: a.st.fib, Features: a.st.features, Keys: a.st.keys, KeysStale: a.st.keysStale,
 		Lingering: a.st.lingeringCoverages(), Last: a.st.last, Locks: a.st.locks, MTUs: a.st.mtus, Holds: a.st.holds,
 		Withheld: map[plan.ShapeID]string{}, Forwarding: a.st.forwarding,
 	}

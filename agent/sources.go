@@ -13,6 +13,7 @@ import (
 	"tsoagent/ethtool"
 	"tsoagent/l2tp"
 	"tsoagent/routes"
+	"tsoagent/sockopt"
 	"tsoagent/xfrmwatch"
 )
 
@@ -21,17 +22,20 @@ import (
 type sources struct {
 	log *slog.Logger
 	in  func(func() error) error // runs a function in the namespace
+	cfg Config
 
 	mu     sync.Mutex
 	xfrm   *xfrmwatch.Watcher // nil where the kernel has no XFRM
 	routes *routes.Watcher
 	eth    *ethtool.Watcher
 	l2tp   *l2tp.Watcher
+	keys   *sockopt.Watcher // nil where the kernel has no keys, or can't show them for the reason noKeys
+	noKeys string
 }
 
-func dialSources(log *slog.Logger, in func(func() error) error) (*sources, error) {
-	s := &sources{log: log, in: in}
-	for _, dial := range []func() error{s.dialXFRM, s.dialRoutes, s.dialFeatures, s.dialL2TP} {
+func dialSources(log *slog.Logger, in func(func() error) error, cfg Config) (*sources, error) {
+	s := &sources{log: log, in: in, cfg: cfg}
+	for _, dial := range []func() error{s.dialXFRM, s.dialRoutes, s.dialFeatures, s.dialL2TP, s.dialKeys} {
 		if err := in(dial); err != nil {
 			return nil, errors.Join(err, s.close())
 		}
@@ -87,6 +91,26 @@ func (s *sources) dialL2TP() error {
 	return nil
 }
 
+func (s *sources) dialKeys() error {
+	w, err := sockopt.Dial(sockopt.Options{Period: time.Duration(s.cfg.TCPKeysEvery)})
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if errors.Is(err, unix.ENOPROTOOPT) && s.keys == nil {
+		s.log.Info("the kernel has no TCP-MD5: nothing can be signed")
+		return nil
+	}
+	if errors.Is(err, unix.EPROTONOSUPPORT) && s.keys == nil {
+		s.noKeys = err.Error()
+		s.log.Info("TCP-MD5 keys are not seen", "why", err)
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("agent: %w", err)
+	}
+	s.keys = w
+	return nil
+}
+
 func (s *sources) close() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -103,6 +127,9 @@ func (s *sources) close() error {
 	if s.l2tp != nil {
 		errs = append(errs, s.l2tp.Close())
 	}
+	if s.keys != nil {
+		errs = append(errs, s.keys.Close())
+	}
 	return errors.Join(errs...)
 }
 
@@ -116,6 +143,9 @@ func (s *sources) resync() {
 	s.routes.Resync(routes.Scope{})
 	s.eth.Resync()
 	s.l2tp.Resync()
+	if s.keys != nil {
+		s.keys.Resync()
+	}
 }
 
 func (s *sources) resyncRoutes(scope routes.Scope) {
@@ -131,13 +161,31 @@ func (s *sources) stats() []SourceReport {
 	var out []SourceReport
 	if s.xfrm != nil {
 		st := s.xfrm.Stats()
-		out = append(out, SourceReport{"xfrm", st.Events, st.Dumps, st.Overruns, st.Undecodable})
+		out = append(out, SourceReport{Source: "xfrm", Events: st.Events, Dumps: st.Dumps, Overruns: st.Overruns, Undecodable: st.Undecodable})
 	}
 	r, e, l := s.routes.Stats(), s.eth.Stats(), s.l2tp.Stats()
-	return append(out,
-		SourceReport{"routes", r.Messages, r.Dumps, r.Overruns, r.Undecodable},
-		SourceReport{"ethtool", e.Notifications, e.Dumps, e.Overruns, e.Undecodable},
-		SourceReport{"l2tp", l.Notifications, l.Dumps, l.Overruns, l.Undecodable})
+	out = append(out,
+		SourceReport{Source: "routes", Events: r.Messages, Dumps: r.Dumps, Overruns: r.Overruns, Undecodable: r.Undecodable},
+		SourceReport{Source: "ethtool", Events: e.Notifications, Dumps: e.Dumps, Overruns: e.Overruns, Undecodable: e.Undecodable},
+		SourceReport{Source: "l2tp", Events: l.Notifications, Dumps: l.Dumps, Overruns: l.Overruns, Undecodable: l.Undecodable})
+	if s.keys != nil {
+		k := s.keys.Stats()
+		out = append(out, SourceReport{
+			Source: "sockopt", Events: k.Told, Dumps: k.Dumps, Overruns: k.Overruns, Undecodable: k.Undecodable,
+			Seconds: k.Total.Seconds(), Sockets: k.Sockets,
+		})
+	}
+	return out
+}
+
+// missing is what the kernel can't tell, in words.
+func (s *sources) missing() []string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.noKeys == "" {
+		return nil
+	}
+	return []string{"TCP-MD5 keys are not seen, all else works: " + s.noKeys}
 }
 
 // look has the features of a device read again.
@@ -160,9 +208,14 @@ func (s *sources) run(ctx context.Context, in *inbox) error {
 				func(err error) { in.put(batch{xfrm: []xfrmwatch.Event{xfrmwatch.Lost{Err: err}}}) })
 		})
 	}
-	// The routes come after the first look at the L2TP sessions: with them the mirror is complete,
-	// and a plan without the sessions would give back what is held on their devices.
+	// The routes come after the first look at the L2TP sessions and at the keys: with them the mirror
+	// is complete, and a plan without the sessions or keys would give back what is held because of them.
 	looked, cancel := context.WithCancel(ctx)
+	keyed, cancelKeys := context.WithCancel(ctx)
+	wg.Go(func() {
+		defer cancelKeys()
+		s.followKeys(ctx, in, cancelKeys)
+	})
 	wg.Go(func() {
 		defer cancel()
 		s.follow(ctx, "l2tp", s.dialL2TP,
@@ -179,6 +232,7 @@ func (s *sources) run(ctx context.Context, in *inbox) error {
 	})
 	wg.Go(func() {
 		<-looked.Done()
+		<-keyed.Done()
 		s.follow(ctx, "routes", s.dialRoutes,
 			func() error { return s.routes.Run(ctx, func(ev []routes.Event) { in.put(batch{routes: ev}) }) },
 			func(err error) { in.put(batch{routes: []routes.Event{routes.Lost{Err: err}}}) })
@@ -190,6 +244,21 @@ func (s *sources) run(ctx context.Context, in *inbox) error {
 	})
 	<-ctx.Done()
 	return nil
+}
+
+// followKeys follows the keys, and calls looked after each look.
+func (s *sources) followKeys(ctx context.Context, in *inbox, looked func()) {
+	if s.keys == nil {
+		in.put(batch{keys: []sockopt.Event{sockopt.KeysSet{}}})
+		return
+	}
+	tell := func(ev []sockopt.Event) {
+		in.put(batch{keys: ev})
+		looked()
+	}
+	s.follow(ctx, "sockopt", s.dialKeys,
+		func() error { return s.keys.Run(ctx, tell) },
+		func(err error) { tell([]sockopt.Event{sockopt.Lost{Err: err}}) })
 }
 
 const maxRedial = 30 * time.Second

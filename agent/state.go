@@ -22,6 +22,8 @@ type state struct {
 	fresh         map[routes.Ifindex]*ethtool.Features
 	featuresStale bool
 	keys          []sockopt.Key
+	keysHidden    int  // sockets whose keys the kernel can't show
+	keysStale     bool // they could not be read
 	l2tp          l2tpDevices
 	forwarding    map[routes.Family]bool
 

@@ -78,8 +78,9 @@ func (w *Watcher) Stats() Stats {
 }
 
 // Dial opens the socket in the network namespace of the calling thread. The error wraps EPERM where
-// CAP_NET_ADMIN is missing, without which the kernel shows no keys, and EPROTONOSUPPORT where the
-// kernel has no TCP-MD5 or can't show its sockets. Close the Watcher also if Run is never called.
+// CAP_NET_ADMIN is missing, without which the kernel shows no keys; ENOPROTOOPT where the kernel has
+// no TCP-MD5, so that there are none; EPROTONOSUPPORT where it can't show its sockets. Close the
+// Watcher also if Run is never called.
 func Dial(opts Options) (*Watcher, error) {
 	if err := supported(); err != nil {
 		return nil, err
@@ -112,7 +113,7 @@ func supported() error {
 	}
 	defer unix.Close(fd)
 	if err := unix.SetsockoptString(fd, unix.IPPROTO_TCP, unix.TCP_MD5SIG, ""); errors.Is(err, unix.ENOPROTOOPT) {
-		return fmt.Errorf("sockopt: this kernel has no TCP-MD5 signatures (CONFIG_TCP_MD5SIG): %w", unix.EPROTONOSUPPORT)
+		return fmt.Errorf("sockopt: this kernel has no TCP-MD5 signatures (CONFIG_TCP_MD5SIG): %w", err)
 	}
 	return nil
 }

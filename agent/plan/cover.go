@@ -50,6 +50,7 @@ type planner struct {
 	devices map[routes.Ifindex]*dedicated     // the dedicated carriers
 	senders map[routes.Ifindex][]*routes.Link // the ports by which a bond, team or bridge sends now
 	taken   map[HoldKey]*held
+	signed  []*signed
 	ports   map[routes.Ifindex][]*routes.Link // those that have a master, by the master
 }
 

@@ -259,10 +259,10 @@ func diffHolds(s *Steps, in Input, pl *Plan, held Held, stale bool) {
 		}
 	}
 	for k := range held.Holds {
-		if wanted[k] || stale {
+		l := in.FIB.Link(routes.Ifindex(k.Index))
+		if wanted[k] || stale || l != nil && in.KeysStale && in.Config.shared(l.Name) != SharedKeep {
 			continue
 		}
-		l := in.FIB.Link(routes.Ifindex(k.Index))
 		st, ok := in.Features[routes.Ifindex(k.Index)].Get(k.Feature)
 		switch {
 		case l == nil:

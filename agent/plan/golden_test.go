@@ -13,6 +13,7 @@ import (
 	"github.com/rogpeppe/go-internal/txtar"
 
 	"tsoagent/routes"
+	"tsoagent/sockopt"
 	"tsoagent/xfrmwatch"
 )
 
@@ -60,10 +61,10 @@ func (w *world) render(pl *Plan, s Steps) string {
 	var b strings.Builder
 	line := func(format string, args ...any) { fmt.Fprintf(&b, format+"\n", args...) }
 	for _, h := range pl.Holds {
-		line("hold %s %s because %s", h.Device.Name, h.Feature, h.Why+renderIDs(h.Because))
+		line("hold %s %s because %s", h.Device.Name, h.Feature, h.Why+renderCauses(h.Because, h.Keys))
 	}
 	for _, l := range pl.Lanes {
-		line("lane %s %v because %s", l.Name, l.Matches, renderIDs(l.Because))
+		line("lane %s %v because %s", l.Name, l.Matches, renderCauses(l.Because, l.Keys))
 	}
 	for _, l := range pl.Locks {
 		line("lock %s%s %s, the owner's was %s, because %s", l.Route.Key(), w.hops(l.Route), l.Want, l.Owner, renderIDs(l.Because))
@@ -87,7 +88,11 @@ func (w *world) render(pl *Plan, s Steps) string {
 		line("drop %s", r.Key())
 	}
 	for _, v := range pl.Verdicts {
-		line("%s: mtu %d, cut at %s, carriers %v, %d held, locked %q", renderIDs([]xfrmwatch.CoverageID{v.ID}), v.MTU, v.Cut, v.Carriers, len(v.Held), v.Locked)
+		name := renderIDs([]xfrmwatch.CoverageID{v.ID})
+		if v.Key != nil {
+			name = v.Key.String()
+		}
+		line("%s: mtu %d, cut at %s, carriers %v, %d held, locked %q", name, v.MTU, v.Cut, v.Carriers, len(v.Held), v.Locked)
 		for _, n := range v.Notes {
 			line("\t%s", n)
 		}
@@ -103,6 +108,17 @@ func renderIDs(ids []xfrmwatch.CoverageID) string {
 			s += " peer " + id.Peer.String()
 		}
 		out = append(out, s)
+	}
+	return strings.Join(out, ", ")
+}
+
+func renderCauses(ids []xfrmwatch.CoverageID, keys []sockopt.Key) string {
+	var out []string
+	if len(ids) > 0 {
+		out = append(out, renderIDs(ids))
+	}
+	for _, k := range keys {
+		out = append(out, k.String())
 	}
 	return strings.Join(out, ", ")
 }

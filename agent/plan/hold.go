@@ -9,7 +9,6 @@ import (
 
 	"tsoagent/ethtool"
 	"tsoagent/routes"
-	"tsoagent/sockopt"
 	"tsoagent/xfrmwatch"
 )
 
@@ -154,8 +153,8 @@ type held struct {
 	by map[*coverage]bool
 }
 
-// addHold adds a hold, or gives one that is there more causes.
-func (p *planner) addHold(l *routes.Link, f ethtool.Feature, covs []*coverage, cut Cut) {
+// holdAt is the hold of a feature, which is new if there is none.
+func (p *planner) holdAt(l *routes.Link, f ethtool.Feature) (*Hold, *held) {
 	dev := ethtool.Device{Index: ethtool.Ifindex(l.Index), Name: l.Name}
 	if p.taken == nil {
 		p.taken = map[HoldKey]*held{}
@@ -166,7 +165,12 @@ func (p *planner) addHold(l *routes.Link, f ethtool.Feature, covs []*coverage, c
 		p.taken[HoldKey{dev.Index, f}] = have
 		p.plan.Holds = append(p.plan.Holds, Hold{Device: dev, Feature: f})
 	}
-	h := &p.plan.Holds[have.at]
+	return &p.plan.Holds[have.at], have
+}
+
+// addHold adds a hold, or gives one that is there more causes.
+func (p *planner) addHold(l *routes.Link, f ethtool.Feature, covs []*coverage, cut Cut) {
+	h, have := p.holdAt(l, f)
 	for _, c := range covs {
 		if have.by[c] {
 			continue
@@ -380,13 +384,7 @@ func (p *planner) judge() {
 		}
 		p.plan.Verdicts = append(p.plan.Verdicts, *v)
 	}
-	keys := slices.SortedFunc(slices.Values(p.Keys), sockopt.Key.Compare)
-	for _, k := range keys {
-		p.plan.Verdicts = append(p.plan.Verdicts, Verdict{
-			Key: &k, Cut: CutSocket,
-			Notes: []string{"the kernel takes GSO from sockets with a key; nothing to do"},
-		})
-	}
+	p.judgeSigned()
 }
 
 // bareMTU is the inner MTU of a coverage no route of which was looked at, for the verdict.

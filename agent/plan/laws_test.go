@@ -248,7 +248,7 @@ func holdsOnlyWhatIsCovered(w *world, pl *Plan) error {
 		if w.cfg.WithDefaults().dedicated(h.Device.Name) == Keep {
 			return fmt.Errorf("hold on %s, which is to be kept", h.Device.Name)
 		}
-		if len(h.Because) == 0 {
+		if len(h.Because)+len(h.Keys) == 0 {
 			return fmt.Errorf("hold on %s without a cause", h.Device.Name)
 		}
 		for _, id := range h.Because {

@@ -22,6 +22,8 @@ type Input struct {
 	FIB      *routes.FIB
 	Features map[routes.Ifindex]*ethtool.Features
 	Keys     []sockopt.Key
+	// KeysStale says that the keys could not be read since they changed last, or never.
+	KeysStale bool
 	// Lingering are coverages whose policy went away a short while ago and which are kept until
 	// it has been quiet: a daemon that replaces a policy must not cost its flows the lock.
 	Lingering []xfrmwatch.Coverage
@@ -126,7 +128,9 @@ type Hold struct {
 	Device  ethtool.Device
 	Feature ethtool.Feature
 	Because []xfrmwatch.CoverageID
-	// Why says what asks for it where that is no coverage.
+	// Keys are the TCP keys that ask for it, under `shared_nics: off`.
+	Keys []sockopt.Key
+	// Why says what asks for it where that is no coverage and no key.
 	Why string
 }
 
@@ -146,6 +150,7 @@ type Tunnel struct {
 type Lane struct {
 	lane.Lane
 	Because []xfrmwatch.CoverageID
+	Keys    []sockopt.Key
 }
 
 // Lock is one route whose MTU is locked in place.

@@ -13,8 +13,9 @@ import (
 
 // share does what the configuration asks for on NICs by which covered and other flows leave: a
 // lane for exactly the covered ones, or TSO off for everybody. Coverages that are cut on a
-// dedicated carrier need neither.
+// dedicated carrier need neither. TCP keys count like policies.
 func (p *planner) share() {
+	p.sign()
 	if p.Config.SharedNICs == SharedKeep && !slices.ContainsFunc(p.Config.Devices, func(d DeviceConfig) bool { return d.SharedNICs != "" }) {
 		return
 	}
@@ -32,6 +33,7 @@ func (p *planner) share() {
 			}
 		}
 	}
+	p.shareSigned(lanes)
 	for _, l := range lanes {
 		slices.SortFunc(l.Matches, lane.Match.Compare)
 		l.Matches = slices.Compact(l.Matches)
@@ -46,8 +48,7 @@ func (p *planner) holdShared(c *coverage, l *routes.Link) {
 		c.verdict.note(fmt.Sprintf("%s keeps its features: the SA is offloaded to hardware that segments ESP", l.Name))
 		return
 	}
-	c.verdict.Carriers = append(c.verdict.Carriers, l.Name)
-	c.verdict.note(fmt.Sprintf("TSO is off for everybody who leaves by %s (shared_nics: off)", l.Name))
+	c.verdict.sharedOff(l)
 	for _, f := range p.Config.features(l.Name) {
 		st, ok := p.Features[l.Index].Get(f)
 		switch {
@@ -70,18 +71,35 @@ func (p *planner) lane(lanes map[routes.Ifindex]*Lane, c *coverage, l *routes.Li
 		c.verdict.note(fmt.Sprintf("no lane on %s yet: without an SA it is not known what leaves", l.Name))
 		return
 	}
+	have := laneOn(lanes, l, matches)
+	have.Because = append(have.Because, c.ID)
+	c.verdict.lane(l)
+}
+
+// laneOn is the lane of a NIC, which takes these packets, too.
+func laneOn(lanes map[routes.Ifindex]*Lane, l *routes.Link, matches []lane.Match) *Lane {
 	have := lanes[l.Index]
 	if have == nil {
 		have = &Lane{Lane: lane.Lane{Index: int32(l.Index), Name: l.Name}}
 		lanes[l.Index] = have
 	}
 	have.Matches = append(have.Matches, matches...)
-	have.Because = append(have.Because, c.ID)
-	c.verdict.Carriers = append(c.verdict.Carriers, l.Name)
-	if c.verdict.Cut != CutDevice { // a tunnel is one of its flows; there may be others
-		c.verdict.Cut = CutLane
+	return have
+}
+
+// sharedOff says that a NIC has its TSO off for everybody because of a verdict's flows.
+func (v *Verdict) sharedOff(l *routes.Link) {
+	v.Carriers = append(v.Carriers, l.Name)
+	v.note(fmt.Sprintf("TSO is off for everybody who leaves by %s (shared_nics: off)", l.Name))
+}
+
+// lane says that a verdict's flows take the lane of a NIC.
+func (v *Verdict) lane(l *routes.Link) {
+	v.Carriers = append(v.Carriers, l.Name)
+	if v.Cut != CutDevice { // a tunnel is one of its flows; there may be others
+		v.Cut = CutLane
 	}
-	c.verdict.Held = append(c.verdict.Held, fmt.Sprintf("%s lane", l.Name))
+	v.Held = append(v.Held, fmt.Sprintf("%s lane", l.Name))
 }
 
 // laneMatches are the packets of the coverage's outermost SAs as a NIC sees them.
@@ -129,8 +147,13 @@ func (p *planner) nics(c *coverage) []*routes.Link {
 			oifs[p.Peers[peer].Oif] = true
 		}
 	} else {
-		p.flowDevices(c, oifs)
+		p.devicesOf(p.parts(c), c.Selector.Dst, c.verdict, oifs)
 	}
+	return p.shareable(oifs)
+}
+
+// shareable are those of the devices that others may use, too, in order.
+func (p *planner) shareable(oifs map[routes.Ifindex]bool) []*routes.Link {
 	var out []*routes.Link
 	for _, l := range p.FIB.Links() {
 		if oifs[l.Index] && l.Type != arphrdLoopback && !l.Tunnel() && p.devices[l.Index] == nil && l.Kind != "vrf" {
@@ -149,8 +172,8 @@ func outermost(c *coverage) []Peer {
 	return peersOf(c.Coverage, t)
 }
 
-// flowDevices adds the devices of the routes that a coverage's flows use.
-func (p *planner) flowDevices(c *coverage, oifs map[routes.Ifindex]bool) {
+// devicesOf adds the devices of the routes that flows to dst use.
+func (p *planner) devicesOf(parts []routes.Part, dst netip.Prefix, v *Verdict, oifs map[routes.Ifindex]bool) {
 	n := 0
 	add := func(m routes.Match) {
 		for _, b := range m.Paths.Bodies() {
@@ -161,12 +184,12 @@ func (p *planner) flowDevices(c *coverage, oifs map[routes.Ifindex]bool) {
 			}
 		}
 	}
-	for _, part := range p.parts(c) {
+	for _, part := range parts {
 		add(part.Containing)
 		for m := range part.Inside {
 			add(m)
 			if n++; n > p.Config.MaxClonesPerCoverage {
-				c.verdict.note(fmt.Sprintf("more than %d routes inside %s: the NICs of the others are left alone (max_clones_per_coverage)", p.Config.MaxClonesPerCoverage, c.Selector.Dst))
+				v.note(fmt.Sprintf("more than %d routes inside %s: the NICs of the others are left alone (max_clones_per_coverage)", p.Config.MaxClonesPerCoverage, dst))
 				return
 			}
 		}

@@ -8,6 +8,7 @@ import (
 
 	"tsoagent/ethtool"
 	"tsoagent/routes"
+	"tsoagent/sockopt"
 	"tsoagent/xfrmwatch"
 )
 
@@ -31,6 +32,8 @@ type world struct {
 	objects    map[uint32][]byte // the nexthops of a nexthop object, as attributes
 	goneIndex  []xfrmwatch.PolicyIndex
 	depth      int // of tunnels in tunnels
+	keys       []sockopt.Key
+	keysStale  bool
 }
 
 // newWorld reads the lines. Each family has the kernel's three rules unless a line says
@@ -133,6 +136,8 @@ func (w *world) line(what string, f *words) error {
 		k.SA = f.next()
 		w.probed[k] = Probed{KeepTSO: f.is("keep"), BreaksUDP: f.is("breaks-udp")}
 		return f.end()
+	case "key":
+		return w.key(f)
 	case "peer": // peer ADDR MTU [mark V/M]: as the kernel answers
 		p := Peer{Addr: f.addr()}
 		mtu := f.num()

@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"tsoagent/agent"
+	"tsoagent/agent/metrics"
 )
 
 // Exit codes.
@@ -105,6 +106,9 @@ func load(c *cli.Context) (agent.Config, error) {
 	if v := c.StringSlice("netns"); len(v) > 0 {
 		cfg.Namespaces = v
 	}
+	if err := metrics.CheckWebConfig(cfg.MetricsWebConfig); err != nil {
+		return cfg, cli.Exit(err.Error(), exitUsage)
+	}
 	if wrong := cfg.Validate(); len(wrong) > 0 {
 		flag := strings.ReplaceAll(wrong[0].Key, "_", "-")
 		if flag == "namespaces" {
@@ -130,8 +134,12 @@ func check(c *cli.Context) error {
 	if file == "" || c.Args().Len() > 1 {
 		return cli.Exit("give one configuration file: tsoagent check FILE", exitUsage)
 	}
-	if _, err := agent.LoadConfig(file); err != nil {
+	cfg, err := agent.LoadConfig(file)
+	if err != nil {
 		return configError(file, err)
+	}
+	if err := metrics.CheckWebConfig(cfg.MetricsWebConfig); err != nil {
+		return cli.Exit(err.Error(), exitUsage)
 	}
 	fmt.Fprintf(c.App.Writer, "%s: ok\n", file)
 	return nil
@@ -173,6 +181,7 @@ func run(c *cli.Context) error {
 	g, serving := errgroup.WithContext(context.Background())
 	serving, done := context.WithCancel(serving)
 	g.Go(func() error { defer done(); return a.Run(ctx) })
+	g.Go(func() error { serveMetrics(serving, cfg.WithDefaults(), a, log); return nil })
 	g.Go(func() error {
 		err := a.Serve(serving)
 		if err != nil {
@@ -181,4 +190,19 @@ func run(c *cli.Context) error {
 		return err
 	})
 	return errors.Join(g.Wait(), a.Close())
+}
+
+// serveMetrics lets Prometheus scrape until the context ends. Whatever goes wrong with that is no reason
+// to leave the network alone.
+func serveMetrics(ctx context.Context, cfg agent.Config, f *agent.Fleet, log *slog.Logger) {
+	if cfg.Metrics == agent.MetricsOff {
+		return
+	}
+	l, err := metrics.Listen(ctx, cfg.Metrics)
+	if err == nil {
+		err = metrics.Serve(ctx, l, cfg.MetricsWebConfig, metrics.NewCollector(version(), f.Reports), log)
+	}
+	if err != nil && ctx.Err() == nil {
+		log.Warn("metrics are not served", "err", err, "do", "set another address as metrics in the configuration, or off")
+	}
 }

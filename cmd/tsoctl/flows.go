@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"strconv"
 	"strings"
 	"unicode/utf8"
 
@@ -184,6 +185,7 @@ type flowTable struct {
 	page  page
 	first []flows.Flow // those that wait for the widths
 	wide  []int        // of the columns, nil while it is not known
+	line  []byte
 }
 
 var flowHeads = []string{"LOCAL", "REMOTE", "STATE", "COVERED", "CUT", "DEVICE"}
@@ -209,7 +211,7 @@ func flowCells(f *flows.Flow) []string {
 	case flows.CoveredByPolicy:
 		covered = "policy"
 		if f.Policy != 0 {
-			covered = fmt.Sprintf("policy %d", f.Policy)
+			covered = "policy " + strconv.FormatUint(uint64(f.Policy), 10)
 		}
 	}
 	cut := string(f.Segmentation)
@@ -314,20 +316,31 @@ const gap = "  "
 // cells prints one row. Where the addresses have no room, the rest stands in its columns one line below.
 func (t *flowTable) cells(cells []string, note string) {
 	both := t.wide[0] + len(gap) + t.wide[1]
-	ends := fmt.Sprintf("%-*s%s%-*s", t.wide[0], cells[0], gap, t.wide[1], cells[1])
-	ends = strings.TrimRight(ends, " ")
-	if over := utf8.RuneCountInString(ends) > both; over && t.page.width > 0 {
-		fmt.Fprintln(t.page, ends)
-		ends = ""
+	b := append(t.line[:0], cells[0]...)
+	b = append(pad(b, t.wide[0]), gap...)
+	b = append(b, cells[1]...)
+	if t.page.width > 0 && utf8.RuneCount(b) > both {
+		_, _ = t.page.Write(append(b, '\n'))
+		b = b[:0]
 	}
-	var rest strings.Builder
+	at := both
 	for i, c := range cells[2:] {
-		fmt.Fprintf(&rest, "%s%-*s", gap, t.wide[2+i], c)
+		b = append(append(pad(b, at), gap...), c...)
+		at += len(gap) + t.wide[2+i]
 	}
 	if note != "" {
-		rest.WriteString(gap + note)
+		b = append(append(pad(b, at), gap...), note...)
 	}
-	fmt.Fprintln(t.page, strings.TrimRight(fmt.Sprintf("%-*s%s", both, ends, rest.String()), " "))
+	_, _ = t.page.Write(append(b, '\n')) // as with Fprintln, nothing helps where stdout is gone
+	t.line = b
+}
+
+// pad fills a line with blanks to a width.
+func pad(b []byte, width int) []byte {
+	for n := utf8.RuneCount(b); n < width; n++ {
+		b = append(b, ' ')
+	}
+	return b
 }
 
 func (t *flowTable) end(r *flows.Result) error {

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"fmt"
 	"io"
+	"net/netip"
 	"os"
 	"slices"
 	"strconv"
@@ -44,6 +45,9 @@ type plain struct{ io.Writer }
 
 // Write writes b with a question mark for each character that a terminal could obey.
 func (w plain) Write(b []byte) (int, error) {
+	if !bytes.ContainsFunc(b, func(r rune) bool { return harmless(r) != r }) {
+		return w.Writer.Write(b)
+	}
 	if _, err := w.Writer.Write(bytes.Map(harmless, b)); err != nil {
 		return 0, err
 	}
@@ -52,7 +56,9 @@ func (w plain) Write(b []byte) (int, error) {
 
 // harmless is the rune itself, or a question mark for one that can't be printed.
 func harmless(r rune) rune {
-	if r != '\n' && r != '\t' && !strconv.IsPrint(r) {
+	switch {
+	case r >= ' ' && r <= '~', r == '\n', r == '\t': // nearly all there is
+	case !strconv.IsPrint(r):
 		return '?'
 	}
 	return r
@@ -393,7 +399,7 @@ func observing(p page, r *agent.Report) {
 
 func coverageLine(c agent.CoverageReport) string {
 	if c.Key != "" {
-		return fmt.Sprintf("%s key: peer %s, local port %d", c.Key, c.Dst, c.Sport)
+		return keyLine(c)
 	}
 	s := fmt.Sprintf("policy %d priority %d: src %s dst %s", c.Policy, c.Priority, c.Src, c.Dst)
 	if c.Proto != 0 {
@@ -410,6 +416,27 @@ func coverageLine(c agent.CoverageReport) string {
 	}
 	if c.Mark != "" {
 		s += " mark " + c.Mark
+	}
+	return s
+}
+
+// keyLine says whose packets a key signs: those from a listener's port, or a client's to the peer's.
+func keyLine(c agent.CoverageReport) string {
+	peer := c.Dst
+	if p, err := netip.ParsePrefix(peer); err == nil && p.IsSingleIP() {
+		peer = p.Addr().String()
+	}
+	s := fmt.Sprintf("%s key: peer %s", c.Key, peer)
+	if c.PeerPort != 0 {
+		s += fmt.Sprintf(" port %d", c.PeerPort)
+	} else {
+		s += fmt.Sprintf(", local port %d", c.Sport)
+	}
+	if c.Src != "" {
+		s += " of " + c.Src
+	}
+	if c.Dev != "" {
+		s += " dev " + c.Dev
 	}
 	return s
 }

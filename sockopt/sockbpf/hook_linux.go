@@ -5,9 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
 	"slices"
-	"time"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/btf"
@@ -70,6 +68,14 @@ func (h *Hook) open(use func(function string) bool) error {
 	if err != nil {
 		return fmt.Errorf("sockbpf: %w", err)
 	}
+	if err := h.openRing(spec); err != nil {
+		return err
+	}
+	return h.takeWays(spec, use)
+}
+
+// openRing makes the maps that the programs share.
+func (h *Hook) openRing(spec *ebpf.CollectionSpec) (err error) {
 	maps := spec.Copy()
 	maps.Programs = nil
 	if h.maps, err = ebpf.NewCollection(maps); err != nil {
@@ -79,7 +85,7 @@ func (h *Hook) open(use func(function string) bool) error {
 	if h.reader, err = ringbuf.NewReader(h.maps.Maps[keysMapEvents]); err != nil {
 		return explain("map the ring of key events", err)
 	}
-	return h.takeWays(spec, use)
+	return nil
 }
 
 // takeWays takes the first way that works for each thing. What can't be known is no error as long as something can.
@@ -166,12 +172,12 @@ func (h *Hook) Watches(kind sockopt.Kind) bool { return slices.Contains(h.kinds,
 // Run calls fn with each event, in order, until ctx is done, and returns nil then. The kernel keeps events while nobody runs it, as many
 // as have room; those that hadn't are told by one Lost when there is room again. Run may be called again, but not at the same time.
 func (h *Hook) Run(ctx context.Context, fn func(KeyEvent)) error {
-	h.reader.SetDeadline(time.Time{})
-	defer context.AfterFunc(ctx, func() { h.reader.SetDeadline(time.Unix(1, 0)) })()
+	// Flush wakes the reader, which SetDeadline would wait for.
+	defer context.AfterFunc(ctx, func() { _ = h.reader.Flush() })()
 	var record ringbuf.Record
 	for ctx.Err() == nil {
 		switch err := h.reader.ReadInto(&record); {
-		case errors.Is(err, os.ErrDeadlineExceeded):
+		case errors.Is(err, ringbuf.ErrFlushed):
 			continue
 		case err != nil:
 			return fmt.Errorf("sockbpf: read key events: %w", err)

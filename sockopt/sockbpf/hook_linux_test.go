@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	vnl "github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"tsoagent/sockopt"
@@ -22,10 +23,10 @@ const patience = time.Minute
 // md5Ways are the ways to see MD5 keys, by the first function of each.
 var md5Ways = []string{"tcp_md5_do_add", "tcp_v4_parse_md5_keys"}
 
-// openHookBy opens the hook so that it sees MD5 keys by this function and those that go with it.
-func openHookBy(t testing.TB, function string) *Hook {
+// openHookBy opens the hook so that it sees MD5 keys by one of these functions and those that go with it.
+func openHookBy(t testing.TB, functions ...string) *Hook {
 	t.Helper()
-	h, err := openHook(func(f string) bool { return f == function || !slices.Contains(md5Ways, f) })
+	h, err := openHook(func(f string) bool { return slices.Contains(functions, f) || !slices.Contains(md5Ways, f) })
 	if errors.Is(err, ErrUnsupported) || errors.Is(err, os.ErrPermission) {
 		t.Skipf("needs a kernel that traces functions (fexit), and CAP_BPF and CAP_PERFMON: %v", err)
 	}
@@ -34,7 +35,7 @@ func openHookBy(t testing.TB, function string) *Hook {
 	}
 	t.Cleanup(func() { _ = h.Close() })
 	if !h.Watches(sockopt.MD5) {
-		t.Skipf("needs a kernel in which %s can be traced", function)
+		t.Skipf("needs a kernel in which one of %v can be traced", functions)
 	}
 	t.Logf("traced: %s", strings.Join(h.Functions(), ", "))
 	return h
@@ -52,7 +53,10 @@ func events(t testing.TB, h *Hook) <-chan KeyEvent {
 	go func() {
 		done <- h.Run(ctx, func(e KeyEvent) {
 			if e.Netns == uint32(st.Ino) || e.Op == Lost {
-				ch <- e
+				select {
+				case ch <- e:
+				case <-ctx.Done():
+				}
 			}
 		})
 	}()
@@ -151,10 +155,66 @@ func keySteps(t *testing.T, w world, h *Hook, ch <-chan KeyEvent) {
 	}
 }
 
+// TestHookSeesVRF has a key that is bound to a VRF.
+func TestHookSeesVRF(t *testing.T) {
+	enterNS(t)
+	h := openHookBy(t, md5Ways...)
+	vrf := &vnl.Vrf{LinkAttrs: vnl.LinkAttrs{Name: "blue"}, Table: 5450}
+	if err := vnl.LinkAdd(vrf); errors.Is(err, unix.EOPNOTSUPP) {
+		t.Skip("needs a kernel with VRF")
+	} else if err != nil {
+		t.Fatal(err)
+	}
+	ch := events(t, h)
+	s := newSocket(t, netip.MustParseAddrPort("127.0.0.1:0"))
+	for _, op := range []struct {
+		op  Op
+		key string
+	}{{Added, secret}, {Deleted, ""}} {
+		sig := md5sig(netip.MustParsePrefix("192.0.2.0/24"), op.key)
+		sig.Flags |= 2 // TCP_MD5SIG_FLAG_IFINDEX
+		sig.Ifindex = int32(vrf.Attrs().Index)
+		if err := unix.SetsockoptTCPMD5Sig(int(s), unix.IPPROTO_TCP, tcpMD5SigExt, &sig); err != nil {
+			t.Fatal(err)
+		}
+		if e := next(t, ch); e.Op != op.op || e.Ifindex != sig.Ifindex || e.Peer.String() != "192.0.2.0/24" {
+			t.Errorf("%+v, want %s with ifindex %d", e, op.op, sig.Ifindex)
+		}
+	}
+}
+
+// TestRunEndsWithItsContext needs no function that can be traced: there is a ring, and nobody who writes to it.
+func TestRunEndsWithItsContext(t *testing.T) {
+	openIter(t) // skips without the capabilities
+	spec, err := loadKeys()
+	if err != nil {
+		t.Fatal(err)
+	}
+	h := &Hook{}
+	defer h.Close()
+	if err := h.openRing(spec); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error, 1)
+		go func() { done <- h.Run(ctx, func(e KeyEvent) { t.Errorf("%+v", e) }) }()
+		cancel()
+		select {
+		case err := <-done:
+			if err != nil {
+				t.Error(err)
+			}
+		case <-time.After(patience):
+			t.Fatal("it runs on")
+		}
+	}
+}
+
 // TestHookTellsWhatIsLost fills the ring while nobody reads.
 func TestHookTellsWhatIsLost(t *testing.T) {
 	enterNS(t)
-	h := openHookBy(t, md5Ways[0])
+	h := openHookBy(t, md5Ways...)
 	s := newSocket(t, netip.MustParseAddrPort("127.0.0.1:0"))
 	peer := netip.MustParsePrefix("127.0.0.2/32")
 	const sets = 8000
@@ -225,7 +285,7 @@ func TestHookCapabilities(t *testing.T) {
 			t.Errorf("with %v: %v, want one line with %q", caps, err, want)
 		}
 	}
-	openHookBy(t, md5Ways[0])
+	openHookBy(t, md5Ways...)
 	if err := unprivileged(unix.CAP_BPF, unix.CAP_PERFMON); err != nil {
 		t.Errorf("with both: %v", err)
 	}

@@ -374,6 +374,32 @@ func withCapabilities(t *testing.T, caps []uint, fn func() error) error {
 	return <-done
 }
 
+// TestWithoutBTF hides the kernel's BTF from a thread.
+func TestWithoutBTF(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root for a mount namespace")
+	}
+	if _, err := os.Stat("/sys/kernel/btf"); err == nil {
+		runtime.LockOSThread() // never unlocked
+		if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
+			t.Skipf("needs mount namespaces: %v", err)
+		}
+		if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
+			t.Fatal(err)
+		}
+		if err := unix.Mount("tmpfs", "/sys/kernel/btf", "tmpfs", 0, ""); err != nil {
+			t.Fatal(err)
+		}
+	}
+	_, err := Open()
+	_, hookErr := OpenHook()
+	for _, err := range []error{err, hookErr} {
+		if !errors.Is(err, ErrUnsupported) || !strings.Contains(err.Error(), "CONFIG_DEBUG_INFO_BTF") || strings.Contains(err.Error(), "\n") {
+			t.Errorf("%v, want one line that says that there is no BTF", err)
+		}
+	}
+}
+
 // TestFeatureBits compares the numbers that decode.go knows with the running kernel's.
 func TestFeatureBits(t *testing.T) {
 	types, err := kernelTypes()

@@ -84,7 +84,7 @@ static void addresses(struct conn *c, struct sock_common *skc)
 	c->family = skc->skc_family;
 	c->state = skc->skc_state;
 	c->local_port = skc->skc_num;
-	c->remote_port = __builtin_bswap16(skc->skc_dport);
+	c->remote_port = bpf_ntohs(skc->skc_dport);
 	c->bound_dev = skc->skc_bound_dev_if;
 	c->cookie = skc->skc_cookie.counter;
 	if (c->family == AF_INET6 && bpf_core_field_exists(skc->skc_v6_daddr)) {

@@ -31,6 +31,7 @@ enum { BPF_MAP_TYPE_RINGBUF = 27 };
 
 #include <bpf/bpf_helpers.h>
 #include <bpf/bpf_core_read.h>
+#include <bpf/bpf_endian.h>
 #include <bpf/bpf_tracing.h>
 
 #define AF_INET 2
@@ -132,6 +133,10 @@ struct sock {
 	__u16 sk_gso_max_segs;
 	unsigned int sk_gso_max_size;
 	__u8 sk_gso_disabled : 1;
+};
+
+struct inet_sock {
+	__be16 inet_sport;
 };
 
 struct hlist_node {

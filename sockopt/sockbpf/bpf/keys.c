@@ -52,7 +52,8 @@ static __always_inline struct key_event *reserve(struct sock *sk, __u8 kind, __u
 	e->op = op;
 	e->netns = BPF_CORE_READ(sk, __sk_common.skc_net.net, ns.inum);
 	e->cookie = BPF_CORE_READ(sk, __sk_common.skc_cookie.counter);
-	e->port = BPF_CORE_READ(sk, __sk_common.skc_num);
+	// skc_num is 0 again when a socket goes (inet_put_port), and inet_sport stays.
+	e->port = bpf_ntohs(BPF_CORE_READ((struct inet_sock *)sk, inet_sport));
 	return e;
 }
 
@@ -155,13 +156,6 @@ struct md5sig {
 #define TCP_MD5SIG_FLAG_PREFIX 1
 #define TCP_MD5SIG_FLAG_IFINDEX 2
 
-// The third quarter of an IPv4-mapped address.
-#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
-#define MAPPED 0xffff0000
-#else
-#define MAPPED 0x0000ffff
-#endif
-
 static __always_inline int md5_option(void *ctx, struct sock *sk, int option, void *user)
 {
 	struct md5sig sig = {};
@@ -181,7 +175,7 @@ static __always_inline int md5_option(void *ctx, struct sock *sk, int option, vo
 		e->prefixlen = v6 ? 128 : 32;
 		if (option == TCP_MD5SIG_EXT && (sig.flags & TCP_MD5SIG_FLAG_PREFIX))
 			e->prefixlen = sig.prefixlen;
-		else if (v6 && !*(__u64 *)sig.v6.addr && *(__u32 *)(sig.v6.addr + 8) == MAPPED)
+		else if (v6 && !*(__u64 *)sig.v6.addr && *(__u32 *)(sig.v6.addr + 8) == bpf_htonl(0xffff))
 			e->prefixlen = 32;
 		if (option == TCP_MD5SIG_EXT && (sig.flags & TCP_MD5SIG_FLAG_IFINDEX))
 			e->l3index = sig.ifindex;

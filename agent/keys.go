@@ -1,0 +1,65 @@
+package agent
+
+import (
+	"fmt"
+	"net/netip"
+
+	"tsoagent/agent/plan"
+	"tsoagent/sockopt"
+)
+
+// keyFindings are what a person should know of keys that are not seen.
+func (a *Agent) keyFindings() []string {
+	var out []string
+	if a.sources != nil {
+		out = a.sources.missing()
+	}
+	if n := a.st.keysHidden; n > 0 {
+		out = append(out, fmt.Sprintf("%d of the sockets hold more TCP-MD5 keys than the kernel can show (655): their peers are not known; "+
+			"keys for prefixes (TCP_MD5SIG_EXT), or several listeners, need fewer on each", n))
+	}
+	return out
+}
+
+// explainKeys says whose TCP connections to a destination are signed.
+func (a *Agent) explainKeys(e *Explanation, q Question) {
+	if q.Proto != 0 && q.Proto != protoTCP {
+		return
+	}
+	for _, v := range a.lastP.Verdicts {
+		k := v.Key
+		if k == nil || !k.Peer.Contains(q.Dst) || q.From.IsValid() && k.Local.IsValid() && k.Local != q.From {
+			continue
+		}
+		switch {
+		case k.PeerPort != 0 && (q.Port == 0 || q.Port == k.PeerPort):
+			e.note(fmt.Sprintf("TCP to port %d there is signed (%s): %s", k.PeerPort, k, signedText(v)))
+		case k.PeerPort == 0:
+			e.note(fmt.Sprintf("TCP from port %d is signed (%s): %s", k.Port, k, signedText(v)))
+		}
+	}
+}
+
+const protoTCP = 6
+
+// keyName is sockopt.Key.String of the key that a report is about.
+func keyName(c *CoverageReport) string {
+	k := sockopt.Key{Kind: sockopt.MD5, Port: c.Sport, PeerPort: c.PeerPort}
+	if c.Key == sockopt.AO.String() {
+		k.Kind = sockopt.AO
+	}
+	// Both were written by the report; what is no address is any.
+	k.Peer, _ = netip.ParsePrefix(c.Dst)
+	k.Local, _ = netip.ParseAddr(c.Src)
+	return k.String()
+}
+
+func signedText(v plan.Verdict) string {
+	switch v.Cut {
+	case plan.CutLane:
+		return "it takes a lane"
+	case plan.CutNIC:
+		return "TSO is off for it on the NIC, and for everybody else who leaves there"
+	}
+	return "its segments are cut at the socket"
+}

@@ -1,0 +1,67 @@
+package metrics
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+	"github.com/prometheus/exporter-toolkit/web"
+)
+
+// CheckWebConfig validates a web configuration file of the exporter toolkit (TLS and authentication).
+// An empty name is none.
+func CheckWebConfig(file string) error {
+	if err := web.Validate(file); err != nil {
+		return fmt.Errorf("metrics: web configuration %s: %w", file, err)
+	}
+	return nil
+}
+
+// Listen opens the socket for scrapes.
+func Listen(ctx context.Context, address string) (net.Listener, error) {
+	l, err := (&net.ListenConfig{}).Listen(ctx, "tcp", address)
+	if err != nil {
+		return nil, fmt.Errorf("metrics: %w", err)
+	}
+	return l, nil
+}
+
+// Serve answers scrapes of /metrics until the context ends. webConfig is the name of a web configuration
+// file of the exporter toolkit, or empty.
+func Serve(ctx context.Context, l net.Listener, webConfig string, c prometheus.Collector, log *slog.Logger) error {
+	reg := prometheus.NewPedanticRegistry()
+	if err := reg.Register(c); err != nil {
+		return errors.Join(fmt.Errorf("metrics: %w", err), l.Close())
+	}
+	loud := slog.New(warnings{log.Handler()})
+	errorLog := slog.NewLogLogger(loud.Handler(), slog.LevelDebug) // what clients do wrong is their own affair
+	mux := http.NewServeMux()
+	mux.Handle("GET /metrics", promhttp.HandlerFor(reg, promhttp.HandlerOpts{
+		ErrorLog: slog.NewLogLogger(loud.Handler(), slog.LevelError), MaxRequestsInFlight: 4, Timeout: 10 * time.Second,
+	}))
+	srv := &http.Server{
+		Handler: mux, ErrorLog: errorLog, ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 10 * time.Second,
+		WriteTimeout: 30 * time.Second, IdleTimeout: 2 * time.Minute, MaxHeaderBytes: 16 << 10,
+	}
+	stop := context.AfterFunc(ctx, func() { _ = srv.Close() })
+	defer stop()
+	if err := web.Serve(l, srv, &web.FlagConfig{WebConfigFile: &webConfig}, loud); !errors.Is(err, http.ErrServerClosed) {
+		return errors.Join(fmt.Errorf("metrics: %w", err), l.Close())
+	}
+	return nil
+}
+
+// warnings lets through what is at least a warning: the toolkit tells at its start what is no change of
+// ours.
+type warnings struct{ slog.Handler }
+
+// Enabled says which levels are let through.
+func (w warnings) Enabled(ctx context.Context, l slog.Level) bool {
+	return l >= slog.LevelWarn && w.Handler.Enabled(ctx, l)
+}

@@ -1,0 +1,119 @@
+package plan
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"tsoagent/lane"
+	"tsoagent/routes"
+	"tsoagent/sockopt"
+)
+
+// signed is a TCP key with the verdict on it.
+type signed struct {
+	key     sockopt.Key
+	verdict *Verdict
+}
+
+// sign lists the keys in order. The kernel takes GSO from their sockets, so that the keys ask for
+// nothing, unless the configuration has them count like policies on NICs that they share (share).
+func (p *planner) sign() {
+	for _, k := range slices.SortedFunc(slices.Values(p.Keys), sockopt.Key.Compare) {
+		p.signed = append(p.signed, &signed{k, &Verdict{Key: &k, Cut: CutSocket}})
+	}
+}
+
+// shareSigned is share for the keys.
+func (p *planner) shareSigned(lanes map[routes.Ifindex]*Lane) {
+	for _, s := range p.signed {
+		for _, l := range p.signedNICs(s) {
+			switch p.Config.shared(l.Name) {
+			case SharedOff:
+				p.holdSigned(s, l)
+			case SharedLane:
+				have := laneOn(lanes, l, []lane.Match{signedMatch(s.key)})
+				have.Keys = append(have.Keys, s.key)
+				s.verdict.lane(l)
+			}
+		}
+	}
+}
+
+// signedMatch are the packets that leave signed: those of a listener's connections come from its
+// port, a client's go to the peer's.
+func signedMatch(k sockopt.Key) lane.Match {
+	return lane.Match{Src: signedFlows(k).Src, Dst: k.Peer, Proto: protoTCP, Sport: k.Port, Dport: k.PeerPort}
+}
+
+func signedFlows(k sockopt.Key) routes.Flows {
+	f := routes.Flows{
+		Family: routes.FamilyOf(k.Peer.Addr()), Dst: k.Peer, Proto: protoTCP,
+		Sport: portRange(k.Port), Dport: portRange(k.PeerPort),
+	}
+	f.Src = f.Family.Any()
+	if k.Local.IsValid() {
+		f.Src = netip.PrefixFrom(k.Local, k.Local.BitLen())
+	}
+	return f
+}
+
+func portRange(port uint16) routes.PortRange {
+	if port == 0 {
+		return routes.PortRange{}
+	}
+	return routes.PortRange{Lo: port, Hi: port}
+}
+
+// holdSigned takes TSO from a NIC, for everybody, because of a key.
+func (p *planner) holdSigned(s *signed, l *routes.Link) {
+	s.verdict.sharedOff(l)
+	for _, f := range p.Config.features(l.Name) {
+		st, ok := p.Features[l.Index].Get(f)
+		switch {
+		case ok && st.Changeable:
+			h, _ := p.holdAt(l, f)
+			h.Keys = append(h.Keys, s.key)
+			s.verdict.Cut = CutNIC
+			s.verdict.Held = append(s.verdict.Held, l.Name+" "+string(f))
+		case ok && st.Active:
+			s.verdict.note(fmt.Sprintf("%s has %s on [fixed]: it can't be switched off", l.Name, f))
+		}
+	}
+}
+
+// signedNICs are the shared devices by which a key's packets leave, in order: the device that its
+// socket is bound to, else those of the routes to the peer, in the socket's VRF.
+func (p *planner) signedNICs(s *signed) []*routes.Link {
+	oifs := map[routes.Ifindex]bool{}
+	bound := p.FIB.Link(routes.Ifindex(s.key.Ifindex))
+	switch {
+	case s.key.Ifindex == 0:
+		parts := slices.DeleteFunc(p.FIB.Resolve(signedFlows(s.key), p.Config.OwnRule), func(part routes.Part) bool {
+			return part.Rule.Action == routes.RuleToTable && part.Rule.Table == routes.TableLocal
+		})
+		p.devicesOf(parts, s.key.Peer, s.verdict, oifs)
+	case bound == nil:
+		s.verdict.note(fmt.Sprintf("its socket is bound to a device that is not there (index %d)", s.key.Ifindex))
+	case bound.Kind == "vrf":
+		part := routes.Part{}
+		part.Containing, part.Inside = p.FIB.Cover(routes.FamilyOf(s.key.Peer.Addr()), bound.VRFTable, s.key.Peer)
+		p.devicesOf([]routes.Part{part}, s.key.Peer, s.verdict, oifs)
+	default:
+		oifs[bound.Index] = true
+	}
+	return p.shareable(oifs)
+}
+
+// judgeSigned completes the verdicts on keys.
+func (p *planner) judgeSigned() {
+	for _, s := range p.signed {
+		switch {
+		case len(s.verdict.Held) > 0 || len(s.verdict.Carriers) > 0:
+			s.verdict.note("the kernel takes GSO from sockets with a key by itself")
+		default:
+			s.verdict.note("the kernel takes GSO from sockets with a key; nothing to do")
+		}
+		p.plan.Verdicts = append(p.plan.Verdicts, *s.verdict)
+	}
+}
