@@ -4,10 +4,13 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
+
+	"github.com/google/go-cmp/cmp"
 )
 
 // agent is a tsoagent that runs in a namespace, and its tsoctl.
@@ -37,7 +40,12 @@ func (l *lab) startAgent(ns string) *agent {
 		}
 		l.keepsSecrets("the agent's log", text)
 	})
-	a.process = l.start(ns, a.run, filepath.Join(dir, "tsoagent"), "run", "--run-dir", a.run)
+	// Without BPF's hook keys are looked for now and then; the tests don't wait ten seconds each time.
+	config := filepath.Join(a.run, "tsoagent.yaml")
+	if err := os.WriteFile(config, []byte("tcp_keys_every: 500ms\n"), 0o644); err != nil {
+		l.t.Fatal(err)
+	}
+	a.process = l.start(ns, a.run, filepath.Join(dir, "tsoagent"), "run", "--config", config, "--run-dir", a.run)
 	l.eventually("the agent answers", func() error { _, err := a.tsoctl("status"); return err })
 	return a
 }
@@ -112,6 +120,48 @@ type flows struct {
 	} `json:"summary"`
 	Collateral []collateral `json:"collateral"`
 	Notes      []string     `json:"notes"`
+}
+
+// plan is what these tests look at of `tsoctl plan -o json`.
+type plan struct {
+	Coverages []coverage `json:"coverages"`
+}
+
+// coverage is what a key covers, of which nothing is kept but whom it is for.
+type coverage struct {
+	Key      string `json:"key"`
+	Src      string `json:"src"`
+	Dst      string `json:"dst"`
+	Sport    int    `json:"sport"`
+	PeerPort int    `json:"peer_port"`
+	Listener bool   `json:"listener"`
+	Cut      string `json:"cut"`
+}
+
+// awaitListenerKeys waits until the agent knows exactly these keys of listeners on BGP's port, each once, and that their segments are cut
+// at the socket.
+func (a *agent) awaitListenerKeys(what string, peers ...netip.Prefix) {
+	a.lab.t.Helper()
+	want := map[coverage]int{}
+	for _, p := range peers {
+		want[coverage{Key: "tcp-md5", Dst: p.String(), Sport: 179, Listener: true, Cut: "socket"}] = 1
+	}
+	a.lab.eventually(what, func() error {
+		var got plan
+		if err := a.ask(&got, "plan"); err != nil {
+			return err
+		}
+		have := map[coverage]int{}
+		for _, c := range got.Coverages {
+			if c.Listener {
+				have[c]++
+			}
+		}
+		if diff := cmp.Diff(want, have); diff != "" {
+			return errors.New("keys of listeners (-want +got):\n" + diff)
+		}
+		return nil
+	})
 }
 
 // checkup is `tsoctl doctor -o json`.

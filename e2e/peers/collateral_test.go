@@ -78,16 +78,7 @@ func TestUnsignedNeighbourIsCollateral(t *testing.T) {
 	need(t, map[string]string{"ip": "iproute2"})
 	need(t, birdPackage)
 	needGoBGP(t)
-	for _, test := range []struct {
-		name, program string
-		start         func(*testing.T, *network) daemon
-		// keys of the listeners for IPv4 and IPv6
-		keys4, keys6 int
-	}{
-		{"FRR", "bgpd", func(t *testing.T, n *network) daemon { need(t, frrPackage); return n.startFRR("hub", n.hub) }, 4, 3},
-		{"BIRD", "bird", func(_ *testing.T, n *network) daemon { return n.startBIRD("hub", n.hub) }, 3, 2},
-		{"GoBGP", "gobgpd", func(_ *testing.T, n *network) daemon { return n.startGoBGP("hub", n.hub) }, 3, 2},
-	} {
+	for _, test := range hubs {
 		t.Run(test.name, func(t *testing.T) {
 			n := newNetwork(t)
 			// Who opens a session is left to chance where both may; here the signed neighbours do.
@@ -98,6 +89,8 @@ func TestUnsignedNeighbourIsCollateral(t *testing.T) {
 			clients := n.serve("plain")
 			a := n.startAgent("hub")
 
+			keys := n.keys(test.learnt)
+			a.awaitListenerKeys("the keys of "+test.name, append(append([]netip.Prefix{}, keys[4]...), keys[6]...)...)
 			var got flows
 			if err := a.ask(&got, "flows", "--processes"); err != nil {
 				t.Fatal(err)
@@ -106,7 +99,7 @@ func TestUnsignedNeighbourIsCollateral(t *testing.T) {
 				t.Errorf("live %v, notes %q; want the agent's own answer, without any", got.Live, got.Notes)
 			}
 			n.checkTruth(got.Flows, clients)
-			n.checkCollateral(got.Collateral, test.program, test.keys4, test.keys6)
+			n.checkCollateral(got.Collateral, test.program, len(keys[4]), len(keys[6]))
 			n.checkLost(a)
 			n.checkDoctor(a, test.program)
 		})
@@ -254,6 +247,7 @@ func TestKeysComeAndGo(t *testing.T) {
 		want[n.String()] = isPlain
 	}
 	expect("no key", want)
+	a.awaitListenerKeys("no key")
 
 	// The signed neighbour comes: its key takes offload from the listener, not from sessions that are up.
 	for _, s := range p.signed.sessions {
@@ -268,6 +262,7 @@ func TestKeysComeAndGo(t *testing.T) {
 	}
 	p.await(d, p.remote("signed", 4), p.remote("signed", 6))
 	expect("a key is added", want)
+	a.awaitListenerKeys("a key is added", single(p.remote("signed", 4)), single(p.remote("signed", 6)))
 
 	// A new session of the other neighbour inherits the loss.
 	for _, n := range plain {
@@ -278,11 +273,13 @@ func TestKeysComeAndGo(t *testing.T) {
 	}
 	expect("a new session", want)
 
-	// The keys go, with their sessions: the listener, and who connects to it, have lost offload for ever.
+	// The keys go, and with them their sessions, which the other side goes on to sign: the listener, and who connects to it, have lost
+	// offload for ever.
 	for _, s := range p.signed.sessions {
-		d.configure("no neighbor " + s.remote.String())
+		d.configure(fmt.Sprintf("no neighbor %s password", s.remote))
 		delete(want, s.remote.String())
 	}
+	a.awaitListenerKeys("the keys are taken away")
 	for _, n := range plain {
 		if _, err := d.vtysh("-c", "clear bgp "+n.String()); err != nil {
 			t.Fatal(err)

@@ -83,35 +83,44 @@ func (n *network) run(hub daemon) {
 
 func single(a netip.Addr) netip.Prefix { return netip.PrefixFrom(a, a.BitLen()) }
 
+// hubs are the daemons as the one that listens.
+var hubs = []struct {
+	name, program string
+	start         func(*testing.T, *network) daemon
+	// learnt says that the listener also has a key for each neighbour that came from a range.
+	learnt bool
+}{
+	{"FRR", "bgpd", func(t *testing.T, n *network) daemon { need(t, frrPackage); return n.startFRR("hub", n.hub) }, true},
+	{"BIRD", "bird", func(_ *testing.T, n *network) daemon { return n.startBIRD("hub", n.hub) }, false},
+	{"GoBGP", "gobgpd", func(_ *testing.T, n *network) daemon { return n.startGoBGP("hub", n.hub) }, false},
+}
+
+// keys are those that the hub's listeners have, by family.
+func (n *network) keys(learnt bool) map[int][]netip.Prefix {
+	keys := map[int][]netip.Prefix{
+		4: {single(n.remote("bird", 4)), single(n.remote("gobgp", 4)), n.prefix("range", 4)},
+		6: {single(n.remote("bird", 6)), n.prefix("range", 6)},
+	}
+	if learnt {
+		for family := range keys {
+			keys[family] = append(keys[family], single(n.remote("range", family)))
+		}
+	}
+	return keys
+}
+
 // TestDaemonsKeyTheirListeners shows of each daemon what docs/md5.md says of it: one listener for each family, never both in one, with the
 // keys of all neighbours, those of ranges as prefixes; and a key on each signed connection.
 func TestDaemonsKeyTheirListeners(t *testing.T) {
 	need(t, map[string]string{"ip": "iproute2", "ss": "iproute2"})
 	need(t, birdPackage)
 	needGoBGP(t)
-	for _, test := range []struct {
-		name    string
-		program string
-		start   func(*testing.T, *network) daemon
-		// learnt: the listener also has a key for each neighbour that came from a range
-		learnt bool
-	}{
-		{"FRR", "bgpd", func(t *testing.T, n *network) daemon { need(t, frrPackage); return n.startFRR("hub", n.hub) }, true},
-		{"BIRD", "bird", func(_ *testing.T, n *network) daemon { return n.startBIRD("hub", n.hub) }, false},
-		{"GoBGP", "gobgpd", func(_ *testing.T, n *network) daemon { return n.startGoBGP("hub", n.hub) }, false},
-	} {
+	for _, test := range hubs {
 		t.Run(test.name, func(t *testing.T) {
 			n := newNetwork(t)
 			n.run(test.start(t, n))
-			want := map[string][]netip.Prefix{
-				"0.0.0.0": {single(n.remote("bird", 4)), single(n.remote("gobgp", 4)), n.prefix("range", 4)},
-				"[::]":    {single(n.remote("bird", 6)), n.prefix("range", 6)},
-			}
-			if test.learnt {
-				want["0.0.0.0"] = append(want["0.0.0.0"], single(n.remote("range", 4)))
-				want["[::]"] = append(want["[::]"], single(n.remote("range", 6)))
-			}
-			n.checkListeners(test.program, want)
+			keys := n.keys(test.learnt)
+			n.checkListeners(test.program, map[string][]netip.Prefix{"0.0.0.0": keys[4], "[::]": keys[6]})
 			n.checkConnections(test.program)
 		})
 	}
