@@ -62,6 +62,23 @@ type truth struct {
 	Listener               string
 }
 
+// truths are the connections of the agent's namespace, by the other end.
+func (a *agent) truths() (map[string]truth, error) {
+	var got flows
+	if err := a.ask(&got, "flows"); err != nil {
+		return nil, err
+	}
+	all := map[string]truth{}
+	for _, f := range got.Flows {
+		remote, err := netip.ParseAddrPort(f.Remote)
+		if err != nil {
+			return nil, err
+		}
+		all[remote.Addr().Unmap().String()] = truth{f.Coverage, f.Segmentation, f.Lost, f.Listener}
+	}
+	return all, nil
+}
+
 var (
 	isSigned = truth{Coverage: "key", Segmentation: "none"}
 	isPlain  = truth{Coverage: "none", Segmentation: "offload"}
@@ -224,17 +241,9 @@ func TestKeysComeAndGo(t *testing.T) {
 	expect := func(what string, want map[string]truth) {
 		t.Helper()
 		p.eventually(what, func() error {
-			var got flows
-			if err := a.ask(&got, "flows"); err != nil {
+			have, err := a.truths()
+			if err != nil {
 				return err
-			}
-			have := map[string]truth{}
-			for _, f := range got.Flows {
-				remote, err := netip.ParseAddrPort(f.Remote)
-				if err != nil {
-					return err
-				}
-				have[remote.Addr().String()] = truth{f.Coverage, f.Segmentation, f.Lost, f.Listener}
 			}
 			if diff := cmp.Diff(want, have); diff != "" {
 				return errors.New("connections by neighbour (-want +got):\n" + diff)

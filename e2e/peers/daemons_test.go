@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -19,6 +20,8 @@ type speaker struct {
 	id       netip.Addr
 	sessions []session
 	ranges   []listenRange
+	// listen are the addresses to listen on, none for all. BIRD has that in its sessions (`strict bind`).
+	listen []netip.Addr
 }
 
 // session is one neighbour.
@@ -85,8 +88,7 @@ const bgpdProgram = "/usr/lib/frr/bgpd"
 
 var frrPackage = map[string]string{bgpdProgram: "frr", "vtysh": "frr"}
 
-// startFRR starts bgpd with more of its options.
-func (l *lab) startFRR(ns string, s speaker, options ...string) *bgpd {
+func (l *lab) startFRR(ns string, s speaker) *bgpd {
 	l.t.Helper()
 	dir := l.t.TempDir()
 	var c strings.Builder
@@ -111,8 +113,11 @@ func (l *lab) startFRR(ns string, s speaker, options ...string) *bgpd {
 	fmt.Fprintf(&c, " address-family ipv4 unicast\n%s exit-address-family\n", activate[true])
 	fmt.Fprintf(&c, " address-family ipv6 unicast\n%s exit-address-family\n", activate[false])
 	config := l.write(filepath.Join(dir, "bgpd.conf"), c.String())
-	args := append([]string{bgpdProgram, "--no_zebra", "--no_kernel", "--skip_runas", "-f", config, "-i", filepath.Join(dir, "pid"),
-		"--vty_socket", dir, "--vty_port", "0", "--log", "stdout"}, options...)
+	args := []string{bgpdProgram, "--no_zebra", "--no_kernel", "--skip_runas", "-f", config, "-i", filepath.Join(dir, "pid"),
+		"--vty_socket", dir, "--vty_port", "0", "--log", "stdout"}
+	for _, a := range s.listen {
+		args = append(args, "--listenon", a.String())
+	}
 	return &bgpd{lab: l, dir: dir, as: s.as, process: l.start(ns, dir, args...)}
 }
 
@@ -267,6 +272,9 @@ func (l *lab) startGoBGP(ns string, s speaker) *gobgpd {
 	dir := l.t.TempDir()
 	var c strings.Builder
 	fmt.Fprintf(&c, "[global.config]\nas = %d\nrouter-id = %q\n", s.as, s.id)
+	if len(s.listen) > 0 {
+		fmt.Fprintf(&c, "local-address-list = [%s]\n", quoted(s.listen))
+	}
 	family := func(a netip.Addr) string {
 		if a.Is4() {
 			return "ipv4-unicast"
@@ -288,6 +296,15 @@ func (l *lab) startGoBGP(ns string, s speaker) *gobgpd {
 	g.process = l.start(ns, dir, filepath.Join(programs, "gobgpd"), "-t", "toml", "-f", l.write(filepath.Join(dir, "gobgpd.toml"), c.String()),
 		"--api-hosts", g.api, "--pprof-disable", "--log-level", "warn")
 	return g
+}
+
+// quoted is a list of strings in TOML.
+func quoted(addrs []netip.Addr) string {
+	var list []string
+	for _, a := range addrs {
+		list = append(list, strconv.Quote(a.String()))
+	}
+	return strings.Join(list, ", ")
 }
 
 func (g *gobgpd) established() (map[netip.Addr]bool, error) {

@@ -4,6 +4,8 @@ import (
 	"fmt"
 	"net/netip"
 	"testing"
+
+	"github.com/google/go-cmp/cmp"
 )
 
 // pair is a hub with a signed neighbour and one without a password, both BIRD with both families. Both connect to the hub.
@@ -68,8 +70,9 @@ func TestBIRDStrictBindGivesListenersOfTheirOwn(t *testing.T) {
 		hub.sessions[i].bird = "strict bind;"
 	}
 	d := p.startBIRD("hub", hub)
-	p.await(d, p.remote("signed", 4), p.remote("signed", 6), p.remote("plain", 4), p.remote("plain", 6))
+	p.await(d, append(p.remotes("signed"), p.remotes("plain")...)...)
 	p.checkListeners("bird", p.wantOwn())
+	p.checkNothingLost()
 }
 
 // TestSecondFRRHasListenersOfItsOwn is the advice for FRR: another bgpd for one kind of neighbours, each bound to addresses of its own.
@@ -77,30 +80,28 @@ func TestSecondFRRHasListenersOfItsOwn(t *testing.T) {
 	need(t, map[string]string{"ip": "iproute2", "ss": "iproute2"})
 	need(t, frrPackage)
 	p := newPair(t)
-	listen := func(name string) []string {
-		return []string{"--listenon", p.local(name, 4).String(), "--listenon", p.local(name, 6).String()}
-	}
-	signed := p.startFRR("hub", p.signed, listen("signed")...)
-	plain := p.startFRR("hub", p.plain, listen("plain")...)
-	p.await(signed, p.remote("signed", 4), p.remote("signed", 6))
-	p.await(plain, p.remote("plain", 4), p.remote("plain", 6))
+	p.signed.listen = p.locals("signed")
+	p.plain.listen = p.locals("plain")
+	signed, plain := p.startFRR("hub", p.signed), p.startFRR("hub", p.plain)
+	p.await(signed, p.remotes("signed")...)
+	p.await(plain, p.remotes("plain")...)
 	p.checkListeners("bgpd", p.wantOwn())
+	p.checkNothingLost()
 }
 
 // TestFRRKeysOneListenerOfAFamily is why one bgpd with several addresses is no advice: of the listeners of a family only that has keys whose
-// address is the first by its text, whichever the neighbours come to. (8.4.4; it would be the signed ones' here.)
+// address is the first by its text, whichever the neighbours come to (8.4.4).
 func TestFRRKeysOneListenerOfAFamily(t *testing.T) {
 	need(t, map[string]string{"ip": "iproute2", "ss": "iproute2"})
 	need(t, frrPackage)
 	p := newPair(t)
 	hub := p.both()
-	var listen []string
 	// The neighbour with a password is now the one at the later address.
 	for i := range 2 {
 		hub.sessions[i].password, hub.sessions[i+2].password = "", hub.sessions[i].password
-		listen = append(listen, "--listenon", hub.sessions[i+2].local.String(), "--listenon", hub.sessions[i].local.String())
 	}
-	d := p.startFRR("hub", hub, listen...)
+	hub.listen = append(p.locals("plain"), p.locals("signed")...)
+	d := p.startFRR("hub", hub)
 	want := map[string][]netip.Prefix{}
 	for i := range 2 {
 		want[bracketed(hub.sessions[i].local)] = []netip.Prefix{single(hub.sessions[i+2].remote)}
@@ -108,4 +109,44 @@ func TestFRRKeysOneListenerOfAFamily(t *testing.T) {
 	}
 	p.eventually("bgpd answers", func() error { _, err := d.established(); return err })
 	p.checkListeners("bgpd", want)
+}
+
+// TestGoBGPKeysAllListenersOfAFamily is why several addresses are no advice for GoBGP: it sets each key on all listeners of the family.
+func TestGoBGPKeysAllListenersOfAFamily(t *testing.T) {
+	need(t, map[string]string{"ip": "iproute2", "ss": "iproute2"})
+	needGoBGP(t)
+	p := newPair(t)
+	hub := p.both()
+	hub.listen = append(p.locals("plain"), p.locals("signed")...)
+	d := p.startGoBGP("hub", hub)
+	p.await(d, append(p.remotes("signed"), p.remotes("plain")...)...)
+	want := p.wantOwn()
+	for _, family := range []int{4, 6} {
+		want[bracketed(p.local("plain", family))] = want[bracketed(p.local("signed", family))]
+	}
+	p.checkListeners("gobgpd", want)
+}
+
+// locals are the hub's addresses towards a peer, remotes the peer's.
+func (l *lab) locals(peer string) []netip.Addr {
+	return []netip.Addr{l.local(peer, 4), l.local(peer, 6)}
+}
+func (l *lab) remotes(peer string) []netip.Addr {
+	return []netip.Addr{l.remote(peer, 4), l.remote(peer, 6)}
+}
+
+// checkNothingLost asks an agent in the hub: the signed sessions have no offload, the others have theirs.
+func (p *pair) checkNothingLost() {
+	p.t.Helper()
+	want := map[string]truth{}
+	for i, a := range append(p.remotes("signed"), p.remotes("plain")...) {
+		want[a.String()] = []truth{isSigned, isSigned, isPlain, isPlain}[i]
+	}
+	got, err := p.startAgent("hub").truths()
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		p.t.Errorf("connections by neighbour (-want +got):\n%s", diff)
+	}
 }
