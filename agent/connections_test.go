@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -24,11 +25,11 @@ import (
 type fakeConns struct {
 	list   []sockopt.Conn
 	err    error
-	opened int
-	closed int
+	opened atomic.Int32
+	closed atomic.Int32
 }
 
-func (f *fakeConns) open() (connIter, error) { f.opened++; return f, nil }
+func (f *fakeConns) open() (connIter, error) { f.opened.Add(1); return f, nil }
 
 // Each lists them, and then fails if it is to.
 func (f *fakeConns) Each(fn func(sockopt.Conn) bool) error {
@@ -41,7 +42,7 @@ func (f *fakeConns) Each(fn func(sockopt.Conn) bool) error {
 }
 
 // Close counts.
-func (f *fakeConns) Close() error { f.closed++; return nil }
+func (f *fakeConns) Close() error { f.closed.Add(1); return nil }
 
 func many(n int) []sockopt.Conn {
 	list := []sockopt.Conn{{Local: netip.MustParseAddrPort("0.0.0.0:179"), State: sockopt.Listen, MD5Keys: 1, GSODisabled: true}}
@@ -88,8 +89,8 @@ func TestFlowsComeBitByBit(t *testing.T) {
 		t.Errorf("a client that has enough: %d, %v", n, err)
 	}
 	within(t, 5*time.Second, "the list that nobody reads ends", func() bool { return len(w.a.conns.slots) == 0 })
-	if fake.opened != 2 || fake.closed != 2 {
-		t.Errorf("opened %d, closed %d", fake.opened, fake.closed)
+	if fake.opened.Load() != 2 || fake.closed.Load() != 2 {
+		t.Errorf("opened %d, closed %d", fake.opened.Load(), fake.closed.Load())
 	}
 }
 
@@ -157,8 +158,8 @@ func TestDiagnosisIsMadeOnceForMany(t *testing.T) {
 		})
 	}
 	wg.Wait()
-	if fake.opened != 1 {
-		t.Errorf("the sockets were read %d times", fake.opened)
+	if n := fake.opened.Load(); n != 1 {
+		t.Errorf("the sockets were read %d times", n)
 	}
 	r, err := c.Report(t.Context())
 	if err != nil || r.Diagnosis == nil || r.Diagnosis.Lost != 50 || r.Counters.Rounds != rounds {
