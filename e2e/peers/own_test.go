@@ -3,6 +3,7 @@ package peers
 import (
 	"fmt"
 	"net/netip"
+	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -75,17 +76,51 @@ func TestBIRDStrictBindGivesListenersOfTheirOwn(t *testing.T) {
 	p.checkNothingLost()
 }
 
-// TestSecondFRRHasListenersOfItsOwn is the advice for FRR: another bgpd for one kind of neighbours, each bound to addresses of its own.
-func TestSecondFRRHasListenersOfItsOwn(t *testing.T) {
+// TestSecondDaemonHasListenersOfItsOwn is the advice for FRR and GoBGP: another one for one kind of neighbours, each bound to addresses of
+// its own.
+func TestSecondDaemonHasListenersOfItsOwn(t *testing.T) {
 	need(t, map[string]string{"ip": "iproute2", "ss": "iproute2"})
+	for _, test := range []struct {
+		name, program string
+		start         func(*testing.T, *pair, speaker) daemon
+	}{
+		{"FRR", "bgpd", func(t *testing.T, p *pair, s speaker) daemon { need(t, frrPackage); return p.startFRR("hub", s) }},
+		{"GoBGP", "gobgpd", func(t *testing.T, p *pair, s speaker) daemon { needGoBGP(t); return p.startGoBGP("hub", s) }},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			p := newPair(t)
+			p.signed.listen = p.locals("signed")
+			p.plain.listen = p.locals("plain")
+			signed, plain := test.start(t, p, p.signed), test.start(t, p, p.plain)
+			p.await(signed, p.remotes("signed")...)
+			p.await(plain, p.remotes("plain")...)
+			p.checkListeners(test.program, p.wantOwn())
+			p.checkNothingLost()
+		})
+	}
+}
+
+// TestNeighbourThatWeCallKeepsOffload is the advice for one listener: a rule drops what the neighbour without a password opens, so that we
+// open the session, whose socket is none of the listener's.
+func TestNeighbourThatWeCallKeepsOffload(t *testing.T) {
+	need(t, map[string]string{"ip": "iproute2", "nft": "nftables"})
 	need(t, frrPackage)
 	p := newPair(t)
-	p.signed.listen = p.locals("signed")
-	p.plain.listen = p.locals("plain")
-	signed, plain := p.startFRR("hub", p.signed), p.startFRR("hub", p.plain)
-	p.await(signed, p.remotes("signed")...)
-	p.await(plain, p.remotes("plain")...)
-	p.checkListeners("bgpd", p.wantOwn())
+	hub := p.both()
+	for i := range hub.sessions {
+		hub.sessions[i].passive = hub.sessions[i].password != ""
+	}
+	rules := "table inet bgp {\nchain input {\ntype filter hook input priority filter;\n"
+	for i, a := range p.remotes("plain") {
+		rules += fmt.Sprintf("%s saddr %s tcp dport 179 tcp flags syn / syn,ack drop\n", []string{"ip", "ip6"}[i], a)
+	}
+	nft := p.in("hub", "nft", "-f", "-")
+	nft.Stdin = strings.NewReader(rules + "}\n}\n")
+	if _, err := output(nft); err != nil {
+		t.Fatal(err)
+	}
+	d := p.startFRR("hub", hub)
+	p.await(d, append(p.remotes("signed"), p.remotes("plain")...)...)
 	p.checkNothingLost()
 }
 
