@@ -92,6 +92,7 @@ func isLost(listener string) truth {
 // TestUnsignedNeighbourIsCollateral is the half that Linux gets wrong, with each daemon as the one that listens: the neighbour without a
 // password loses offload if it connects to the listener with keys, and only then; a service on another port doesn't.
 func TestUnsignedNeighbourIsCollateral(t *testing.T) {
+	needTruth(t)
 	need(t, map[string]string{"ip": "iproute2"})
 	need(t, birdPackage)
 	needGoBGP(t)
@@ -228,6 +229,7 @@ func (n *network) checkDoctor(a *agent, program string) {
 
 // TestKeysComeAndGo sets a password and takes it away while FRR runs: the session follows, and what the listener lost stays lost.
 func TestKeysComeAndGo(t *testing.T) {
+	needTruth(t)
 	need(t, map[string]string{"ip": "iproute2"})
 	need(t, frrPackage)
 	p := newPair(t)

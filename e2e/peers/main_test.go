@@ -29,13 +29,21 @@ var workDir string
 // TestMain runs the tests in a process with a mount and a PID namespace of its own: network namespaces have their names where nobody else
 // sees them, and whatever ends that process ends every daemon and namespace with it.
 func TestMain(m *testing.M) {
-	if os.Getenv(inside) == "" && os.Geteuid() == 0 {
-		os.Exit(again())
-	}
 	os.Exit(func() int {
 		if os.Getenv(inside) == "" {
-			missing = "needs root, for namespaces"
-			return m.Run()
+			if os.Geteuid() != 0 {
+				missing = "needs root, for namespaces"
+				return m.Run()
+			}
+			code, err := again()
+			if errors.Is(err, unix.EPERM) {
+				missing = fmt.Sprintf("needs mount and PID namespaces: %v", err)
+				return m.Run()
+			}
+			if err != nil {
+				fmt.Fprintln(os.Stderr, "peers:", err)
+			}
+			return code
 		}
 		dir, err := os.MkdirTemp("", "tsoagent-peers-")
 		if err != nil {
@@ -50,8 +58,8 @@ func TestMain(m *testing.M) {
 	}())
 }
 
-// again runs this program again, in the namespaces, and returns its exit code.
-func again() int {
+// again runs this program again, in the namespaces, and returns its exit code. The error is EPERM if we may not make them.
+func again() (int, error) {
 	// The signal that ends the other one with this one comes when the thread ends that started it.
 	runtime.LockOSThread()
 	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
@@ -63,8 +71,7 @@ func again() int {
 	signals := make(chan os.Signal, 1)
 	signal.Notify(signals, syscall.SIGQUIT, syscall.SIGTERM, os.Interrupt)
 	if err := cmd.Start(); err != nil {
-		fmt.Fprintln(os.Stderr, "peers:", err)
-		return 1
+		return 1, err
 	}
 	go func() {
 		for s := range signals {
@@ -74,15 +81,10 @@ func again() int {
 	}()
 	err := cmd.Wait()
 	var exit *exec.ExitError
-	if err != nil && !errors.As(err, &exit) {
-		fmt.Fprintln(os.Stderr, "peers:", err)
-		return 1
+	if errors.As(err, &exit) && exit.Exited() {
+		err = nil // it has said itself what was wrong
 	}
-	if exit != nil && exit.ExitCode() < 0 {
-		fmt.Fprintln(os.Stderr, "peers:", err)
-		return 1
-	}
-	return cmd.ProcessState.ExitCode()
+	return cmd.ProcessState.ExitCode(), err
 }
 
 // hideMounts gives this process's mount namespace a /proc of its PID namespace, and nothing in the directories that ip netns and FRR keep
@@ -108,10 +110,34 @@ func need(t *testing.T, programs map[string]string) {
 	if missing != "" {
 		t.Skip(missing)
 	}
+	if err := signs(); err != nil {
+		t.Skipf("needs TCP-MD5 in the kernel, CONFIG_TCP_MD5SIG: %v", err)
+	}
 	for program, pkg := range programs {
 		if _, err := exec.LookPath(program); err != nil {
 			t.Skipf("needs %s, which Debian's package %s has (tools/install)", program, pkg)
 		}
+	}
+}
+
+// signs sets a key on a socket that goes nowhere. The error says that the kernel can't.
+func signs() error {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	key := unix.TCPMD5Sig{Keylen: 1}
+	key.Addr.Family = unix.AF_INET
+	return unix.SetsockoptTCPMD5Sig(fd, unix.IPPROTO_TCP, unix.TCP_MD5SIG, &key)
+}
+
+// needTruth skips the test where the kernel doesn't let its sockets be read.
+func needTruth(t *testing.T) {
+	t.Helper()
+	const btf = "/sys/kernel/btf/vmlinux"
+	if _, err := os.Stat(btf); err != nil {
+		t.Skipf("needs the kernel's BTF, CONFIG_DEBUG_INFO_BTF: %v", err)
 	}
 }
 

@@ -64,6 +64,7 @@ func (p *pair) wantOwn() map[string][]netip.Prefix {
 
 // TestBIRDStrictBindGivesListenersOfTheirOwn is the advice for BIRD: `strict bind` in every protocol that uses the port.
 func TestBIRDStrictBindGivesListenersOfTheirOwn(t *testing.T) {
+	needTruth(t)
 	need(t, map[string]string{"ip": "iproute2", "ss": "iproute2"})
 	p := newPair(t)
 	hub := p.both()
@@ -79,6 +80,7 @@ func TestBIRDStrictBindGivesListenersOfTheirOwn(t *testing.T) {
 // TestSecondDaemonHasListenersOfItsOwn is the advice for FRR and GoBGP: another one for one kind of neighbours, each bound to addresses of
 // its own.
 func TestSecondDaemonHasListenersOfItsOwn(t *testing.T) {
+	needTruth(t)
 	need(t, map[string]string{"ip": "iproute2", "ss": "iproute2"})
 	for _, test := range []struct {
 		name, program string
@@ -103,6 +105,7 @@ func TestSecondDaemonHasListenersOfItsOwn(t *testing.T) {
 // TestNeighbourThatWeCallKeepsOffload is the advice for one listener: a rule drops what the neighbour without a password opens, so that we
 // open the session, whose socket is none of the listener's.
 func TestNeighbourThatWeCallKeepsOffload(t *testing.T) {
+	needTruth(t)
 	need(t, map[string]string{"ip": "iproute2", "nft": "nftables"})
 	need(t, frrPackage)
 	p := newPair(t)
