@@ -206,10 +206,32 @@ addr add 10.1.0.3/32 dev lo`)
 			t.Errorf("%s is open by %+v, uid %d", f.Local, f.Processes, f.UID)
 		}
 	}
+	// What is due with the next resync is in the report without being asked for.
+	a.diagnoseSoon()
+	within(t, 5*time.Second, "a diagnosis in the report", func() bool { return a.Report().Diagnosis != nil })
 	d, err := c.DiagnosisIn(ctx, "")
 	if err != nil || d.Lost != 2 || d.Connections != 12 || len(d.Collateral) != 2 || d.Unreadable != "" {
 		t.Errorf("diagnosis %+v, %v", d, err)
 	}
+	// A policy that comes covers a connection at once, though its socket learns of it when it sends next.
+	ns.policy("add", "10.1.0.1/32", "10.1.0.3/32", "")
+	plain := flows.Filter{Listener: flows.Listener{Port: 80}}
+	within(t, 5*time.Second, "the policy is seen", func() bool {
+		list = nil
+		_, err := c.FlowsIn(ctx, "", plain, add)
+		return err == nil && len(list) == 2 && list[0].Coverage+list[1].Coverage != flows.NotCovered+flows.NotCovered
+	})
+	for _, f := range list {
+		if covered := f.Local == "10.1.0.1:80"; covered != (f.Policy != 0) || covered != strings.HasPrefix(f.Contradiction, "no SA applies: ") || f.Lost {
+			t.Errorf("with a policy: %+v", f)
+		}
+	}
+	ns.policy("delete", "10.1.0.1/32", "10.1.0.3/32", "")
+	within(t, 5*time.Second, "the policy is gone", func() bool {
+		list = nil
+		_, err := c.FlowsIn(ctx, "", plain, add)
+		return err == nil && list[0].Coverage+list[1].Coverage == flows.NotCovered+flows.NotCovered
+	})
 	list = nil
 	if r, err = c.FlowsIn(ctx, "", flows.Filter{Lost: true}, add); err != nil || len(list) != 2 || r.Summary.Shown != 2 {
 		t.Errorf("only lost ones: %+v, %+v, %v", list, r, err)

@@ -23,6 +23,14 @@ const (
 	NotCovered      = "none"
 )
 
+// The places where segments are cut, for those who know flows only.
+const (
+	CutOffload  = sockopt.SegOffload
+	CutSoftware = sockopt.SegSoftware
+	CutNone     = sockopt.SegNone
+	CutUnknown  = sockopt.SegUnknown
+)
+
 // Flow is one TCP socket with its truth.
 type Flow struct {
 	State  string `json:"state"` // in the words of ss(8)

@@ -20,7 +20,6 @@ import (
 	"tsoagent/agent/doctor"
 	"tsoagent/agent/flows"
 	"tsoagent/agent/netns"
-	"tsoagent/sockopt"
 )
 
 func flowsCommand() *cli.Command {
@@ -216,7 +215,7 @@ func flowCells(f *flows.Flow) []string {
 	}
 	cut := string(f.Segmentation)
 	switch {
-	case f.Segmentation == sockopt.SegUnknown:
+	case f.Segmentation == flows.CutUnknown:
 		cut = "-"
 	case f.Lost:
 		cut += ", lost"

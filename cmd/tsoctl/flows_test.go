@@ -16,25 +16,24 @@ import (
 	"tsoagent/agent"
 	"tsoagent/agent/doctor"
 	"tsoagent/agent/flows"
-	"tsoagent/sockopt"
 )
 
 // someFlows has a row of each kind.
 func someFlows() []flows.Flow {
 	bgpd := []flows.Process{{PID: 143, Name: "bgpd"}}
 	return []flows.Flow{
-		{State: "listening", Local: "0.0.0.0:179", Coverage: flows.CoveredByKey, Segmentation: sockopt.SegUnknown, Why: "holds 2 TCP-MD5 keys: all that it accepts has no offload, signed or not", Inode: 901},
-		{State: "established", Local: "10.1.0.1:179", Remote: "10.1.0.2:40000", Coverage: flows.CoveredByKey, Segmentation: sockopt.SegNone, Device: "eth0", Why: "TCP-MD5 key on this socket: the kernel takes GSO from it", Inode: 902},
+		{State: "listening", Local: "0.0.0.0:179", Coverage: flows.CoveredByKey, Segmentation: flows.CutUnknown, Why: "holds 2 TCP-MD5 keys: all that it accepts has no offload, signed or not", Inode: 901},
+		{State: "established", Local: "10.1.0.1:179", Remote: "10.1.0.2:40000", Coverage: flows.CoveredByKey, Segmentation: flows.CutNone, Device: "eth0", Why: "TCP-MD5 key on this socket: the kernel takes GSO from it", Inode: 902},
 		{
-			State: "established", Local: "10.1.0.1:179", Remote: "10.1.0.3:40001", Coverage: flows.NotCovered, Segmentation: sockopt.SegNone, Device: "eth0", Lost: true,
+			State: "established", Local: "10.1.0.1:179", Remote: "10.1.0.3:40001", Coverage: flows.NotCovered, Segmentation: flows.CutNone, Device: "eth0", Lost: true,
 			Why: "no key, but inherited from listener 0.0.0.0:179, which holds 2 TCP-MD5 keys", Listener: "0.0.0.0:179", UID: 101, Inode: 903, Processes: bgpd,
 		},
 		{
-			State: "fin-wait-2", Local: "[2001:db8:1234:5678::1]:50123", Remote: "[2001:db8:8765:4321::ffff]:443", Coverage: flows.CoveredByPolicy, Policy: 17, Segmentation: sockopt.SegOffload, Device: "eth0",
+			State: "fin-wait-2", Local: "[2001:db8:1234:5678::1]:50123", Remote: "[2001:db8:8765:4321::ffff]:443", Coverage: flows.CoveredByPolicy, Policy: 17, Segmentation: flows.CutOffload, Device: "eth0",
 			Why: "policy 17 covers it", Contradiction: "no SA applies: it has sent nothing since the policy came, or the SA is missing",
 		},
-		{State: "established", Local: "10.9.0.1:50124", Remote: "10.2.0.1:443", Coverage: flows.CoveredByPolicy, Segmentation: sockopt.SegSoftware, Device: "ipsec0", Inode: 905},
-		{State: "syn-sent", Local: "10.9.0.1:50125", Remote: "10.2.0.1:443", Coverage: flows.NotCovered, Segmentation: sockopt.SegUnknown},
+		{State: "established", Local: "10.9.0.1:50124", Remote: "10.2.0.1:443", Coverage: flows.CoveredByPolicy, Segmentation: flows.CutSoftware, Device: "ipsec0", Inode: 905},
+		{State: "syn-sent", Local: "10.9.0.1:50125", Remote: "10.2.0.1:443", Coverage: flows.NotCovered, Segmentation: flows.CutUnknown},
 	}
 }
 
@@ -92,7 +91,7 @@ func drawDoctor(d *agent.Diagnosis) func(page) {
 func TestFlowTableStreams(t *testing.T) {
 	var list []flows.Flow
 	for i := range sized + 3 {
-		list = append(list, flows.Flow{State: "established", Local: fmt.Sprintf("10.1.0.1:%d", 10000+i), Remote: "10.1.0.2:80", Coverage: flows.NotCovered, Segmentation: sockopt.SegOffload, Device: "eth0"})
+		list = append(list, flows.Flow{State: "established", Local: fmt.Sprintf("10.1.0.1:%d", 10000+i), Remote: "10.1.0.2:80", Coverage: flows.NotCovered, Segmentation: flows.CutOffload, Device: "eth0"})
 	}
 	var b bytes.Buffer
 	tab := &flowTable{page: page{&b, 80}}
