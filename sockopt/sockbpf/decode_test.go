@@ -101,13 +101,13 @@ func TestDecodeConn(t *testing.T) {
 
 func TestDecodeConnsRefusesAlienRecords(t *testing.T) {
 	for name, change := range map[string]func(b []byte){
-		"size 120":    func(b []byte) { hostOrder.PutUint16(b[64:], 128) },
-		"family 1":    func(b []byte) { b[66] = 1 },
-		"state 0":     func(b []byte) { b[67] = 0 },
-		"state 14":    func(b []byte) { b[67] = maxState + 1 },
-		"the flags":   func(b []byte) { hostOrder.PutUint32(b[68:], connKnown+1) },
-		"sk_gso_type": func(b []byte) { hostOrder.PutUint32(b[84:], 1<<31) },
-		"0 bytes":     func(b []byte) { clear(b) },
+		"another size": func(b []byte) { hostOrder.PutUint16(b[64:], 128) },
+		"family 1":     func(b []byte) { b[66] = 1 },
+		"state 0":      func(b []byte) { b[67] = 0 },
+		"state 14":     func(b []byte) { b[67] = maxState + 1 },
+		"the flags":    func(b []byte) { hostOrder.PutUint32(b[68:], connKnown+1) },
+		"sk_gso_type":  func(b []byte) { hostOrder.PutUint32(b[84:], 1<<31) },
+		"0 bytes":      func(b []byte) { clear(b) },
 	} {
 		t.Run(name, func(t *testing.T) {
 			alien := connRecord()

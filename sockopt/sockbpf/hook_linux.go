@@ -149,6 +149,7 @@ func (h *Hook) take(spec *ebpf.CollectionSpec, way []tap) (err error) {
 // closer is a Close that can't fail.
 type closer func()
 
+// Close calls it.
 func (c closer) Close() error {
 	c()
 	return nil

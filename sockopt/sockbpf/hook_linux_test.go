@@ -52,7 +52,7 @@ func events(t testing.TB, h *Hook) <-chan KeyEvent {
 	ch, done := make(chan KeyEvent, 1000), make(chan error, 1)
 	go func() {
 		done <- h.Run(ctx, func(e KeyEvent) {
-			if e.Netns == uint32(st.Ino) || e.Op == Lost {
+			if uint64(e.Netns) == st.Ino || e.Op == Lost {
 				select {
 				case ch <- e:
 				case <-ctx.Done():

@@ -46,9 +46,9 @@ func Open() (*Iter, error) {
 // Close unloads the program.
 func (it *Iter) Close() error { return errors.Join(it.link.Close(), it.program.Close()) }
 
-// Each calls fn with each TCP socket, IPv4's and IPv6's, of the calling thread's network namespace until fn returns false: that thread's,
-// because the kernel takes the namespace of whoever creates the iterator (bpf_iter_init_seq_net, net/core/... current->nsproxy->net_ns).
-// A goroutine that entered another namespace is locked to its thread anyway.
+// Each calls fn with each TCP socket, IPv4's and IPv6's, of the calling thread's network namespace until fn returns false: the kernel takes
+// the namespace of whoever creates the iterator, which happens here and not in Open (bpf_iter_init_seq_net, fs/proc/proc_net.c). A goroutine
+// that entered another namespace is locked to its thread anyway.
 //
 // Listeners, requests and TIME_WAIT are among them; sockets that are bound and neither listen nor connect aren't. It is no snapshot:
 // sockets come and go meanwhile. A connection that lives all the time is there, except that kernels before 6.16 can leave one out, or
