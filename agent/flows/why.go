@@ -172,8 +172,7 @@ func (j *Join) whyDevice(f *Flow, c *sockopt.Conn) {
 
 // words are what makes a listener taint what it accepts.
 func (l *listener) words() string {
-	switch {
-	case l.md5+l.ao > 0:
+	if l.md5+l.ao > 0 {
 		return "holds " + keyCount(l.md5, l.ao)
 	}
 	return "held a key once"

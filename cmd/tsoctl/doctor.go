@@ -21,14 +21,7 @@ func doctorCommand() *cli.Command {
 }
 
 func runDoctor(c *cli.Context) error {
-	if err := noArgs(c); err != nil {
-		return err
-	}
-	cfg, err := configOf(c)
-	if err != nil {
-		return err
-	}
-	ns, err := netnsOf(c)
+	cfg, ns, err := plainCall(c)
 	if err != nil {
 		return err
 	}

@@ -57,20 +57,13 @@ func flowFilter(c *cli.Context) (flows.Filter, error) {
 }
 
 func showFlows(c *cli.Context) error {
-	if err := noArgs(c); err != nil {
+	cfg, ns, err := plainCall(c)
+	if err != nil {
 		return err
 	}
 	f, err := flowFilter(c)
 	if err != nil {
 		return cli.Exit(err.Error(), exitUsage)
-	}
-	cfg, err := configOf(c)
-	if err != nil {
-		return err
-	}
-	ns, err := netnsOf(c)
-	if err != nil {
-		return err
 	}
 	out := bufio.NewWriterSize(c.App.Writer, 64<<10)
 	p := pageOf(c.App.Writer)
@@ -315,7 +308,8 @@ const gap = "  "
 // cells prints one row. Where the addresses have no room, the rest stands in its columns one line below.
 func (t *flowTable) cells(cells []string, note string) {
 	both := t.wide[0] + len(gap) + t.wide[1]
-	b := append(t.line[:0], cells[0]...)
+	b := t.line[:0]
+	b = append(b, cells[0]...)
 	b = append(pad(b, t.wide[0]), gap...)
 	b = append(b, cells[1]...)
 	if t.page.width > 0 && utf8.RuneCount(b) > both {

@@ -284,15 +284,20 @@ func noArgs(c *cli.Context) error {
 	return nil
 }
 
+// plainCall is what a command without arguments is about: the configuration and the namespace.
+func plainCall(c *cli.Context) (cfg agent.Config, ns string, err error) {
+	if err = noArgs(c); err != nil {
+		return cfg, "", err
+	}
+	if cfg, err = configOf(c); err != nil {
+		return cfg, "", err
+	}
+	ns, err = netnsOf(c)
+	return cfg, ns, err
+}
+
 func status(c *cli.Context) error {
-	if err := noArgs(c); err != nil {
-		return err
-	}
-	cfg, err := configOf(c)
-	if err != nil {
-		return err
-	}
-	ns, err := netnsOf(c)
+	cfg, ns, err := plainCall(c)
 	if err != nil {
 		return err
 	}
@@ -358,14 +363,7 @@ func configOf(c *cli.Context) (agent.Config, error) {
 }
 
 func showPlan(c *cli.Context) error {
-	if err := noArgs(c); err != nil {
-		return err
-	}
-	cfg, err := configOf(c)
-	if err != nil {
-		return err
-	}
-	ns, err := netnsOf(c)
+	cfg, ns, err := plainCall(c)
 	if err != nil {
 		return err
 	}

@@ -18,6 +18,13 @@ import (
 )
 
 func TestMain(m *testing.M) {
+	if role := os.Getenv(holdVariable); role != "" {
+		if err := hold(role); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
 	testscript.Main(m, map[string]func(){"tsoctl": main})
 }
 
@@ -33,19 +40,8 @@ func TestScripts(t *testing.T) {
 // TestWithAgent runs both commands in throw-away network namespaces of this kernel. It has
 // XFRM policies in any case; ESP states it may lack, so the scripts presume an MTU.
 func TestWithAgent(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("not root: no network namespace can be made")
-	}
-	for _, tool := range []string{"ip", "nsenter"} {
-		if _, err := exec.LookPath(tool); err != nil {
-			t.Skipf("%s is missing (packages iproute2, util-linux)", tool)
-		}
-	}
-	bin := t.TempDir()
-	build := exec.Command("go", "build", "-buildvcs=false", "-o", bin, "tsoagent/cmd/tsoagent", "tsoagent/cmd/tsoctl")
-	if out, err := build.CombinedOutput(); err != nil {
-		t.Fatalf("build the commands: %v\n%s", err, out)
-	}
+	needNamespaces(t)
+	bin := buildCommands(t)
 	testscript.Run(t, testscript.Params{
 		Dir:  "testdata/agent",
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){"exits": exits},
@@ -60,6 +56,29 @@ func TestWithAgent(t *testing.T) {
 			return clean(env)
 		},
 	})
+}
+
+func needNamespaces(t testing.TB) {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("not root: no network namespace can be made")
+	}
+	for _, tool := range []string{"ip", "nsenter"} {
+		if _, err := exec.LookPath(tool); err != nil {
+			t.Skipf("%s is missing (packages iproute2, util-linux)", tool)
+		}
+	}
+}
+
+// buildCommands returns a directory with both commands.
+func buildCommands(t testing.TB) string {
+	t.Helper()
+	bin := t.TempDir()
+	build := exec.Command("go", "build", "-buildvcs=false", "-o", bin, "tsoagent/cmd/tsoagent", "tsoagent/cmd/tsoctl")
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("build the commands: %v\n%s", err, out)
+	}
+	return bin
 }
 
 // newNamespace makes a network namespace that lives as long as its file.
