@@ -99,14 +99,17 @@ type flow struct {
 
 // collateral is a listener whose connections have lost offload.
 type collateral struct {
-	Listener  string `json:"listener"`
-	Keys      int    `json:"md5_keys"`
-	Lost      int    `json:"lost"`
-	Signed    int    `json:"signed"`
-	Processes []struct {
-		PID  int    `json:"pid"`
-		Name string `json:"name"`
-	} `json:"processes"`
+	Listener  string  `json:"listener"`
+	Keys      int     `json:"md5_keys"`
+	Lost      int     `json:"lost"`
+	Signed    int     `json:"signed"`
+	Processes []owner `json:"processes"`
+}
+
+// owner is a process that has a socket open.
+type owner struct {
+	PID  int    `json:"pid"`
+	Name string `json:"name"`
 }
 
 // flows is `tsoctl flows -o json`.

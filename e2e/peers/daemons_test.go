@@ -47,6 +47,7 @@ type listenRange struct {
 type daemon interface {
 	// established returns the neighbours that the daemon itself says it has a session with.
 	established() (map[netip.Addr]bool, error)
+	pid() int
 }
 
 // await waits until the daemon says that it has a session with each of the neighbours.
@@ -77,10 +78,10 @@ func (l *lab) write(path string, text string) string {
 
 // bgpd is FRR's daemon, without zebra: it changes no route.
 type bgpd struct {
-	lab     *lab
-	dir     string
-	as      uint32
-	process *process
+	lab *lab
+	dir string
+	as  uint32
+	*process
 }
 
 // bgpdProgram is where Debian has it.
@@ -167,7 +168,7 @@ func (d *bgpd) established() (map[netip.Addr]bool, error) {
 type bird struct {
 	lab     *lab
 	control string
-	process *process
+	*process
 }
 
 var birdPackage = map[string]string{"bird": "bird2", "birdc": "bird2"}
@@ -234,9 +235,9 @@ func (b *bird) established() (map[netip.Addr]bool, error) {
 
 // gobgpd is GoBGP.
 type gobgpd struct {
-	lab     *lab
-	api     string
-	process *process
+	lab *lab
+	api string
+	*process
 }
 
 // gobgp builds GoBGP's commands once, from the module beside this file, and returns their directory.
