@@ -125,11 +125,11 @@ func (c Config) WithDefaults() Config {
 	if c.ResyncEvery == 0 {
 		c.ResyncEvery = Duration(15 * time.Minute)
 	}
-	if c.Metrics == "" {
-		c.Metrics = DefaultMetrics
-	}
 	if c.TCPKeysEvery == 0 {
 		c.TCPKeysEvery = Duration(10 * time.Second)
+	}
+	if c.Metrics == "" {
+		c.Metrics = DefaultMetrics
 	}
 	if len(c.Namespaces) == 0 {
 		c.Namespaces = Namespaces{netns.Host}
@@ -320,6 +320,9 @@ func (c Config) Validate() []Wrong {
 	if c.ResyncEvery != 0 && time.Duration(c.ResyncEvery) < time.Minute {
 		wrong("resync_every", "less than 1m")
 	}
+	if c.TCPKeysEvery != 0 && time.Duration(c.TCPKeysEvery) < 100*time.Millisecond {
+		wrong("tcp_keys_every", "less than 100ms")
+	}
 	if c.Metrics != "" && c.Metrics != MetricsOff {
 		if host, port, err := net.SplitHostPort(c.Metrics); err != nil || !isHost(host) || !isPort(port) {
 			wrong("metrics", "%q is neither off nor ADDRESS:PORT, as %s", c.Metrics, DefaultMetrics)
@@ -327,9 +330,6 @@ func (c Config) Validate() []Wrong {
 	}
 	if f := c.MetricsWebConfig; f != "" && (!path.IsAbs(f) || strings.ContainsFunc(f, unprintable)) {
 		wrong("metrics_web_config", "%q is not an absolute path", f)
-	}
-	if c.TCPKeysEvery != 0 && time.Duration(c.TCPKeysEvery) < 100*time.Millisecond {
-		wrong("tcp_keys_every", "less than 100ms")
 	}
 	switch {
 	case c.StateDir == "":

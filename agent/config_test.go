@@ -128,7 +128,7 @@ func checkPrintable(t *testing.T, s string) {
 
 func TestReadConfigDefaults(t *testing.T) {
 	want := Config{
-		Mode: Enforce, RunDir: "/run/tsoagent", StateDir: "/var/lib/tsoagent", RestoreAfter: Duration(time.Second), OnStop: RestoreOnStop, ResyncEvery: Duration(15 * time.Minute), Metrics: "127.0.0.1:15450", TCPKeysEvery: Duration(10 * time.Second),
+		Mode: Enforce, RunDir: "/run/tsoagent", StateDir: "/var/lib/tsoagent", RestoreAfter: Duration(time.Second), OnStop: RestoreOnStop, ResyncEvery: Duration(15 * time.Minute), TCPKeysEvery: Duration(10 * time.Second), Metrics: "127.0.0.1:15450",
 		Namespaces: Namespaces{"host"},
 		Plan: plan.Config{
 			Dedicated: plan.Auto, SharedNICs: plan.SharedKeep, CarrierMTU: plan.CarrierRoute, MTU: plan.MTULock, Partial: plan.PartialTable, SourceLess: plan.Serve, Table: 5450, Protocol: 84,
