@@ -45,6 +45,9 @@ type Fleet struct {
 	blind   error             // why nothing tells of namespaces that come and go
 	watcher *netns.Watcher
 	errs    []error // of members that ended
+	hooked  hooked  // how keys are known
+
+	openHook func() (keyHook, error)
 }
 
 // A member is a namespace that is followed. Its fields belong to the Fleet's lock, but for id.
@@ -73,6 +76,7 @@ func newFleet(ctx context.Context, cfg Config, log *slog.Logger, version string,
 	f := &Fleet{
 		cfg: cfg, log: log, version: version, started: time.Now(), host: host, look: make(chan struct{}, 1), grace: grace,
 		members: map[netns.ID]*member{}, waiting: map[string]string{}, dead: map[string]bool{},
+		openHook: openKeyHook,
 	}
 	if !cfg.Namespaces.host() && slices.ContainsFunc(cfg.Namespaces, f.isHost) {
 		f.cfg.Namespaces = append(slices.Clone(cfg.Namespaces), netns.Host)
@@ -159,9 +163,10 @@ func (f *Fleet) Run(ctx context.Context) error {
 		})
 	}
 	f.mu.Unlock()
-	f.sweep(members)
 	var watching sync.WaitGroup
 	watch, blind := context.WithCancel(members)
+	watching.Go(func() { f.watchKeys(watch) })
+	f.sweep(members)
 	if slices.ContainsFunc(f.cfg.Namespaces, func(s string) bool { return s != netns.Host }) {
 		watching.Go(func() { f.watch(watch) })
 		f.poke()

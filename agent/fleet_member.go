@@ -30,6 +30,7 @@ func (f *Fleet) follow(ctx context.Context, m *member) {
 		if err == nil {
 			f.mu.Lock()
 			m.agent, m.why = a, ""
+			a.sources.setHooked(f.hooked)
 			f.mu.Unlock()
 			f.announce()
 			err = a.Run(ctx)

@@ -68,6 +68,9 @@ type SourceReport struct {
 	// Seconds is the CPU time of all looks, and Sockets what the last saw, of a source that polls.
 	Seconds float64 `json:"seconds,omitempty"`
 	Sockets int     `json:"sockets,omitempty"`
+	// Traced are the kernel's functions whose calls it looks at at once; Untraced is why there are none.
+	Traced   []string `json:"traced,omitempty"`
+	Untraced string   `json:"untraced,omitempty"`
 }
 
 // CoverageReport is the verdict for one coverage.

@@ -31,6 +31,7 @@ type sources struct {
 	l2tp   *l2tp.Watcher
 	keys   *sockopt.Watcher // nil where the kernel has no keys, or can't show them for the reason noKeys
 	noKeys string
+	hooked hooked
 }
 
 func dialSources(log *slog.Logger, in func(func() error) error, cfg Config) (*sources, error) {
@@ -88,26 +89,6 @@ func (s *sources) dialL2TP() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.l2tp = w
-	return nil
-}
-
-func (s *sources) dialKeys() error {
-	w, err := sockopt.Dial(sockopt.Options{Period: time.Duration(s.cfg.TCPKeysEvery)})
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if errors.Is(err, unix.ENOPROTOOPT) && s.keys == nil {
-		s.log.Info("the kernel has no TCP-MD5: nothing can be signed")
-		return nil
-	}
-	if errors.Is(err, unix.EPROTONOSUPPORT) && s.keys == nil {
-		s.noKeys = err.Error()
-		s.log.Info("TCP-MD5 keys are not seen", "why", err)
-		return nil
-	}
-	if err != nil {
-		return fmt.Errorf("agent: %w", err)
-	}
-	s.keys = w
 	return nil
 }
 
@@ -169,23 +150,9 @@ func (s *sources) stats() []SourceReport {
 		SourceReport{Source: "ethtool", Events: e.Notifications, Dumps: e.Dumps, Overruns: e.Overruns, Undecodable: e.Undecodable},
 		SourceReport{Source: "l2tp", Events: l.Notifications, Dumps: l.Dumps, Overruns: l.Overruns, Undecodable: l.Undecodable})
 	if s.keys != nil {
-		k := s.keys.Stats()
-		out = append(out, SourceReport{
-			Source: "sockopt", Events: k.Told, Dumps: k.Dumps, Overruns: k.Overruns, Undecodable: k.Undecodable,
-			Seconds: k.Total.Seconds(), Sockets: k.Sockets,
-		})
+		out = append(out, s.keyStats())
 	}
 	return out
-}
-
-// missing is what the kernel can't tell, in words.
-func (s *sources) missing() []string {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.noKeys == "" {
-		return nil
-	}
-	return []string{"TCP-MD5 keys are not seen, all else works: " + s.noKeys}
 }
 
 // look has the features of a device read again.
@@ -244,21 +211,6 @@ func (s *sources) run(ctx context.Context, in *inbox) error {
 	})
 	<-ctx.Done()
 	return nil
-}
-
-// followKeys follows the keys, and calls looked after each look.
-func (s *sources) followKeys(ctx context.Context, in *inbox, looked func()) {
-	if s.keys == nil {
-		in.put(batch{keys: []sockopt.Event{sockopt.KeysSet{}}})
-		return
-	}
-	tell := func(ev []sockopt.Event) {
-		in.put(batch{keys: ev})
-		looked()
-	}
-	s.follow(ctx, "sockopt", s.dialKeys,
-		func() error { return s.keys.Run(ctx, tell) },
-		func(err error) { tell([]sockopt.Event{sockopt.Lost{Err: err}}) })
 }
 
 const maxRedial = 30 * time.Second

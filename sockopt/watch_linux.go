@@ -17,6 +17,9 @@ import (
 type Options struct {
 	// Period is the time between two polls, 0 for 10 s.
 	Period time.Duration
+	// More are the keys of other kinds than MD5, which sock_diag doesn't show, nil for none. It is called in each
+	// look, in no particular namespace. While it fails, what it told last stays.
+	More func() ([]Key, error)
 }
 
 // DefaultPeriod is how often keys are looked at unless told.
@@ -44,9 +47,11 @@ const HookedPeriod = time.Minute
 type Watcher struct {
 	diag   *diag
 	period time.Duration
+	more   func() ([]Key, error)
+	extra  []Key // what more told last
 
 	hooked atomic.Bool
-	again  chan bool // whether everything is to be read, not only looked at
+	again  chan urgency // has one when a look is asked for, the most urgent
 	stats  struct {
 		dumps, told, overruns, undecodable, interrupted atomic.Uint64
 		total, last                                     atomic.Int64 // ns
@@ -89,7 +94,7 @@ func Dial(opts Options) (*Watcher, error) {
 	if err != nil {
 		return nil, fmt.Errorf("sockopt: dial sock_diag: %w", err)
 	}
-	w := &Watcher{diag: d, period: opts.Period, again: make(chan bool, 1)}
+	w := &Watcher{diag: d, period: opts.Period, more: opts.More, again: make(chan urgency, 1)}
 	if w.period <= 0 {
 		w.period = DefaultPeriod
 	}
@@ -135,26 +140,37 @@ func (w *Watcher) Close() error {
 	return w.diag.close()
 }
 
+// urgency is how much a look is wanted.
+type urgency uint8
+
+const (
+	soon     urgency = 1 // as soon as a poll may be
+	now      urgency = 2
+	thorough urgency = 3 // now, and nothing is left out
+)
+
 // Look has the keys looked at now: it is for whoever knows that one was set or deleted. It never
 // blocks; what is asked for before the look begins is one look. A look that comes soon after
 // another waits a little.
-func (w *Watcher) Look() { w.trigger(false) }
+func (w *Watcher) Look() { w.trigger(now) }
+
+// LookSoon is Look for what happens as often as connections come and go: it takes no more of a CPU than
+// polling may.
+func (w *Watcher) LookSoon() { w.trigger(soon) }
 
 // Resync asks for a look that leaves nothing out, whatever it takes.
-func (w *Watcher) Resync() { w.trigger(true) }
+func (w *Watcher) Resync() { w.trigger(thorough) }
 
-func (w *Watcher) trigger(thorough bool) {
+func (w *Watcher) trigger(u urgency) {
 	for {
 		select {
-		case w.again <- thorough:
+		case w.again <- u:
 			return
 		default:
 		}
-		if !thorough {
-			return // one is waiting that finds as much
-		}
 		select {
-		case <-w.again:
+		case waiting := <-w.again:
+			u = max(u, waiting) // one look is as good for both
 		default:
 		}
 	}
@@ -183,14 +199,14 @@ func (w *Watcher) Run(ctx context.Context, sink func([]Event)) error {
 	stop := context.AfterFunc(ctx, w.diag.interrupt)
 	defer stop()
 	var told KeysSet
-	first, lost, thorough := true, false, true
+	first, lost, asked := true, false, thorough
 	wait := minRetry
 	for {
-		now, took, err := w.timed(told.Keys, thorough || first || lost)
+		keys, took, err := w.timed(told.Keys, asked == thorough || first || lost)
 		ended := time.Now()
 		w.stats.total.Add(int64(took))
 		w.stats.last.Store(int64(took))
-		poll, soonest := max(w.every(), restFactor*took), max(minRest, lookFactor*took)
+		rest := rest{poll: max(w.every(), restFactor*took), soon: max(minRest, restFactor*took), now: max(minRest, lookFactor*took)}
 		switch {
 		case ctx.Err() != nil:
 			return context.Cause(ctx)
@@ -204,17 +220,17 @@ func (w *Watcher) Run(ctx context.Context, sink func([]Event)) error {
 				lost = true
 				sink([]Event{Lost{explain(err)}})
 			}
-			poll = wait
+			rest.poll = wait
 			wait = min(2*wait, maxRetry)
 		default:
 			w.stats.dumps.Add(1)
-			if first || lost || now.Hidden != told.Hidden || !slices.Equal(told.Keys, now.Keys) {
+			if first || lost || keys.Hidden != told.Hidden || !slices.Equal(told.Keys, keys.Keys) {
 				w.stats.told.Add(1)
-				sink([]Event{KeysSet{slices.Clone(now.Keys), now.Hidden}})
+				sink([]Event{KeysSet{slices.Clone(keys.Keys), keys.Hidden}})
 			}
-			told, first, lost, wait = now, false, false, minRetry
+			told, first, lost, wait = keys, false, false, minRetry
 		}
-		if thorough, err = w.rest(ctx, ended, soonest, poll); err != nil {
+		if asked, err = w.wait(ctx, ended, rest); err != nil {
 			return err
 		}
 	}
@@ -226,8 +242,12 @@ func (w *Watcher) timed(known []Key, thorough bool) (KeysSet, time.Duration, err
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 	began := cpuTime()
-	now, err := w.look(known, thorough)
-	return now, cpuTime() - began, err
+	shown := slices.DeleteFunc(slices.Clone(known), func(k Key) bool { return k.Kind != MD5 })
+	keys, err := w.look(shown, thorough)
+	if err == nil && w.more != nil {
+		keys.Keys = w.withMore(keys.Keys)
+	}
+	return keys, cpuTime() - began, err
 }
 
 func cpuTime() time.Duration {
@@ -245,27 +265,48 @@ func (w *Watcher) every() time.Duration {
 	return w.period
 }
 
-// rest waits until the next look: for poll, or until one is asked for, but for soonest in any case.
-func (w *Watcher) rest(ctx context.Context, from time.Time, soonest, poll time.Duration) (thorough bool, err error) {
-	timer := time.NewTimer(time.Until(from.Add(poll)))
+// withMore adds the keys that sock_diag doesn't show.
+func (w *Watcher) withMore(keys []Key) []Key {
+	if extra, err := w.more(); err == nil {
+		w.extra = extra
+	}
+	if len(w.extra) == 0 {
+		return keys
+	}
+	keys = append(slices.Clone(keys), w.extra...)
+	slices.SortFunc(keys, Key.Compare)
+	return slices.Compact(keys)
+}
+
+// rest is how long after a look the next one comes at the earliest, or, for poll, without being asked for.
+type rest struct{ poll, soon, now time.Duration }
+
+// of is how long a look waits that is asked for.
+func (r rest) of(u urgency) time.Duration {
+	if u == soon {
+		return min(r.soon, r.poll)
+	}
+	return min(r.now, r.poll)
+}
+
+// wait waits until the next look is due, and returns how it was asked for, 0 for not at all.
+func (w *Watcher) wait(ctx context.Context, from time.Time, r rest) (asked urgency, err error) {
+	timer := time.NewTimer(time.Until(from.Add(r.poll)))
 	defer timer.Stop()
-	select {
-	case <-ctx.Done():
-		return false, context.Cause(ctx)
-	case <-timer.C:
-		return false, nil
-	case thorough = <-w.again:
+	for {
+		select {
+		case <-ctx.Done():
+			return asked, context.Cause(ctx)
+		case <-timer.C:
+			select {
+			case u := <-w.again: // is one with this
+				asked = max(asked, u)
+			default:
+			}
+			return asked, nil
+		case u := <-w.again:
+			asked = max(asked, u)
+			timer.Reset(time.Until(from.Add(r.of(asked))))
+		}
 	}
-	timer.Reset(time.Until(from.Add(min(soonest, poll))))
-	select {
-	case <-ctx.Done():
-		return thorough, context.Cause(ctx)
-	case <-timer.C:
-	}
-	select {
-	case more := <-w.again: // is one with this
-		thorough = thorough || more
-	default:
-	}
-	return thorough, nil
 }

@@ -347,12 +347,16 @@ func TestKernelUnprivileged(t *testing.T) {
 
 // TestTriggerNeverBlocks asks for more looks than there are.
 func TestTriggerNeverBlocks(t *testing.T) {
-	w := &Watcher{again: make(chan bool, 1)}
-	w.Look()
-	w.Look()
-	w.Resync()
-	w.Look()
-	if thorough := <-w.again; !thorough || len(w.again) != 0 {
-		t.Errorf("thorough %t, %d more", thorough, len(w.again))
+	w := &Watcher{again: make(chan urgency, 1)}
+	for _, step := range []struct {
+		ask  func()
+		want urgency
+	}{{w.LookSoon, soon}, {w.Look, now}, {w.LookSoon, now}, {w.Resync, thorough}, {w.Look, thorough}, {w.LookSoon, thorough}} {
+		step.ask()
+		u := <-w.again
+		if u != step.want || len(w.again) != 0 {
+			t.Errorf("urgency %d, want %d; %d more", u, step.want, len(w.again))
+		}
+		w.again <- u
 	}
 }

@@ -1,0 +1,85 @@
+package agent
+
+import (
+	"context"
+	"io"
+
+	"tsoagent/sockopt"
+	"tsoagent/sockopt/sockbpf"
+)
+
+// keyHook tells of TCP keys that are set or deleted, in whichever namespace (sockbpf.Hook).
+type keyHook interface {
+	io.Closer
+	Run(ctx context.Context, fn func(sockbpf.KeyEvent)) error
+	Functions() []string
+	Watches(sockopt.Kind) bool
+}
+
+var _ keyHook = (*sockbpf.Hook)(nil)
+
+func openKeyHook() (keyHook, error) {
+	h, err := sockbpf.OpenHook()
+	if err != nil {
+		return nil, err // and no interface around nil
+	}
+	return h, nil
+}
+
+// hooked says how the agent knows of keys: by functions of the kernel that are traced, or, where there are
+// none, by polls alone, and why.
+type hooked struct {
+	functions []string
+	why       string
+	ao        bool // TCP-AO keys are seen, too
+}
+
+func (h hooked) on() bool { return len(h.functions) > 0 }
+
+// watchKeys follows the kernel's key functions for all namespaces until the context ends. Where they can't be
+// traced, or not any more, all works by polls.
+func (f *Fleet) watchKeys(ctx context.Context) {
+	h, err := f.openHook()
+	if err != nil {
+		f.log.Info("TCP keys are polled: the kernel's key functions can't be traced", "why", err)
+		f.setHooked(hooked{why: oneLine(err)})
+		return
+	}
+	defer h.Close()
+	f.setHooked(hooked{functions: h.Functions(), ao: h.Watches(sockopt.AO)})
+	err = h.Run(ctx, f.keyChanged)
+	if ctx.Err() == nil {
+		f.log.Warn("the kernel's key functions are not followed any more: TCP keys are polled", "err", err)
+		f.setHooked(hooked{why: oneLine(err)})
+	}
+}
+
+// keyChanged has the keys looked at in the namespace that an event is about. The event only asks for that: what
+// is there now, the kernel's sockets say.
+func (f *Fleet) keyChanged(ev sockbpf.KeyEvent) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for id, m := range f.members {
+		if m.agent == nil || ev.Op != sockbpf.Lost && uint32(id.Ino) != ev.Netns {
+			continue
+		}
+		switch ev.Op {
+		case sockbpf.Inherited, sockbpf.Cleared: // as often as connections come and go
+			m.agent.sources.lookAtKeysSoon()
+		default:
+			m.agent.sources.lookAtKeys()
+		}
+	}
+}
+
+// setHooked tells all namespaces' sources how keys are known from now on.
+func (f *Fleet) setHooked(h hooked) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.hooked = h
+	for _, m := range f.members {
+		if m.agent != nil {
+			m.agent.sources.setHooked(h)
+		}
+	}
+}

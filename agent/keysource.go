@@ -1,0 +1,97 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"tsoagent/sockopt"
+)
+
+// dialKeys opens the watcher of TCP keys. A kernel that has none, or can't show them, is no error.
+func (s *sources) dialKeys() error {
+	w, err := sockopt.Dial(sockopt.Options{Period: time.Duration(s.cfg.TCPKeysEvery)})
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if errors.Is(err, unix.ENOPROTOOPT) && s.keys == nil {
+		s.log.Info("the kernel has no TCP-MD5: nothing can be signed")
+		return nil
+	}
+	if errors.Is(err, unix.EPROTONOSUPPORT) && s.keys == nil {
+		s.noKeys = err.Error()
+		s.log.Info("TCP-MD5 keys are not seen", "why", err)
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("agent: %w", err)
+	}
+	w.Hooked(s.hooked.on())
+	s.keys = w
+	return nil
+}
+
+// followKeys follows the keys, and calls looked after each look.
+func (s *sources) followKeys(ctx context.Context, in *inbox, looked func()) {
+	if s.keys == nil {
+		in.put(batch{keys: []sockopt.Event{sockopt.KeysSet{}}})
+		return
+	}
+	tell := func(ev []sockopt.Event) {
+		in.put(batch{keys: ev})
+		looked()
+	}
+	s.follow(ctx, "sockopt", s.dialKeys,
+		func() error { return s.keys.Run(ctx, tell) },
+		func(err error) { tell([]sockopt.Event{sockopt.Lost{Err: err}}) })
+}
+
+// setHooked takes how keys are known from now on. What was set before that is looked at.
+func (s *sources) setHooked(h hooked) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.hooked = h
+	if s.keys != nil {
+		s.keys.Hooked(h.on())
+		s.keys.Look()
+	}
+}
+
+// lookAtKeys has the keys looked at now: one was set or deleted.
+func (s *sources) lookAtKeys() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.keys != nil {
+		s.keys.Look()
+	}
+}
+
+// lookAtKeysSoon has them looked at when there is time: a connection with keys came or went.
+func (s *sources) lookAtKeysSoon() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.keys != nil {
+		s.keys.LookSoon()
+	}
+}
+
+// keyStats are the counters of the watcher, which is there. The lock is held.
+func (s *sources) keyStats() SourceReport {
+	k := s.keys.Stats()
+	return SourceReport{
+		Source: "sockopt", Events: k.Told, Dumps: k.Dumps, Overruns: k.Overruns, Undecodable: k.Undecodable,
+		Seconds: k.Total.Seconds(), Sockets: k.Sockets, Traced: s.hooked.functions, Untraced: s.hooked.why,
+	}
+}
+
+// missing is what the kernel can't tell, in words.
+func (s *sources) missing() []string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.noKeys == "" {
+		return nil
+	}
+	return []string{"TCP-MD5 keys are not seen, all else works: " + s.noKeys}
+}
