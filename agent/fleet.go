@@ -48,6 +48,7 @@ type Fleet struct {
 	hooked  hooked  // how keys are known
 
 	openHook func() (keyHook, error)
+	openAO   func() (keyLister, error)
 }
 
 // A member is a namespace that is followed. Its fields belong to the Fleet's lock, but for id.
@@ -76,7 +77,7 @@ func newFleet(ctx context.Context, cfg Config, log *slog.Logger, version string,
 	f := &Fleet{
 		cfg: cfg, log: log, version: version, started: time.Now(), host: host, look: make(chan struct{}, 1), grace: grace,
 		members: map[netns.ID]*member{}, waiting: map[string]string{}, dead: map[string]bool{},
-		openHook: openKeyHook,
+		openHook: openKeyHook, openAO: openAO,
 	}
 	if !cfg.Namespaces.host() && slices.ContainsFunc(cfg.Namespaces, f.isHost) {
 		f.cfg.Namespaces = append(slices.Clone(cfg.Namespaces), netns.Host)

@@ -31,7 +31,24 @@ func openKeyHook() (keyHook, error) {
 type hooked struct {
 	functions []string
 	why       string
-	ao        bool // TCP-AO keys are seen, too
+	ao        keyLister // lists TCP-AO's keys, nil where they aren't known
+}
+
+// keyLister lists the keys of the sockets in the namespace of the calling thread (sockbpf.HeldIter).
+type keyLister interface {
+	io.Closer
+	Keys() (keys []sockopt.Key, hidden int, err error)
+}
+
+var _ keyLister = (*sockbpf.HeldIter)(nil)
+
+// openAO opens what lists TCP-AO's keys: sock_diag doesn't show them.
+func openAO() (keyLister, error) {
+	it, err := sockbpf.OpenHeld(false)
+	if err != nil {
+		return nil, err
+	}
+	return it, nil
 }
 
 func (h hooked) on() bool { return len(h.functions) > 0 }
@@ -46,7 +63,15 @@ func (f *Fleet) watchKeys(ctx context.Context) {
 		return
 	}
 	defer h.Close()
-	f.setHooked(hooked{functions: h.Functions(), ao: h.Watches(sockopt.AO)})
+	now := hooked{functions: h.Functions()}
+	if h.Watches(sockopt.AO) {
+		if now.ao, err = f.openAO(); err != nil {
+			f.log.Warn("TCP-AO keys are not seen", "err", err)
+		} else {
+			defer now.ao.Close()
+		}
+	}
+	f.setHooked(now)
 	err = h.Run(ctx, f.keyChanged)
 	if ctx.Err() == nil {
 		f.log.Warn("the kernel's key functions are not followed any more: TCP keys are polled", "err", err)

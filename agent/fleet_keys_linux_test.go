@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -141,7 +142,7 @@ func TestKeysArePolledWithoutAHook(t *testing.T) {
 		named(t, tt.ns)
 		cfg := fleetConfig(t, tt.ns)
 		cfg.TCPKeysEvery = Duration(100 * time.Millisecond)
-		s := sailWith(t, cfg, tt.open)
+		s := sailBy(t, cfg, func(f *Fleet) { f.openHook = tt.open })
 		signedIn(t, tt.ns, "192.0.2.1:179", "192.0.2.9")
 		netnstest.Within(t, "the key, by a poll", func() bool { return slices.Equal(s.keysIn(tt.ns), []string{"192.0.2.9/32"}) })
 		netnstest.Within(t, "the reason", func() bool {
@@ -151,4 +152,78 @@ func TestKeysArePolledWithoutAHook(t *testing.T) {
 		})
 		s.stop()
 	}
+}
+
+// aoHook sees a TCP-AO key once told to.
+type aoHook struct {
+	keyHook
+	events chan sockbpf.KeyEvent
+}
+
+func (aoHook) Close() error              { return nil }
+func (aoHook) Functions() []string       { return []string{"tcp_parse_ao"} }
+func (aoHook) Watches(sockopt.Kind) bool { return true }
+func (h aoHook) Run(ctx context.Context, fn func(sockbpf.KeyEvent)) error {
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case ev := <-h.events:
+			fn(ev)
+		}
+	}
+}
+
+// aoList is what sockets hold.
+type aoList struct {
+	mu   sync.Mutex
+	keys []sockopt.Key
+}
+
+func (*aoList) Close() error { return nil }
+
+func (l *aoList) Keys() ([]sockopt.Key, int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return slices.Clone(l.keys), 0, nil
+}
+
+// TestAOKeysAreListed shows TCP-AO keys, which sock_diag doesn't, beside TCP-MD5's once the hook says that one was set. No kernel at hand has
+// TCP-AO and lets its functions be traced.
+func TestAOKeysAreListed(t *testing.T) {
+	if !netnstest.Private(t) {
+		return
+	}
+	named(t, "one")
+	cfg := fleetConfig(t, "one")
+	cfg.TCPKeysEvery = Duration(time.Hour)
+	hook, list := aoHook{events: make(chan sockbpf.KeyEvent)}, &aoList{}
+	s := sailBy(t, cfg, func(f *Fleet) {
+		f.openHook = func() (keyHook, error) { return hook, nil }
+		f.openAO = func() (keyLister, error) { return list, nil }
+	})
+	signedIn(t, "one", "192.0.2.1:179", "192.0.2.9")
+	s.state("one", NetnsFollowed)
+	list.mu.Lock()
+	list.keys = []sockopt.Key{{Kind: sockopt.AO, Peer: netip.MustParsePrefix("192.0.2.10/32"), Port: 180, Listener: true}}
+	list.mu.Unlock()
+	id, err := netns.Stat(netns.Path("one"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	// The agent may not be there yet when the first comes.
+	netnstest.Within(t, "both keys", func() bool {
+		hook.events <- sockbpf.KeyEvent{Op: sockbpf.Added, Kind: sockopt.AO, Netns: uint32(id.Ino)}
+		return slices.Equal(s.keysIn("one"), []string{"192.0.2.9/32", "192.0.2.10/32"})
+	})
+	for _, c := range s.report("one").Coverages {
+		if want := map[string]string{"192.0.2.9/32": "tcp-md5", "192.0.2.10/32": "tcp-ao"}[c.Dst]; c.Key != want {
+			t.Errorf("%s is a %q key, want %q", c.Dst, c.Key, want)
+		}
+	}
+	list.mu.Lock()
+	list.keys = nil
+	list.mu.Unlock()
+	hook.events <- sockbpf.KeyEvent{Op: sockbpf.Deleted, Kind: sockopt.AO, Netns: uint32(id.Ino)}
+	netnstest.Within(t, "the MD5 key alone", func() bool { return slices.Equal(s.keysIn("one"), []string{"192.0.2.9/32"}) })
 }

@@ -100,18 +100,18 @@ type sailing struct {
 
 func sail(t *testing.T, cfg Config) *sailing {
 	t.Helper()
-	return sailWith(t, cfg, openKeyHook)
+	return sailBy(t, cfg, func(*Fleet) {})
 }
 
-// sailWith is sail with another way to know of keys.
-func sailWith(t *testing.T, cfg Config, openHook func() (keyHook, error)) *sailing {
+// sailBy is sail with something changed ahead.
+func sailBy(t *testing.T, cfg Config, change func(*Fleet)) *sailing {
 	t.Helper()
 	s := &sailing{t: t, done: make(chan error, 1), log: new(lockedBuffer)}
 	var err error
 	if s.Fleet, err = newFleet(t.Context(), cfg, slog.New(slog.NewTextHandler(s.log, nil)), "test", stopWithin); err != nil {
 		t.Fatal(err)
 	}
-	s.openHook = openHook
+	change(s.Fleet)
 	var ctx context.Context
 	ctx, s.cancel = context.WithCancel(context.Background())
 	go func() { s.done <- s.Run(ctx) }()

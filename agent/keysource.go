@@ -13,7 +13,7 @@ import (
 
 // dialKeys opens the watcher of TCP keys. A kernel that has none, or can't show them, is no error.
 func (s *sources) dialKeys() error {
-	w, err := sockopt.Dial(sockopt.Options{Period: time.Duration(s.cfg.TCPKeysEvery)})
+	w, err := sockopt.Dial(sockopt.Options{Period: time.Duration(s.cfg.TCPKeysEvery), More: s.aoKeys})
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if errors.Is(err, unix.ENOPROTOOPT) && s.keys == nil {
@@ -31,6 +31,21 @@ func (s *sources) dialKeys() error {
 	w.Hooked(s.hooked.on())
 	s.keys = w
 	return nil
+}
+
+// aoKeys are TCP-AO's keys, none where they aren't known.
+func (s *sources) aoKeys() (keys []sockopt.Key, err error) {
+	s.mu.Lock()
+	ao := s.hooked.ao
+	s.mu.Unlock()
+	if ao == nil {
+		return nil, nil
+	}
+	err = s.in(func() (err error) {
+		keys, _, err = ao.Keys()
+		return err
+	})
+	return keys, err
 }
 
 // followKeys follows the keys, and calls looked after each look.

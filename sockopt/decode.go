@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"encoding/binary"
 	"errors"
+	"iter"
 	"net/netip"
 	"slices"
 )
@@ -72,6 +73,7 @@ type sock struct {
 	// trusted says that the kernel shows what it shows to CAP_NET_ADMIN alone: the mark, and with it
 	// the keys.
 	trusted bool
+	kind    Kind           // of its keys, 0 for MD5
 	peers   []netip.Prefix // of its keys
 }
 
@@ -179,7 +181,7 @@ func (c *collector) add(s *sock) {
 	if s.state == Listen {
 		c.listening[s.local.Port()] = true
 		for _, p := range s.peers {
-			c.keys[Key{Kind: MD5, Peer: p, Ifindex: s.ifindex, Local: s.local.Addr(), Port: s.local.Port(), Listener: true}] = true
+			c.keys[Key{Kind: cmp.Or(s.kind, MD5), Peer: p, Ifindex: s.ifindex, Local: s.local.Addr(), Port: s.local.Port(), Listener: true}] = true
 		}
 		return
 	}
@@ -200,7 +202,7 @@ func (c *collector) set() []Key {
 	}
 	for _, s := range c.conns {
 		remote := s.remote.Addr()
-		k := Key{Kind: MD5, Peer: netip.PrefixFrom(remote, remote.BitLen()), Ifindex: s.ifindex, Local: s.local.Addr()}
+		k := Key{Kind: cmp.Or(s.kind, MD5), Peer: netip.PrefixFrom(remote, remote.BitLen()), Ifindex: s.ifindex, Local: s.local.Addr()}
 		if port := s.local.Port(); c.listening[port] {
 			k.Port = port
 		} else {
@@ -211,6 +213,32 @@ func (c *collector) set() []Key {
 		}
 	}
 	return sorted(c.keys)
+}
+
+// Held is one key that a socket holds, or a listener without one. It is a comparable value and holds no secret.
+type Held struct {
+	State         State
+	Local, Remote netip.AddrPort // unmapped; Remote is the zero value for a listener
+	Ifindex       int32          // that the socket is bound to, 0 for none
+	Kind          Kind           // 0 for a listener without keys
+	Peer          netip.Prefix   // whom the key is for
+}
+
+// KeysOf are the keys that sockets hold, in the order of Key.Compare. The listeners among them tell which
+// connections were accepted.
+func KeysOf(held iter.Seq[Held]) []Key {
+	c := newCollector()
+	for h := range held {
+		s := sock{state: h.State, local: h.Local, remote: h.Remote, ifindex: h.Ifindex, kind: h.Kind}
+		if s.local.Addr().IsUnspecified() {
+			s.local = netip.AddrPortFrom(netip.Addr{}, h.Local.Port())
+		}
+		if h.Kind != 0 {
+			s.peers = []netip.Prefix{h.Peer}
+		}
+		c.add(&s)
+	}
+	return c.set()
 }
 
 func sorted(set map[Key]bool) []Key {

@@ -54,8 +54,8 @@ func TestObjectsAreReproducible(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if len(committed) != 8 || len(made) != len(committed) {
-		t.Fatalf("%d files committed, %d made, want 8", len(committed), len(made))
+	if len(committed) != 12 || len(made) != len(committed) {
+		t.Fatalf("%d files committed, %d made, want 12", len(committed), len(made))
 	}
 	for _, path := range made {
 		got, err := os.ReadFile(path)

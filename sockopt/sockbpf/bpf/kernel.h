@@ -39,9 +39,14 @@ enum { BPF_MAP_TYPE_RINGBUF = 27 };
 
 /* include/net/tcp_states.h */
 #define TCP_TIME_WAIT 6
+#define TCP_LISTEN 10
 #define TCP_NEW_SYN_RECV 12
 
 #pragma clang attribute push(__attribute__((preserve_access_index)), apply_to = record)
+
+struct in_addr {
+	__be32 s_addr;
+};
 
 struct in6_addr {
 	union {
@@ -155,11 +160,22 @@ struct tcp_ao_info {
 	struct hlist_head head;
 };
 
+/* A key of TCP-MD5 without the key: key and keylen have no name here, so that they can't be read. */
+struct tcp_md5sig_key {
+	struct hlist_node node;
+	__u8 family;
+	__u8 prefixlen;
+	union tcp_md5_addr {
+		struct in_addr a4;
+		struct in6_addr a6;
+	} addr;
+};
+
 /* A key of TCP-AO without the key: key, keylen and traffic_keys have no name here, so that they can't be read. */
 struct tcp_ao_key {
 	struct hlist_node node;
 	union tcp_ao_addr {
-		__be32 a4;
+		struct in_addr a4;
 		struct in6_addr a6;
 	} addr;
 	int l3index;
@@ -177,8 +193,6 @@ struct inet_timewait_sock {
 	struct sock_common __tw_common;
 	__u32 tw_mark;
 };
-
-struct tcp_md5sig_key;
 
 struct tcp_timewait_sock {
 	struct inet_timewait_sock tw_sk;
