@@ -316,11 +316,7 @@ func planTable(p page, r *agent.Report) {
 	}
 	for _, c := range r.Coverages {
 		p.text(0, "%s", coverageLine(c))
-		mtu := "not known yet"
-		if c.MTU > 0 {
-			mtu = fmt.Sprint(c.MTU)
-		}
-		p.text(2, "inner mtu %s, segments are cut at the %s", mtu, cutText(c.Cut))
+		p.text(2, "%s", cutLine(c))
 		if len(c.Carriers) > 0 {
 			p.text(2, "carriers: %s", strings.Join(c.Carriers, ", "))
 		}
@@ -439,6 +435,20 @@ func keyLine(c agent.CoverageReport) string {
 		s += " dev " + c.Dev
 	}
 	return s
+}
+
+// cutLine says what is left to an inner packet, and where segments are cut. A signature is an option
+// of TCP: it leaves the MTU as it is.
+func cutLine(c agent.CoverageReport) string {
+	switch {
+	case c.Key != "" && c.Cut == "socket":
+		return "segments are cut at the socket"
+	case c.Key != "":
+		return "segments are cut at the " + cutText(c.Cut)
+	case c.MTU > 0:
+		return fmt.Sprintf("inner mtu %d, segments are cut at the %s", c.MTU, cutText(c.Cut))
+	}
+	return "inner mtu not known yet, segments are cut at the " + cutText(c.Cut)
 }
 
 func cutText(cut string) string {

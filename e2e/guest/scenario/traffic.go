@@ -10,6 +10,7 @@ import (
 	"sync"
 	"syscall"
 	"time"
+	"unsafe"
 
 	"github.com/rogpeppe/go-internal/testscript"
 	"golang.org/x/sys/unix"
@@ -41,7 +42,7 @@ type server struct {
 	listener net.Listener
 }
 
-const tcpUsage = `tcp name start namespace from|- to:port [server-namespace]
+const tcpUsage = `tcp name start namespace from|- to:port [server-namespace] [--md5]
 tcp name progress deadline [bytes]
 tcp name stats
 tcp name stop`
@@ -54,10 +55,14 @@ func (s *session) tcp(ctx context.Context, _ *testscript.TestScript, args []stri
 	name, verb, rest := args[0], args[1], args[2:]
 
 	if verb == "start" {
+		signed := len(rest) > 0 && rest[len(rest)-1] == "--md5"
+		if signed {
+			rest = rest[:len(rest)-1]
+		}
 		if len(rest) != 3 && len(rest) != 4 {
 			return "", usage(tcpUsage)
 		}
-		return "", s.tcpStart(name, rest)
+		return "", s.tcpStart(name, rest, signed)
 	}
 	s.mu.Lock()
 	c := s.connections[name]
@@ -93,19 +98,27 @@ func (s *session) tcp(ctx context.Context, _ *testscript.TestScript, args []stri
 	return "", usage(tcpUsage)
 }
 
-// tcpStart opens a connection: namespace, source or "-", destination, and perhaps the server's namespace.
-func (s *session) tcpStart(name string, args []string) error {
+// tcpStart opens a connection: namespace, source or "-", destination, and perhaps the server's namespace. Both ends sign it
+// if that is asked for, which needs a source.
+func (s *session) tcpStart(name string, args []string, signed bool) error {
 	to, err := netip.ParseAddrPort(args[2])
 	if err != nil {
 		return usage(err.Error())
 	}
 	dialer := net.Dialer{Timeout: dialTimeout * patience()}
+	var listen net.ListenConfig
 	if args[1] != "-" {
 		from, err := netip.ParseAddr(args[1])
 		if err != nil {
 			return usage(err.Error())
 		}
 		dialer.LocalAddr = net.TCPAddrFromAddrPort(netip.AddrPortFrom(from, 0))
+		if signed {
+			dialer.Control = signFor(to.Addr())
+			listen.Control = signFor(from)
+		}
+	} else if signed {
+		return usage("--md5 needs a source address")
 	}
 	s.mu.Lock()
 	_, taken := s.connections[name]
@@ -120,7 +133,7 @@ func (s *session) tcpStart(name string, args []string) error {
 	} else if where, err = namespaces(); err != nil {
 		return err
 	}
-	if err := s.serve(where, to); err != nil {
+	if err := s.serve(where, to, &listen); err != nil {
 		return err
 	}
 
@@ -141,7 +154,7 @@ func (s *session) tcpStart(name string, args []string) error {
 }
 
 // serve sees to it that a discard server listens on addr, in the first of the namespaces that has the address.
-func (s *session) serve(where []string, addr netip.AddrPort) error {
+func (s *session) serve(where []string, addr netip.AddrPort, config *net.ListenConfig) error {
 	var errs []error
 	for _, ns := range where {
 		key := ns + " " + addr.String()
@@ -153,7 +166,7 @@ func (s *session) serve(where []string, addr netip.AddrPort) error {
 		}
 		var listener net.Listener
 		err := inNamespace(ns, func() (err error) {
-			listener, err = net.Listen("tcp", addr.String())
+			listener, err = config.Listen(context.Background(), "tcp", addr.String())
 			return err
 		})
 		if errors.Is(err, syscall.EADDRNOTAVAIL) {
@@ -170,6 +183,29 @@ func (s *session) serve(where []string, addr netip.AddrPort) error {
 		return nil
 	}
 	return fmt.Errorf("no namespace to listen on %s in: %w", addr, errors.Join(errs...))
+}
+
+// signFor gives a socket a TCP-MD5 key for a peer, before it binds or connects.
+func signFor(peer netip.Addr) func(network, address string, c syscall.RawConn) error {
+	return func(_, _ string, c syscall.RawConn) error {
+		var sig unix.TCPMD5Sig
+		if peer.Is4() {
+			sa := (*unix.RawSockaddrInet4)(unsafe.Pointer(&sig.Addr))
+			sa.Family, sa.Addr = unix.AF_INET, peer.As4()
+		} else {
+			sa := (*unix.RawSockaddrInet6)(unsafe.Pointer(&sig.Addr))
+			sa.Family, sa.Addr = unix.AF_INET6, peer.As16()
+		}
+		sig.Keylen = uint16(copy(sig.Key[:], "the scenario's secret"))
+		var sockErr error
+		err := c.Control(func(fd uintptr) {
+			sockErr = unix.SetsockoptTCPMD5Sig(int(fd), unix.IPPROTO_TCP, unix.TCP_MD5SIG, &sig)
+		})
+		if err := errors.Join(err, sockErr); err != nil {
+			return fmt.Errorf("set a TCP-MD5 key: %w", err)
+		}
+		return nil
+	}
 }
 
 // discard reads all that comes until the listener is closed.
