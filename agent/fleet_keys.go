@@ -3,6 +3,7 @@ package agent
 import (
 	"context"
 	"io"
+	"slices"
 
 	"tsoagent/sockopt"
 	"tsoagent/sockopt/sockbpf"
@@ -30,6 +31,7 @@ func openKeyHook() (keyHook, error) {
 // none, by polls alone, and why.
 type hooked struct {
 	functions []string
+	all       bool // also of sockets that go with their keys
 	why       string
 	ao        keyLister // lists TCP-AO's keys, nil where they aren't known
 }
@@ -64,6 +66,7 @@ func (f *Fleet) watchKeys(ctx context.Context) {
 	}
 	defer h.Close()
 	now := hooked{functions: h.Functions()}
+	now.all = slices.Contains(now.functions, "tcp_clear_md5_list")
 	if h.Watches(sockopt.AO) {
 		if now.ao, err = f.openAO(); err != nil {
 			f.log.Warn("TCP-AO keys are not seen", "err", err)
@@ -105,6 +108,7 @@ func (f *Fleet) setHooked(h hooked) {
 	for _, m := range f.members {
 		if m.agent != nil {
 			m.agent.sources.setHooked(h)
+			m.agent.inbox.post(batch{}) // a round, whose report says so
 		}
 	}
 }

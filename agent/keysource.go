@@ -28,7 +28,7 @@ func (s *sources) dialKeys() error {
 	if err != nil {
 		return fmt.Errorf("agent: %w", err)
 	}
-	w.Hooked(s.hooked.on())
+	w.Hooked(s.hooked.all)
 	s.keys = w
 	return nil
 }
@@ -69,7 +69,7 @@ func (s *sources) setHooked(h hooked) {
 	defer s.mu.Unlock()
 	s.hooked = h
 	if s.keys != nil {
-		s.keys.Hooked(h.on())
+		s.keys.Hooked(h.all)
 		s.keys.Look()
 	}
 }

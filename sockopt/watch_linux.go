@@ -25,8 +25,7 @@ type Options struct {
 // DefaultPeriod is how often keys are looked at unless told.
 const DefaultPeriod = 10 * time.Second
 
-// HookedPeriod is how often they are looked at where a hook tells of keys that are set: a socket
-// that is closed takes its keys along, of which no hook tells.
+// HookedPeriod is how often they are looked at where a hook tells of keys that come and go.
 const HookedPeriod = time.Minute
 
 // A Watcher follows the TCP-MD5 keys of one network namespace: the one of the thread that called
@@ -176,8 +175,8 @@ func (w *Watcher) trigger(u urgency) {
 	}
 }
 
-// Hooked says whether somebody calls Look when keys are set. Then polls are only for what nobody
-// tells.
+// Hooked says whether somebody calls Look whenever keys come or go. Then polls are only for what was
+// missed.
 func (w *Watcher) Hooked(on bool) { w.hooked.Store(on) }
 
 const (
