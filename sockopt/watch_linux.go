@@ -150,7 +150,8 @@ const (
 
 // Look has the keys looked at now: it is for whoever knows that one was set or deleted. It never
 // blocks; what is asked for before the look begins is one look. A look that comes soon after
-// another waits a little.
+// another waits a little. There is a second one a second later, as keys are set before their sockets are
+// to be seen.
 func (w *Watcher) Look() { w.trigger(now) }
 
 // LookSoon is Look for what happens as often as connections come and go: it takes no more of a CPU than
@@ -187,6 +188,9 @@ const (
 	restFactor = 50
 	lookFactor = 10
 	minRest    = 50 * time.Millisecond
+	// secondLook is how long after Look there is another one: most keys are set ahead of listen(2) or connect(2),
+	// and until then the kernel doesn't show the socket.
+	secondLook = time.Second
 )
 
 // Run looks at the keys and then polls, until ctx is cancelled, which is the error that it returns
@@ -228,6 +232,9 @@ func (w *Watcher) Run(ctx context.Context, sink func([]Event)) error {
 				sink([]Event{KeysSet{slices.Clone(keys.Keys), keys.Hidden}})
 			}
 			told, first, lost, wait = keys, false, false, minRetry
+			if asked == now {
+				rest.poll = min(rest.poll, max(secondLook, rest.soon))
+			}
 		}
 		if asked, err = w.wait(ctx, ended, rest); err != nil {
 			return err

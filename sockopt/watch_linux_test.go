@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"runtime"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -240,6 +241,32 @@ func TestKernelFollow(t *testing.T) {
 	if s := f.w.Stats(); s.Dumps < 5 || s.Told != 5 || s.Total == 0 || s.Undecodable != 0 {
 		t.Errorf("%+v", s)
 	}
+}
+
+// TestKernelSecondLook sees a key that was set, and told by a hook, ahead of listen(2): the kernel doesn't show the socket
+// until then.
+func TestKernelSecondLook(t *testing.T) {
+	newNetns(t)
+	f := follow(t, Options{Period: time.Hour})
+	f.want("at the start")
+	at := netip.MustParseAddrPort("127.0.0.1:179")
+	fd := open(t, at.Addr())
+	if err := unix.Bind(fd, sockaddr(at)); err != nil {
+		t.Fatal(err)
+	}
+	setKey(t, fd, "192.0.2.9", secret)
+	before := f.w.Stats().Dumps
+	f.w.Look()
+	for deadline := time.Now().Add(20 * time.Second); f.w.Stats().Dumps == before; {
+		if time.Now().After(deadline) {
+			t.Fatal("no look")
+		}
+		runtime.Gosched()
+	}
+	if err := unix.Listen(fd, 1); err != nil {
+		t.Fatal(err)
+	}
+	f.want("by the second look", "listener: tcp-md5 key for 192.0.2.9 on port 179 of 127.0.0.1")
 }
 
 // TestKernelPoll tells without being asked.
