@@ -44,10 +44,10 @@ type Match struct {
 	Paths *Paths
 }
 
-// First is the route that the kernel takes: the first whose nexthops are not all dead.
+// First is the route that the kernel takes for a packet without TOS: the first whose nexthops are not all dead.
 func (m Match) First() (Route, bool) {
 	for _, b := range m.Paths.Bodies() {
-		if b.Src.IsValid() {
+		if b.Src.IsValid() || b.TOS != 0 {
 			continue
 		}
 		alive := len(b.Nexthops) == 0
@@ -124,8 +124,15 @@ func (f *FIB) Resolve(flows Flows, skip func(*Rule) bool) []Part {
 	return parts
 }
 
+// suppressed reports whether a rule passes on what its table has found. It does not for a route that
+// is an error (fib_rules_lookup asks for what was found without one, net/core/fib_rules.c).
 func suppressed(r *Rule, m Match) bool {
-	return m.Paths != nil && r.SuppressPrefixLen >= 0 && int32(m.Dst.Bits()) <= r.SuppressPrefixLen
+	if m.Paths == nil || r.SuppressPrefixLen < 0 || int32(m.Dst.Bits()) > r.SuppressPrefixLen {
+		return false
+	}
+	first, ok := m.First()
+	return (!ok || !first.Body.Type.fails()) &&
+		!slices.ContainsFunc(m.Paths.Bodies(), func(b *Body) bool { return b.Src.IsValid() && b.Type.fails() })
 }
 
 // answers reports whether the rule's table answers for the whole destination: nothing is thrown
