@@ -276,6 +276,25 @@ func TestGotoWithoutATargetIsPassedOver(t *testing.T) {
 	}
 }
 
+// TestInvertedRulesForDevices: a rule for sockets bound to a device, or for VRFs, takes all others where
+// it is inverted, and the one for VRFs leads them to table main.
+func TestInvertedRulesForDevices(t *testing.T) {
+	last := &Rule{Family: IPv4, Priority: 20, Action: RuleToTable, Table: 100, SuppressPrefixLen: -1, SuppressIfgroup: -1}
+	for name, r := range map[string]Rule{
+		"oif":    {Oif: "eth9", Table: TableMain},
+		"l3mdev": {L3mdev: true},
+	} {
+		r.Family, r.Priority, r.Action, r.SuppressPrefixLen, r.SuppressIfgroup = IPv4, 10, RuleToTable, -1, -1
+		for _, r.Invert = range []bool{false, true} {
+			f := mirrorOf([]Route{routeTo("0.0.0.0/0", TableMain, Unicast, 2, 0), routeTo("0.0.0.0/0", 100, Unicast, 3, 0)}, []*Rule{&r, last})
+			parts := f.Resolve(Flows{Family: IPv4, Src: IPv4.Any(), Dst: netip.MustParsePrefix("10.0.0.1/32")}, func(*Rule) bool { return false })
+			if took := len(parts) > 0 && parts[0].Rule == &r && parts[0].Blocked == "not" && parts[0].Containing.Paths != nil; took != r.Invert {
+				t.Errorf("%s, inverted %t: %s", name, r.Invert, describeParts(parts))
+			}
+		}
+	}
+}
+
 // TestSuppressedAreWaysOnly: suppress_prefixlength passes over a default route, but not over one that is
 // an error, whichever of them the packet finds.
 func TestSuppressedAreWaysOnly(t *testing.T) {

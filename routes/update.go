@@ -90,6 +90,10 @@ func (s *state) setRoute(ev RouteSet) Effect {
 	case r.Body.Family == IPv6 && r.Body.multipathable():
 		i := slices.IndexFunc(equals, func(i int) bool { return old[i].multipathable() })
 		if i >= 0 { // the event carries the whole set of nexthops
+			if canonical(old[equals[i]], true) != canonical(r.Body, true) {
+				// Each of them keeps its own metrics, and a dump shows those of the first.
+				e.Resync = resyncOf(r.Body)
+			}
 			bodies[equals[i]] = r.Body
 		} else {
 			bodies = insertBody(bodies, r.Body, false)

@@ -57,7 +57,7 @@ func walk(f *FIB, q Query, vrf *Link) outcome {
 	ahead := func(r *Rule) bool { return slices.Index(rules, r) < at }
 	return decide(f.Resolve(flows, func(r *Rule) bool { return !ahead(r) }), func() outcome {
 		m, _ := f.Cover(fam, vrf.VRFTable, flows.Dst)
-		return found(l3, m, func() outcome {
+		return found(m, func() outcome {
 			return decide(f.Resolve(flows, ahead), nothingSaid)
 		})
 	})
@@ -91,11 +91,11 @@ func decide(parts []Part, next func() outcome) outcome {
 	case p.Rule.Action == RuleProhibit:
 		return outcome{errno: unix.EACCES}
 	}
-	return found(p.Rule, p.Containing, func() outcome { return decide(parts[1:], next) })
+	return found(p.Containing, func() outcome { return decide(parts[1:], next) })
 }
 
 // found is what the routes of a table say.
-func found(_ *Rule, m Match, next func() outcome) outcome {
+func found(m Match, next func() outcome) outcome {
 	if m.Paths == nil {
 		return next()
 	}
@@ -104,6 +104,9 @@ func found(_ *Rule, m Match, next func() outcome) outcome {
 	}
 	if m.TOSSpecific() {
 		return outcome{unclaimed: "routes for some TOS"}
+	}
+	if m.Tied() {
+		return outcome{unclaimed: "tied IPv6 routes"}
 	}
 	r, ok := m.First()
 	if !ok {
@@ -146,7 +149,9 @@ func (o outcome) differs(ans, match Answer, err error) string {
 	case b.Type != Unicast: // by the loopback device or the VRF
 		return ""
 	case !slices.ContainsFunc(b.Nexthops, func(n Nexthop) bool {
-		return n.Oif == ans.Oif && n.Gateway == ans.Gateway && n.Flags&NexthopDead == 0
+		// A gateway behind a local route is no gateway: the packet goes to its device (KERNEL.md 66).
+		direct := b.Family == IPv4 && !ans.Gateway.IsValid()
+		return n.Oif == ans.Oif && (n.Gateway == ans.Gateway || direct) && n.Flags&NexthopDead == 0
 	}):
 		return fmt.Sprintf("by %s dev %d", ans.Gateway, ans.Oif)
 	}

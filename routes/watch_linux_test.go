@@ -195,6 +195,7 @@ route add 198.18.5.0/24 via 10.0.0.2 table 77
 		"nexthop group":     "nexthop del id 3",
 		"nexthop replaced":  "nexthop replace id 1 via 10.0.0.3 dev a0",
 		"device mtu":        "link set a0 mtu 1400",
+		"other metrics":     "-6 route append 2001:db8::/48 via fd00:a::3 mtu 1400\n\n-6 route del 2001:db8::/48 via fd00:a::2",
 	} {
 		t.Run(name, func(t *testing.T) {
 			vethNS(t)
