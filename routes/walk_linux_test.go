@@ -41,6 +41,12 @@ func walk(f *FIB, q Query, vrf *Link) outcome {
 		Sport: PortRange{q.Sport, q.Sport}, Dport: PortRange{q.Dport, q.Dport}, Mark: q.Mark, Mask: 1<<32 - 1,
 	}
 	rules := f.Rules(fam)
+	if fam == IPv4 && len(rules) <= 3 {
+		local, _ := f.Cover(fam, TableLocal, flows.Dst)
+		if main, _ := f.Cover(fam, TableMain, flows.Dst); local.Paths != nil && main.Dst.Bits() > local.Dst.Bits() {
+			return outcome{unclaimed: "tables local and main may be one"} // KERNEL.md 64
+		}
+	}
 	at := slices.IndexFunc(rules, func(r *Rule) bool { return r.L3mdev })
 	if vrf == nil || at < 0 {
 		return decide(f.Resolve(flows, func(*Rule) bool { return false }), nothingSaid)
@@ -144,7 +150,8 @@ func (o outcome) differs(ans, match Answer, err error) string {
 		return fmt.Sprintf("type %d", ans.Type)
 	case match.Route.Dst != o.route.Dst || match.Route.Body.Priority != b.Priority || match.Route.Body.NHID != b.NHID:
 		return fmt.Sprintf("route %s with object %d", match.Route.Key(), match.Route.Body.NHID)
-	case ans.MTU != b.Metrics.MTU && ans.PMTU == 0:
+	// Each way of an IPv6 route has metrics of its own, of which only the first's are shown (KERNEL.md 67).
+	case ans.MTU != b.Metrics.MTU && ans.PMTU == 0 && (b.Family == IPv4 || len(b.Nexthops) < 2):
 		return fmt.Sprintf("mtu %d", ans.MTU)
 	case b.Type != Unicast: // by the loopback device or the VRF
 		return ""
