@@ -152,7 +152,7 @@ func suppressed(r *Rule, m Match) bool {
 		return false
 	}
 	first, ok := m.First()
-	if ok && first.Body.Type.fails() {
+	if !ok || first.Body.Type.fails() { // without a first one the kernel goes on to shorter prefixes
 		return false
 	}
 	tied := m.Tied()

@@ -309,9 +309,10 @@ func TestSuppressedAreWaysOnly(t *testing.T) {
 	}{
 		"a way":               {[]Route{routeTo("0.0.0.0/0", TableMain, Unicast, 2, 0)}, 20},
 		"an error":            {[]Route{routeTo("0.0.0.0/0", TableMain, Unreachable, 0, 0)}, 10},
+		"a way for one TOS":   {[]Route{{netip.MustParsePrefix("10.0.0.0/8"), withTOS.Body}, routeTo("0.0.0.0/0", TableMain, Unreachable, 0, 0)}, 10},
 		"an error for no TOS": {[]Route{withTOS, routeTo("0.0.0.0/0", TableMain, Unreachable, 0, 0)}, 10},
 	} {
-		f := mirrorOf(append(c.routes, routeTo("0.0.0.0/0", 100, Unicast, 3, 0)), []*Rule{rule(10, TableMain, 0), rule(20, 100, -1)})
+		f := mirrorOf(append(c.routes, routeTo("0.0.0.0/0", 100, Unicast, 3, 0)), []*Rule{rule(10, TableMain, 8), rule(20, 100, -1)})
 		parts := f.Resolve(Flows{Family: IPv4, Src: IPv4.Any(), Dst: netip.MustParsePrefix("10.0.0.1/32")}, func(*Rule) bool { return false })
 		if len(parts) == 0 || parts[0].Rule.Priority != c.want {
 			t.Errorf("%s: %s want rule %d", name, describeParts(parts), c.want)

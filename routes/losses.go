@@ -9,6 +9,8 @@ import "slices"
 //     objects (nexthop_flush_dev) along; IPv6 routes too under
 //     net.ipv6.route.skip_notify_on_dev_down. A link that comes or goes, or whose carrier does,
 //     changes the dead and linkdown flags of multipath members (fib_sync_up, fib_sync_down_dev).
+//   - A link that gets into a VRF or out of it loses all its IPv4 routes, also those to its own
+//     addresses, which stay when it only goes down (fib_netdev_event, NETDEV_CHANGEUPPER).
 //   - A link whose MTU changes has it written into the MTU metrics of its IPv6 routes
 //     (rt6_mtu_change_route).
 //   - An IPv4 address that goes takes the routes that prefer it as source along, on whatever
@@ -33,6 +35,7 @@ type losses struct {
 type linkState struct {
 	up, running bool
 	mtu         int
+	master      Ifindex
 }
 
 func newLosses(in *Interner) losses {
@@ -54,7 +57,9 @@ func (l *losses) found(ev Event) {
 	}
 }
 
-func stateOf(l *Link) linkState { return linkState{up: l.Up, running: l.Running, mtu: l.MTU} }
+func stateOf(l *Link) linkState {
+	return linkState{up: l.Up, running: l.Running, mtu: l.MTU, master: l.Master}
+}
 
 // told takes an event.
 func (l *losses) told(ev Event) {
@@ -67,7 +72,7 @@ func (l *losses) told(ev Event) {
 		if !known {
 			return
 		}
-		if old.up != now.up || old.running != now.running {
+		if old.up != now.up || old.running != now.running || old.master != now.master {
 			l.linkChanged(i)
 		}
 		if old.mtu != now.mtu {

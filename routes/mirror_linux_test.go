@@ -42,6 +42,21 @@ func needsVRF(t *testing.T) {
 	}
 }
 
+// TestKernelEnslavedWhileDown: a link that is down keeps the routes to its own addresses, and loses them
+// without a word, and without going up or down, when it gets into a VRF or out of it.
+func TestKernelEnslavedWhileDown(t *testing.T) {
+	needsVRF(t)
+	ip(t, "link set v1 up\nlink add a0 type veth peer name a1\naddr add 10.0.0.1/24 dev a0\nlink set a0 up\nlink set a0 down")
+	f := follow(t, WatchOptions{})
+	f.exact()
+	for _, line := range []string{"link set a0 master v1", "link set a0 up\nlink set a0 down", "link set a0 nomaster"} {
+		before := f.fib.Len()
+		ip(t, line)
+		f.exact()
+		t.Logf("%q: %d routes, then %d", line, before, f.fib.Len())
+	}
+}
+
 func mirrorWorlds(t *testing.T) {
 	for i := range *worlds {
 		seed := *worldSeed + uint64(i)
