@@ -150,8 +150,9 @@ func (o outcome) differs(ans, match Answer, err error) string {
 		return fmt.Sprintf("type %d", ans.Type)
 	case match.Route.Dst != o.route.Dst || match.Route.Body.Priority != b.Priority || match.Route.Body.NHID != b.NHID:
 		return fmt.Sprintf("route %s with object %d", match.Route.Key(), match.Route.Body.NHID)
-	// Each way of an IPv6 route has metrics of its own, of which only the first's are shown (KERNEL.md 67).
-	case ans.MTU != b.Metrics.MTU && ans.PMTU == 0 && (b.Family == IPv4 || len(b.Nexthops) < 2):
+	// Each way of an IPv6 route has metrics of its own, of which only the first's are shown (KERNEL.md 67), and
+	// routes by one nexthop object share what was looked up (58).
+	case ans.MTU != b.Metrics.MTU && ans.PMTU == 0 && b.NHID == 0 && (b.Family == IPv4 || len(b.Nexthops) < 2):
 		return fmt.Sprintf("mtu %d", ans.MTU)
 	case b.Type != Unicast: // by the loopback device or the VRF
 		return ""
