@@ -17,8 +17,8 @@ import (
 
 var (
 	worldSeed  = flag.Uint64("world.seed", 1, "the seed of the random worlds")
-	worldSteps = flag.Int("world.steps", 60, "the number of steps in each random world")
-	worlds     = flag.Int("world.count", 2, "the number of random worlds")
+	worldSteps = flag.Int("world.steps", 80, "the number of steps in each random world")
+	worlds     = flag.Int("world.count", 1, "the number of random worlds")
 )
 
 // TestMirrorAgreesWithTheKernel makes random changes to a namespace of its own. After each step

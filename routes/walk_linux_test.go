@@ -143,8 +143,8 @@ func (o outcome) differs(ans, match Answer, err error) string {
 		return fmt.Sprintf("the kernel says errno %d, not %d (%v)", errno, o.errno, err)
 	case errno != 0:
 		return ""
-	case ans.Table != b.Table && !(b.Family == IPv4 && b.Table == TableLocal && ans.Table == TableMain):
-		// The kernel calls table local main until the first rule is added (KERNEL.md 64).
+	// The kernel calls table local main until the first rule is added (KERNEL.md 64).
+	case ans.Table != b.Table && (b.Family != IPv4 || b.Table != TableLocal || ans.Table != TableMain):
 		return fmt.Sprintf("table %d", ans.Table)
 	case ans.Type != b.Type:
 		return fmt.Sprintf("type %d", ans.Type)
