@@ -18,7 +18,7 @@ import (
 	"tsoagent/routes"
 )
 
-// A device that is moved to another namespace keeps its features and its MTU (KERNEL.md 80): what we
+// A device that is moved to another namespace keeps its features and its MTU (KERNEL.md 76): what we
 // changed goes with it. The claims go after it:
 //
 //	loop of the old namespace            Fleet                  loop of the new namespace

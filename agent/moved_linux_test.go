@@ -264,7 +264,7 @@ func TestMovedDeviceWithoutAName(t *testing.T) {
 	}
 }
 
-// TestKernelMovedDevice pins KERNEL.md 80 with devices that the machine's own kernel can lack.
+// TestKernelMovedDevice pins KERNEL.md 76 with devices that the machine's own kernel can lack.
 func TestKernelMovedDevice(t *testing.T) {
 	if os.Getenv("TSOAGENT_TEST_KERNEL") != "1" {
 		t.Skip("needs the test kernel (TSOAGENT_TEST_KERNEL=1) for xfrm interfaces")

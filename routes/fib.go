@@ -46,6 +46,7 @@ type state struct {
 	links    map[Ifindex]*Link
 	addrs    map[Ifindex]map[netip.Prefix]struct{}
 	rules    map[Family][]*Rule
+	twice    map[Rule]struct{} // rules that were told while they were known
 	nexthops map[uint32]*NexthopObject
 	tables   map[tableKey]*bart.Table[*Paths]
 	devices  map[Ifindex]*deviceRoutes
@@ -71,6 +72,7 @@ func newState() state {
 		links:    map[Ifindex]*Link{},
 		addrs:    map[Ifindex]map[netip.Prefix]struct{}{},
 		rules:    map[Family][]*Rule{},
+		twice:    map[Rule]struct{}{},
 		nexthops: map[uint32]*NexthopObject{},
 		tables:   map[tableKey]*bart.Table[*Paths]{},
 		devices:  map[Ifindex]*deviceRoutes{},
@@ -203,7 +205,7 @@ func (s *state) apply(ev Event, p *partial) (Effect, Change) {
 	case RuleSet:
 		return Effect{Changed: s.addRule(ev.Rule)}, Change{All: true}
 	case RuleGone:
-		return Effect{Changed: s.removeRule(ev.Rule)}, Change{All: true}
+		return s.removeRule(ev.Rule), Change{All: true}
 	case NexthopSet:
 		s.nexthops[ev.Nexthop.ID] = ev.Nexthop
 		return Effect{Changed: true}, Change{All: true}
@@ -232,6 +234,7 @@ func (s *state) addRule(r *Rule) bool {
 	rules := s.rules[r.Family]
 	for _, have := range rules {
 		if *have == *r {
+			s.twice[*r] = struct{}{}
 			return false
 		}
 	}
@@ -243,15 +246,19 @@ func (s *state) addRule(r *Rule) bool {
 	return true
 }
 
-func (s *state) removeRule(r *Rule) bool {
-	rules := s.rules[r.Family]
-	for i, have := range rules {
-		if *have == *r {
-			s.rules[r.Family] = slices.Delete(slices.Clone(rules), i, i+1)
-			return true
-		}
+// removeRule takes out a rule. One that was told twice may be there twice, as the kernel adds a rule again
+// without NLM_F_EXCL: only a dump tells whether one is left.
+func (s *state) removeRule(r *Rule) (e Effect) {
+	if _, ok := s.twice[*r]; ok {
+		delete(s.twice, *r)
+		e.Resync = &Scope{}
 	}
-	return false
+	rules := s.rules[r.Family]
+	if i := slices.IndexFunc(rules, func(have *Rule) bool { return *have == *r }); i >= 0 {
+		s.rules[r.Family] = slices.Delete(slices.Clone(rules), i, i+1)
+		e.Changed = true
+	}
+	return e
 }
 
 func (s *state) table(f Family, id TableID) *bart.Table[*Paths] {

@@ -11,6 +11,7 @@ import (
 	"runtime"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
@@ -152,7 +153,33 @@ addr add 10.0.0.1/24 dev a0
 addr add 10.0.1.1/24 dev b0
 addr add fd00:a::1/64 dev a0 nodad
 addr add fd00:b::1/64 dev b0 nodad`)
+	awaitIPv6(t)
 	return ns
+}
+
+// awaitIPv6 waits until the kernel has put in place what the devices of vethNS bring along: it does so from a
+// queue of its own, behind the requests (addrconf_dad_work, linkwatch_event).
+func awaitIPv6(t testing.TB) {
+	t.Helper()
+	tb := openTable(t)
+	var n int
+	for deadline := time.Now().Add(10 * time.Second); time.Now().Before(deadline); {
+		n = 0
+		if err := tb.Routes(Filter{Family: IPv6, Table: TableLocal}, func(r Route) error {
+			own := r.Dst.Addr() == netip.MustParseAddr("fd00:a::1") || r.Dst.Addr() == netip.MustParseAddr("fd00:b::1")
+			if own || r.Dst == netip.MustParsePrefix("ff00::/8") {
+				n++
+			}
+			return nil
+		}); err != nil {
+			t.Fatal(err)
+		}
+		if n == 6 { // two addresses of our own, and multicast on four devices
+			return
+		}
+		runtime.Gosched()
+	}
+	t.Fatalf("%d of 6 IPv6 routes are there", n)
 }
 
 var timers = regexp.MustCompile(`expires \d+sec`)

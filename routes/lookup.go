@@ -44,10 +44,10 @@ type Match struct {
 	Paths *Paths
 }
 
-// First is the route that the kernel takes: the first whose nexthops are not all dead.
+// First is the route that the kernel takes for a packet without TOS: the first whose nexthops are not all dead.
 func (m Match) First() (Route, bool) {
 	for _, b := range m.Paths.Bodies() {
-		if b.Src.IsValid() {
+		if b.Src.IsValid() || b.TOS != 0 {
 			continue
 		}
 		alive := len(b.Nexthops) == 0
@@ -59,6 +59,18 @@ func (m Match) First() (Route, bool) {
 		}
 	}
 	return Route{}, false
+}
+
+// Tied reports whether IPv6 has another route of the same metric as the first, not joined with it. Among
+// those the kernel chooses by their preference (RTA_PREF), the device that a forwarded packet came in by and
+// the routers that answer (find_rr_leaf, net/ipv6/route.c; KERNEL.md 40, 68).
+func (m Match) Tied() bool {
+	first, ok := m.First()
+	return ok && first.Body.Family == IPv6 && slices.ContainsFunc(m.Paths.Bodies(), first.Body.tied)
+}
+
+func (b *Body) tied(o *Body) bool {
+	return o != b && o.Priority == b.Priority && o.Src == b.Src
 }
 
 // SourceSpecific reports whether one of the routes is for some sources only (IPv6 subtrees).
@@ -75,14 +87,14 @@ func (m Match) TOSSpecific() bool {
 // rule that can decide finds for the whole destination prefix, up to the rule that leaves
 // nothing over. Rules for which skip returns true (our own) are passed over. Rules for VRF
 // traffic (l3mdev) and for sockets bound to a device (oif) don't concern flows that are in no
-// VRF and are passed over as well. Where a goto rule takes a part of the flows is not followed:
+// VRF and are passed over as well, but not where they are inverted. Where a goto rule takes a part of the flows is not followed:
 // that part is blocked. (fib_rules_lookup, net/core/fib_rules.c)
 func (f *FIB) Resolve(flows Flows, skip func(*Rule) bool) []Part {
 	var parts []Part
 	rules := f.rules[flows.Family]
 	for i := 0; i < len(rules); i++ {
 		r := rules[i]
-		if skip(r) || r.L3mdev || r.Oif != "" {
+		if skip(r) || !r.Invert && (r.L3mdev || r.Oif != "") {
 			continue
 		}
 		sub, whole, blocked := r.intersect(flows)
@@ -107,7 +119,7 @@ func (f *FIB) Resolve(flows Flows, skip func(*Rule) bool) []Part {
 		}
 		p := Part{Rule: r, Flows: sub, Whole: whole, Blocked: blocked, Inside: nothing}
 		if r.Action == RuleToTable {
-			p.Containing, p.Inside = f.Cover(flows.Family, r.Table, sub.Dst)
+			p.Containing, p.Inside = f.Cover(flows.Family, r.table(), sub.Dst)
 			if suppressed(r, p.Containing) {
 				p.Containing = Match{}
 			}
@@ -124,20 +136,40 @@ func (f *FIB) Resolve(flows Flows, skip func(*Rule) bool) []Part {
 	return parts
 }
 
+// table is where a rule to a table leads packets that are in no VRF. Those that `not … l3mdev` takes are
+// looked up in table 0, by which the kernel means main (fib_get_table, fib6_get_table).
+func (r *Rule) table() TableID {
+	if r.L3mdev {
+		return TableMain
+	}
+	return r.Table
+}
+
+// suppressed reports whether a rule passes on what its table has found. It does not for a route that
+// is an error (fib_rules_lookup asks for what was found without one, net/core/fib_rules.c).
 func suppressed(r *Rule, m Match) bool {
-	return m.Paths != nil && r.SuppressPrefixLen >= 0 && int32(m.Dst.Bits()) <= r.SuppressPrefixLen
+	if m.Paths == nil || r.SuppressPrefixLen < 0 || int32(m.Dst.Bits()) > r.SuppressPrefixLen {
+		return false
+	}
+	first, ok := m.First()
+	if !ok || first.Body.Type.fails() { // without a first one the kernel goes on to shorter prefixes
+		return false
+	}
+	tied := m.Tied()
+	return !slices.ContainsFunc(m.Paths.Bodies(), func(b *Body) bool {
+		return b.Type.fails() && (b.Src.IsValid() || tied && first.Body.tied(b))
+	})
 }
 
 // answers reports whether the rule's table answers for the whole destination: nothing is thrown
 // or suppressed to later rules. Of very many routes inside only the first are looked at.
 func (p Part) answers() bool {
-	first, ok := p.Containing.First()
-	if !ok || first.Body.Type == Throw || p.Containing.SourceSpecific() {
+	if first, ok := p.Containing.First(); !ok || p.Containing.throws(first) || p.Containing.SourceSpecific() {
 		return false
 	}
 	n := 0
 	for m := range p.Inside {
-		if r, ok := m.First(); ok && r.Body.Type == Throw || suppressed(p.Rule, m) {
+		if first, ok := m.First(); ok && m.throws(first) || suppressed(p.Rule, m) {
 			return false
 		}
 		if n++; n == maxIndexedRoutes {
@@ -145,6 +177,12 @@ func (p Part) answers() bool {
 		}
 	}
 	return true
+}
+
+// throws reports whether the first route, or one that is tied with it, leaves packets to later rules.
+func (m Match) throws(first Route) bool {
+	return first.Body.Type == Throw || m.Tied() &&
+		slices.ContainsFunc(m.Paths.Bodies(), func(b *Body) bool { return b.Type == Throw && first.Body.tied(b) })
 }
 
 func (p Part) empty() bool {

@@ -81,6 +81,71 @@ func TestRulesSurviveDeleteAndAdd(t *testing.T) {
 	}
 }
 
+// TestRulesThatAreThereTwice: without NLM_F_EXCL the kernel adds a rule that it has, and a delete takes the
+// first of them. What differs in their realms alone is one rule to the mirror, too.
+func TestRulesThatAreThereTwice(t *testing.T) {
+	for name, early := range map[string]bool{"before the dump": true, "after the dump": false} {
+		t.Run(name, func(t *testing.T) {
+			vethNS(t)
+			r := Rule{Family: IPv4, Priority: 100, Action: RuleToTable, Table: 77, Mark: 5, Mask: 0xff, SuppressPrefixLen: -1, SuppressIfgroup: -1}
+			msg := must(EncodeRule(r))(t)
+			tb := openTable(t)
+			add := func() {
+				for range 2 {
+					if _, err := tb.c.request(rtmNewRule, unix.NLM_F_CREATE|unix.NLM_F_ACK, msg, nil); err != nil {
+						t.Fatal(err)
+					}
+				}
+			}
+			if early {
+				add()
+			}
+			f := follow(t, WatchOptions{})
+			if !early {
+				add()
+			}
+			f.exact()
+			for _, want := range []int{2, 1, 0} {
+				kernel := 0
+				for _, have := range must(tb.Rules(IPv4))(t) {
+					if have == r {
+						kernel++
+					}
+				}
+				if mirror := slices.ContainsFunc(f.fib.Rules(IPv4), func(have *Rule) bool { return *have == r }); kernel != want || mirror != (want > 0) {
+					t.Errorf("the kernel has the rule %d times, want %d; the mirror has it: %t", kernel, want, mirror)
+				}
+				if want > 0 {
+					if err := tb.DeleteRule(r); err != nil {
+						t.Fatal(err)
+					}
+					f.until(func(ev Event) bool { _, ok := ev.(RuleGone); return ok })
+					f.exact()
+				}
+			}
+		})
+	}
+}
+
+// TestFirstRuleSplitsLocalFromMain pins what the kernel does with tables local and main of IPv4: until the
+// first rule is added they are one, in which the longest prefix wins (KERNEL.md 67).
+func TestFirstRuleSplitsLocalFromMain(t *testing.T) {
+	vethNS(t)
+	tb := openTable(t)
+	ip(t, "route add local 198.18.0.0/15 dev lo\nroute add 198.18.0.0/24 via 10.0.0.2")
+	look := func() Answer { return must(tb.Lookup(Query{Dst: netip.MustParseAddr("198.18.0.1")}))(t) }
+	if ans := look(); ans.Type != Unicast || ans.Gateway != netip.MustParseAddr("10.0.0.2") {
+		t.Errorf("without a rule: %+v, want the longer route of table main", ans)
+	}
+	if own := must(tb.Lookup(Query{Dst: netip.MustParseAddr("10.0.0.1")}))(t); own.Type != Local || own.Table != TableMain {
+		t.Errorf("without a rule: %+v, want a local one in table main", own)
+	}
+	ip(t, "rule add fwmark 99 lookup 99 pref 100\nrule del pref 100")
+	if ans := look(); ans.Type != Local || ans.Table != TableLocal {
+		t.Errorf("after the first rule came and went: %+v, want the local one", ans)
+	}
+}
+
 func TestLookup(t *testing.T) {
 	vethNS(t)
 	tb := openTable(t)

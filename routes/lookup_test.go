@@ -232,7 +232,8 @@ func (p probe) compare(t *rapid.T, f *FIB, parts []Part) {
 		var want []*Body
 		if r.Action == RuleToTable {
 			var dst netip.Prefix
-			if dst, want = longest(f, r.Table, p.dst); len(want) == 0 || want[0].Type == Throw || int32(dst.Bits()) <= r.SuppressPrefixLen {
+			dst, want = longest(f, r.Table, p.dst)
+			if len(want) == 0 || want[0].Type == Throw || int32(dst.Bits()) <= r.SuppressPrefixLen && !want[0].Type.fails() {
 				continue
 			}
 		}
@@ -272,6 +273,50 @@ func TestGotoWithoutATargetIsPassedOver(t *testing.T) {
 	parts := f.Resolve(all, func(*Rule) bool { return false })
 	if len(parts) != 1 || parts[0].Rule.Priority != 20 {
 		t.Errorf("parts %+v, want one of rule 20", parts)
+	}
+}
+
+// TestInvertedRulesForDevices: a rule for sockets bound to a device, or for VRFs, takes all others where
+// it is inverted, and the one for VRFs leads them to table main.
+func TestInvertedRulesForDevices(t *testing.T) {
+	last := &Rule{Family: IPv4, Priority: 20, Action: RuleToTable, Table: 100, SuppressPrefixLen: -1, SuppressIfgroup: -1}
+	for name, r := range map[string]Rule{
+		"oif":    {Oif: "eth9", Table: TableMain},
+		"l3mdev": {L3mdev: true},
+	} {
+		r.Family, r.Priority, r.Action, r.SuppressPrefixLen, r.SuppressIfgroup = IPv4, 10, RuleToTable, -1, -1
+		for _, r.Invert = range []bool{false, true} {
+			f := mirrorOf([]Route{routeTo("0.0.0.0/0", TableMain, Unicast, 2, 0), routeTo("0.0.0.0/0", 100, Unicast, 3, 0)}, []*Rule{&r, last})
+			parts := f.Resolve(Flows{Family: IPv4, Src: IPv4.Any(), Dst: netip.MustParsePrefix("10.0.0.1/32")}, func(*Rule) bool { return false })
+			if took := len(parts) > 0 && parts[0].Rule == &r && parts[0].Blocked == "not" && parts[0].Containing.Paths != nil; took != r.Invert {
+				t.Errorf("%s, inverted %t: %s", name, r.Invert, describeParts(parts))
+			}
+		}
+	}
+}
+
+// TestSuppressedAreWaysOnly: suppress_prefixlength passes over a default route, but not over one that is
+// an error, whichever of them the packet finds.
+func TestSuppressedAreWaysOnly(t *testing.T) {
+	rule := func(priority uint32, table TableID, suppress int32) *Rule {
+		return &Rule{Family: IPv4, Priority: priority, Action: RuleToTable, Table: table, SuppressPrefixLen: suppress, SuppressIfgroup: -1}
+	}
+	withTOS := routeTo("0.0.0.0/0", TableMain, Throw, 0, 0)
+	withTOS.Body.TOS = 0x10
+	for name, c := range map[string]struct {
+		routes []Route
+		want   uint32 // the priority of the rule that decides
+	}{
+		"a way":               {[]Route{routeTo("0.0.0.0/0", TableMain, Unicast, 2, 0)}, 20},
+		"an error":            {[]Route{routeTo("0.0.0.0/0", TableMain, Unreachable, 0, 0)}, 10},
+		"a way for one TOS":   {[]Route{{netip.MustParsePrefix("10.0.0.0/8"), withTOS.Body}, routeTo("0.0.0.0/0", TableMain, Unreachable, 0, 0)}, 10},
+		"an error for no TOS": {[]Route{withTOS, routeTo("0.0.0.0/0", TableMain, Unreachable, 0, 0)}, 10},
+	} {
+		f := mirrorOf(append(c.routes, routeTo("0.0.0.0/0", 100, Unicast, 3, 0)), []*Rule{rule(10, TableMain, 8), rule(20, 100, -1)})
+		parts := f.Resolve(Flows{Family: IPv4, Src: IPv4.Any(), Dst: netip.MustParsePrefix("10.0.0.1/32")}, func(*Rule) bool { return false })
+		if len(parts) == 0 || parts[0].Rule.Priority != c.want {
+			t.Errorf("%s: %s want rule %d", name, describeParts(parts), c.want)
+		}
 	}
 }
 

@@ -9,11 +9,15 @@ import "slices"
 //     objects (nexthop_flush_dev) along; IPv6 routes too under
 //     net.ipv6.route.skip_notify_on_dev_down. A link that comes or goes, or whose carrier does,
 //     changes the dead and linkdown flags of multipath members (fib_sync_up, fib_sync_down_dev).
+//   - A link that gets into a VRF or out of it loses all its IPv4 routes, also those to its own
+//     addresses, which stay when it only goes down (fib_netdev_event, NETDEV_CHANGEUPPER).
 //   - A link whose MTU changes has it written into the MTU metrics of its IPv6 routes
 //     (rt6_mtu_change_route).
 //   - An IPv4 address that goes takes the routes that prefer it as source along, on whatever
 //     device (fib_sync_down_addr), and the last address all routes of its device. An IPv6
 //     address is only struck from the routes that prefer it (rt6_remove_prefsrc).
+//   - An IPv4 address that comes, on a device that had none, revives the ways of multipath routes
+//     that its last one had taken along (fib_sync_up).
 //   - A nexthop object that goes or changes takes its routes along or changes them.
 type losses struct {
 	links    map[Ifindex]linkState
@@ -22,14 +26,16 @@ type losses struct {
 	due      scopeSet
 	// objects says that nexthop objects may be gone without an event.
 	objects bool
-	// addrs and ids are those that went or changed since again was called.
+	// addrs and ids are those that went or changed since again was called, alive the devices that got an IPv4 address.
 	addrs []Addr
 	ids   []uint32
+	alive []Ifindex
 }
 
 type linkState struct {
 	up, running bool
 	mtu         int
+	master      Ifindex
 }
 
 func newLosses(in *Interner) losses {
@@ -51,7 +57,9 @@ func (l *losses) found(ev Event) {
 	}
 }
 
-func stateOf(l *Link) linkState { return linkState{up: l.Up, running: l.Running, mtu: l.MTU} }
+func stateOf(l *Link) linkState {
+	return linkState{up: l.Up, running: l.Running, mtu: l.MTU, master: l.Master}
+}
 
 // told takes an event.
 func (l *losses) told(ev Event) {
@@ -64,7 +72,7 @@ func (l *losses) told(ev Event) {
 		if !known {
 			return
 		}
-		if old.up != now.up || old.running != now.running {
+		if old.up != now.up || old.running != now.running || old.master != now.master {
 			l.linkChanged(i)
 		}
 		if old.mtu != now.mtu {
@@ -73,6 +81,11 @@ func (l *losses) told(ev Event) {
 	case LinkGone:
 		delete(l.links, ev.Index)
 		l.linkChanged(ev.Index)
+	case AddrSet:
+		if ev.Addr.Prefix.Addr().Is4() {
+			l.alive = append(l.alive, ev.Addr.Ifindex)
+			l.revived(ev.Addr.Ifindex)
+		}
 	case AddrGone:
 		l.addrs = append(l.addrs, ev.Addr)
 		l.addrGone(ev.Addr)
@@ -112,10 +125,24 @@ func (l *losses) again() {
 	for _, id := range l.ids {
 		l.routesOf(id)
 	}
+	for _, i := range l.alive {
+		l.revived(i)
+	}
 	l.forget()
 }
 
-func (l *losses) forget() { l.addrs, l.ids = nil, nil }
+func (l *losses) forget() { l.addrs, l.ids, l.alive = nil, nil, nil }
+
+// revived asks for the routes of a device that got an address if one of them has a dead way there.
+func (l *losses) revived(i Ifindex) {
+	l.bodies.All(func(b *Body) bool {
+		dead := b.Family == IPv4 && slices.ContainsFunc(b.Nexthops, func(n Nexthop) bool { return n.Oif == i && n.Flags&NexthopDead != 0 })
+		if dead {
+			l.due.add(Scope{RoutesOnly: true, Family: IPv4, Oif: i})
+		}
+		return !dead
+	})
+}
 
 func (l *losses) addrGone(a Addr) {
 	f := FamilyOf(a.Prefix.Addr())

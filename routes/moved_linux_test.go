@@ -10,7 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// TestMovedLinkTellsWhereItWent pins KERNEL.md 80 to 82.
+// TestMovedLinkTellsWhereItWent pins KERNEL.md 76 to 78.
 func TestMovedLinkTellsWhereItWent(t *testing.T) {
 	vethNS(t)
 	ip(t, "link add m0 type veth peer name m1\nlink set m0 mtu 1300")

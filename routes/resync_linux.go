@@ -67,18 +67,29 @@ func (w *Watcher) resync(ctx context.Context, scopes []Scope, sink func([]Event)
 }
 
 // doubt has the families dumped again for which the events that were held leave it open what is
-// there, but not for ever: a table that never rests is looked at again with the next cause.
+// there: the first few times at once, then less and less often, as a table that never rests gives
+// no answer.
 func (w *Watcher) doubt() {
 	families := inDoubt(w.held)
-	if len(families) == 0 || w.doubts == maxTries {
+	if len(families) == 0 {
 		w.doubts = 0
 		return
 	}
 	w.doubts++
+	again := &w.losses.due
+	if late := w.doubts - maxTries; late > 0 {
+		again = &w.later
+		w.laterAt = time.Now().Add(min(doubtMax, doubtMin<<min(late-1, 16)))
+	}
 	for f := range families {
-		w.losses.due.add(Scope{RoutesOnly: true, Family: f})
+		again.add(Scope{RoutesOnly: true, Family: f})
 	}
 }
+
+const (
+	doubtMin = 100 * time.Millisecond
+	doubtMax = time.Minute
+)
 
 // release hands on the events that were held.
 func (w *Watcher) release(sink func([]Event)) {

@@ -105,6 +105,9 @@ type Place struct {
 	Netnsid int32
 }
 
+// fails reports whether a lookup that finds such a route ends with an error.
+func (t Type) fails() bool { return t == Blackhole || t == Unreachable || t == Prohibit }
+
 // Link is a network device. A Link is immutable once it was handed out.
 type Link struct {
 	Index     Ifindex

@@ -36,7 +36,8 @@ func (b *Body) same(o *Body) bool {
 }
 
 // multipathable says whether IPv6 joins routes with this body and the same key into one
-// (rt6_qualify_for_ecmp, include/net/ip6_route.h: those with a gateway).
+// (rt6_qualify_for_ecmp, include/net/ip6_route.h: those with a gateway). Those that the kernel
+// itself made of a router advertisement can't be told from others, and are not joined.
 func (b *Body) multipathable() bool {
 	return b.NHID == 0 && len(b.Nexthops) > 0 && b.Nexthops[0].Gateway.IsValid()
 }
@@ -46,6 +47,17 @@ func (b *Body) sameWays(o *Body) bool {
 }
 
 func sameNexthop(a, b Nexthop) bool { return a.Oif == b.Oif && a.Gateway == b.Gateway }
+
+// sharesWays reports whether one of the nexthops is among the other's, hasWays whether all of the other's are here.
+func (b *Body) sharesWays(o *Body) bool { return slices.ContainsFunc(b.Nexthops, o.hasWay) }
+
+func (b *Body) hasWays(o *Body) bool {
+	return !slices.ContainsFunc(o.Nexthops, func(n Nexthop) bool { return !b.hasWay(n) })
+}
+
+func (b *Body) hasWay(n Nexthop) bool {
+	return slices.ContainsFunc(b.Nexthops, func(have Nexthop) bool { return sameNexthop(have, n) })
+}
 
 // setRoute applies RTM_NEWROUTE. The kernel's order within a destination is kept: IPv4 by TOS
 // (falling) and metric, IPv6 by metric; among equals the flags decide.
@@ -88,12 +100,21 @@ func (s *state) setRoute(ev RouteSet) Effect {
 			e.Resync = resyncOf(r.Body)
 		}
 	case r.Body.Family == IPv6 && r.Body.multipathable():
-		i := slices.IndexFunc(equals, func(i int) bool { return old[i].multipathable() })
-		if i >= 0 { // the event carries the whole set of nexthops
-			bodies[equals[i]] = r.Body
-		} else {
+		// What was joined comes with the whole set of nexthops. One without those of before was not
+		// joined: a router's that advertised itself (RTF_ADDRCONF), which netlink does not show.
+		i := slices.IndexFunc(equals, func(i int) bool { return old[i].multipathable() && old[i].sharesWays(r.Body) })
+		if i < 0 {
 			bodies = insertBody(bodies, r.Body, false)
+			if len(equals) > 0 && len(r.Body.Nexthops) > 1 {
+				e.Resync = resyncOf(r.Body)
+			}
+			break
 		}
+		if was := old[equals[i]]; !r.Body.hasWays(was) || canonical(was, true) != canonical(r.Body, true) {
+			// Each nexthop keeps its own metrics, and a dump shows those of the first.
+			e.Resync = resyncOf(r.Body)
+		}
+		bodies[equals[i]] = r.Body
 	default:
 		// Without NLM_F_APPEND an IPv4 route with an equal key goes first (`ip route prepend`).
 		bodies = insertBody(bodies, r.Body, r.Body.Family == IPv4 && !ev.Append)

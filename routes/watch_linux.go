@@ -58,9 +58,11 @@ type Watcher struct {
 	messages, undecodable, overruns, resyncs, interrupted atomic.Uint64
 
 	// held are the events that came while a dump ran, and doubts counts the dumps in a row after
-	// which they left something open.
-	held   []Event
-	doubts int
+	// which they left something open. later is to be dumped again because of it, from laterAt on.
+	held    []Event
+	doubts  int
+	later   scopeSet
+	laterAt time.Time
 	// lost is why events were lost, nil for none, since the last Lost.
 	lost error
 	// adds and removals count IPv6 route events and told the route events of each family, for
@@ -136,8 +138,8 @@ func (w *Watcher) Resync(scope Scope) {
 // wakeLocked ends a wait for events. The deadline stays until the loop has taken note.
 func (w *Watcher) wakeLocked() { _ = w.events.SetReadDeadline(time.Unix(1, 0)) }
 
-// take adds what was asked for to due and sets the deadline of the next wait: notBefore, if
-// there is something due by then, else none.
+// take adds what was asked for, and what is due later and late enough, to due and sets the deadline
+// of the next wait: notBefore, if there is something due by then, or laterAt, else none.
 func (w *Watcher) take(due *scopeSet, notBefore time.Time) (done bool) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -146,9 +148,17 @@ func (w *Watcher) take(due *scopeSet, notBefore time.Time) (done bool) {
 	if w.done {
 		return true
 	}
+	now := time.Now()
+	if !w.later.empty() && !w.laterAt.After(now) {
+		due.merge(w.later)
+		w.later = scopeSet{}
+	}
 	var deadline time.Time
-	if !due.empty() && notBefore.After(time.Now()) {
+	if !due.empty() && notBefore.After(now) {
 		deadline = notBefore
+	}
+	if !w.later.empty() && (deadline.IsZero() || w.laterAt.Before(deadline)) {
+		deadline = w.laterAt
 	}
 	_ = w.events.SetReadDeadline(deadline)
 	return false

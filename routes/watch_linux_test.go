@@ -188,12 +188,14 @@ route add 198.18.5.0/24 via 10.0.0.2 table 77
 		"link deleted":      "link del a0",
 		"address":           "addr del 10.0.0.1/24 dev a0",
 		"preferred source":  "addr del 10.5.5.5/32 dev b0",
+		"address again":     "addr del 10.0.0.1/24 dev a0\n\naddr add 10.0.0.1/24 dev a0",
 		"preferred source6": "addr del fd00:5::5/128 dev b0",
 		"nexthop":           "nexthop del id 1",
 		"nexthop6":          "nexthop del id 11",
 		"nexthop group":     "nexthop del id 3",
 		"nexthop replaced":  "nexthop replace id 1 via 10.0.0.3 dev a0",
 		"device mtu":        "link set a0 mtu 1400",
+		"other metrics":     "-6 route append 2001:db8::/48 via fd00:a::3 mtu 1400\n\n-6 route del 2001:db8::/48 via fd00:a::2",
 	} {
 		t.Run(name, func(t *testing.T) {
 			vethNS(t)
@@ -201,8 +203,10 @@ route add 198.18.5.0/24 via 10.0.0.2 table 77
 			ip(t, routes)
 			f := follow(t, WatchOptions{})
 			f.exact()
-			ip(t, change)
-			f.exact()
+			for part := range strings.SplitSeq(change, "\n\n") {
+				ip(t, part)
+				f.exact()
+			}
 		})
 	}
 }
