@@ -60,6 +60,7 @@ func (p *planner) shape() {
 func (p *planner) fillAll(shapes []*shaped) []*shaped {
 	var filled []*shaped
 	total, used := 0, map[routes.Family]int{}
+	splits := p.splits()
 	for _, s := range shapes {
 		s.clones, s.kept, s.points, s.minMTU, s.table = nil, bart.Table[*coverage]{}, bart.Lite{}, 0, 0
 		if s.out {
@@ -67,6 +68,11 @@ func (p *planner) fillAll(shapes []*shaped) []*shaped {
 		}
 		if why, ok := p.Withheld[s.id]; ok {
 			s.note("no lock in a table of our own: " + why)
+			s.out = true
+			continue
+		}
+		if splits != "" && s.id.Flows.Family == routes.IPv4 {
+			s.note("no lock in a table of our own: " + splits)
 			s.out = true
 			continue
 		}
