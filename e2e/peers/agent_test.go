@@ -46,6 +46,7 @@ func (l *lab) startAgent(ns string) *agent {
 		l.t.Fatal(err)
 	}
 	a.process = l.start(ns, a.run, filepath.Join(dir, "tsoagent"), "run", "--config", config, "--run-dir", a.run)
+	l.t.Cleanup(a.keepsSecretsInMemory) // ahead of its end
 	l.eventually("the agent answers", func() error { _, err := a.tsoctl("status"); return err })
 	return a
 }
