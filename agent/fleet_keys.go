@@ -60,7 +60,7 @@ func (h hooked) on() bool { return len(h.functions) > 0 }
 func (f *Fleet) watchKeys(ctx context.Context) {
 	h, err := f.openHook()
 	if err != nil {
-		f.log.Info("TCP keys are polled: the kernel's key functions can't be traced", "why", err)
+		f.log.Info("TCP keys are polled, as the kernel's key functions are not traced", "why", err)
 		f.setHooked(hooked{why: oneLine(err)})
 		return
 	}
