@@ -118,7 +118,7 @@ func TestKeysAreSeenAtOnce(t *testing.T) {
 func noHook() (keyHook, error) { return nil, errors.New("no tracing here") }
 
 // brokenHook ends at once.
-type brokenHook struct{ keyHook }
+type brokenHook struct{}
 
 func (brokenHook) Close() error              { return nil }
 func (brokenHook) Functions() []string       { return []string{"tcp_md5_do_add"} }
@@ -155,10 +155,7 @@ func TestKeysArePolledWithoutAHook(t *testing.T) {
 }
 
 // aoHook sees a TCP-AO key once told to.
-type aoHook struct {
-	keyHook
-	events chan sockbpf.KeyEvent
-}
+type aoHook struct{ events chan sockbpf.KeyEvent }
 
 func (aoHook) Close() error              { return nil }
 func (aoHook) Functions() []string       { return []string{"tcp_parse_ao"} }
