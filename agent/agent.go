@@ -73,12 +73,13 @@ type Agent struct {
 	// probeFinding is why a probe's result can't be used, empty if it can or there is none.
 	probeFinding string
 
-	goal  goal
-	once  bool // stop when the goal is reached
-	again bool // something has to be looked at once more
-	st    *state
-	lastP *plan.Plan
-	stats Counters
+	goal   goal
+	once   bool // stop when the goal is reached
+	again  bool // something has to be looked at once more
+	st     *state
+	lastP  *plan.Plan
+	lastIn plan.Input // what lastP follows from
+	stats  Counters
 	// dropped counts the rules and clones that were taken away.
 	dropped struct{ rules, clones int }
 }
