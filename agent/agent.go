@@ -76,11 +76,12 @@ type Agent struct {
 	// probeFinding is why a probe's result can't be used, empty if it can or there is none.
 	probeFinding string
 
-	goal  goal
-	once  bool // stop when the goal is reached
-	again bool // something has to be looked at once more
-	st    *state
-	lastP *plan.Plan
+	goal   goal
+	once   bool // stop when the goal is reached
+	again  bool // something has to be looked at once more
+	st     *state
+	lastP  *plan.Plan
+	lastIn plan.Input // what lastP follows from
 	// diagnosis is the newest one, nil for none.
 	diagnosis *Diagnosis
 	stats     Counters

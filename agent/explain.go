@@ -179,7 +179,7 @@ func (a *Agent) explainTunnel(e *Explanation, oif routes.Ifindex) bool {
 		e.Coverage = a.verdictOf(id)
 		for _, c := range a.st.db.Coverage(p) {
 			if c.ID == id {
-				a.itemise(e, c, t.Path)
+				itemise(e, c, t.Path, plan.PathsOf(a.lastIn))
 			}
 		}
 		break
@@ -233,29 +233,24 @@ func (e *Explanation) note(text string) {
 
 // cost itemises the coverage's transformations, and says what they leave of the route.
 func (a *Agent) cost(e *Explanation, c xfrmwatch.Coverage) xfrmwatch.MTUStatus {
-	mtu, status := c.MTU(a.peerMTU, e.DeviceMTU)
+	paths := plan.PathsOf(a.lastIn)
+	mtu, status := c.MTU(paths, e.DeviceMTU)
 	if status == xfrmwatch.MTUKnown {
 		e.setMTU(mtu, e.Dst)
-		a.itemise(e, c, e.DeviceMTU)
+		itemise(e, c, e.DeviceMTU, paths)
 	}
 	return status
 }
 
-func (a *Agent) peerMTU(sa *xfrmwatch.SA) (int, bool) {
-	peer := plan.PeerOf(sa)
-	mtu := a.peers([]plan.Peer{peer})[peer].MTU
-	return mtu, mtu > 0
-}
-
 // itemise adds what a coverage's transformations take from the path of the flow that the policy
 // takes, with the SA that the kernel uses first.
-func (a *Agent) itemise(e *Explanation, c xfrmwatch.Coverage, path int) {
+func itemise(e *Explanation, c xfrmwatch.Coverage, path int, paths func(*xfrmwatch.SA) (int, bool)) {
 	if len(c.Steps) == 0 {
 		return
 	}
 	outer := path
 	if last := c.Steps[len(c.Steps)-1]; last.Template.Mode == xfrmwatch.Tunnel {
-		if m, ok := a.peerMTU(last.SAs[0]); ok {
+		if m, ok := paths(last.SAs[0]); ok {
 			outer = m
 		}
 	}

@@ -286,7 +286,7 @@ func (a *Agent) round(now time.Time) (next time.Duration, reached bool) {
 		a.lookAtMore(now)
 	}
 	first := a.lastP == nil
-	a.lastP = pl
+	a.lastP, a.lastIn = pl, in
 	a.publish(pl, &steps, now)
 	if first && a.goal == protect && !a.once {
 		a.ready(a.Report())

@@ -118,14 +118,14 @@ func (p *planner) outerWays(t *tunnel) []routes.Nexthop {
 		return nil
 	}
 	var m routes.Match
-	first, ok := p.routeTo(e.Family, t.path.Table, e.Remote)
+	first, ok := p.routeTo(e.Family, t.path.Table, e.Remote, e.Local)
 	if ok {
 		m, _ = p.FIB.Cover(e.Family, t.path.Table, first.Dst)
 	}
 	var out []routes.Nexthop
 	for _, b := range m.Paths.Bodies() {
 		for _, nh := range b.Nexthops {
-			if b.Priority == first.Body.Priority && (e.Link == 0 || nh.Oif == e.Link) && !slices.Contains(out, nh) {
+			if b.Priority == first.Body.Priority && b.Src == first.Body.Src && (e.Link == 0 || nh.Oif == e.Link) && !slices.Contains(out, nh) {
 				out = append(out, nh)
 			}
 		}

@@ -244,7 +244,7 @@ func (c *clamping) at(base *routes.Rule, x netip.Prefix) (mtu int, by []*coverag
 					by = append(by, e.cov)
 				}
 			}
-			if e.all() {
+			if e.all() && !c.bypassed(w, e, x) {
 				break
 			}
 		}

@@ -64,6 +64,10 @@ func TestClamps(t *testing.T) {
 			"route 10.2.0.0/15 dev xfrm0\npolicy 1 src 0.0.0.0/0 dst 10.2.0.0/16 if_id 7" + tmpl + " reqid 1\npolicy 2 src 0.0.0.0/0 dst 10.3.0.0/16 if_id 7" + tmpl + " reqid 2\n" +
 				"sa esp 192.0.2.1 192.0.2.2 spi 3 gcm if_id 7 reqid 1\nsa esp 192.0.2.1 192.0.2.2 spi 4 cbc-sha256 if_id 7 reqid 2",
 			"10.2.0.0/16 mss 1406 because policy 1; 10.3.0.0/16 mss 1398 because policy 2"},
+		{"a bypass ahead of a policy leaves some flows to an xfrm interface's own",
+			"route 10.2.0.0/16 dev xfrm0\npolicy 1 src 10.1.0.0/16 dst 10.2.0.0/16 priority 1\npolicy 2 src 0.0.0.0/0 dst 10.2.0.0/16 priority 2" + tmpl +
+				"\npolicy 3 src 0.0.0.0/0 dst 10.2.0.0/16 if_id 7" + tmpl + " reqid 3\nsa esp 192.0.2.1 192.0.2.2 spi 3 cbc-sha256 if_id 7 reqid 3",
+			"10.2.0.0/16 mss 1398 because policy 2, policy 3"},
 		{"before the first SA", "policy 17 src 10.1.0.0/16 dst 10.2.0.0/16" + tmpl + " reqid 9", ""},
 		{"mtu off", "config mtu off\npolicy 17 src 10.1.0.0/16 dst 10.2.0.0/16" + tmpl, ""},
 		{"too many destinations of one", "config max_clones_per_coverage 1\nroute 10.2.9.0/24 via 192.0.2.9 dev eth0\npolicy 17 src 10.1.0.0/16 dst 10.2.0.0/16" + tmpl, ""},

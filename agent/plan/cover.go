@@ -32,6 +32,9 @@ type coverage struct {
 	verdict *Verdict
 	tunnels bool // the outer packets have a destination of their own
 	gone    bool
+	// again is set while it is worked out what its packets that are IPsec already have left, circles
+	// once they were found to come to it once more.
+	again, circles bool
 }
 
 // planner holds one run of Make.
@@ -41,8 +44,9 @@ type planner struct {
 	covers  []*coverage
 	peers   map[xfrmwatch.PolicyIndex][]netip.Addr // of splits, as remembered
 	byIfID  map[uint32]*bart.Table[[]*entry]
-	outer   bart.Table[[]Peer]  // the destinations of outer packets
-	ways    map[uint32][]*ways  // by if_id
+	outer   bart.Table[[]Peer] // the destinations of outer packets
+	ways    map[uint32][]*ways // by if_id
+	toPeers map[Peer][]routes.Nexthop
 	locked  map[routes.Key]bool // routes that are locked in place
 	serving map[serves]*shaped  // the shapes that serve coverages
 	tunnels map[routes.Ifindex]*tunnel
@@ -54,16 +58,20 @@ type planner struct {
 	ports   map[routes.Ifindex][]*routes.Link // those that have a master, by the master
 }
 
-// Make works out the plan. It is from scratch: what it costs grows with all that is covered.
-func Make(in Input) *Plan {
+func newPlanner(in Input) *planner {
 	in.Config = in.Config.WithDefaults()
-	p := &planner{
+	return &planner{
 		Input:   in,
 		plan:    &Plan{MTU: map[xfrmwatch.CoverageID]int{}},
 		byIfID:  map[uint32]*bart.Table[[]*entry]{},
 		locked:  map[routes.Key]bool{},
 		serving: map[serves]*shaped{},
 	}
+}
+
+// Make works out the plan. It is from scratch: what it costs grows with all that is covered.
+func Make(in Input) *Plan {
+	p := newPlanner(in)
 	p.collect()
 	p.readPaths()
 	p.findTunnels()
@@ -443,12 +451,15 @@ func (p *planner) mtuAt(c *coverage, path int, f routes.Family) (int, string) {
 // peerMTU is the MTU of an SA's outer packets, in bytes, and whether it is known: that of the way to
 // the peer, and what a dedicated tunnel there leaves.
 func (p *planner) peerMTU(sa *xfrmwatch.SA) (int, bool) {
-	path := p.Peers[PeerOf(sa)]
-	left, why := p.through(path.Oif)
-	if path.MTU == 0 || why != "" {
-		return 0, false
-	}
-	return min(path.MTU, left), true
+	left, _ := p.toPeer(sa)
+	return left, left != 0
+}
+
+// toPeer is the same, or why it isn't known though there is a way.
+func (p *planner) toPeer(sa *xfrmwatch.SA) (int, string) {
+	peer := PeerOf(sa)
+	path := p.Peers[peer]
+	return p.through(p.toPeers[peer], path.MTU, func() []espPackets { return []espPackets{espOf(sa)} })
 }
 
 // lost says why the MTU on the way to a coverage's peers isn't known though there is a way, or is
@@ -456,10 +467,11 @@ func (p *planner) peerMTU(sa *xfrmwatch.SA) (int, bool) {
 func (p *planner) lost(c *coverage) string {
 	for _, st := range c.Steps {
 		for _, sa := range st.SAs {
-			if path, ok := p.Peers[PeerOf(sa)]; ok && st.Template.Mode != xfrmwatch.Transport {
-				if _, why := p.through(path.Oif); why != "" {
-					return fmt.Sprintf("the way to %s: %s", sa.Dst, why)
-				}
+			if st.Template.Mode == xfrmwatch.Transport {
+				continue
+			}
+			if _, why := p.toPeer(sa); why != "" {
+				return fmt.Sprintf("the way to %s: %s", sa.Dst, why)
 			}
 		}
 	}

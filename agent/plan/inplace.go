@@ -318,7 +318,7 @@ func (p *planner) unsafe(r routes.Route) string {
 // a mark, as a rule.
 func (p *planner) meetsOuter(r routes.Route) string {
 	for peer, peers := range p.outer.Subnets(r.Dst) {
-		used, ok := p.routeTo(r.Body.Family, r.Body.Table, peer.Addr())
+		used, ok := p.routeTo(r.Body.Family, r.Body.Table, peer.Addr(), netip.Addr{})
 		if (!ok || routes.Contains(used.Dst, r.Dst)) && p.outerBy(peers, r.Body) {
 			return "the outer packets to " + peer.Addr().String() + " use it too"
 		}
@@ -327,10 +327,11 @@ func (p *planner) meetsOuter(r routes.Route) string {
 }
 
 // outerBy reports whether outer packets can leave by a route: one of its devices is that of one
-// of the peers, or it isn't known where a peer's packets leave.
+// of the peers, or it isn't known where a peer's packets leave. The kernel answers for those without a
+// TOS; ESP has that of what is inside (xfrm_get_tos, net/xfrm/xfrm_policy.c).
 func (p *planner) outerBy(peers []Peer, b *routes.Body) bool {
 	return slices.ContainsFunc(peers, func(peer Peer) bool {
 		path := p.Peers[peer]
-		return path.Oif == 0 || slices.ContainsFunc(b.Nexthops, func(n routes.Nexthop) bool { return n.Oif == path.Oif })
+		return path.Oif == 0 || b.TOS != 0 || slices.ContainsFunc(b.Nexthops, func(n routes.Nexthop) bool { return n.Oif == path.Oif })
 	})
 }

@@ -321,16 +321,27 @@ func (w *world) pathMTU(r routes.Route) int {
 // host's own, with the SA's source.
 func (w *world) peerMTU(sa *xfrmwatch.SA) (int, bool) {
 	p := PeerOf(sa)
-	path := w.path(p)
-	l := w.fib.Link(path.Oif)
-	if l == nil {
+	path, o := w.path(p), w.lookup(peerPacket(p))
+	if o.route.Body == nil || path.Oif == 0 {
 		return path.MTU, path.MTU != 0
 	}
-	o := w.lookup(peerPacket(p))
-	if o.route.Body != nil && o.route.Body.Nexthops[0].Encap && w.fates(peerPacket(p), o.route)[0].kind == unknown {
-		return 0, false // what a lightweight tunnel adds isn't known
+	// The kernel answers for one flow; others leave by the other ways.
+	least := min(path.MTU, w.pathMTU(o.route))
+	for i, n := range o.route.Body.Nexthops {
+		l := w.fib.Link(n.Oif)
+		left, ok := w.throughTunnels(l, least)
+		switch {
+		case n.Encap && w.fates(peerPacket(p), o.route)[i].kind == unknown:
+			return 0, false // what a lightweight tunnel adds isn't known
+		case ok:
+			left, ok = w.again(espFlowOf(sa), sa, l, n.IfID, left)
+		}
+		if !ok {
+			return 0, false
+		}
+		least = min(least, left)
 	}
-	return w.throughTunnels(l, path.MTU)
+	return least, true
 }
 
 func peerPacket(p Peer) packet {
@@ -360,7 +371,10 @@ func (w *world) answer(p packet, mtu int) Path {
 	}
 	path.Oif, path.Table = o.route.Body.Nexthops[0].Oif, o.route.Body.Table
 	if path.MTU == 0 {
-		path.MTU = w.pathMTU(o.route)
+		path.MTU = w.fib.Link(path.Oif).MTU // not that of the other ways of several
+		if own := int(o.route.Body.Metrics.MTU); own != 0 {
+			path.MTU = min(path.MTU, own)
+		}
 	}
 	return path
 }

@@ -54,9 +54,7 @@ func (w *world) wrapped(p packet, l *routes.Link) fate {
 			by := w.fib.Link(nh.Oif)
 			strange := ft.kind == unknown
 			if strange { // the policy lookup precedes whatever a lightweight tunnel does
-				ft = w.policyFor(xfrmwatch.Flow{
-					Src: o.src, Dst: o.dst, Proto: xfrmwatch.Proto(o.proto), Sport: o.sport, Dport: o.dport, Mark: o.mark, Oif: int32(nh.Oif),
-				})
+				ft = w.policyFor(flowOf(o, nh.Oif))
 			}
 			past := ft.kind == covered && leavesToPeer(ft.cov)
 			switch {
@@ -74,6 +72,9 @@ func (w *world) wrapped(p packet, l *routes.Link) fate {
 			left := min(ft.left, path)
 			if !ft.wrapped {
 				path, _ = w.throughTunnels(by, path)
+				if first := w.policyFor(flowOf(o, nh.Oif)); path != 0 && first.kind == covered && !past {
+					path, _ = w.againInTransport(o, ft.cov, by, nh.IfID, path)
+				}
 				left = w.leftOf(ft.cov, path)
 			}
 			if strange && nh.Encap || path == 0 {
@@ -191,4 +192,87 @@ func (w *world) outerPacket(p packet, l *routes.Link, sport uint16) packet {
 		o.mark = *o.inside
 	}
 	return o
+}
+
+func flowOf(p packet, oif routes.Ifindex) xfrmwatch.Flow {
+	return xfrmwatch.Flow{
+		Src: p.src, Dst: p.dst, Proto: xfrmwatch.Proto(p.proto), Sport: p.sport, Dport: p.dport, Mark: p.mark, Oif: int32(oif),
+	}
+}
+
+// again is what an xfrm interface or a vti leaves of a path to packets that are IPsec already, whatever
+// their mark; the path itself by other devices, and where none passes. It is 0 and false if that isn't
+// known.
+func (w *world) again(esp xfrmwatch.Flow, sa *xfrmwatch.SA, l *routes.Link, ifID uint32, path int) (int, bool) {
+	switch l.Kind {
+	case "xfrm":
+		if esp.IfID = l.IfID | ifID; esp.IfID == 0 {
+			return 0, false
+		}
+	case "vti", "vti6":
+	default:
+		return path, path != 0
+	}
+	least := path
+	for mark := range uint32(4) {
+		if esp.Mark = mark; esp.IfID == 0 {
+			esp.Mark = l.Encap.Key
+		}
+		got := w.policyFor(esp)
+		own := slices.ContainsFunc(got.cov.Steps, func(st xfrmwatch.Step) bool { return slices.Contains(st.SAs, sa) })
+		if got.kind != covered || own || got.cov.Maybe && len(got.cov.Steps) == 0 {
+			continue
+		}
+		left := w.leftAgain(got.cov, path)
+		if left <= 0 {
+			return 0, false
+		}
+		least = min(least, left)
+	}
+	return least, least != 0
+}
+
+// leftAgain is what a coverage leaves of the path of packets that are IPsec already, 0 if they come to
+// it again.
+func (w *world) leftAgain(c xfrmwatch.Coverage, path int) int {
+	if w.circles[c.ID] = w.circles[c.ID] || w.nested[c.ID]; w.circles[c.ID] {
+		return 0
+	}
+	w.nested[c.ID] = true
+	defer delete(w.nested, c.ID)
+	if left := w.leftOf(c, path); !w.circles[c.ID] {
+		return left
+	}
+	return 0
+}
+
+// againInTransport is the same for a tunnel's outer packet that a coverage has taken in transport mode.
+func (w *world) againInTransport(o packet, c xfrmwatch.Coverage, l *routes.Link, ifID uint32, path int) (int, bool) {
+	esp := xfrmwatch.Flow{Src: o.src, Dst: o.dst, Proto: c.Policy.Templates[len(c.Policy.Templates)-1].Proto}
+	if len(c.Steps) == 0 {
+		return w.again(esp, nil, l, ifID, path)
+	}
+	least := path
+	for _, sa := range c.Steps[len(c.Steps)-1].SAs {
+		if at := espFlowOf(sa); at.Proto == 17 {
+			esp.Proto, esp.Sport, esp.Dport = at.Proto, at.Sport, at.Dport
+		} else {
+			esp.Proto, esp.Sport, esp.Dport = at.Proto, 0, 0
+		}
+		left, ok := w.again(esp, sa, l, ifID, path)
+		if !ok {
+			return 0, false
+		}
+		least = min(least, left)
+	}
+	return least, true
+}
+
+// espFlowOf is the flow of an SA's packets.
+func espFlowOf(sa *xfrmwatch.SA) xfrmwatch.Flow {
+	f := xfrmwatch.Flow{Src: sa.Src, Dst: sa.Dst, Proto: sa.Proto}
+	if sa.Encap.Type != 0 {
+		f.Proto, f.Sport, f.Dport = 17, sa.Encap.Sport, sa.Encap.Dport
+	}
+	return f
 }

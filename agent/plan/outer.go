@@ -99,7 +99,7 @@ func (p *planner) chosenSource(t *tunnel) netip.Addr {
 	if !t.encap.Remote.IsValid() {
 		return netip.Addr{}
 	}
-	if r, ok := p.routeTo(t.encap.Family, t.path.Table, t.encap.Remote); ok && len(r.Body.Nexthops) == 1 {
+	if r, ok := p.routeTo(t.encap.Family, t.path.Table, t.encap.Remote, netip.Addr{}); ok && len(r.Body.Nexthops) == 1 {
 		if m, _ := p.FIB.Cover(t.encap.Family, t.path.Table, r.Dst); len(m.Paths.Bodies()) == 1 {
 			return t.path.Src
 		}

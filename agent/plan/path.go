@@ -12,15 +12,16 @@ import (
 // follow from the one before, and a clone that is to go would still decide what replaces it.
 func (p *planner) readPaths() {
 	peers := make(map[Peer]Path, len(p.Peers))
+	p.toPeers = make(map[Peer][]routes.Nexthop, len(p.Peers))
 	for peer, path := range p.Peers {
-		peers[peer] = p.withoutUs(path, lookup{dst: peer.Addr, src: peer.Src, mark: peer.Mark.Value & peer.Mark.Mask, proto: protoESP})
+		peers[peer], p.toPeers[peer] = p.withoutUs(path, lookup{dst: peer.Addr, src: peer.Src, mark: peer.Mark.Value & peer.Mark.Mask, proto: protoESP})
 	}
 	outers := make(map[routes.Ifindex]Path, len(p.Outers))
 	for _, o := range OutersOf(p.FIB, p.L2TP) {
 		if path, ok := p.Outers[o.Index]; ok {
 			at := lookup{dst: o.Dst, src: o.Src, mark: o.Mark, proto: o.Proto, oif: o.Oif}
 			at.sport, at.dport = routes.PortRange{Lo: o.Sport, Hi: o.Sport}, routes.PortRange{Lo: o.Dport, Hi: o.Dport}
-			outers[o.Index] = p.withoutUs(path, at)
+			outers[o.Index], _ = p.withoutUs(path, at)
 		}
 	}
 	p.Peers, p.Outers = peers, outers
@@ -38,34 +39,41 @@ type lookup struct {
 	oif          routes.Ifindex
 }
 
-// withoutUs is what the kernel would have answered without our tables and locks. It is the zero
-// value where there would be no route, or where that isn't known: then a rule of ours was the last
-// way there. The MTU alone is 0 where a lightweight tunnel adds what we don't know.
-func (p *planner) withoutUs(path Path, at lookup) Path {
+// withoutUs is what the kernel would have answered without our tables and locks, and all ways of the
+// route. It is the zero value where there would be no route, or where that isn't known: then a rule
+// of ours was the last way there. The MTU alone is 0 where a lightweight tunnel adds what we don't
+// know. The kernel answers for one flow, by one of the route's ways, and others go by the others: the
+// MTU is the smallest of all.
+func (p *planner) withoutUs(path Path, at lookup) (Path, []routes.Nexthop) {
 	f := routes.FamilyOf(at.dst)
-	r, ok := p.routeTo(f, path.Table, at.dst)
+	r, ok := p.routeTo(f, path.Table, at.dst, at.src)
 	if !ok || !hasWay(r, path.Oif) {
-		return path // the mirror is behind, or ahead
+		return path, []routes.Nexthop{{Oif: path.Oif}} // the mirror is behind, or ahead
 	}
 	now, oif := p.mtuBy(path.Oif, r, false), path.Oif
 	if base := p.baseOf(f, path.Table); base != nil {
 		if r, ok = p.behind(base, at); !ok || at.oif != 0 && !hasWay(r, at.oif) {
-			return Path{}
+			return Path{}, nil
 		}
 		path.Table = r.Body.Table
 		if !hasWay(r, oif) { // never where the lookup is bound to a device
 			oif, path.Src = r.Body.Nexthops[0].Oif, r.Body.PrefSrc
 		}
 	}
-	if own := p.mtuBy(oif, r, true); path.MTU >= now || oif != path.Oif {
+	ways := slices.DeleteFunc(slices.Clone(r.Body.Nexthops), func(nh routes.Nexthop) bool { return at.oif != 0 && nh.Oif != at.oif })
+	own := anyRoute
+	for _, nh := range ways {
+		own = min(own, p.mtuBy(nh.Oif, r, true))
+	}
+	if path.MTU >= now || oif != path.Oif {
 		path.MTU = own
 	} else { // what is smaller was learnt
 		path.MTU = min(path.MTU, own)
 	}
-	if path.Oif = oif; p.adds(r, oif) {
+	if path.Oif = oif; p.adds(ways) {
 		path.MTU = 0
 	}
-	return path
+	return path, ways
 }
 
 // mtuBy is the MTU of a route by one of its devices, in bytes: as the mirror has it, or without
@@ -85,11 +93,10 @@ func (p *planner) mtuBy(oif routes.Ifindex, r routes.Route, own bool) int {
 	return mtu
 }
 
-// adds reports whether a lightweight tunnel that isn't understood wraps what leaves by a device of
-// a route.
-func (p *planner) adds(r routes.Route, oif routes.Ifindex) bool {
-	return slices.ContainsFunc(r.Body.Nexthops, func(nh routes.Nexthop) bool {
-		if nh.Oif != oif || !nh.Encap {
+// adds reports whether a lightweight tunnel that isn't understood wraps what leaves by one of some ways.
+func (p *planner) adds(ways []routes.Nexthop) bool {
+	return slices.ContainsFunc(ways, func(nh routes.Nexthop) bool {
+		if !nh.Encap {
 			return false
 		}
 		_, ok := p.domain(&routes.Body{Nexthops: []routes.Nexthop{nh}})
@@ -101,18 +108,24 @@ func hasWay(r routes.Route, oif routes.Ifindex) bool {
 	return slices.ContainsFunc(r.Body.Nexthops, func(nh routes.Nexthop) bool { return nh.Oif == oif })
 }
 
-// routeTo is the route that one table has for an address, whatever the source and TOS: those that
-// are for some only, or down, are passed over.
-func (p *planner) routeTo(f routes.Family, table routes.TableID, a netip.Addr) (routes.Route, bool) {
+// routeTo is the route that one table has for packets from a source to an address. Those that are for
+// one TOS, or down, are passed over, as are those for some sources where the packets' own is not known:
+// it is chosen by the route then, as the kernel looks it up without one. Of routes to one destination
+// those for the fewest sources go first (fib6_node_lookup, net/ipv6/ip6_fib.c).
+func (p *planner) routeTo(f routes.Family, table routes.TableID, a, src netip.Addr) (routes.Route, bool) {
 	for at := netip.PrefixFrom(a, a.BitLen()); ; {
 		m, _ := p.FIB.Cover(f, table, at)
 		if m.Paths == nil {
 			return routes.Route{}, false
 		}
+		var best *routes.Body
 		for _, b := range m.Paths.Bodies() {
-			if forAll(b) {
-				return routes.Route{Dst: m.Dst, Body: b}, true
+			if servesFrom(b, src) && (best == nil || b.Src.IsValid() && b.Src.Bits() > max(best.Src.Bits(), 0)) {
+				best = b
 			}
+		}
+		if best != nil {
+			return routes.Route{Dst: m.Dst, Body: best}, true
 		}
 		if m.Dst.Bits() == 0 {
 			return routes.Route{}, false
@@ -121,13 +134,13 @@ func (p *planner) routeTo(f routes.Family, table routes.TableID, a netip.Addr) (
 	}
 }
 
-// forAll reports whether a route serves packets of every source and TOS.
-func forAll(b *routes.Body) bool {
+// servesFrom reports whether a route serves packets from a source that have no TOS.
+func servesFrom(b *routes.Body, src netip.Addr) bool {
 	alive := len(b.Nexthops) == 0
 	for _, nh := range b.Nexthops {
 		alive = alive || nh.Flags&routes.NexthopDead == 0
 	}
-	return alive && !b.Src.IsValid() && b.TOS == 0
+	return alive && (!b.Src.IsValid() || src.IsValid() && b.Src.Contains(src)) && b.TOS == 0
 }
 
 // baseOf is the rule that a table of ours stands ahead of, nil if no rule of ours leads there: then
@@ -162,7 +175,7 @@ func (p *planner) behind(base *routes.Rule, at lookup) (routes.Route, bool) {
 		if part.Rule != base && (part.Blocked != "" || !part.Whole) || part.Rule.Action != routes.RuleToTable {
 			return routes.Route{}, false
 		}
-		r, ok := p.routeTo(base.Family, part.Rule.Table, at.dst)
+		r, ok := p.routeTo(base.Family, part.Rule.Table, at.dst, at.src)
 		if ok && part.Rule.SuppressPrefixLen >= 0 && int32(r.Dst.Bits()) <= part.Rule.SuppressPrefixLen {
 			continue
 		}

@@ -51,6 +51,16 @@ type Input struct {
 	Forwarding map[routes.Family]bool
 }
 
+// PathsOf answers as Make counts it what is left, in bytes, to the packets of an SA by the way to its peer,
+// and whether that is known.
+func PathsOf(in Input) func(*xfrmwatch.SA) (int, bool) {
+	p := newPlanner(in)
+	p.collect()
+	p.readPaths()
+	p.findTunnels()
+	return p.peerMTU
+}
+
 // Peer is an outer peer of an SA with what takes part in the lookup of the route to it.
 type Peer struct {
 	Addr, Src netip.Addr

@@ -117,6 +117,9 @@ func genWorld(t *rapid.T) string {
 	m.v6 = m.some("ipv6", 3)
 	m.tunnels()
 	m.outside()
+	if m.some("nested", 5) {
+		m.nested()
+	}
 	for range m.num("rules", 0, 3) {
 		m.rule()
 	}
@@ -186,6 +189,35 @@ func (m *maker) outside() {
 		out = "fd00:2::/64"
 	}
 	m.line("route %s dev %s proto kernel", out, m.of("outside", "eth0", "eth1"))
+}
+
+// nested is a policy whose peer is behind an xfrm interface, a vti, or several ways, and one that may take
+// its packets there once more.
+func (m *maker) nested() {
+	net, any := "10.1.0.0/16", "0.0.0.0/0"
+	if m.v6 {
+		net, any = "fd00:1:1::/48", "::/0"
+	}
+	self, peer, far := m.self(), m.peer("inner"), m.peer("outer")
+	m.line("link 14 vti1 kind vti okey 3 mtu 1480")
+	from := ""
+	if m.v6 && m.some("from", 3) {
+		from = "from " + self + "/128 "
+	}
+	m.line("route %s %s%s", peer, from, m.of("way", "dev xfrm0", "dev xfrm0", "dev vti1", "dev xfrmx encap if_id 7", "nexthop dev eth0 nexthop dev eth1",
+		"nexthop dev eth1 nexthop dev eth0", "nexthop dev xfrm0 nexthop dev eth1", "nexthop dev eth0 nexthop dev xfrm0", "nexthop dev eth1 nexthop dev vti1"))
+	what := m.of("what", "dst "+net, "dst "+net, "dst "+peer+" proto gre")
+	mode, saMode := "tunnel "+self+" "+peer, ""
+	if m.some("transport", 3) {
+		mode, saMode = "transport", "transport"
+	}
+	m.line("policy 20 src %s %s tmpl esp %s reqid 8", any, what, mode)
+	if m.line("sa esp %s %s spi 20 reqid 8 %s %s", self, peer, m.of("algorithm", "gcm", "cbc-sha256"), saMode); m.some("alone", 6) {
+		return
+	}
+	by := m.of("by", "if_id 7", "if_id 7", "mark 3")
+	m.line("policy 21 src %s dst %s %s %s tmpl esp tunnel %s %s reqid 9", any, m.of("again", any, peer), m.of("narrow", "", "", "", "proto 50", "proto gre"), by, self, far)
+	m.line("sa esp %s %s spi 21 reqid 9 %s %s", self, far, m.of("algorithm", "gcm", "cbc-sha256"), by)
 }
 
 func (m *maker) rule() {

@@ -157,8 +157,9 @@ func (p *planner) allLocked(part routes.Part) bool {
 		}
 		return true
 	}
-	if !locked(part.Containing) {
-		return false
+	all := func(b *routes.Body) bool { return servesFrom(b, netip.Addr{}) }
+	if c := part.Containing; !locked(c) || c.Paths != nil && !slices.ContainsFunc(c.Paths.Bodies(), all) {
+		return false // what the longest routes are not for goes by wider ones
 	}
 	n := 0
 	for m := range part.Inside {
@@ -320,8 +321,11 @@ func (p *planner) decide(s *shaped, x netip.Prefix, above *coverage) (Clone, *co
 	throw := Clone{Dst: x, Throw: true}
 	m, _ := p.FIB.Cover(s.id.Flows.Family, s.id.Table, x)
 	r, ok := m.First()
-	if !ok && m.Paths != nil {
+	switch {
+	case !ok && m.Paths != nil:
 		p.noteAt(s, x, m, above, "its route is down or for some sources only")
+	case ok && p.locked[r.Key()] && (m.SourceSpecific() || m.TOSSpecific()):
+		p.noteAt(s, x, m, above, "its locked route is not that of every source and TOS value")
 	}
 	if !ok || int32(m.Dst.Bits()) <= s.base.SuppressPrefixLen || r.Body.Type != routes.Unicast ||
 		p.locked[r.Key()] || linkLocal(x) || p.loops(r.Body) {

@@ -31,8 +31,10 @@ type world struct {
 	links      map[string]*routes.Link
 	objects    map[uint32][]byte // the nexthops of a nexthop object, as attributes
 	goneIndex  []xfrmwatch.PolicyIndex
-	depth      int                     // of tunnels in tunnels
-	left       map[routes.Ifindex]left // what is known of devices
+	depth      int                           // of tunnels in tunnels
+	nested     map[xfrmwatch.CoverageID]bool // what takes packets once more, while it is worked out
+	circles    map[xfrmwatch.CoverageID]bool // and what they come to again
+	left       map[routes.Ifindex]left       // what is known of devices
 	keys       []sockopt.Key
 	keysStale  bool
 }
@@ -52,6 +54,8 @@ func newWorld(text string) (*world, error) {
 		links:      map[string]*routes.Link{},
 		objects:    map[uint32][]byte{},
 		left:       map[routes.Ifindex]left{},
+		nested:     map[xfrmwatch.CoverageID]bool{},
+		circles:    map[xfrmwatch.CoverageID]bool{},
 	}
 	w.db.Apply(xfrmwatch.ResyncBegin{})
 	w.db.Apply(xfrmwatch.ResyncEnd{})

@@ -35,15 +35,24 @@ func (p *planner) wraps(t *tunnel) (int, string) {
 	t.wrapping = true
 	defer func() { t.wrapping = false }()
 	// The route that they use has the lock for the tunnel that it leads into, whatever takes them.
-	below, why := p.through(t.path.Oif)
+	ways := p.outerWays(t)
+	if !slices.ContainsFunc(ways, func(nh routes.Nexthop) bool { return nh.Oif == t.path.Oif }) {
+		ways = append(slices.Clip(ways), routes.Nexthop{Oif: t.path.Oif})
+	}
+	path, why := p.through(ways, t.path.MTU, nil)
 	if why != "" {
 		return 0, why
 	}
-	path := min(t.path.MTU, below)
 	mtu := path
 	for _, c := range t.own {
-		left, status := c.MTU(p.peerMTU, path)
+		behind, why := path, ""
+		if !c.tunnels && p.takenAtRoute(t, c) {
+			behind, why = p.through(ways, path, func() []espPackets { return p.espFrom(t, c) })
+		}
+		left, status := c.MTU(p.peerMTU, behind)
 		switch {
+		case why != "":
+			return 0, why
 		case t.loops:
 			return 0, fmt.Sprintf("the outer packets of %s go into itself", t.link.Name)
 		case status == xfrmwatch.MTUKnown && c.tunnels:
@@ -69,18 +78,31 @@ func (p *planner) wraps(t *tunnel) (int, string) {
 	return mtu - t.encap.Header, ""
 }
 
-// through is what a device leaves to outer packets that leave by it, in bytes, or why that isn't
-// known: the MTU that a dedicated tunnel leaves; anyRoute where it adds nothing.
-func (p *planner) through(i routes.Ifindex) (int, string) {
-	t := p.tunnels[i]
-	switch {
-	case t != nil && len(t.covs) > 0:
-		left, why := p.wraps(t)
-		return left, why
-	case p.partly(i):
-		return 0, fmt.Sprintf("policies take a part of what leaves by %s", p.FIB.Link(i).Name)
+// through is what is left of the path of outer packets by each of its ways, in bytes, or why that isn't
+// known: the least that a dedicated tunnel leaves, or, of packets that are IPsec already, an xfrm
+// interface or a vti that looks them up again. It is 0 without a reason where the path isn't known.
+func (p *planner) through(ways []routes.Nexthop, path int, esp func() []espPackets) (int, string) {
+	least := path
+	for _, nh := range ways {
+		left, why := path, ""
+		l, t := p.FIB.Link(nh.Oif), p.tunnels[nh.Oif]
+		switch {
+		case path == 0:
+			return 0, ""
+		case l == nil: // not told yet
+		case t != nil && len(t.covs) > 0:
+			left, why = p.wraps(t)
+		case p.partly(nh.Oif):
+			why = fmt.Sprintf("policies take a part of what leaves by %s", l.Name)
+		case esp != nil && slices.Contains([]string{"xfrm", "vti", "vti6"}, l.Kind):
+			left, why = p.takenAgain(nh, path, esp())
+		}
+		if why != "" {
+			return 0, why
+		}
+		least = min(least, left)
 	}
-	return anyRoute, ""
+	return least, ""
 }
 
 // partly reports whether policies take some of what a device sends, once a tunnel has wrapped it,
