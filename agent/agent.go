@@ -303,7 +303,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	defer close(a.ended)
-	defer a.inbox.close()
+	defer a.end()
 	defer cancel()
 	failed := make(chan error, 1)
 	if !a.once { // which is the loop's from here on

@@ -301,6 +301,19 @@ func (a *Agent) answer(x arrival, taken bool) {
 	}
 }
 
+// end closes the inbox when the loop ends. What was to be taken over is offered again by who offered it,
+// or told: nobody takes it here any more.
+func (a *Agent) end() {
+	a.inbox.close()
+	for _, b := range a.inbox.take() {
+		a.st.arrivals = append(a.st.arrivals, b.arrivals...)
+	}
+	for _, x := range a.st.arrivals {
+		a.answer(x, false)
+	}
+	a.st.arrivals = nil
+}
+
 // takeOver makes the claims on a device ours as far as they hold: a feature that is on is nobody's, nor is
 // an MTU that is not the one that was set. The next plan keeps them or gives them back.
 func (a *Agent) takeOver(l *routes.Link, d *movedDevice) error {
