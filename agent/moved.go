@@ -301,6 +301,17 @@ func (a *Agent) answer(x arrival, taken bool) {
 	}
 }
 
+// movesDone reports whether nothing is on its way between this loop and others. One that ends sooner would leave
+// an entry for what is given back elsewhere.
+func (a *Agent) movesDone() bool {
+	for _, d := range a.st.moved {
+		if d.offered {
+			return false
+		}
+	}
+	return len(a.st.arrivals) == 0
+}
+
 // end closes the inbox when the loop ends. What was to be taken over is offered again by who offered it,
 // or told: nobody takes it here any more.
 func (a *Agent) end() {

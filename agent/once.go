@@ -221,12 +221,19 @@ func Restore(ctx context.Context, cfg Config, log *slog.Logger, version string, 
 
 // RestoreIn is Restore in a namespace, which is named as in a configuration.
 func RestoreIn(ctx context.Context, spec string, cfg Config, log *slog.Logger, version string, stale bool) (*Restored, error) {
+	return restoreIn(ctx, spec, cfg, log, version, stale, nil)
+}
+
+// restoreIn is RestoreIn, where carry brings the claims on devices that left the namespace to who follows
+// where they are now (Agent.carry).
+func restoreIn(ctx context.Context, spec string, cfg Config, log *slog.Logger, version string, stale bool, carry func(*Agent, arrival) bool) (*Restored, error) {
 	cfg.Mode = Enforce
 	var cookie uint64
 	out, err := restoreFrom(ctx, spec, cfg, log, version, stale, func(a *Agent) error {
 		if scope, err := a.scope(); err == nil && a.name == "" {
 			cookie = scope.NetnsCookie
 		}
+		a.carry = carry
 		return a.open()
 	})
 	if err != nil || cookie == 0 {
@@ -239,7 +246,7 @@ func RestoreIn(ctx context.Context, spec string, cfg Config, log *slog.Logger, v
 		return out, nil // none
 	}
 	more, err := restoreFrom(ctx, spec, cfg, log, version, stale, func(a *Agent) error {
-		a.dir = dir
+		a.dir, a.carry = dir, carry
 		return a.open()
 	})
 	if more != nil {
