@@ -8,6 +8,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
+
 	"tsoagent/agent/netns"
 	"tsoagent/agent/netns/netnstest"
 	"tsoagent/agent/plan"
@@ -355,4 +357,32 @@ func TestMovedDeviceFromADroppedNamespace(t *testing.T) {
 	})
 	netnstest.Within(t, "no journal is left", func() bool { return len(s.dirs()) == 0 })
 	s.stop()
+}
+
+// A device that was moved while no agent ran is not given back by a restore, which says so and doesn't count it.
+func TestRestoreTellsOfDevicesThatAreGone(t *testing.T) {
+	if !netnstest.Private(t) {
+		return
+	}
+	checkLeaks(t)
+	named(t, "a", "b")
+	carrierIn(t, "a")
+	cfg := movedConfig(t, "a", "b")
+	s := sail(t, cfg)
+	s.held("a", 3)
+	s.crash()
+	netnstest.IP(t, "-n a link set c0 netns b")
+	stale, err := RestoreIn(t.Context(), "a", cfg, discard(), "test", true)
+	if err != nil || len(stale.Findings) != 0 {
+		t.Errorf("restore --stale: %+v, %v", stale, err)
+	}
+	done, err := RestoreIn(t.Context(), "a", cfg, discard(), "test", false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := []string{"c0 is gone, with tx-tcp-ecn-segmentation, tx-tcp-segmentation, tx-tcp6-segmentation held off: if it was moved to another " +
+		"network namespace, give it back there with `ethtool -K c0 tx-tcp-ecn-segmentation on tx-tcp-segmentation on tx-tcp6-segmentation on`"}
+	if diff := cmp.Diff(want, done.Findings); diff != "" || done.Holds != 0 {
+		t.Errorf("%d holds, findings (-want +got):\n%s", done.Holds, diff)
+	}
 }

@@ -292,6 +292,10 @@ func (a *Agent) restore(ctx context.Context, stale bool) (*Restored, error) {
 		}
 		return nil, fmt.Errorf("agent: restore: %w", err)
 	}
+	if !stale {
+		out.Holds -= a.st.missedHolds
+		a.findings = append(a.findings, a.st.missed...)
+	}
 	out.Rules, out.Clones = a.dropped.rules, a.dropped.clones
 	out.DeviceMTUs, out.Clamps = a.st.mtusGiven, a.st.clamps.deleted
 	out.Lanes = a.st.lanes.removed
