@@ -120,6 +120,7 @@ func (a *Agent) follow(d movedDevice) {
 		a.failed("journal can't be written: a device that was moved is not remembered", err, "device", d.Name)
 	}
 	a.st.moved[id] = &d
+	a.away.Store(int32(len(a.st.moved))) // ahead of the offer: who comes to be followed after it asks for it
 	a.offer(id)
 }
 
@@ -314,6 +315,7 @@ func (a *Agent) settleMoved(h handed) {
 
 func (a *Agent) doneMoved(id string) {
 	delete(a.st.moved, id)
+	a.away.Store(int32(len(a.st.moved)))
 	a.unbook(id)
 }
 
@@ -324,6 +326,7 @@ func (a *Agent) adoptMoved(e journal.Entry) error {
 		return err
 	}
 	a.st.moved[e.ID] = d
+	a.away.Store(int32(len(a.st.moved)))
 	return nil
 }
 

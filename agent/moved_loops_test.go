@@ -3,6 +3,7 @@ package agent
 import (
 	"testing"
 
+	"tsoagent/agent/netns"
 	"tsoagent/routes"
 )
 
@@ -28,5 +29,42 @@ func TestLoopThatEndsGivesArrivalsBack(t *testing.T) {
 		if d.offered != (d.To.Index == 9) {
 			t.Errorf("%s is offered: %v", id, d.offered)
 		}
+	}
+}
+
+// A namespace that comes to be followed costs loops a round only if they miss a device.
+func TestOnlyLoopsThatMissADeviceHearOfNamespaces(t *testing.T) {
+	w := newWorld(t, Config{})
+	f := &Fleet{members: map[netns.ID]*member{{Ino: 1}: {agent: w.a}, {Ino: 2}: {}}}
+	offers := func() (n int) {
+		f.announce()
+		for _, b := range w.a.inbox.take() {
+			if b.offer {
+				n++
+			}
+		}
+		return n
+	}
+	if n := offers(); n != 0 {
+		t.Errorf("nothing is missed: %d", n)
+	}
+	d := movedDevice{Name: "c0", To: routes.Place{Netnsid: 1, Index: 7}}
+	w.a.follow(d)
+	if n := offers(); n != 1 {
+		t.Errorf("one is missed: %d", n)
+	}
+	e := w.a.journal.Entries()
+	w.a.doneMoved(movedID(d.To))
+	if n := offers(); n != 0 {
+		t.Errorf("nothing is missed any more: %d", n)
+	}
+	if len(e) != 1 {
+		t.Fatalf("the journal has %v", e)
+	}
+	if err := w.a.adoptMoved(e[0]); err != nil {
+		t.Fatal(err)
+	}
+	if n := offers(); n != 1 {
+		t.Errorf("an earlier run missed one: %d", n)
 	}
 }
