@@ -65,6 +65,7 @@ type Agent struct {
 	links    linkTable                  // nil where no MTU of a device is ever set
 	ids      *netns.IDs                 // nil where the numbers of other namespaces can't be asked for
 	carry    func(*Agent, arrival) bool // brings claims to another namespace's loop, nil where there is none
+	away     atomic.Int32               // how many devices are in st.moved
 	openNFT  func() (clampTable, error) // nil where nothing is ever clamped
 	nft      clampTable                 // nil until it is needed
 	lanes    laneClient                 // nil where none can be made, for the reason noLanes
@@ -304,7 +305,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	defer close(a.ended)
-	defer a.inbox.close()
+	defer a.end()
 	defer cancel()
 	failed := make(chan error, 1)
 	if !a.once { // which is the loop's from here on

@@ -241,6 +241,7 @@ func (a *Agent) recallMTUs() {
 func (a *Agent) checkAdopted() {
 	a.recallMTUs()
 	a.recallMoved()
+	a.missHeld()
 	for k, c := range a.st.holds {
 		if s, ok := a.st.features[routes.Ifindex(k.Index)].Get(k.Feature); ok && s.Wanted {
 			a.dropHold(k)

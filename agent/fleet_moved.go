@@ -18,12 +18,13 @@ func (f *Fleet) carry(from *Agent, x arrival) bool {
 	return false
 }
 
-// announce lets all loops offer again what nobody has taken, as another namespace is followed now.
+// announce lets the loops offer again what nobody has taken, as another namespace is followed now. Those that
+// miss nothing have no round for it.
 func (f *Fleet) announce() {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	for _, m := range f.members {
-		if m.agent != nil {
+		if m.agent != nil && m.agent.away.Load() > 0 {
 			m.agent.inbox.post(batch{offer: true})
 		}
 	}

@@ -188,10 +188,13 @@ func (f *Fleet) note(text string) {
 func (f *Fleet) giveBackIn(ctx context.Context, spec string) error {
 	ctx, cancel := graceful(ctx, f.grace)
 	defer cancel()
-	r, err := RestoreIn(ctx, spec, f.cfg, f.log.With("netns", spec), f.version, false)
+	r, err := restoreIn(ctx, spec, f.cfg, f.log.With("netns", spec), f.version, false, f.carry)
 	if err != nil {
 		f.log.Warn("what an earlier run left in a namespace can't be given back", "netns", spec, "err", err)
 		return err
+	}
+	for _, finding := range r.Findings {
+		f.note(fmt.Sprintf("namespace %s, which is not followed any more: %s", spec, finding))
 	}
 	f.log.Info("given back in a namespace that is not followed any more", "netns", spec, "holds", r.Holds, "locks", r.Locks, "rules", r.Rules, "clones", r.Clones)
 	return nil

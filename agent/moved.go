@@ -6,13 +6,11 @@ import (
 	"fmt"
 	"maps"
 	"slices"
-	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
 
 	"tsoagent/agent/journal"
-	"tsoagent/agent/netns"
 	"tsoagent/agent/plan"
 	"tsoagent/ethtool"
 	"tsoagent/routes"
@@ -122,6 +120,7 @@ func (a *Agent) follow(d movedDevice) {
 		a.failed("journal can't be written: a device that was moved is not remembered", err, "device", d.Name)
 	}
 	a.st.moved[id] = &d
+	a.away.Store(int32(len(a.st.moved))) // ahead of the offer: who comes to be followed after it asks for it
 	a.offer(id)
 }
 
@@ -170,66 +169,6 @@ func (a *Agent) stillThere(d *movedDevice) bool {
 		d.MTU = nil
 	}
 	return len(d.Features) > 0 || d.MTU != nil
-}
-
-// locate finds a name, else a process, by which the namespace of a moved device can be entered.
-func (a *Agent) locate(d *movedDevice) {
-	d.where = ""
-	if a.ids == nil {
-		return
-	}
-	names, _ := netns.Names() // without them a process may still lead there
-	for _, name := range names {
-		if ns, err := netns.Open(netns.Path(name)); err == nil {
-			id, err := a.ids.Of(ns)
-			_ = ns.Close()
-			if err == nil && id == d.To.Netnsid {
-				d.where = name
-				return
-			}
-		}
-	}
-	_ = netns.Processes(func(pid int, ns *netns.Namespace) bool { // else it stays unknown
-		if id, err := a.ids.Of(ns); err == nil && id == d.To.Netnsid {
-			d.where = fmt.Sprintf("pid:%d", pid)
-		}
-		return d.where == ""
-	})
-}
-
-// says is the finding: what was left on which device, and how to give it back.
-func (d *movedDevice) says() string {
-	in, place := "in there ", fmt.Sprintf("a network namespace without a name (number %d in `ip netns list-id`)", d.To.Netnsid)
-	if pid, is := strings.CutPrefix(d.where, "pid:"); is {
-		in, place = "nsenter -t "+pid+" -n ", "the network namespace of process "+pid
-	} else if d.where != "" {
-		in, place = "ip netns exec "+d.where+" ", "network namespace "+d.where
-	}
-	var what, how []string
-	if len(d.Features) > 0 {
-		cmd := in + "ethtool -K " + d.Name
-		for _, f := range d.Features {
-			what, cmd = append(what, string(f)), cmd+" "+string(f)+" on"
-		}
-		what, how = []string{strings.Join(what, ", ") + " held off"}, append(how, "`"+cmd+"`")
-	}
-	if d.MTU != nil {
-		what = append(what, fmt.Sprintf("mtu %d", d.MTU.Ours))
-		how = append(how, fmt.Sprintf("`%sip link set %s mtu %d`", in, d.Name, d.MTU.Was))
-	}
-	return fmt.Sprintf("%s was moved to %s, which is not followed, and took along what this agent changed (%s): give it back with %s, or follow that namespace",
-		d.Name, place, strings.Join(what, ", "), strings.Join(how, " and "))
-}
-
-// movedFindings are the devices that took changes of ours to where nobody follows.
-func (a *Agent) movedFindings() []string {
-	var out []string
-	for _, id := range slices.Sorted(maps.Keys(a.st.moved)) {
-		if d := a.st.moved[id]; !d.offered {
-			out = append(out, d.says())
-		}
-	}
-	return out
 }
 
 // returned looks whether a link that appears is a device that was moved away.
@@ -301,6 +240,30 @@ func (a *Agent) answer(x arrival, taken bool) {
 	}
 }
 
+// movesDone reports whether nothing is on its way between this loop and others. One that ends sooner would leave
+// an entry for what is given back elsewhere.
+func (a *Agent) movesDone() bool {
+	for _, d := range a.st.moved {
+		if d.offered {
+			return false
+		}
+	}
+	return len(a.st.arrivals) == 0
+}
+
+// end closes the inbox when the loop ends. What was to be taken over is offered again by who offered it,
+// or told: nobody takes it here any more.
+func (a *Agent) end() {
+	a.inbox.close()
+	for _, b := range a.inbox.take() {
+		a.st.arrivals = append(a.st.arrivals, b.arrivals...)
+	}
+	for _, x := range a.st.arrivals {
+		a.answer(x, false)
+	}
+	a.st.arrivals = nil
+}
+
 // takeOver makes the claims on a device ours as far as they hold: a feature that is on is nobody's, nor is
 // an MTU that is not the one that was set. The next plan keeps them or gives them back.
 func (a *Agent) takeOver(l *routes.Link, d *movedDevice) error {
@@ -352,6 +315,7 @@ func (a *Agent) settleMoved(h handed) {
 
 func (a *Agent) doneMoved(id string) {
 	delete(a.st.moved, id)
+	a.away.Store(int32(len(a.st.moved)))
 	a.unbook(id)
 }
 
@@ -362,6 +326,7 @@ func (a *Agent) adoptMoved(e journal.Entry) error {
 		return err
 	}
 	a.st.moved[e.ID] = d
+	a.away.Store(int32(len(a.st.moved)))
 	return nil
 }
 

@@ -8,6 +8,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
+
 	"tsoagent/agent/netns"
 	"tsoagent/agent/netns/netnstest"
 	"tsoagent/agent/plan"
@@ -307,5 +309,80 @@ func TestKernelMovedDevice(t *testing.T) {
 	s.stop()
 	if n := len(s.dirs()); n != 0 {
 		t.Errorf("%d journals are left", n)
+	}
+}
+
+// The claims on a device that left a namespace go after it, also where that namespace is not followed any more after a
+// restart; where nobody follows the device, the host's report tells of it.
+func TestMovedDeviceFromADroppedNamespace(t *testing.T) {
+	if !netnstest.Private(t) {
+		return
+	}
+	checkLeaks(t)
+	named(t, "a", "b")
+	carrierIn(t, "a")
+	cfg := movedConfig(t, "host", "a")
+	s := sail(t, cfg)
+	s.held("a", 3)
+	netnstest.IP(t, "-n a link set c0 netns b")
+	s.finding("a", "c0 was moved to network namespace b")
+	s.crash()
+
+	cfg.Namespaces = Namespaces{"host"}
+	s = sail(t, cfg)
+	s.finding("", "namespace a", "c0 was moved to network namespace b", "`ip netns exec b ethtool -K c0 ")
+	s.crash()
+
+	netnstest.IP(t, "-n b link set c0 netns a\n-n a link set c0 addrgenmode none\n-n a link set c0 up\n-n a route add 10.7.0.0/16 dev c0")
+	cfg.Namespaces = Namespaces{"a"}
+	s = sail(t, cfg)
+	s.held("a", 3)
+	netnstest.IP(t, "-n a link set c0 netns "+strconv.Itoa(os.Getpid())) // the host's of this test
+	s.finding("a", "c0 was moved to")
+	s.crash()
+	cfg.Namespaces = Namespaces{"host"}
+	s = sail(t, cfg)
+	et, err := ethtool.Dial()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer et.Close()
+	netnstest.Within(t, "given back in the host's", func() bool {
+		f, err := et.Features(ethtool.Device{Name: "c0"})
+		if err != nil {
+			return false
+		}
+		tso, _ := f.Get(ethtool.TCPSegmentation)
+		return tso.Wanted
+	})
+	netnstest.Within(t, "no journal is left", func() bool { return len(s.dirs()) == 0 })
+	s.stop()
+}
+
+// A device that was moved while no agent ran is not given back by a restore, which says so and doesn't count it.
+func TestRestoreTellsOfDevicesThatAreGone(t *testing.T) {
+	if !netnstest.Private(t) {
+		return
+	}
+	checkLeaks(t)
+	named(t, "a", "b")
+	carrierIn(t, "a")
+	cfg := movedConfig(t, "a", "b")
+	s := sail(t, cfg)
+	s.held("a", 3)
+	s.crash()
+	netnstest.IP(t, "-n a link set c0 netns b")
+	stale, err := RestoreIn(t.Context(), "a", cfg, discard(), "test", true)
+	if err != nil || len(stale.Findings) != 0 {
+		t.Errorf("restore --stale: %+v, %v", stale, err)
+	}
+	done, err := RestoreIn(t.Context(), "a", cfg, discard(), "test", false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := []string{"c0 is gone, with tx-tcp-ecn-segmentation, tx-tcp-segmentation, tx-tcp6-segmentation held off: if it was moved to another " +
+		"network namespace, give it back there with `ethtool -K c0 tx-tcp-ecn-segmentation on tx-tcp-segmentation on tx-tcp6-segmentation on`"}
+	if diff := cmp.Diff(want, done.Findings); diff != "" || done.Holds != 0 {
+		t.Errorf("%d holds, findings (-want +got):\n%s", done.Holds, diff)
 	}
 }

@@ -221,12 +221,19 @@ func Restore(ctx context.Context, cfg Config, log *slog.Logger, version string, 
 
 // RestoreIn is Restore in a namespace, which is named as in a configuration.
 func RestoreIn(ctx context.Context, spec string, cfg Config, log *slog.Logger, version string, stale bool) (*Restored, error) {
+	return restoreIn(ctx, spec, cfg, log, version, stale, nil)
+}
+
+// restoreIn is RestoreIn, where carry brings the claims on devices that left the namespace to who follows
+// where they are now (Agent.carry).
+func restoreIn(ctx context.Context, spec string, cfg Config, log *slog.Logger, version string, stale bool, carry func(*Agent, arrival) bool) (*Restored, error) {
 	cfg.Mode = Enforce
 	var cookie uint64
 	out, err := restoreFrom(ctx, spec, cfg, log, version, stale, func(a *Agent) error {
 		if scope, err := a.scope(); err == nil && a.name == "" {
 			cookie = scope.NetnsCookie
 		}
+		a.carry = carry
 		return a.open()
 	})
 	if err != nil || cookie == 0 {
@@ -239,7 +246,7 @@ func RestoreIn(ctx context.Context, spec string, cfg Config, log *slog.Logger, v
 		return out, nil // none
 	}
 	more, err := restoreFrom(ctx, spec, cfg, log, version, stale, func(a *Agent) error {
-		a.dir = dir
+		a.dir, a.carry = dir, carry
 		return a.open()
 	})
 	if more != nil {
@@ -284,6 +291,10 @@ func (a *Agent) restore(ctx context.Context, stale bool) (*Restored, error) {
 			return nil, fmt.Errorf("agent: restore: %w; still in place: %s; run `tsoctl restore`", err, left)
 		}
 		return nil, fmt.Errorf("agent: restore: %w", err)
+	}
+	if !stale {
+		out.Holds -= a.st.missedHolds
+		a.findings = append(a.findings, a.st.missed...)
 	}
 	out.Rules, out.Clones = a.dropped.rules, a.dropped.clones
 	out.DeviceMTUs, out.Clamps = a.st.mtusGiven, a.st.clamps.deleted

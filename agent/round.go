@@ -299,7 +299,7 @@ func (a *Agent) round(now time.Time) (next time.Duration, reached bool) {
 		// Look again at once: what was written is to be found in place.
 		return time.Nanosecond, false
 	}
-	reached = a.st.ready() && (a.cfg.Mode == Observe || steps.Empty() && len(a.st.writing) == 0 && a.moreDone(&more) && a.lanesDone() && len(a.st.arrivals) == 0)
+	reached = a.st.ready() && (a.cfg.Mode == Observe || steps.Empty() && len(a.st.writing) == 0 && a.moreDone(&more) && a.lanesDone() && a.movesDone())
 	if a.once && !reached { // nobody else brings the next round
 		if a.stats.Failed != failures {
 			return onceFailed, false

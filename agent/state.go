@@ -67,6 +67,9 @@ type state struct {
 	moved    map[string]*movedDevice        // devices that left with changes of ours, by the journal's ID
 	left     map[routes.Ifindex]movedDevice // devices that left of late, without claims
 	arrivals []arrival                      // claims on devices that were moved here
+	// missed are the devices that went while no agent ran, in words, missedHolds their features.
+	missed      []string
+	missedHolds int
 }
 
 type lingerer struct {

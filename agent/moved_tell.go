@@ -1,0 +1,91 @@
+package agent
+
+import (
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+
+	"tsoagent/agent/netns"
+	"tsoagent/ethtool"
+	"tsoagent/routes"
+)
+
+// locate finds a name, else a process, by which the namespace of a moved device can be entered.
+func (a *Agent) locate(d *movedDevice) {
+	d.where = ""
+	if a.ids == nil {
+		return
+	}
+	names, _ := netns.Names() // without them a process may still lead there
+	for _, name := range names {
+		if ns, err := netns.Open(netns.Path(name)); err == nil {
+			id, err := a.ids.Of(ns)
+			_ = ns.Close()
+			if err == nil && id == d.To.Netnsid {
+				d.where = name
+				return
+			}
+		}
+	}
+	_ = netns.Processes(func(pid int, ns *netns.Namespace) bool { // else it stays unknown
+		if id, err := a.ids.Of(ns); err == nil && id == d.To.Netnsid {
+			d.where = fmt.Sprintf("pid:%d", pid)
+		}
+		return d.where == ""
+	})
+}
+
+// says is the finding: what was left on which device, and how to give it back.
+func (d *movedDevice) says() string {
+	in, place := "in there ", fmt.Sprintf("a network namespace without a name (number %d in `ip netns list-id`)", d.To.Netnsid)
+	if pid, is := strings.CutPrefix(d.where, "pid:"); is {
+		in, place = "nsenter -t "+pid+" -n ", "the network namespace of process "+pid
+	} else if d.where != "" {
+		in, place = "ip netns exec "+d.where+" ", "network namespace "+d.where
+	}
+	var what, how []string
+	if len(d.Features) > 0 {
+		cmd := in + "ethtool -K " + d.Name
+		for _, f := range d.Features {
+			what, cmd = append(what, string(f)), cmd+" "+string(f)+" on"
+		}
+		what, how = []string{strings.Join(what, ", ") + " held off"}, append(how, "`"+cmd+"`")
+	}
+	if d.MTU != nil {
+		what = append(what, fmt.Sprintf("mtu %d", d.MTU.Ours))
+		how = append(how, fmt.Sprintf("`%sip link set %s mtu %d`", in, d.Name, d.MTU.Was))
+	}
+	return fmt.Sprintf("%s was moved to %s, which is not followed, and took along what this agent changed (%s): give it back with %s, or follow that namespace",
+		d.Name, place, strings.Join(what, ", "), strings.Join(how, " and "))
+}
+
+// movedFindings are the devices that took changes of ours to where nobody follows.
+func (a *Agent) movedFindings() []string {
+	var out []string
+	for _, id := range slices.Sorted(maps.Keys(a.st.moved)) {
+		if d := a.st.moved[id]; !d.offered {
+			out = append(out, d.says())
+		}
+	}
+	return out
+}
+
+// missHeld notes which devices went while no agent ran, with features of theirs held off. Nothing tells whether they
+// were deleted, or moved with what we changed.
+func (a *Agent) missHeld() {
+	devices := map[ethtool.Device][]string{}
+	for k, c := range a.st.holds {
+		if a.st.fib.Link(routes.Ifindex(k.Index)) == nil {
+			devices[c.Device] = append(devices[c.Device], string(k.Feature))
+		}
+	}
+	for dev, features := range devices {
+		slices.Sort(features)
+		a.log.Info("a device is gone on which features were held off", "device", dev.Name, "features", features)
+		a.st.missed = append(a.st.missed, fmt.Sprintf("%s is gone, with %s held off: if it was moved to another network namespace, give it back there with `ethtool -K %s %s on`",
+			dev.Name, strings.Join(features, ", "), dev.Name, strings.Join(features, " on ")))
+		a.st.missedHolds += len(features)
+	}
+	slices.Sort(a.st.missed)
+}
