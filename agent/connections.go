@@ -59,26 +59,39 @@ func (u *unreadable) Is(target error) bool { return target == ErrUnreadable }
 // errNoSuchDevice is a filter by a device that is not there.
 var errNoSuchDevice = errors.New("there is no device")
 
+// errBusy is for one who asks for a list while others read theirs.
+var errBusy = fmt.Errorf("%d lists of connections are read already: try again in a moment", maxLists)
+
 // connections looks at all TCP sockets of the namespace, and at what the loop knows.
 type connections struct {
 	open func() (connIter, error)
-	// slots bounds how many lists are made at a time.
+	// slots bounds how many lists are made at a time for those who ask for one, who read as slowly as they
+	// like. A diagnosis takes none.
 	slots chan struct{}
+	wait  time.Duration // for a slot
 
 	mu       sync.Mutex // of what follows
 	policies *flows.Policies
 	version  uint64 // of the mirror that policies were indexed from
 
-	diagnosing sync.Mutex
+	// diagnosing holds the token of whoever makes a diagnosis. It can be waited for until a context ends.
+	diagnosing chan struct{}
 	last       *Diagnosis    // belongs to diagnosing
 	soon       chan struct{} // has a token when a diagnosis is due
 }
 
-// maxLists is how many lists of connections are made at a time in one namespace.
-const maxLists = 2
+// maxLists is how many lists of connections are made at a time in one namespace, and slotPatience how long
+// one more waits: less than a client has for the head of its answer (WriteTimeout of serve).
+const (
+	maxLists     = 2
+	slotPatience = 20 * time.Second
+)
 
 func newConnections() *connections {
-	return &connections{open: openConns, slots: make(chan struct{}, maxLists), soon: make(chan struct{}, 1)}
+	return &connections{
+		open: openConns, slots: make(chan struct{}, maxLists), wait: slotPatience,
+		diagnosing: make(chan struct{}, 1), soon: make(chan struct{}, 1),
+	}
 }
 
 // caller runs a function where it may read the state.
@@ -151,16 +164,25 @@ func (a *Agent) offload(i routes.Ifindex, feature ethtool.Feature) flows.Offload
 	return flows.Offload{Active: s.Active, Fixed: known && !s.Changeable, Held: held && !s.Active}
 }
 
-// eachFlow joins the namespace's TCP sockets with what is known of policies and devices, and calls fn
-// for each flow that is asked for, until the context ends or fn fails. The error is ErrUnreadable if the
-// kernel does not let its sockets be read.
-func (a *Agent) eachFlow(ctx context.Context, call caller, f flows.Filter, fn func(*flows.Flow) error) (*flows.Result, error) {
+// listFlows is eachFlow for a client, which waits for its turn. The error is errBusy if that does not come.
+func (a *Agent) listFlows(ctx context.Context, f flows.Filter, fn func(*flows.Flow) error) (*flows.Result, error) {
+	late := time.NewTimer(a.conns.wait)
+	defer late.Stop()
 	select {
 	case a.conns.slots <- struct{}{}:
 		defer func() { <-a.conns.slots }()
 	case <-ctx.Done():
 		return nil, ctx.Err()
+	case <-late.C:
+		return nil, errBusy
 	}
+	return a.eachFlow(ctx, a.call, f, fn)
+}
+
+// eachFlow joins the namespace's TCP sockets with what is known of policies and devices, and calls fn
+// for each flow that is asked for, until the context ends or fn fails. The error is ErrUnreadable if the
+// kernel does not let its sockets be read.
+func (a *Agent) eachFlow(ctx context.Context, call caller, f flows.Filter, fn func(*flows.Flow) error) (*flows.Result, error) {
 	w, err := a.world(ctx, call)
 	if err != nil {
 		return nil, err
@@ -255,8 +277,12 @@ const (
 // diagnose is the newest diagnosis, made anew if it is not fresh.
 func (a *Agent) diagnose(ctx context.Context, call caller) (*Diagnosis, error) {
 	c := a.conns
-	c.diagnosing.Lock()
-	defer c.diagnosing.Unlock()
+	select {
+	case c.diagnosing <- struct{}{}:
+		defer func() { <-c.diagnosing }()
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
 	if c.last != nil && time.Since(c.last.At) < diagnosisFresh {
 		return c.last, nil
 	}

@@ -267,3 +267,79 @@ func TestOwnersThatMayNotBeSeen(t *testing.T) {
 		t.Error(out)
 	}
 }
+
+// Clients that read slowly hold all slots: a diagnosis needs none, and who asks for another list is told in time.
+func TestSlowReadersHoldNobodyUp(t *testing.T) {
+	w := controlWorld(t)
+	w.start(tunnelPolicy, tunnelSA)
+	fake := &fakeConns{list: many(10)}
+	w.a.conns.open = fake.open
+	c := w.serve()
+	for range maxLists {
+		w.a.conns.slots <- struct{}{}
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+	defer cancel()
+	if d, err := c.DiagnosisIn(ctx, ""); err != nil || d.Connections != 10 {
+		t.Errorf("no diagnosis: %+v, %v", d, err)
+	}
+	w.a.conns.wait = time.Millisecond
+	if _, err := c.FlowsIn(ctx, "", flows.Filter{}, func(*flows.Flow) error { return nil }); err == nil || !strings.Contains(err.Error(), "try again") {
+		t.Errorf("another list: %v", err)
+	}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://tsoagent/v1/flows", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	res, err := c.http.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_ = res.Body.Close()
+	if res.StatusCode != http.StatusServiceUnavailable {
+		t.Errorf("another list: %d", res.StatusCode)
+	}
+}
+
+// blockedConns are sockets whose list does not end before the test says so.
+type blockedConns struct{ began, end chan struct{} }
+
+func (b blockedConns) Each(func(sockopt.Conn) bool) error {
+	close(b.began)
+	<-b.end
+	return nil
+}
+
+func (blockedConns) Close() error { return nil }
+
+// Whoever waits for a diagnosis that another one makes can stop to wait: the agent does when it ends.
+func TestWaitForADiagnosisEnds(t *testing.T) {
+	w := controlWorld(t)
+	w.start(tunnelPolicy, tunnelSA)
+	b := blockedConns{make(chan struct{}), make(chan struct{})}
+	w.a.conns.open = func() (connIter, error) { return b, nil }
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer close(b.end)
+	wg.Go(func() {
+		if _, err := w.a.diagnose(t.Context(), atOnce); err != nil {
+			t.Error(err)
+		}
+	})
+	<-b.began
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	done := make(chan error, 1)
+	wg.Go(func() {
+		_, err := w.a.diagnose(ctx, atOnce)
+		done <- err
+	})
+	select {
+	case err := <-done:
+		if !errors.Is(err, context.Canceled) {
+			t.Error(err)
+		}
+	case <-time.After(5 * time.Second):
+		t.Error("it waits for the other one, whatever its context says")
+	}
+}

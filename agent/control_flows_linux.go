@@ -46,7 +46,7 @@ func serveFlows(s served, w http.ResponseWriter, r *http.Request) {
 	lines := bufio.NewWriterSize(out, 256<<10)
 	enc := json.NewEncoder(lines)
 	var buf []byte
-	res, err := a.eachFlow(r.Context(), a.call, f, func(f *flows.Flow) (err error) {
+	res, err := a.listFlows(r.Context(), f, func(f *flows.Flow) (err error) {
 		if buf, err = flows.AppendJSON(buf[:0], f); err == nil {
 			_, err = lines.Write(append(buf, '\n'))
 		}
@@ -74,7 +74,7 @@ func flowsStatus(err error) int {
 		return http.StatusNotImplemented
 	case errors.Is(err, errNoSuchDevice):
 		return http.StatusBadRequest
-	case errors.Is(err, errNotReady), errors.Is(err, errEndedAgent):
+	case errors.Is(err, errNotReady), errors.Is(err, errEndedAgent), errors.Is(err, errBusy):
 		return http.StatusServiceUnavailable
 	}
 	return http.StatusInternalServerError

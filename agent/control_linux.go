@@ -25,7 +25,8 @@ import (
 //	GET /v1/explain?dst=…      an Explanation; 400 for a wrong query
 //	GET /v1/flows              TCP connections, a line of JSON for each as they come from the kernel,
 //	                           and a flows.Result as {"result": …} in the last one; 501 where they
-//	                           can't be read; see flows.Filter for the query
+//	                           can't be read, 503 while others read theirs; see flows.Filter
+//	                           for the query
 //	GET /v1/diagnosis          a Diagnosis of the connections that is some seconds old at most
 //	GET /v1/namespaces         all that are followed, or are to be, a list of NamespaceReport
 //

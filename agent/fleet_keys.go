@@ -78,7 +78,8 @@ func (f *Fleet) watchKeys(ctx context.Context) {
 	err = h.Run(ctx, f.keyChanged)
 	if ctx.Err() == nil {
 		f.log.Warn("the kernel's key functions are not followed any more: TCP keys are polled", "err", err)
-		f.setHooked(hooked{why: oneLine(err)})
+		f.setHooked(hooked{why: oneLine(err), ao: now.ao})
+		<-ctx.Done() // what lists TCP-AO's keys stays open: keys that are not looked for are not gone
 	}
 }
 

@@ -150,8 +150,21 @@ func TestKeysArePolledWithoutAHook(t *testing.T) {
 			defer s.mu.Unlock()
 			return !s.hooked.on() && s.hooked.why == tt.why
 		})
+		netnstest.Within(t, "looks that find nothing new in the counters, without a report", func() bool {
+			list := s.Reports()
+			return len(list) == 1 && looks(list[0]) > looks(s.report(tt.ns))+2
+		})
 		s.stop()
 	}
+}
+
+// looks are how often the keys were looked at.
+func looks(r *Report) uint64 {
+	i := slices.IndexFunc(r.Sources, func(s SourceReport) bool { return s.Source == "sockopt" })
+	if i < 0 {
+		return 0
+	}
+	return r.Sources[i].Dumps
 }
 
 // aoHook sees a TCP-AO key once told to.
@@ -223,4 +236,45 @@ func TestAOKeysAreListed(t *testing.T) {
 	list.mu.Unlock()
 	hook.events <- sockbpf.KeyEvent{Op: sockbpf.Deleted, Kind: sockopt.AO, Netns: uint32(id.Ino)}
 	netnstest.Within(t, "the MD5 key alone", func() bool { return slices.Equal(s.keysIn("one"), []string{"192.0.2.9/32"}) })
+}
+
+// failingHook sees TCP-AO keys until it is told to fail.
+type failingHook struct {
+	aoHook
+	fail chan struct{}
+}
+
+func (h failingHook) Run(ctx context.Context, _ func(sockbpf.KeyEvent)) error {
+	select {
+	case <-ctx.Done():
+		return nil
+	case <-h.fail:
+		return errors.New("the ring is gone")
+	}
+}
+
+// TestAOKeysStayWithoutTheHook goes on to list TCP-AO keys when nothing tells of them any more: keys that are not
+// looked for are not gone.
+func TestAOKeysStayWithoutTheHook(t *testing.T) {
+	if !netnstest.Private(t) {
+		return
+	}
+	named(t, "one")
+	cfg := fleetConfig(t, "one")
+	cfg.TCPKeysEvery = Duration(100 * time.Millisecond)
+	ao := func(n byte) sockopt.Key {
+		return sockopt.Key{Kind: sockopt.AO, Peer: netip.PrefixFrom(netip.AddrFrom4([4]byte{192, 0, 2, n}), 32), Port: 180, Listener: true}
+	}
+	hook, list := failingHook{fail: make(chan struct{})}, &aoList{keys: []sockopt.Key{ao(10)}}
+	s := sailBy(t, cfg, func(f *Fleet) {
+		f.openHook = func() (keyHook, error) { return hook, nil }
+		f.openAO = func() (keyLister, error) { return list, nil }
+	})
+	netnstest.Within(t, "the key", func() bool { return slices.Equal(s.keysIn("one"), []string{"192.0.2.10/32"}) })
+	close(hook.fail)
+	netnstest.Within(t, "the end of the hook", func() bool { s.mu.Lock(); defer s.mu.Unlock(); return !s.hooked.on() && s.hooked.why == "the ring is gone" })
+	list.mu.Lock()
+	list.keys = []sockopt.Key{ao(10), ao(11)}
+	list.mu.Unlock()
+	netnstest.Within(t, "both keys, by a poll", func() bool { return slices.Equal(s.keysIn("one"), []string{"192.0.2.10/32", "192.0.2.11/32"}) })
 }

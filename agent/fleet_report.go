@@ -149,7 +149,7 @@ func (f *Fleet) Report() *Report {
 }
 
 // Reports are the newest reports of all namespaces that are followed and have been read, in the order of
-// their names.
+// their names. The counters of their sources are those of now: a look that finds nothing new makes no report.
 func (f *Fleet) Reports() []*Report {
 	var out []*Report
 	for _, n := range f.namespaces() {
@@ -157,6 +157,9 @@ func (f *Fleet) Reports() []*Report {
 			r := *a.Report()
 			if r.Netns = n.Name; n.Name == netns.Host {
 				r.Netns = ""
+			}
+			if a.sources != nil {
+				r.Sources = a.sources.stats()
 			}
 			out = append(out, &r)
 		}

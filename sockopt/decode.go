@@ -257,12 +257,37 @@ func union(a, b []Key) []Key {
 	return slices.Compact(out)
 }
 
+// maxKept is how many keys there can be with those that are kept though nobody saw them.
+const maxKept = 1 << 16
+
+// keep is what is there now, and what was known before, of which the first stay if they would be more than maxKept. Both
+// are in order. Anybody can have a socket that shows no keys, and then set others as fast as the system call goes.
+func keep(now, known []Key) []Key {
+	out := slices.Clone(now)
+	for _, k := range known {
+		if len(out) >= maxKept {
+			break
+		}
+		if !has(now, k) {
+			out = append(out, k)
+		}
+	}
+	slices.SortFunc(out, Key.Compare)
+	return out
+}
+
 // lacks reports whether something of old is not in new; both are in order.
 func lacks(new, old []Key) bool {
 	for _, k := range old {
-		if _, ok := slices.BinarySearchFunc(new, k, func(a, b Key) int { return cmp.Compare(a.Compare(b), 0) }); !ok {
+		if !has(new, k) {
 			return true
 		}
 	}
 	return false
+}
+
+// has reports whether a key is among those of a list, which is in order.
+func has(list []Key, k Key) bool {
+	_, ok := slices.BinarySearchFunc(list, k, Key.Compare)
+	return ok
 }

@@ -246,3 +246,32 @@ func FuzzDecode(f *testing.F) {
 		}
 	})
 }
+
+// TestKeptKeysAreBounded has a socket that hides its keys for ever, which takes no privilege, and others that come with
+// new keys and go again: what is kept because of the hidden ones must not grow with them.
+func TestKeptKeysAreBounded(t *testing.T) {
+	const each = maxKept/4 + 1
+	var known []Key
+	for round := range 6 {
+		now := make([]Key, 0, each)
+		for i := range each {
+			a := netip.AddrFrom4([4]byte{10, byte(round), byte(i >> 8), byte(i)})
+			now = append(now, Key{Kind: MD5, Peer: netip.PrefixFrom(a, 32), Port: 179, Listener: true})
+		}
+		got := keep(now, known)
+		if lacks(got, now) {
+			t.Fatalf("round %d: a key that is there is missing", round)
+		}
+		if !slices.IsSortedFunc(got, Key.Compare) || len(slices.Compact(slices.Clone(got))) != len(got) {
+			t.Fatalf("round %d: out of order, or twice", round)
+		}
+		if want := min((round+1)*each, maxKept); len(got) != want {
+			t.Fatalf("round %d: %d keys, want %d", round, len(got), want)
+		}
+		known = got
+	}
+	over := slices.Concat(known, []Key{{Kind: MD5, Peer: netip.MustParsePrefix("11.0.0.0/8")}})
+	if got := keep(over, known); len(got) != len(over) {
+		t.Errorf("%d of %d keys that are there", len(got), len(over))
+	}
+}

@@ -31,7 +31,7 @@ func (w *Watcher) look(known []Key, thorough bool) (KeysSet, error) {
 		now = KeysSet{union(now.Keys, more.Keys), more.Hidden}
 	}
 	if err == nil && now.Hidden > 0 {
-		now.Keys = union(now.Keys, known)
+		now.Keys = keep(now.Keys, known)
 	}
 	return now, err
 }

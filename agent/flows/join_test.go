@@ -161,6 +161,14 @@ var scenes = []struct {
 		conn("10.9.0.1:40009", "10.3.0.1:443", by(ipsec0, false)),
 		conn("10.9.0.1:40010", "10.4.0.1:443", by(gre1, false)),
 	}},
+	{"what else takes offload from a covered connection is not hidden by ESP's", nil, []sockopt.Conn{
+		conn("0.0.0.0:179", "", md5(1), inode(901)),
+		conn("10.9.0.1:179", "10.2.0.1:40000", offloaded, disabled),
+		conn("10.9.0.1:179", "10.2.0.2:40000", offloaded, disabled, func(c *sockopt.Conn) { c.Route.DeviceESP = true }),
+		conn("10.9.0.1:179", "10.2.0.3:40000", offloaded, md5(1)),
+		conn("10.9.0.1:40001", "10.2.0.1:443", offloaded, by(eth0, false), func(c *sockopt.Conn) { c.Route.DeviceESP = true }),
+		conn("10.9.0.1:40002", "10.2.0.1:443", bundle, disabled),
+	}},
 	{"contradictions", nil, []sockopt.Conn{
 		conn("10.9.0.1:40000", "10.2.0.1:443"),
 		conn("10.9.0.1:40001", "10.2.0.1:443", bundle, func(c *sockopt.Conn) { c.GSO = true }),

@@ -91,7 +91,13 @@ func (j *Join) whyPolicy(f *Flow, c *sockopt.Conn, p *xfrmwatch.Policy, outer bo
 		f.Why = fmt.Sprintf("%s covers what leaves by %s: TSO is off there, the kernel cuts ahead of it", name, f.Device)
 	case p != nil && outer:
 		f.Why = fmt.Sprintf("%s covers what leaves by %s", name, f.Device)
-	case c.Route.XFRM && c.Route.DeviceESP:
+	case f.Segmentation == sockopt.SegNone && c.Route.XFRM && c.Route.Offload:
+		// ESP would take super-packets: it is something else that has taken GSO from the socket.
+		f.Why = name + " covers it, and would take super-packets"
+		if c.GSODisabled && c.MD5Keys+c.AOKeys == 0 {
+			f.Why += ": a key that it had, or its listener, has taken GSO from the socket"
+		}
+	case c.Route.XFRM && c.Route.DeviceESP && f.Segmentation == sockopt.SegOffload:
 		f.Why = name + " covers it: the device cuts ESP"
 	case c.Route.XFRM && c.Route.Offload:
 		f.Why = name + " covers it: ESP is cut just ahead of the device"

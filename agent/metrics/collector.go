@@ -22,7 +22,7 @@ type Collector struct {
 	version string
 	reports func() []*agent.Report
 
-	build, readable, connections, lost, at *prometheus.Desc
+	build, readable, connections, lost, at, looks, lookSeconds *prometheus.Desc
 }
 
 var _ prometheus.Collector = (*Collector)(nil)
@@ -39,13 +39,15 @@ func NewCollector(version string, reports func() []*agent.Report) *Collector {
 		connections: desc(Connections, "Open TCP connections at the last diagnosis.", "netns"),
 		lost: desc(ConnectionsLostOffload, "Open TCP connections at the last diagnosis that are neither signed nor covered, "+
 			"and have no segmentation offload as their listener holds, or held, a key. By the listener's port.", "netns", "port"),
-		at: desc(DiagnosisTimestamp, "When the connections were looked at last, in seconds since 1970.", "netns"),
+		at:          desc(DiagnosisTimestamp, "When the connections were looked at last, in seconds since 1970.", "netns"),
+		looks:       desc(KeyLooks, "Looks at the keys of the namespace's TCP sockets.", "netns"),
+		lookSeconds: desc(KeyLookSeconds, "CPU time of all looks at the keys of the namespace's TCP sockets, the kernel's included.", "netns"),
 	}
 }
 
 // Describe tells which metrics there are.
 func (c *Collector) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{c.build, c.readable, c.connections, c.lost, c.at} {
+	for _, d := range []*prometheus.Desc{c.build, c.readable, c.connections, c.lost, c.at, c.looks, c.lookSeconds} {
 		ch <- d
 	}
 }
@@ -57,11 +59,17 @@ func (c *Collector) Collect(ch chan<- prometheus.Metric) {
 	}
 	send(c.build, 1, c.version, runtime.Version())
 	for _, r := range c.reports() {
+		name := cmp.Or(r.Netns, netns.Host)
+		for _, s := range r.Sources {
+			if s.Source == "sockopt" {
+				ch <- prometheus.MustNewConstMetric(c.looks, prometheus.CounterValue, float64(s.Dumps), name)
+				ch <- prometheus.MustNewConstMetric(c.lookSeconds, prometheus.CounterValue, s.Seconds, name)
+			}
+		}
 		d := r.Diagnosis
 		if d == nil {
 			continue // not looked yet
 		}
-		name := cmp.Or(r.Netns, netns.Host)
 		send(c.at, float64(d.At.UnixMilli())/1000, name)
 		if d.Unreadable != "" {
 			send(c.readable, 0, name)

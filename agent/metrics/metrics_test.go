@@ -32,7 +32,7 @@ var update = flag.Bool("update", false, "write the metrics page to testdata")
 func reports() []*agent.Report {
 	at := time.Unix(1800000000, 500_000_000)
 	return []*agent.Report{
-		{Diagnosis: &agent.Diagnosis{
+		{Sources: []agent.SourceReport{{Source: "xfrm", Dumps: 1}, {Source: "sockopt", Dumps: 12, Seconds: 0.25, Sockets: 90}}, Diagnosis: &agent.Diagnosis{
 			At: at, Connections: 40, Lost: 9, MoreCollateral: 3,
 			Collateral: []flows.Collateral{
 				{Listener: "0.0.0.0:179", Port: 179, Lost: 2}, {Listener: "[::]:179", Port: 179, Lost: 1}, {Listener: "0.0.0.0:646", Port: 646, Lost: 1}, {Lost: 2},
@@ -40,7 +40,7 @@ func reports() []*agent.Report {
 		}},
 		{Netns: "blue", Diagnosis: &agent.Diagnosis{At: at, Unreadable: "no BTF"}},
 		{Netns: "green", Diagnosis: &agent.Diagnosis{At: at, Connections: 7}},
-		{Netns: "young"},
+		{Netns: "young", Sources: []agent.SourceReport{{Source: "sockopt", Dumps: 1, Seconds: 0.004}}},
 	}
 }
 

@@ -9,7 +9,9 @@ const (
 	Connections            = "tsoagent_connections"
 	ConnectionsLostOffload = "tsoagent_connections_lost_offload"
 	DiagnosisTimestamp     = "tsoagent_connections_diagnosis_timestamp_seconds"
+	KeyLooks               = "tsoagent_tcp_key_looks_total"
+	KeyLookSeconds         = "tsoagent_tcp_key_look_cpu_seconds_total"
 )
 
 // Names are all of them.
-var Names = []string{BuildInfo, ConnectionsReadable, Connections, ConnectionsLostOffload, DiagnosisTimestamp}
+var Names = []string{BuildInfo, ConnectionsReadable, Connections, ConnectionsLostOffload, DiagnosisTimestamp, KeyLooks, KeyLookSeconds}

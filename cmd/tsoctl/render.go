@@ -11,6 +11,7 @@ import (
 	"strings"
 	"text/tabwriter"
 	"time"
+	"unicode/utf8"
 
 	"golang.org/x/sys/unix"
 
@@ -45,7 +46,7 @@ type plain struct{ io.Writer }
 
 // Write writes b with a question mark for each character that a terminal could obey.
 func (w plain) Write(b []byte) (int, error) {
-	if !bytes.ContainsFunc(b, func(r rune) bool { return harmless(r) != r }) {
+	if utf8.Valid(b) && !bytes.ContainsFunc(b, func(r rune) bool { return harmless(r) != r }) {
 		return w.Writer.Write(b)
 	}
 	if _, err := w.Writer.Write(bytes.Map(harmless, b)); err != nil {

@@ -286,6 +286,11 @@ func TestTablesObeyNoNames(t *testing.T) {
 		}
 	}
 	var b bytes.Buffer
+	// A byte alone is no UTF-8, and what a terminal of one byte a character obeys.
+	if n, err := (plain{&b}).Write([]byte("x\x9b31m\x9d0;y")); n != 9 || err != nil || b.String() != "x\ufffd31m\ufffd0;y" {
+		t.Errorf("bytes alone become %q, %d, %v", b.String(), n, err)
+	}
+	b.Reset()
 	explainTable(pageOf(&b), &agent.Explanation{Dst: "10.0.0.1", Device: evil})
 	if strings.Contains(b.String(), "\x1b") {
 		t.Errorf("explain prints %q", b.String())
