@@ -33,8 +33,9 @@ const kindMoved journal.Kind = "moved"
 // movedDevice is the journal's entry for a device that left the namespace with what we changed.
 type movedDevice struct {
 	To       routes.Place      `json:"to"`
-	Index    routes.Ifindex    `json:"ifindex"` // that it had here
-	Name     string            `json:"name"`
+	Index    routes.Ifindex    `json:"ifindex"`         // that it had here
+	Name     string            `json:"name"`            // that it had here
+	There    string            `json:"there,omitempty"` // its name there, if it is another one
 	Kind     string            `json:"kind,omitempty"`
 	IfID     uint32            `json:"if_id,omitempty"`
 	Addr     string            `json:"addr,omitempty"`
@@ -43,6 +44,7 @@ type movedDevice struct {
 	MTU      *plan.MTUClaim    `json:"mtu,omitempty"`
 
 	offered bool   // the loop of another namespace has it
+	gone    bool   // it was not there when it was looked at: it can be back, and its event on the way
 	where   string // how the other namespace can be named, empty for unknown
 }
 
@@ -68,16 +70,22 @@ const maxLeft = 256
 
 func movedID(p routes.Place) string { return fmt.Sprintf("moved/%d/%d", p.Netnsid, p.Index) }
 
+// like reports whether a link where the kernel said that the device went can be it. Whoever moves a device
+// can change its name and hardware address in the same request.
+func (d *movedDevice) like(l *routes.Link) bool {
+	return l.Kind == d.Kind && l.IfID == d.IfID && l.PermAddr == d.PermAddr
+}
+
 // same reports whether a link can be the device, whatever its name and index are now. The hardware
 // address of a NIC is anybody's to change, its permanent one is not.
 func (d *movedDevice) same(l *routes.Link) bool {
-	return l.Kind == d.Kind && l.IfID == d.IfID && l.PermAddr == d.PermAddr && (l.HardwareAddr == d.Addr || d.Kind == "" && d.PermAddr != "")
+	return d.like(l) && (l.HardwareAddr == d.Addr || d.Kind == "" && d.PermAddr != "")
 }
 
 // back reports whether a link that appeared in the old namespace is the device, of whose way back
 // the kernel tells nothing.
 func (d *movedDevice) back(l *routes.Link) bool {
-	return d.same(l) && (l.Name == d.Name || l.Index == d.Index || d.Kind == "" && d.PermAddr != "")
+	return d.same(l) && (l.Name == d.Name || l.Name == d.There || l.Index == d.Index || d.Kind == "" && d.PermAddr != "")
 }
 
 // departed takes the claims on a device that leaves, before they are dropped. The link is still in
@@ -129,8 +137,25 @@ func (a *Agent) offer(id string) {
 	d := a.st.moved[id]
 	d.offered = a.carry != nil && a.carry(a, arrival{id: id, dev: *d, from: a.inbox})
 	if !d.offered {
+		a.recognise(id, d)
 		a.locate(d)
 		a.log.Warn("a device was moved to a network namespace that is not followed", "device", d.Name, "look", d.says())
+	}
+}
+
+// recognise looks at a device right after it was moved, when nothing else can be where the kernel said that it
+// went: by the name and address that it has now it is known later.
+func (a *Agent) recognise(id string, d *movedDevice) {
+	if a.links == nil {
+		return
+	}
+	l, err := a.links.ReadLinkAt(d.To)
+	if err != nil || !d.like(l) || l.Name == d.Name && l.HardwareAddr == d.Addr {
+		return
+	}
+	d.There, d.Addr = l.Name, l.HardwareAddr
+	if err := a.journal.Put(entry(id, kindMoved, d)); err != nil {
+		a.failed("journal can't be written: a device that was moved is not remembered", err, "device", d.Name)
 	}
 }
 
@@ -143,9 +168,21 @@ func (a *Agent) offerAgain() {
 			continue
 		}
 		if d.offered = a.carry != nil && a.carry(a, arrival{id: id, dev: *d, from: a.inbox}); !d.offered && a.stillThere(d) {
+			d.gone = false
 			a.locate(d)
+		} else if !d.offered && d.gone {
+			a.doneMoved(id)
 		} else if !d.offered {
 			a.log.Warn("a device that was moved to a network namespace that is not followed has nothing of ours any more, is gone from there, or was moved on", "device", d.Name)
+			d.gone = true
+		}
+	}
+}
+
+// forgetGone forgets the devices that were looked for and are gone. No event is waited for any more.
+func (a *Agent) forgetGone() {
+	for id, d := range a.st.moved {
+		if d.gone && !d.offered {
 			a.doneMoved(id)
 		}
 	}
@@ -164,7 +201,7 @@ func (a *Agent) stillThere(d *movedDevice) bool {
 	if err != nil {
 		return true
 	}
-	d.Name = l.Name
+	d.There = l.Name
 	if d.MTU != nil && l.MTU != d.MTU.Ours {
 		d.MTU = nil
 	}
@@ -186,7 +223,7 @@ func (a *Agent) returned(l *routes.Link) {
 			}
 		}
 		dev := *d
-		dev.To.Index, d.offered = l.Index, true
+		dev.To.Index, d.offered, d.gone = l.Index, true, false
 		a.st.arrivals = append(a.st.arrivals, arrival{id: id, dev: dev, from: a.inbox})
 	}
 }
@@ -204,7 +241,7 @@ func (a *Agent) takeIn(now time.Time) {
 		l := a.st.fib.Link(x.dev.To.Index)
 		left, gone := a.st.left[x.dev.To.Index]
 		switch {
-		case l != nil && x.dev.same(l):
+		case l != nil && x.dev.like(l):
 			switch err := a.takeOver(l, &x.dev); {
 			case err == nil:
 				a.answer(x, true)
@@ -215,7 +252,7 @@ func (a *Agent) takeIn(now time.Time) {
 				a.failed("a device that was moved here can't be taken over", err, "device", l.Name)
 				a.answer(x, false)
 			}
-		case gone && left.Kind == x.dev.Kind && left.Addr == x.dev.Addr && left.PermAddr == x.dev.PermAddr && left.IfID == x.dev.IfID:
+		case gone && left.Kind == x.dev.Kind && left.PermAddr == x.dev.PermAddr && left.IfID == x.dev.IfID:
 			if left.To != (routes.Place{}) { // it was moved on before its claims came
 				left.Features, left.MTU = x.dev.Features, x.dev.MTU
 				a.follow(left)

@@ -386,3 +386,51 @@ func TestRestoreTellsOfDevicesThatAreGone(t *testing.T) {
 		t.Errorf("%d holds, findings (-want +got):\n%s", done.Holds, diff)
 	}
 }
+
+// One request can move a device and give it another name and address (rtnl_setlink), as container runtimes do.
+func TestMovedDeviceThatIsChangedOnTheWay(t *testing.T) {
+	if !netnstest.Private(t) {
+		return
+	}
+	checkLeaks(t)
+	named(t, "a", "b", "c")
+	carrierIn(t, "a")
+	cfg := movedConfig(t, "host", "a", "b")
+	cfg.ResyncEvery = Duration(300 * time.Millisecond)
+	s := sail(t, cfg)
+	s.state("b", NetnsFollowed)
+	s.held("a", 3)
+	netnstest.IP(t, "-n a link set c0 netns b name e0 address 02:00:00:00:00:01")
+	netnstest.Within(t, "given back in b", func() bool { on, _ := movedTSO(t, "b", "e0"); return on })
+	s.noFinding("a")
+	netnstest.IP(t, "-n b link set e0 netns a name c0\n-n a link set c0 addrgenmode none\n-n a link set c0 up\n-n a route add 10.7.0.0/16 dev c0")
+	s.held("a", 3)
+
+	// Where nobody follows, it is told of by its name there, and known by its address.
+	a, err := s.agentOf("a")
+	if err != nil {
+		t.Fatal(err)
+	}
+	netnstest.IP(t, "-n a link set c0 netns c name e1 address 02:00:00:00:00:02")
+	says := []string{"e1 was moved to network namespace c", "`ip netns exec c ethtool -K e1 "}
+	s.finding("a", says...)
+	for range 3 { // looks whether it is still there
+		if err := a.call(t.Context(), a.offerAgain); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := a.call(t.Context(), func() {
+		if len(a.st.moved) != 1 {
+			t.Errorf("moved: %v", a.st.moved)
+		}
+	}); err != nil {
+		t.Fatal(err)
+	}
+	netnstest.IP(t, "-n c link set e1 netns a name c0")
+	netnstest.Within(t, "back: given back", func() bool { on, _ := movedTSO(t, "a", "c0"); return on })
+	s.noFinding("a")
+	s.stop()
+	if n := len(s.dirs()); n != 0 {
+		t.Errorf("%d journals are left", n)
+	}
+}

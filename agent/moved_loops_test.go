@@ -3,7 +3,10 @@ package agent
 import (
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"tsoagent/agent/netns"
+	"tsoagent/ethtool"
 	"tsoagent/routes"
 )
 
@@ -68,3 +71,37 @@ func TestOnlyLoopsThatMissADeviceHearOfNamespaces(t *testing.T) {
 		t.Errorf("an earlier run missed one: %d", n)
 	}
 }
+
+// A look whether a device is still where it was moved to can come ahead of the event that it is back.
+func TestDeviceThatIsLookedForOnItsWayBack(t *testing.T) {
+	w := newWorld(t, Config{})
+	d := movedDevice{Name: "c0", Kind: "veth", To: routes.Place{Netnsid: 1, Index: 7}, Index: 7, Features: []ethtool.Feature{ethtool.TCPSegmentation}}
+	w.a.follow(d)
+	w.a.links = nowhere{w.a.links}
+	w.a.offerAgain()
+	if got := w.a.movedFindings(); len(got) != 0 {
+		t.Errorf("it is gone, and told: %q", got)
+	}
+	w.a.returned(&routes.Link{Name: "c0", Kind: "veth", Index: 7})
+	if n := len(w.a.st.arrivals); n != 1 {
+		t.Fatalf("back, and taken over %d times", n)
+	}
+	w.a.answer(w.a.st.arrivals[0], true)
+	if len(w.a.st.moved) != 0 {
+		t.Error("not forgotten")
+	}
+	// One that doesn't come back is forgotten by the second look, or by a stop.
+	for _, forget := range []func(){w.a.offerAgain, w.a.forgetGone} {
+		w.a.follow(d)
+		w.a.offerAgain()
+		forget()
+		if len(w.a.st.moved)+len(w.a.journal.Entries()) != 0 {
+			t.Errorf("moved %v, journal %v", w.a.st.moved, w.a.journal.Entries())
+		}
+	}
+}
+
+// nowhere is where no link is.
+type nowhere struct{ linkTable }
+
+func (nowhere) ReadLinkAt(routes.Place) (*routes.Link, error) { return nil, unix.ENODEV }

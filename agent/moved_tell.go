@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"cmp"
 	"fmt"
 	"maps"
 	"slices"
@@ -44,9 +45,10 @@ func (d *movedDevice) says() string {
 	} else if d.where != "" {
 		in, place = "ip netns exec "+d.where+" ", "network namespace "+d.where
 	}
+	name := cmp.Or(d.There, d.Name)
 	var what, how []string
 	if len(d.Features) > 0 {
-		cmd := in + "ethtool -K " + d.Name
+		cmd := in + "ethtool -K " + name
 		for _, f := range d.Features {
 			what, cmd = append(what, string(f)), cmd+" "+string(f)+" on"
 		}
@@ -54,17 +56,17 @@ func (d *movedDevice) says() string {
 	}
 	if d.MTU != nil {
 		what = append(what, fmt.Sprintf("mtu %d", d.MTU.Ours))
-		how = append(how, fmt.Sprintf("`%sip link set %s mtu %d`", in, d.Name, d.MTU.Was))
+		how = append(how, fmt.Sprintf("`%sip link set %s mtu %d`", in, name, d.MTU.Was))
 	}
 	return fmt.Sprintf("%s was moved to %s, which is not followed, and took along what this agent changed (%s): give it back with %s, or follow that namespace",
-		d.Name, place, strings.Join(what, ", "), strings.Join(how, " and "))
+		name, place, strings.Join(what, ", "), strings.Join(how, " and "))
 }
 
 // movedFindings are the devices that took changes of ours to where nobody follows.
 func (a *Agent) movedFindings() []string {
 	var out []string
 	for _, id := range slices.Sorted(maps.Keys(a.st.moved)) {
-		if d := a.st.moved[id]; !d.offered {
+		if d := a.st.moved[id]; !d.offered && !d.gone {
 			out = append(out, d.says())
 		}
 	}

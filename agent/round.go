@@ -325,6 +325,7 @@ func (a *Agent) closeBooks() {
 		}
 	}
 	a.unbook(ids...)
+	a.forgetGone()
 }
 
 // ready tells once what the agent sees, and what to look at next.
