@@ -319,7 +319,7 @@ func (p *planner) unsafe(r routes.Route) string {
 func (p *planner) meetsOuter(r routes.Route) string {
 	for peer, peers := range p.outer.Subnets(r.Dst) {
 		used, ok := p.routeTo(r.Body.Family, r.Body.Table, peer.Addr(), netip.Addr{})
-		if (!ok || routes.Contains(used.Dst, r.Dst)) && p.outerBy(peers, r.Body) {
+		if (!ok || routes.Contains(used.Dst, r.Dst)) && p.outerBy(peers, r) {
 			return "the outer packets to " + peer.Addr().String() + " use it too"
 		}
 	}
@@ -329,9 +329,13 @@ func (p *planner) meetsOuter(r routes.Route) string {
 // outerBy reports whether outer packets can leave by a route: one of its devices is that of one
 // of the peers, or it isn't known where a peer's packets leave. The kernel answers for those without a
 // TOS; ESP has that of what is inside (xfrm_get_tos, net/xfrm/xfrm_policy.c).
-func (p *planner) outerBy(peers []Peer, b *routes.Body) bool {
+func (p *planner) outerBy(peers []Peer, r routes.Route) bool {
+	b := r.Body
 	return slices.ContainsFunc(peers, func(peer Peer) bool {
 		path := p.Peers[peer]
+		if by, ok := p.routeTo(b.Family, b.Table, peer.Addr, peer.Src); ok && by.Body.Src.IsValid() {
+			return true // what is asked without the SA's source, as where that is not here yet, goes by others
+		}
 		return path.Oif == 0 || b.TOS != 0 || slices.ContainsFunc(b.Nexthops, func(n routes.Nexthop) bool { return n.Oif == path.Oif })
 	})
 }
