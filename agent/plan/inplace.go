@@ -216,6 +216,7 @@ func (p *planner) tryInPlace(r routes.Route) {
 func (p *planner) alike(r routes.Route) (mtu int, by []*coverage, ok bool) {
 	w, ok := p.domain(r.Body)
 	if !ok {
+		p.noteUnlike(r)
 		return 0, nil, false
 	}
 	for _, e := range p.applying(w, r.Dst, true) {
@@ -261,6 +262,20 @@ func (p *planner) alike(r routes.Route) (mtu int, by []*coverage, ok bool) {
 		return mtu, by, mtu != 0
 	}
 	return 0, nil, false
+}
+
+// noteUnlike tells the coverages of the dedicated tunnels among a route's ways that the others are not
+// like them.
+func (p *planner) noteUnlike(r routes.Route) {
+	for _, nh := range r.Body.Nexthops {
+		t := p.tunnels[nh.Oif]
+		if t == nil {
+			continue
+		}
+		for _, c := range t.covs {
+			c.verdict.note(fmt.Sprintf("%s: it leads by ways with different policies: not locked in place", r.Key()))
+		}
+	}
 }
 
 // noteOthers tells the coverages of a dedicated tunnel, if there is one, that a policy for some of a
