@@ -54,6 +54,16 @@ func (p *planner) takesSome(o outerFlow, w way) bool {
 	})
 }
 
+// takenByWays reports whether some of a tunnel's outer packets are taken by one of their ways, or can be as
+// those differ and are not known.
+func (p *planner) takenByWays(t *tunnel, o outerFlow, one bool) bool {
+	ways := p.outerWays(t)
+	return len(ways) == 0 && !one || slices.ContainsFunc(ways, func(nh routes.Nexthop) bool {
+		w, _ := p.domain(&routes.Body{Nexthops: []routes.Nexthop{nh}})
+		return w.tunnel != nil || p.takesSome(o, w) || p.partly(nh.Oif)
+	})
+}
+
 // noteLoop tells those that can take outer packets of a tunnel that a way of theirs leads into it again.
 func (p *planner) noteLoop(t *tunnel) {
 	if !t.link.Up {

@@ -322,8 +322,11 @@ func (p *planner) wholly(l *routes.Link) []*coverage {
 		if n == 0 || p.Config.OwnRoute(r) {
 			continue
 		}
-		if w, known := p.domain(r.Body); !known || w.drops() {
-			return nil
+		m, _ := p.FIB.Cover(r.Body.Family, r.Body.Table, r.Dst)
+		for _, b := range m.Paths.Bodies() { // several can have one key
+			if w, known := p.domain(b); !known || w.drops() {
+				return nil
+			}
 		}
 		covs := p.whole(k.Dst)
 		if covs == nil {

@@ -216,6 +216,7 @@ func (p *planner) tryInPlace(r routes.Route) {
 func (p *planner) alike(r routes.Route) (mtu int, by []*coverage, ok bool) {
 	w, ok := p.domain(r.Body)
 	if !ok {
+		p.noteUnlike(r)
 		return 0, nil, false
 	}
 	for _, e := range p.applying(w, r.Dst, true) {
@@ -261,6 +262,20 @@ func (p *planner) alike(r routes.Route) (mtu int, by []*coverage, ok bool) {
 		return mtu, by, mtu != 0
 	}
 	return 0, nil, false
+}
+
+// noteUnlike tells the coverages of the dedicated tunnels among a route's ways that the others are not
+// like them.
+func (p *planner) noteUnlike(r routes.Route) {
+	for _, nh := range r.Body.Nexthops {
+		t := p.tunnels[nh.Oif]
+		if t == nil {
+			continue
+		}
+		for _, c := range t.covs {
+			c.verdict.note(fmt.Sprintf("%s: it leads by ways with different policies: not locked in place", r.Key()))
+		}
+	}
 }
 
 // noteOthers tells the coverages of a dedicated tunnel, if there is one, that a policy for some of a
@@ -319,7 +334,7 @@ func (p *planner) unsafe(r routes.Route) string {
 func (p *planner) meetsOuter(r routes.Route) string {
 	for peer, peers := range p.outer.Subnets(r.Dst) {
 		used, ok := p.routeTo(r.Body.Family, r.Body.Table, peer.Addr(), netip.Addr{})
-		if (!ok || routes.Contains(used.Dst, r.Dst)) && p.outerBy(peers, r.Body) {
+		if (!ok || routes.Contains(used.Dst, r.Dst)) && p.outerBy(peers, r) {
 			return "the outer packets to " + peer.Addr().String() + " use it too"
 		}
 	}
@@ -329,9 +344,13 @@ func (p *planner) meetsOuter(r routes.Route) string {
 // outerBy reports whether outer packets can leave by a route: one of its devices is that of one
 // of the peers, or it isn't known where a peer's packets leave. The kernel answers for those without a
 // TOS; ESP has that of what is inside (xfrm_get_tos, net/xfrm/xfrm_policy.c).
-func (p *planner) outerBy(peers []Peer, b *routes.Body) bool {
+func (p *planner) outerBy(peers []Peer, r routes.Route) bool {
+	b := r.Body
 	return slices.ContainsFunc(peers, func(peer Peer) bool {
 		path := p.Peers[peer]
+		if by, ok := p.routeTo(b.Family, b.Table, peer.Addr, peer.Src); ok && by.Body.Src.IsValid() {
+			return true // what is asked without the SA's source, as where that is not here yet, goes by others
+		}
 		return path.Oif == 0 || b.TOS != 0 || slices.ContainsFunc(b.Nexthops, func(n routes.Nexthop) bool { return n.Oif == path.Oif })
 	})
 }

@@ -254,7 +254,7 @@ func (p *planner) takersOf(t *tunnel, o outerFlow, done map[*tunnel]bool) ([]*co
 	case partly == "":
 		partly = "other packets of it are not covered"
 	}
-	t.partly = t.partly || p.takesSome(o, answered) || !one || p.partly(t.path.Oif)
+	t.partly = t.partly || p.takesSome(o, answered) || p.partly(t.path.Oif) || p.takenByWays(t, o, one)
 	for _, c := range took {
 		if !t.link.Up { // gre0, tunl0 and their kin are there with their module
 			break
