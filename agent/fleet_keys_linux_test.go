@@ -272,7 +272,11 @@ func TestAOKeysStayWithoutTheHook(t *testing.T) {
 	})
 	netnstest.Within(t, "the key", func() bool { return slices.Equal(s.keysIn("one"), []string{"192.0.2.10/32"}) })
 	close(hook.fail)
-	netnstest.Within(t, "the end of the hook", func() bool { s.mu.Lock(); defer s.mu.Unlock(); return !s.hooked.on() && s.hooked.why == "the ring is gone" })
+	netnstest.Within(t, "the end of the hook", func() bool {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		return !s.hooked.on() && s.hooked.why == "the ring is gone"
+	})
 	list.mu.Lock()
 	list.keys = []sockopt.Key{ao(10), ao(11)}
 	list.mu.Unlock()
