@@ -71,6 +71,9 @@ func (p *planner) takenAgain(nh routes.Nexthop, path int, packets []espPackets) 
 	for _, esp := range packets {
 		for _, l := range p.deviceLookup(esp.flow, w) {
 			all, some := l.flow.takenBy(l.entry)
+			if dev := routes.Ifindex(l.entry.sel.Ifindex); some && dev != 0 && !slices.Contains(l.flow.oifs[:], dev) {
+				return 0, fmt.Sprintf("whether a policy for one device takes them once more in %s is not known", name)
+			}
 			if c := l.entry.cov; some && c != nil && !c.has(esp.sa) {
 				left, why := p.leftAgain(c, path)
 				if left <= 0 {

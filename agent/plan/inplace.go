@@ -341,6 +341,13 @@ func (p *planner) meetsOuter(r routes.Route) string {
 	return ""
 }
 
+// sourceDecides reports whether a rule that is not ours selects packets by this source.
+func (p *planner) sourceDecides(f routes.Family, src netip.Addr) bool {
+	return slices.ContainsFunc(p.FIB.Rules(f), func(r *routes.Rule) bool {
+		return !p.Config.OwnRule(r) && r.Src.IsValid() && r.Src.Bits() > 0 && src.IsValid() && r.Src.Contains(src) != r.Invert
+	})
+}
+
 // outerBy reports whether outer packets can leave by a route: one of its devices is that of one
 // of the peers, or it isn't known where a peer's packets leave. The kernel answers for those without a
 // TOS; ESP has that of what is inside (xfrm_get_tos, net/xfrm/xfrm_policy.c).
@@ -348,7 +355,7 @@ func (p *planner) outerBy(peers []Peer, r routes.Route) bool {
 	b := r.Body
 	return slices.ContainsFunc(peers, func(peer Peer) bool {
 		path := p.Peers[peer]
-		if by, ok := p.routeTo(b.Family, b.Table, peer.Addr, peer.Src); ok && by.Body.Src.IsValid() {
+		if by, ok := p.routeTo(b.Family, b.Table, peer.Addr, peer.Src); ok && by.Body.Src.IsValid() || path.Table != b.Table && p.sourceDecides(b.Family, peer.Src) {
 			return true // what is asked without the SA's source, as where that is not here yet, goes by others
 		}
 		return path.Oif == 0 || b.TOS != 0 || slices.ContainsFunc(b.Nexthops, func(n routes.Nexthop) bool { return n.Oif == path.Oif })

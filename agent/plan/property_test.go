@@ -117,7 +117,8 @@ func genWorld(t *rapid.T) string {
 	m.v6 = m.some("ipv6", 3)
 	m.tunnels()
 	m.outside()
-	if m.some("nested", 5) {
+	nested := m.some("nested", 5)
+	if nested {
 		m.nested()
 	}
 	for range m.num("rules", 0, 3) {
@@ -133,7 +134,7 @@ func genWorld(t *rapid.T) string {
 	for i := range m.num("sas", 0, 5) {
 		m.sa(i + 1)
 	}
-	if m.some("default", 10) {
+	if m.some("default", 10) && !nested { // what it drops ahead of an xfrm interface is not worked out
 		m.line("default block")
 	}
 	if m.some("gone", 6) {

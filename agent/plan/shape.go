@@ -476,6 +476,11 @@ func (p *planner) winnerAt(s *shaped, x netip.Prefix, w way) *coverage {
 		}
 		if p.bypassed(w, e, x) {
 			e.cov.verdict.note(fmt.Sprintf("%s: a bypass with priority over this policy can leave flows to the device's own: no lock there", x))
+			for _, own := range p.applying(w, x, true) {
+				if own.cov != nil && own != e {
+					own.cov.verdict.note(fmt.Sprintf("%s: a bypass can leave it flows past policy %d: no lock there", x, e.cov.ID.Policy))
+				}
+			}
 			return nil
 		}
 		for _, q := range parts {
