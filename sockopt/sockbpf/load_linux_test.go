@@ -26,8 +26,8 @@ func TestCapabilities(t *testing.T) {
 		{[]uint{unix.CAP_BPF, unix.CAP_PERFMON}, ""},
 		{[]uint{unix.CAP_PERFMON}, "CAP_BPF is missing"},
 		{[]uint{unix.CAP_BPF}, "CAP_PERFMON is missing"},
-		{nil, "CAP_BPF and CAP_PERFMON is missing"},
-		{[]uint{unix.CAP_NET_ADMIN, unix.CAP_NET_RAW}, "CAP_BPF and CAP_PERFMON is missing"},
+		{nil, "CAP_BPF and CAP_PERFMON are missing"},
+		{[]uint{unix.CAP_NET_ADMIN, unix.CAP_NET_RAW}, "CAP_BPF and CAP_PERFMON are missing"},
 	} {
 		err := withCapabilities(t, tt.caps, func() error {
 			it, err := Open()
