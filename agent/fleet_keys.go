@@ -89,7 +89,7 @@ func (f *Fleet) keyChanged(ev sockbpf.KeyEvent) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	for id, m := range f.members {
-		if m.agent == nil || ev.Op != sockbpf.Lost && uint32(id.Ino) != ev.Netns {
+		if m.agent == nil || ev.Op != sockbpf.Lost && id.Ino != uint64(ev.Netns) {
 			continue
 		}
 		switch ev.Op {

@@ -118,7 +118,7 @@ func TestKeysAreSeenAtOnce(t *testing.T) {
 func noHook() (keyHook, error) { return nil, errors.New("no tracing here") }
 
 // brokenHook ends at once.
-type brokenHook struct{ keyHook }
+type brokenHook struct{}
 
 func (brokenHook) Close() error              { return nil }
 func (brokenHook) Functions() []string       { return []string{"tcp_md5_do_add"} }
@@ -169,7 +169,6 @@ func looks(r *Report) uint64 {
 
 // aoHook sees a TCP-AO key once told to.
 type aoHook struct {
-	keyHook
 	events chan sockbpf.KeyEvent
 }
 
@@ -275,7 +274,11 @@ func TestAOKeysStayWithoutTheHook(t *testing.T) {
 	})
 	netnstest.Within(t, "the key", func() bool { return slices.Equal(s.keysIn("one"), []string{"192.0.2.10/32"}) })
 	close(hook.fail)
-	netnstest.Within(t, "the end of the hook", func() bool { s.mu.Lock(); defer s.mu.Unlock(); return !s.hooked.on() && s.hooked.why == "the ring is gone" })
+	netnstest.Within(t, "the end of the hook", func() bool {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		return !s.hooked.on() && s.hooked.why == "the ring is gone"
+	})
 	list.mu.Lock()
 	list.keys = []sockopt.Key{ao(10), ao(11)}
 	list.mu.Unlock()

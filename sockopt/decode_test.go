@@ -95,7 +95,7 @@ func answer(family byte, typ uint16, value []byte) []byte {
 }
 
 func TestDecodeKeys(t *testing.T) {
-	join := func(b ...[]byte) []byte { return slices.Concat(b...) }
+	join := slices.Concat[[]byte]
 	many := bytes.Repeat(record(afInet, 32, 5, "10.0.0.1"), 656) // as long as 16 bits can't count
 	for _, c := range []struct {
 		name  string

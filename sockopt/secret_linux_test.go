@@ -124,7 +124,7 @@ func answered(t *testing.T, key string) bool {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer d.close()
+	defer func() { _ = d.close() }()
 	found := false
 	if _, err := d.ask(request(afInet, connected, true, nil), unix.NLM_F_DUMP, func(b []byte) {
 		found = found || bytes.Contains(b, []byte(key))

@@ -338,7 +338,7 @@ func TestKernelUnprivileged(t *testing.T) {
 		t.Fatal(rerr)
 	}
 	if err == nil {
-		w.Close()
+		_ = w.Close()
 	}
 	if !errors.Is(err, unix.EPERM) || !strings.Contains(fmt.Sprint(err), "CAP_NET_ADMIN is missing") {
 		t.Errorf("Dial: %v, want EPERM and the name of the capability", err)

@@ -34,7 +34,8 @@ func hasFunc(types *btf.Spec, name string) bool {
 func explain(what string, err error) error {
 	var verifier *ebpf.VerifierError
 	switch {
-	case errors.Is(err, unix.EPERM), errors.Is(err, unix.EACCES) && len(missing()) > 0:
+	// A probe that is refused says that the kernel doesn't support what it is for, as well.
+	case errors.Is(err, unix.EPERM), (errors.Is(err, unix.EACCES) || errors.Is(err, ebpf.ErrNotSupported)) && len(missing()) > 0:
 		if names := missing(); len(names) > 0 {
 			return fmt.Errorf("sockbpf: %s: %w (%s missing)", what, os.ErrPermission, lacking(names))
 		}
