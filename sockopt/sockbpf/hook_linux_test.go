@@ -273,9 +273,9 @@ func TestHookCapabilities(t *testing.T) {
 		})
 	}
 	for want, caps := range map[string][]uint{
-		"CAP_BPF is missing":                 {unix.CAP_PERFMON},
-		"CAP_PERFMON is missing":             {unix.CAP_BPF},
-		"CAP_BPF and CAP_PERFMON is missing": nil,
+		"CAP_BPF is missing":                  {unix.CAP_PERFMON},
+		"CAP_PERFMON is missing":              {unix.CAP_BPF},
+		"CAP_BPF and CAP_PERFMON are missing": nil,
 	} {
 		err := unprivileged(caps...)
 		if errors.Is(err, ErrUnsupported) {

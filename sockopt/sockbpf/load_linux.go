@@ -34,9 +34,10 @@ func hasFunc(types *btf.Spec, name string) bool {
 func explain(what string, err error) error {
 	var verifier *ebpf.VerifierError
 	switch {
-	case errors.Is(err, unix.EPERM), errors.Is(err, unix.EACCES) && len(missing()) > 0:
+	// A probe that is refused says that the kernel doesn't support what it is for, as well.
+	case errors.Is(err, unix.EPERM), (errors.Is(err, unix.EACCES) || errors.Is(err, ebpf.ErrNotSupported)) && len(missing()) > 0:
 		if names := missing(); len(names) > 0 {
-			return fmt.Errorf("sockbpf: %s: %w (%s is missing)", what, os.ErrPermission, strings.Join(names, " and "))
+			return fmt.Errorf("sockbpf: %s: %w (%s missing)", what, os.ErrPermission, lacking(names))
 		}
 		return fmt.Errorf("sockbpf: %s: %w, although CAP_BPF and CAP_PERFMON are there (a user namespace, a security module, lockdown, or a "+
 			"kernel that doesn't let its functions be traced)", what, os.ErrPermission)
@@ -49,6 +50,14 @@ func explain(what string, err error) error {
 		return fmt.Errorf("sockbpf: %s: %w: %s", what, ErrUnsupported, oneLine(err.Error()))
 	}
 	return fmt.Errorf("sockbpf: %s: %w", what, err)
+}
+
+// lacking is the subject of "missing".
+func lacking(names []string) string {
+	if len(names) == 1 {
+		return names[0] + " is"
+	}
+	return strings.Join(names, " and ") + " are"
 }
 
 func oneLine(s string) string { return strings.Join(strings.Fields(s), " ") }

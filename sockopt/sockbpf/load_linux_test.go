@@ -2,6 +2,7 @@ package sockbpf
 
 import (
 	"errors"
+	"fmt"
 	"maps"
 	"os"
 	"runtime"
@@ -9,6 +10,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/btf"
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
@@ -26,8 +28,8 @@ func TestCapabilities(t *testing.T) {
 		{[]uint{unix.CAP_BPF, unix.CAP_PERFMON}, ""},
 		{[]uint{unix.CAP_PERFMON}, "CAP_BPF is missing"},
 		{[]uint{unix.CAP_BPF}, "CAP_PERFMON is missing"},
-		{nil, "CAP_BPF and CAP_PERFMON is missing"},
-		{[]uint{unix.CAP_NET_ADMIN, unix.CAP_NET_RAW}, "CAP_BPF and CAP_PERFMON is missing"},
+		{nil, "CAP_BPF and CAP_PERFMON are missing"},
+		{[]uint{unix.CAP_NET_ADMIN, unix.CAP_NET_RAW}, "CAP_BPF and CAP_PERFMON are missing"},
 	} {
 		err := withCapabilities(t, tt.caps, func() error {
 			it, err := Open()
@@ -42,6 +44,19 @@ func TestCapabilities(t *testing.T) {
 		case tt.want != "" && (!errors.Is(err, os.ErrPermission) || !strings.Contains(err.Error(), tt.want) || strings.Contains(err.Error(), "\n")):
 			t.Errorf("with %v: %v, want one line with %q", tt.caps, err, tt.want)
 		}
+	}
+}
+
+// TestRefusalIsNoLack has what cilium/ebpf's probes make of a refusal: its probe for BTF calls EPERM "not supported".
+func TestRefusalIsNoLack(t *testing.T) {
+	refused := fmt.Errorf("load BTF: %w", ebpf.ErrNotSupported)
+	err := withCapabilities(t, nil, func() error { return explain("load", refused) })
+	if !errors.Is(err, os.ErrPermission) || errors.Is(err, ErrUnsupported) || !strings.Contains(err.Error(), "CAP_BPF and CAP_PERFMON are missing") {
+		t.Errorf("without capabilities: %v", err)
+	}
+	err = withCapabilities(t, []uint{unix.CAP_BPF, unix.CAP_PERFMON}, func() error { return explain("load", refused) })
+	if !errors.Is(err, ErrUnsupported) || errors.Is(err, os.ErrPermission) {
+		t.Errorf("with them: %v", err)
 	}
 }
 
