@@ -105,7 +105,7 @@ func (p *planner) oncePassed(wanted []laneWanted) []laneWanted {
 		at[w.nic.Index] = append(at[w.nic.Index], w.matches...)
 	}
 	takes := func(l *routes.Link, m lane.Match) bool {
-		return slices.ContainsFunc(at[l.Index], func(have lane.Match) bool { return laneCovers(have, m) })
+		return slices.ContainsFunc(at[l.Index], func(have lane.Match) bool { return laneMeets(have, m) })
 	}
 	var out []laneWanted
 	for _, w := range wanted {
@@ -163,10 +163,11 @@ func (p *planner) laneBelow(l *routes.Link, takes func(*routes.Link) bool) []*ro
 	return append(out, without...) // a bond's other ports are to have one as well then
 }
 
-// laneCovers reports whether one match takes all that another one takes.
-func laneCovers(m, other lane.Match) bool {
-	within := func(p, q netip.Prefix) bool { return p.Bits() <= q.Bits() && p.Contains(q.Addr()) }
-	return m.Proto == other.Proto && m.Sport == other.Sport && m.Dport == other.Dport && within(m.Src, other.Src) && within(m.Dst, other.Dst)
+// laneMeets reports whether there are packets that both matches take.
+func laneMeets(m, other lane.Match) bool {
+	port := func(a, b uint16) bool { return a == b || a == 0 || b == 0 }
+	return m.Proto == other.Proto && port(m.Sport, other.Sport) && port(m.Dport, other.Dport) &&
+		m.Src.Overlaps(other.Src) && m.Dst.Overlaps(other.Dst)
 }
 
 // in adds the packets to the lane of the NIC.
