@@ -21,15 +21,15 @@ var (
 	worlds     = flag.Int("world.count", 1, "the number of random worlds")
 )
 
-// TestMirrorAgreesWithTheKernel makes random changes to a namespace of its own. After each step
+// TestMirrorInRandomWorlds makes random changes to a namespace of its own. After each step
 // the mirror has to be what a fresh dump shows, in all that it knows, and to route random packets
 // as the kernel says that it would. A failure names the seed, which makes the same steps again:
 //
-//	go test ./routes -run TestMirrorAgreesWithTheKernel -world.seed 7 -world.count 1 -world.steps 5000
-func TestMirrorAgreesWithTheKernel(t *testing.T) { mirrorWorlds(t) }
+//	go test ./routes -run TestMirrorInRandomWorlds -world.seed 7 -world.count 1 -world.steps 5000
+func TestMirrorInRandomWorlds(t *testing.T) { mirrorWorlds(t) }
 
-// TestKernelMirrorAgrees is the same in the test kernel, which has VRFs.
-func TestKernelMirrorAgrees(t *testing.T) {
+// TestKernelMirrorInRandomWorlds is the same in the test kernel, which has VRFs.
+func TestKernelMirrorInRandomWorlds(t *testing.T) {
 	needsVRF(t)
 	mirrorWorlds(t)
 }
@@ -80,6 +80,7 @@ type run struct {
 	steps     int
 	claimed   int
 	errnos    int
+	inVRF     int
 	again     int // looks after which the mirror was still behind
 	unclaimed map[string]int
 }
@@ -161,6 +162,9 @@ func (r *run) packet(q Query, vrf *Link) (d string) {
 			if err != nil {
 				r.errnos++
 			}
+			if vrf != nil {
+				r.inVRF++
+			}
 			return ""
 		}
 		d = fmt.Sprintf("the mirror says %s, but %s", o, d)
@@ -169,8 +173,8 @@ func (r *run) packet(q Query, vrf *Link) (d string) {
 }
 
 func (r *run) report() {
-	r.t.Logf("%d steps, %d routes at the end; %d packets agree, %d of them with errors; looked again %d times; %+v",
-		r.steps, r.f.fib.Len(), r.claimed, r.errnos, r.again, r.f.w.Stats())
+	r.t.Logf("%d steps, %d routes at the end; %d packets agree, %d of them with errors, %d in VRFs; looked again %d times; %+v",
+		r.steps, r.f.fib.Len(), r.claimed, r.errnos, r.inVRF, r.again, r.f.w.Stats())
 	for _, why := range slices.Sorted(maps.Keys(r.unclaimed)) {
 		r.t.Logf("%6d %s", r.unclaimed[why], why)
 	}
