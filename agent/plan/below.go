@@ -5,6 +5,7 @@ import (
 	"slices"
 
 	"tsoagent/routes"
+	"tsoagent/xfrmwatch"
 )
 
 // asked is a policy, or one coverage of it, that a lookup for outer packets can find, with their flow
@@ -18,10 +19,17 @@ type asked struct {
 // of the route lookup, whatever the device, then those of the device.
 func (p *planner) lookupsOf(o outerFlow, w way) []asked {
 	var out []asked
+	passes := p.XFRM.Default().Out != xfrmwatch.Block
 	for _, e := range p.overlapping(0, o.dst, true) {
 		if e.cov != nil || e.block || !w.drops() {
 			out = append(out, asked{e, o})
+			continue
 		}
+		_, some := o.takenBy(e)
+		passes = passes || some
+	}
+	if !passes {
+		return out // the default action drops it in the route lookup already
 	}
 	return append(out, p.deviceLookup(o, w)...)
 }
