@@ -10,6 +10,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
 
+	"tsoagent/lane"
 	"tsoagent/routes"
 	"tsoagent/xfrmwatch"
 )
@@ -87,7 +88,32 @@ func structure(w *world, pl *Plan) error {
 			return fmt.Errorf("%d rules of ours for %s", n, f)
 		}
 	}
+	return onePass(w, pl)
+}
+
+// onePass: no packet passes two lanes, one below the other.
+func onePass(w *world, pl *Plan) error {
+	for _, upper := range pl.Lanes {
+		for _, lower := range pl.Lanes {
+			if !w.passes(w.fib.Link(routes.Ifindex(upper.Index)), routes.Ifindex(lower.Index)) {
+				continue
+			}
+			for _, m := range upper.Matches {
+				if slices.ContainsFunc(lower.Matches, func(o lane.Match) bool { return laneMeets(m, o) }) {
+					return fmt.Errorf("%s passes the lanes of %s and %s", m, upper.Name, lower.Name)
+				}
+			}
+		}
+	}
 	return nil
+}
+
+// passes reports whether some of what leaves by a device passes another one below it as it is.
+func (w *world) passes(l *routes.Link, lower routes.Ifindex) bool {
+	return slices.ContainsFunc(w.fib.Links(), func(b *routes.Link) bool {
+		directly := (l.Kind == "bond" || l.Kind == "team") && b.Master == l.Index || (l.Kind == "macvlan" || l.Kind == "ipvlan") && b.Index == l.Parent
+		return directly && (b.Index == lower || w.passes(b, lower))
+	})
 }
 
 // judgePacket compares where a packet goes, and with which MTU, with and without the plan.

@@ -111,9 +111,12 @@ func (p *planner) oncePassed(wanted []laneWanted) []laneWanted {
 	for _, w := range wanted {
 		own := laneWanted{cov: w.cov, key: w.key, nic: w.nic}
 		for _, m := range w.matches {
-			lower := p.laneBelow(w.nic, func(l *routes.Link) bool { return takes(l, m) })
+			lower, without := p.laneBelow(w.nic, func(l *routes.Link) bool { return takes(l, m) })
 			if len(lower) == 0 {
 				own.matches = append(own.matches, m)
+			}
+			for _, l := range without {
+				w.verdict().note(fmt.Sprintf("what leaves by %s through %s has no lane: shared_nics allows none on %s, and one on %s would be a second for what leaves through others", w.nic.Name, l.Name, l.Name, w.nic.Name))
 			}
 			var names []string
 			for _, l := range lower {
@@ -132,9 +135,10 @@ func (p *planner) oncePassed(wanted []laneWanted) []laneWanted {
 }
 
 // laneBelow are the lowest devices with a lane that takes something, through which all of it passes
-// that an upper device sends; none if there are none. A VLAN's packets have its tag below, where no
-// lane of ours takes them, and a bridge sends elsewhere, too.
-func (p *planner) laneBelow(l *routes.Link, takes func(*routes.Link) bool) []*routes.Link {
+// that an upper device sends, and those that are not to have one, through which some of it passes; none
+// of either if there are none of the first. A VLAN's packets have its tag below, where no lane of ours
+// takes them, and a bridge sends elsewhere, too.
+func (p *planner) laneBelow(l *routes.Link, takes func(*routes.Link) bool) (lanes, without []*routes.Link) {
 	var lower []*routes.Link
 	switch l.Kind {
 	case "macvlan", "macvtap", "ipvlan", "ipvtap":
@@ -144,23 +148,25 @@ func (p *planner) laneBelow(l *routes.Link, takes func(*routes.Link) bool) []*ro
 	case "bond", "team":
 		lower = p.ports[l.Index]
 	}
-	var out, without []*routes.Link
+	var can []*routes.Link
 	for _, low := range lower {
-		switch deeper := p.laneBelow(low, takes); {
+		deeper, left := p.laneBelow(low, takes)
+		without = append(without, left...)
+		switch {
 		case len(deeper) > 0:
-			out = append(out, deeper...)
+			lanes = append(lanes, deeper...)
 		case takes(low):
-			out = append(out, low)
+			lanes = append(lanes, low)
 		case p.Config.shared(low.Name) != SharedLane:
-			return nil
-		default:
 			without = append(without, low)
+		default:
+			can = append(can, low)
 		}
 	}
-	if len(out) == 0 {
-		return nil
+	if len(lanes) == 0 {
+		return nil, nil
 	}
-	return append(out, without...) // a bond's other ports are to have one as well then
+	return append(lanes, can...), without // a bond's other ports are to have one as well then
 }
 
 // laneMeets reports whether there are packets that both matches take.
