@@ -69,14 +69,17 @@ func (p *planner) takenAgain(nh routes.Nexthop, path int, packets []espPackets) 
 	}
 	least := path
 	for _, esp := range packets {
+		unsure := false // one that drops them may take them ahead
 		for _, l := range p.deviceLookup(esp.flow, w) {
 			all, some := l.flow.takenBy(l.entry)
-			if dev := routes.Ifindex(l.entry.sel.Ifindex); some && dev != 0 && !slices.Contains(l.flow.oifs[:], dev) {
-				return 0, fmt.Sprintf("whether a policy for one device takes them once more in %s is not known", name)
-			}
-			if c := l.entry.cov; some && c != nil && !c.has(esp.sa) {
+			c, dev := l.entry.cov, routes.Ifindex(l.entry.sel.Ifindex)
+			unsure = unsure || some && dev != 0 && !slices.Contains(l.flow.oifs[:], dev)
+			if some && c != nil && !c.has(esp.sa) {
 				left, why := p.leftAgain(c, path)
-				if left <= 0 {
+				switch {
+				case unsure && left < path:
+					return 0, fmt.Sprintf("whether a policy for one device takes them once more in %s is not known", name)
+				case left <= 0:
 					return 0, fmt.Sprintf("policy %d takes them once more in %s: %s", c.ID.Policy, name, why)
 				}
 				least = min(least, left)

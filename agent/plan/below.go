@@ -142,8 +142,12 @@ func (p *planner) outerWays(t *tunnel) []routes.Nexthop {
 	}
 	var out []routes.Nexthop
 	for _, b := range m.Paths.Bodies() {
+		// Of IPv4 routes with the same metric the first is taken, of IPv6 ones any (KERNEL.md 68).
+		if b != first.Body && (e.Family == routes.IPv4 || b.Priority != first.Body.Priority || b.Src != first.Body.Src) {
+			continue
+		}
 		for _, nh := range b.Nexthops {
-			if b.Priority == first.Body.Priority && b.Src == first.Body.Src && (e.Link == 0 || nh.Oif == e.Link) && !slices.Contains(out, nh) {
+			if (e.Link == 0 || nh.Oif == e.Link) && !slices.Contains(out, nh) {
 				out = append(out, nh)
 			}
 		}
