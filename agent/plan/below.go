@@ -128,11 +128,17 @@ func (p *planner) wayBelow(t *tunnel, done map[*tunnel]bool) (way, bool) {
 // outerWays are the ways by which a tunnel's outer packets can leave; none if that isn't known: the
 // kernel's one answer is for one flow, without a packet's mark.
 func (p *planner) outerWays(t *tunnel) []routes.Nexthop {
-	e := t.encap
-	switch {
-	case t.path.Oif == 0 || !e.Remote.IsValid():
+	if e := t.encap; e.AnyMark && e.Link == 0 && p.marksDecide(e.Family, t.path.Table) {
 		return nil
-	case e.AnyMark && e.Link == 0 && p.marksDecide(e.Family, t.path.Table):
+	}
+	return p.tableWays(t)
+}
+
+// tableWays are the ways that the table has to which the kernel's answer leads; packets with another
+// mark can go by other tables.
+func (p *planner) tableWays(t *tunnel) []routes.Nexthop {
+	e := t.encap
+	if t.path.Oif == 0 || !e.Remote.IsValid() {
 		return nil
 	}
 	var m routes.Match

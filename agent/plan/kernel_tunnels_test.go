@@ -45,12 +45,11 @@ func (w *world) wrapped(p packet, l *routes.Link) fate {
 	worst := fate{kind: dropped}
 	for _, sport := range []uint16{1, 40000} {
 		o := w.outerPacket(p, l, sport)
-		at := w.lookup(o)
-		for i, ft := range w.fates(o, at.route) {
+		for _, hop := range w.outerHops(o) {
+			ft, nh := hop.fate, hop.nexthop
 			if ft.kind == dropped {
 				continue
 			}
-			nh := at.route.Body.Nexthops[i]
 			by := w.fib.Link(nh.Oif)
 			strange := ft.kind == unknown
 			if strange { // the policy lookup precedes whatever a lightweight tunnel does
@@ -66,7 +65,7 @@ func (w *world) wrapped(p packet, l *routes.Link) fate {
 				return ft
 			}
 			path := by.MTU
-			if own := int(at.route.Body.Metrics.MTU); own != 0 {
+			if own := int(hop.route.Body.Metrics.MTU); own != 0 {
 				path = min(path, own)
 			}
 			left := min(ft.left, path)
@@ -89,6 +88,34 @@ func (w *world) wrapped(p packet, l *routes.Link) fate {
 		}
 	}
 	return worst
+}
+
+// outerHop is one way that an outer packet can take.
+type outerHop struct {
+	fate
+	route   routes.Route
+	nexthop routes.Nexthop
+}
+
+// outerHops are those of the packet's route, and of IPv6 routes that are tied with it: which of them the
+// kernel takes is not modelled.
+func (w *world) outerHops(p packet) []outerHop {
+	at := w.lookup(p).route
+	if at.Body == nil {
+		return nil
+	}
+	var out []outerHop
+	for r := range w.fib.Table(p.family, at.Body.Table) {
+		if r.Dst != at.Dst || r.Body != at.Body && (p.family == routes.IPv4 || r.Body.Priority != at.Body.Priority || r.Body.Src != at.Body.Src || r.Body.TOS != at.Body.TOS) {
+			continue
+		}
+		for i, ft := range w.fates(p, r) {
+			if i < len(r.Body.Nexthops) {
+				out = append(out, outerHop{ft, r, r.Body.Nexthops[i]})
+			}
+		}
+	}
+	return out
 }
 
 // left is what tunnels do to whatever leaves by a device: all of it is covered once it is wrapped, or
@@ -166,7 +193,7 @@ func (w *world) into(l, tunnel *routes.Link, depth int) bool {
 	case !l.Encap.Remote.IsValid():
 		return false
 	}
-	o := w.lookup(peerPacket(Peer{Addr: l.Encap.Remote, Src: l.Encap.Local, Mark: xfrmwatch.Mark{Value: l.Encap.Mark, Mask: ^uint32(0)}}))
+	o := w.lookup(w.outerPacket(packet{}, l, 1))
 	return o.route.Body != nil && slices.ContainsFunc(o.route.Body.Nexthops, func(n routes.Nexthop) bool {
 		return w.into(w.fib.Link(n.Oif), tunnel, depth+1)
 	})
@@ -220,7 +247,8 @@ func (w *world) again(esp xfrmwatch.Flow, sa *xfrmwatch.SA, l *routes.Link, ifID
 		}
 		got := w.policyFor(esp)
 		own := slices.ContainsFunc(got.cov.Steps, func(st xfrmwatch.Step) bool { return slices.Contains(st.SAs, sa) })
-		if got.kind != covered || own || got.cov.Maybe && len(got.cov.Steps) == 0 {
+		// Without an SA optional templates leave nothing to send (vti_xmit), but the last valid MTU stays.
+		if got.kind != covered || own || got.cov.Maybe && len(got.cov.Steps) == 0 && w.last[got.cov.ID] == 0 {
 			continue
 		}
 		left := w.leftAgain(got.cov, path)

@@ -197,7 +197,7 @@ func (p *planner) leadsTo(from, to routes.Ifindex, seen map[routes.Ifindex]bool)
 // outerLeadsTo reports the same for what leaves by one of the ways of a tunnel's outer packets.
 func (p *planner) outerLeadsTo(t *tunnel, to routes.Ifindex, seen map[routes.Ifindex]bool) bool {
 	return p.leadsTo(t.path.Oif, to, seen) ||
-		slices.ContainsFunc(p.outerWays(t), func(nh routes.Nexthop) bool { return p.leadsTo(nh.Oif, to, seen) })
+		slices.ContainsFunc(p.tableWays(t), func(nh routes.Nexthop) bool { return p.leadsTo(nh.Oif, to, seen) })
 }
 
 // union appends the coverages that are not there yet.
