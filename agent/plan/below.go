@@ -141,20 +141,13 @@ func (p *planner) tableWays(t *tunnel) []routes.Nexthop {
 	if t.path.Oif == 0 || !e.Remote.IsValid() {
 		return nil
 	}
-	var m routes.Match
-	first, ok := p.routeTo(e.Family, t.path.Table, e.Remote, e.Local)
-	if ok {
-		m, _ = p.FIB.Cover(e.Family, t.path.Table, first.Dst)
-	}
 	var out []routes.Nexthop
-	for _, b := range m.Paths.Bodies() {
-		// Of IPv4 routes with the same metric the first is taken, of IPv6 ones any (KERNEL.md 68).
-		if b != first.Body && (e.Family == routes.IPv4 || b.Priority != first.Body.Priority || b.Src != first.Body.Src) {
-			continue
-		}
-		for _, nh := range b.Nexthops {
-			if (e.Link == 0 || nh.Oif == e.Link) && !slices.Contains(out, nh) {
-				out = append(out, nh)
+	if first, ok := p.routeTo(e.Family, t.path.Table, e.Remote, e.Local); ok {
+		for _, r := range p.tied(first) {
+			for _, nh := range r.Body.Nexthops {
+				if (e.Link == 0 || nh.Oif == e.Link) && !slices.Contains(out, nh) {
+					out = append(out, nh)
+				}
 			}
 		}
 	}

@@ -81,6 +81,9 @@ const protoTCP = 6
 func (c *clamping) serve(cov *coverage) {
 	for _, part := range c.parts(cov) {
 		base := part.Rule
+		if base.Action == routes.RuleGoto && part.Blocked != "" {
+			cov.verdict.note(fmt.Sprintf("rule %d (%s) decides for a part of the flows: no clamp for what it leads elsewhere", base.Priority, part.Blocked))
+		}
 		if base.Action != routes.RuleToTable || c.Config.OwnTable(base.Table) {
 			continue
 		}
@@ -265,8 +268,8 @@ func (c *clamping) candidatesAt(base *routes.Rule, x netip.Prefix) []routes.Rout
 		if up && !m.SourceSpecific() && !m.TOSSpecific() {
 			return append(out, first)
 		}
-		if up || m.SourceSpecific() {
-			for _, b := range m.Paths.Bodies() {
+		for _, b := range m.Paths.Bodies() {
+			if alive(b) {
 				out = append(out, routes.Route{Dst: m.Dst, Body: b})
 			}
 		}

@@ -202,15 +202,23 @@ func (w *world) fates(p packet, r routes.Route) []fate {
 	}
 	var out []fate
 	for _, n := range r.Body.Nexthops {
-		l := w.fib.Link(n.Oif)
-		switch {
-		case l == nil, n.Encap && n.IfID == 0, l.External && !n.Encap:
-			out = append(out, fate{kind: unknown})
-		default:
-			out = append(out, w.fate(p, l, n.IfID))
-		}
+		out = append(out, w.fateBy(p, n))
 	}
 	return out
+}
+
+// fateBy is that of one nexthop.
+func (w *world) fateBy(p packet, n routes.Nexthop) fate {
+	if w.strange(n) {
+		return fate{kind: unknown}
+	}
+	return w.fate(p, w.fib.Link(n.Oif), n.IfID)
+}
+
+// strange says that a way is not understood.
+func (w *world) strange(n routes.Nexthop) bool {
+	l := w.fib.Link(n.Oif)
+	return l == nil || n.Encap && n.IfID == 0 || l.External && !n.Encap
 }
 
 // fate follows xfrm_lookup at the route, and for what that leaves alone the one of the xfrm
@@ -326,15 +334,18 @@ func (w *world) peerMTU(sa *xfrmwatch.SA) (int, bool) {
 		return path.MTU, path.MTU != 0
 	}
 	// The kernel answers for one flow; others leave by the other ways.
-	least := min(path.MTU, w.pathMTU(o.route))
-	for i, n := range o.route.Body.Nexthops {
-		l := w.fib.Link(n.Oif)
+	least := path.MTU
+	for _, hop := range w.outerHops(peerPacket(p)) {
+		least = min(least, w.pathMTU(hop.route))
+	}
+	for _, hop := range w.outerHops(peerPacket(p)) {
+		l := w.fib.Link(hop.nexthop.Oif)
 		left, ok := w.throughTunnels(l, least)
 		switch {
-		case n.Encap && w.fates(peerPacket(p), o.route)[i].kind == unknown:
+		case hop.nexthop.Encap && w.strange(hop.nexthop):
 			return 0, false // what a lightweight tunnel adds isn't known
 		case ok:
-			left, ok = w.again(espFlowOf(sa), sa, l, n.IfID, left)
+			left, ok = w.again(espFlowOf(sa), sa, l, hop.nexthop.IfID, left)
 		}
 		if !ok {
 			return 0, false

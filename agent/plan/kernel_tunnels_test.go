@@ -46,7 +46,8 @@ func (w *world) wrapped(p packet, l *routes.Link) fate {
 	for _, sport := range []uint16{1, 40000} {
 		o := w.outerPacket(p, l, sport)
 		for _, hop := range w.outerHops(o) {
-			ft, nh := hop.fate, hop.nexthop
+			nh := hop.nexthop
+			ft := w.fateBy(o, nh)
 			if ft.kind == dropped {
 				continue
 			}
@@ -92,7 +93,6 @@ func (w *world) wrapped(p packet, l *routes.Link) fate {
 
 // outerHop is one way that an outer packet can take.
 type outerHop struct {
-	fate
 	route   routes.Route
 	nexthop routes.Nexthop
 }
@@ -109,10 +109,11 @@ func (w *world) outerHops(p packet) []outerHop {
 		if r.Dst != at.Dst || r.Body != at.Body && (p.family == routes.IPv4 || r.Body.Priority != at.Body.Priority || r.Body.Src != at.Body.Src || r.Body.TOS != at.Body.TOS) {
 			continue
 		}
-		for i, ft := range w.fates(p, r) {
-			if i < len(r.Body.Nexthops) {
-				out = append(out, outerHop{ft, r, r.Body.Nexthops[i]})
-			}
+		if r.Body.Type != routes.Unicast {
+			continue
+		}
+		for _, nh := range r.Body.Nexthops {
+			out = append(out, outerHop{r, nh})
 		}
 	}
 	return out

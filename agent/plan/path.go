@@ -60,10 +60,15 @@ func (p *planner) withoutUs(path Path, at lookup) (Path, []routes.Nexthop) {
 			oif, path.Src = r.Body.Nexthops[0].Oif, r.Body.PrefSrc
 		}
 	}
-	ways := slices.DeleteFunc(slices.Clone(r.Body.Nexthops), func(nh routes.Nexthop) bool { return at.oif != 0 && nh.Oif != at.oif })
+	var ways []routes.Nexthop
 	own := anyRoute
-	for _, nh := range ways {
-		own = min(own, p.mtuBy(nh.Oif, r, true))
+	for _, r := range p.tied(r) {
+		for _, nh := range r.Body.Nexthops {
+			if at.oif == 0 || nh.Oif == at.oif {
+				ways = append(ways, nh)
+				own = min(own, p.mtuBy(nh.Oif, r, true))
+			}
+		}
 	}
 	if path.MTU >= now || oif != path.Oif {
 		path.MTU = own
@@ -136,11 +141,28 @@ func (p *planner) routeTo(f routes.Family, table routes.TableID, a, src netip.Ad
 
 // servesFrom reports whether a route serves packets from a source that have no TOS.
 func servesFrom(b *routes.Body, src netip.Addr) bool {
-	alive := len(b.Nexthops) == 0
-	for _, nh := range b.Nexthops {
-		alive = alive || nh.Flags&routes.NexthopDead == 0
+	return alive(b) && (!b.Src.IsValid() || src.IsValid() && b.Src.Contains(src)) && b.TOS == 0
+}
+
+// alive reports whether some way of a route is up, or it has none.
+func alive(b *routes.Body) bool {
+	return len(b.Nexthops) == 0 || slices.ContainsFunc(b.Nexthops, func(nh routes.Nexthop) bool { return nh.Flags&routes.NexthopDead == 0 })
+}
+
+// tied are a route and those between which the kernel may choose: of IPv4 routes with one metric the first
+// is taken, of IPv6 ones any (KERNEL.md 68).
+func (p *planner) tied(r routes.Route) []routes.Route {
+	out := []routes.Route{r}
+	if r.Body.Family == routes.IPv4 {
+		return out
 	}
-	return alive && (!b.Src.IsValid() || src.IsValid() && b.Src.Contains(src)) && b.TOS == 0
+	m, _ := p.FIB.Cover(r.Body.Family, r.Body.Table, r.Dst)
+	for _, b := range m.Paths.Bodies() {
+		if b != r.Body && b.Priority == r.Body.Priority && b.Src == r.Body.Src && b.TOS == r.Body.TOS && b.Type == routes.Unicast && alive(b) {
+			out = append(out, routes.Route{Dst: m.Dst, Body: b})
+		}
+	}
+	return out
 }
 
 // baseOf is the rule that a table of ours stands ahead of, nil if no rule of ours leads there: then
