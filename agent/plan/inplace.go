@@ -333,7 +333,7 @@ func (p *planner) unsafe(r routes.Route) string {
 // a mark, as a rule.
 func (p *planner) meetsOuter(r routes.Route) string {
 	for peer, peers := range p.outer.Subnets(r.Dst) {
-		used, ok := p.routeTo(r.Body.Family, r.Body.Table, peer.Addr(), netip.Addr{})
+		used, ok := p.ownersRouteTo(r.Body.Family, r.Body.Table, peer.Addr(), netip.Addr{})
 		if (!ok || routes.Contains(used.Dst, r.Dst)) && p.outerBy(peers, r) {
 			return "the outer packets to " + peer.Addr().String() + " use it too"
 		}
@@ -355,7 +355,7 @@ func (p *planner) outerBy(peers []Peer, r routes.Route) bool {
 	b := r.Body
 	return slices.ContainsFunc(peers, func(peer Peer) bool {
 		path := p.Peers[peer]
-		if by, ok := p.routeTo(b.Family, b.Table, peer.Addr, peer.Src); ok && by.Body.Src.IsValid() || path.Table != b.Table && p.sourceDecides(b.Family, peer.Src) {
+		if by, ok := p.ownersRouteTo(b.Family, b.Table, peer.Addr, peer.Src); ok && by.Body.Src.IsValid() || path.Table != b.Table && p.sourceDecides(b.Family, peer.Src) {
 			return true // what is asked without the SA's source, as where that is not here yet, goes by others
 		}
 		return path.Oif == 0 || b.TOS != 0 || slices.ContainsFunc(b.Nexthops, func(n routes.Nexthop) bool { return n.Oif == path.Oif })

@@ -118,6 +118,15 @@ func hasWay(r routes.Route, oif routes.Ifindex) bool {
 // it is chosen by the route then, as the kernel looks it up without one. Of routes to one destination
 // those for the fewest sources go first (fib6_node_lookup, net/ipv6/ip6_fib.c).
 func (p *planner) routeTo(f routes.Family, table routes.TableID, a, src netip.Addr) (routes.Route, bool) {
+	return p.routeAmong(f, table, a, src, func(routes.Route) bool { return true })
+}
+
+// ownersRouteTo is the same without our clones.
+func (p *planner) ownersRouteTo(f routes.Family, table routes.TableID, a, src netip.Addr) (routes.Route, bool) {
+	return p.routeAmong(f, table, a, src, func(r routes.Route) bool { return !p.Config.OwnRoute(r) })
+}
+
+func (p *planner) routeAmong(f routes.Family, table routes.TableID, a, src netip.Addr, counts func(routes.Route) bool) (routes.Route, bool) {
 	for at := netip.PrefixFrom(a, a.BitLen()); ; {
 		m, _ := p.FIB.Cover(f, table, at)
 		if m.Paths == nil {
@@ -125,7 +134,7 @@ func (p *planner) routeTo(f routes.Family, table routes.TableID, a, src netip.Ad
 		}
 		var best *routes.Body
 		for _, b := range m.Paths.Bodies() {
-			if servesFrom(b, src) && (best == nil || b.Src.IsValid() && b.Src.Bits() > max(best.Src.Bits(), 0)) {
+			if servesFrom(b, src) && counts(routes.Route{Dst: m.Dst, Body: b}) && (best == nil || b.Src.IsValid() && b.Src.Bits() > max(best.Src.Bits(), 0)) {
 				best = b
 			}
 		}
