@@ -229,30 +229,59 @@ func (c *clamping) at(base *routes.Rule, x netip.Prefix) (mtu int, by []*coverag
 		if r.Body.Type != routes.Unicast || c.locked[r.Key()] {
 			continue
 		}
-		w, ok := c.domain(r.Body)
-		if !ok {
-			c.noteUnclear(base, x)
-			continue
-		}
-		for _, e := range c.applying(w, x, false) {
-			if e.cov != nil && c.served[base][e.cov] {
-				n, why := c.mtuAt(e.cov, c.linkMTU(r), r.Body.Family)
-				switch {
-				case n == 0:
-					e.cov.verdict.note(fmt.Sprintf("%s: %s", x, why))
-				case mtu == 0 || n < mtu:
-					mtu = n
-				}
-				if n != 0 {
-					by = append(by, e.cov)
-				}
+		for _, w := range c.unlike(r.Body) {
+			if !w.known {
+				c.noteUnclear(base, x)
+				continue
 			}
-			if e.all() && !c.bypassed(w, e, x) {
-				break
+			n, more := c.by(base, x, r, w.way)
+			if n != 0 && (mtu == 0 || n < mtu) {
+				mtu = n
 			}
+			by = append(by, more...)
 		}
 	}
 	return mtu, by
+}
+
+// by is the same for flows that leave by one way of a route.
+func (c *clamping) by(base *routes.Rule, x netip.Prefix, r routes.Route, w way) (mtu int, by []*coverage) {
+	for _, e := range c.applying(w, x, false) {
+		if e.cov != nil && c.served[base][e.cov] {
+			n, why := c.mtuAt(e.cov, c.linkMTU(r), r.Body.Family)
+			switch {
+			case n == 0:
+				e.cov.verdict.note(fmt.Sprintf("%s: %s", x, why))
+			case mtu == 0 || n < mtu:
+				mtu = n
+			}
+			if n != 0 {
+				by = append(by, e.cov)
+			}
+		}
+		if e.all() && !c.bypassed(w, e, x) {
+			break
+		}
+	}
+	return mtu, by
+}
+
+// clampWay is what applies to what leaves by a nexthop, if that is known.
+type clampWay struct {
+	way
+	known bool
+}
+
+// unlike are the ways of a route that differ in what applies to them.
+func (c *clamping) unlike(b *routes.Body) []clampWay {
+	var out []clampWay
+	for _, nh := range b.Nexthops {
+		w, known := c.domain(&routes.Body{Nexthops: []routes.Nexthop{nh}})
+		if one := (clampWay{w, known}); !slices.Contains(out, one) {
+			out = append(out, one)
+		}
+	}
+	return out
 }
 
 // candidatesAt are the routes of a rule's table to a destination that flows can take. Where the
@@ -283,7 +312,7 @@ func (c *clamping) candidatesAt(base *routes.Rule, x netip.Prefix) []routes.Rout
 func (c *clamping) noteUnclear(base *routes.Rule, x netip.Prefix) {
 	for _, cov := range c.covers {
 		if c.served[base][cov] && routes.Contains(cov.Selector.Dst, x) {
-			cov.verdict.note(fmt.Sprintf("%s: its route leads by ways with different policies: no clamp there", x))
+			cov.verdict.note(fmt.Sprintf("%s: it is not known which policies apply to one way of its route: no clamp for that", x))
 		}
 	}
 }

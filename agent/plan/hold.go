@@ -324,7 +324,7 @@ func (p *planner) wholly(l *routes.Link) []*coverage {
 		}
 		m, _ := p.FIB.Cover(r.Body.Family, r.Body.Table, r.Dst)
 		for _, b := range m.Paths.Bodies() { // several can have one key
-			if w, known := p.domain(b); !known || w.drops() {
+			if w, known := p.domain(b); (!known || w.drops()) && !p.Config.OwnRoute(routes.Route{Dst: r.Dst, Body: b}) {
 				return nil
 			}
 		}
