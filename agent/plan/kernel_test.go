@@ -183,6 +183,7 @@ type fate struct {
 	// is the MTU that the tunnel leaves it then, 0 if that isn't known.
 	wrapped bool
 	left    int
+	some    bool // of an uncovered one: by other ways its outer packets are covered
 	under   bool // the packet's own policy takes it, and no outer packet of the tunnel leaves uncovered
 }
 

@@ -26,23 +26,26 @@ func (w *world) wrapped(p packet, l *routes.Link) fate {
 		return ft
 	case l.Kind == "bond":
 		worst := fate{kind: uncovered}
+		bare, some := false, false
 		for _, port := range w.fib.Links() {
 			if port.Master != l.Index {
 				continue
 			}
 			ft := w.wrapped(p, port)
-			if ft.kind == uncovered {
-				return ft
-			}
+			bare, some = bare || ft.kind == uncovered, some || ft.some || ft.kind == covered
 			if worst.kind == uncovered || ft.left < worst.left {
 				worst = ft
 			}
+		}
+		if bare {
+			return fate{kind: uncovered, some: some}
 		}
 		return worst
 	case l.Encap == routes.Encap{}, w.into(l, l, 0):
 		return fate{kind: uncovered} // the planner leaves tunnels into themselves alone
 	}
 	worst := fate{kind: dropped}
+	bare, some := false, false
 	for _, sport := range []uint16{1, 40000} {
 		o := w.outerPacket(p, l, sport)
 		for _, hop := range w.outerHops(o) {
@@ -63,8 +66,10 @@ func (w *world) wrapped(p packet, l *routes.Link) fate {
 			case strange && !nh.Encap && !past:
 				continue // an xfrm interface in external mode takes nothing without an if_id (xfrmi_xmit2)
 			case ft.kind == uncovered:
-				return ft
+				bare, some = true, some || ft.some
+				continue
 			}
+			some = true
 			path := by.MTU
 			if own := int(hop.route.Body.Metrics.MTU); own != 0 {
 				path = min(path, own)
@@ -87,6 +92,9 @@ func (w *world) wrapped(p packet, l *routes.Link) fate {
 				worst = fate{kind: covered, cov: ft.cov, wrapped: true, left: left}
 			}
 		}
+	}
+	if bare {
+		return fate{kind: uncovered, some: some}
 	}
 	return worst
 }
@@ -143,7 +151,7 @@ func (w *world) leaves(l *routes.Link) left {
 		for mark := range uint32(4) {
 			switch ft := w.wrapped(packet{mark: mark}, l); ft.kind {
 			case uncovered:
-				got.all = false
+				got.all, got.some = false, got.some || ft.some
 			case covered:
 				if !got.some || ft.left < got.left {
 					got.left = ft.left

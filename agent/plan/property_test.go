@@ -177,8 +177,16 @@ func (m *maker) tunnels() {
 	m.line("link 12 tun1 gre local %s remote %s mtu 1476 %s", m.self(), m.peer("remote"), m.of("key", "", "key 7"))
 	m.line("link 13 vti0 kind vti okey %s mtu 1480", m.of("okey", "1", "2"))
 	m.devices = []string{"tun0", "tun0", "tun0v", "tun1", "vti0", "eth0"}
+	outer := []string{"eth0", "tun1", "tun0", "xfrm0", "tun0v", "vti0", "xfrmx encap if_id 7", "tun1 encap"}
+	if m.some("bond", 6) { // above tunnels, and below one
+		m.line("link 20 bond0 kind bond mtu 1476")
+		for i := range m.num("ports", 0, 2) {
+			m.line("link %d tap%d gre local %s remote %s mtu 1476 key %d master bond0", 21+i, i, m.self(), m.peer("remote"), 8+i)
+		}
+		m.devices, outer = append(m.devices, "bond0"), append(outer, "bond0")
+	}
 	for range m.num("outer routes", 0, 2) {
-		m.line("route %s dev %s", m.peer("to"), m.of("dev", "eth0", "tun1", "tun0", "xfrm0", "tun0v", "vti0", "xfrmx encap if_id 7", "tun1 encap"))
+		m.line("route %s dev %s", m.peer("to"), m.of("dev", outer...))
 	}
 }
 
