@@ -46,6 +46,7 @@ const (
 // all state; Report and Call are safe for concurrent use.
 type Agent struct {
 	cfg     Config
+	trust   *keyTrust
 	ns      *netns.Namespace // where all its sockets are, nil for none: the thread's
 	dir     string           // of the journal
 	name    string           // of the namespace, "" for the host's
@@ -239,6 +240,7 @@ func newAgent(cfg Config, log *slog.Logger, version string) *Agent {
 	return &Agent{
 		cfg: cfg, dir: cfg.RunDir, log: log, version: version, started: time.Now(),
 		inbox: newInbox(), calls: make(chan func()), ended: make(chan struct{}), st: newState(), conns: newConnections(),
+		trust: newKeyTrust(cfg.TCPKeysTrust),
 	}
 }
 
@@ -276,7 +278,7 @@ func (a *Agent) dial() error {
 	if err != nil {
 		return err
 	}
-	a.sources, err = dialSources(a.log, a.in, a.cfg)
+	a.sources, err = dialSources(a.log, a.in, a.cfg, a.trust)
 	return err
 }
 

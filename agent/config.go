@@ -77,6 +77,8 @@ type Config struct {
 	// TCPKeysEvery is how often the keys of TCP sockets are looked at, of which the kernel tells
 	// nobody.
 	TCPKeysEvery Duration `yaml:"tcp_keys_every"`
+	// TCPKeysTrust are the users, besides root, whose keys count like policies on shared NICs, by name or number.
+	TCPKeysTrust []string `yaml:"tcp_keys_trust"`
 	// Namespaces are those that are followed, each by an agent of its own.
 	Namespaces Namespaces `yaml:"namespaces"`
 	// Metrics is the address on which Prometheus can scrape, or off.
@@ -127,6 +129,9 @@ func (c Config) WithDefaults() Config {
 	}
 	if c.TCPKeysEvery == 0 {
 		c.TCPKeysEvery = Duration(10 * time.Second)
+	}
+	if len(c.TCPKeysTrust) == 0 {
+		c.TCPKeysTrust = slices.Clone(defaultKeysTrust)
 	}
 	if c.Metrics == "" {
 		c.Metrics = DefaultMetrics
@@ -323,6 +328,7 @@ func (c Config) Validate() []Wrong {
 	if c.TCPKeysEvery != 0 && time.Duration(c.TCPKeysEvery) < 100*time.Millisecond {
 		wrong("tcp_keys_every", "less than 100ms")
 	}
+	out = append(out, wrongUsers(c.TCPKeysTrust)...)
 	if c.Metrics != "" && c.Metrics != MetricsOff {
 		if host, port, err := net.SplitHostPort(c.Metrics); err != nil || !isHost(host) || !isPort(port) {
 			wrong("metrics", "%q is neither off nor ADDRESS:PORT, as %s", c.Metrics, DefaultMetrics)

@@ -62,6 +62,13 @@ func TestReadConfigTellsEveryMistakeWithItsPlace(t *testing.T) {
 		"namespaces as a mapping": {"namespaces: {host: 1}\n", []string{"c.yaml:1: namespaces: not all, and not a list"}},
 		"no namespace":            {"namespaces:\n- host\n- a/b\n- pid:x\n- [c]\n", []string{"c.yaml:5: a list is not a text"}},
 		"names of namespaces":     {"namespaces:\n- host\n- a/b\n- pid:x\n- ''\n", []string{`c.yaml:3: namespaces: entry 2: "a/b" is neither a name in /run/netns nor an absolute path`, `c.yaml:4: namespaces: entry 3: "x" is no process number`, `c.yaml:5: namespaces: entry 4: an empty name`}},
+		"users that are none": {"tcp_keys_trust:\n- frr\n- ''\n- 65534\n- 4294967295\n- a:b\n", []string{
+			`c.yaml:3: tcp_keys_trust: entry 2: "" is neither the name of a user nor a number`,
+			`c.yaml:4: tcp_keys_trust: entry 3: "65534" can't be trusted: 65534 stands for all users of other user namespaces who are nobody here`,
+			`c.yaml:5: tcp_keys_trust: entry 4: "4294967295" is no user: "4294967295" is not a number below 4294967295`,
+			`c.yaml:6: tcp_keys_trust: entry 5: "a:b" is neither the name of a user nor a number`,
+		}},
+		"users that are no list":  {"tcp_keys_trust: frr\n", []string{"c.yaml:1: frr is not a list"}},
 		"keys too often":          {"tcp_keys_every: 5ms\n", []string{"c.yaml:1: tcp_keys_every: less than 100ms"}},
 		"negative resync":         {"resync_every: -5m\n", []string{"c.yaml:1: resync_every: less than 1m"}},
 		"zero is not the default": {"restore_after: 0s\n", []string{`c.yaml:1: "0s" is no duration above 0`}},
@@ -128,7 +135,7 @@ func checkPrintable(t *testing.T, s string) {
 
 func TestReadConfigDefaults(t *testing.T) {
 	want := Config{
-		Mode: Enforce, RunDir: "/run/tsoagent", StateDir: "/var/lib/tsoagent", RestoreAfter: Duration(time.Second), OnStop: RestoreOnStop, ResyncEvery: Duration(15 * time.Minute), TCPKeysEvery: Duration(10 * time.Second), Metrics: "127.0.0.1:15450",
+		Mode: Enforce, RunDir: "/run/tsoagent", StateDir: "/var/lib/tsoagent", RestoreAfter: Duration(time.Second), OnStop: RestoreOnStop, ResyncEvery: Duration(15 * time.Minute), TCPKeysEvery: Duration(10 * time.Second), TCPKeysTrust: []string{"root", "frr", "bird"}, Metrics: "127.0.0.1:15450",
 		Namespaces: Namespaces{"host"},
 		Plan: plan.Config{
 			Dedicated: plan.Auto, SharedNICs: plan.SharedKeep, CarrierMTU: plan.CarrierRoute, MTU: plan.MTULock, Partial: plan.PartialTable, SourceLess: plan.Serve, Table: 5450, Protocol: 84,
@@ -165,6 +172,7 @@ restore_after: 2s
 on_stop: keep
 resync_every: 1h
 tcp_keys_every: 3s
+tcp_keys_trust: [gobgp, 1000]
 namespaces: [host, blue, /proc/1/ns/net, pid:7]
 metrics: "[::1]:9100"
 metrics_web_config: /etc/web.yml
@@ -188,7 +196,7 @@ max_clones: 6
 		t.Fatal(err)
 	}
 	want := Config{
-		Mode: Observe, RunDir: "/run/x", StateDir: "/var/x", RestoreAfter: Duration(2 * time.Second), OnStop: KeepOnStop, ResyncEvery: Duration(time.Hour), TCPKeysEvery: Duration(3 * time.Second),
+		Mode: Observe, RunDir: "/run/x", StateDir: "/var/x", RestoreAfter: Duration(2 * time.Second), OnStop: KeepOnStop, ResyncEvery: Duration(time.Hour), TCPKeysEvery: Duration(3 * time.Second), TCPKeysTrust: []string{"gobgp", "1000"},
 		Namespaces: Namespaces{"host", "blue", "/proc/1/ns/net", "pid:7"},
 		Metrics:    "[::1]:9100", MetricsWebConfig: "/etc/web.yml",
 		Plan: plan.Config{

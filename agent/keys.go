@@ -14,11 +14,25 @@ func (a *Agent) keyFindings() []string {
 	if a.sources != nil {
 		out = a.sources.missing()
 	}
-	if n := a.st.keysHidden; n > 0 {
+	set := a.st.keys
+	if set.Hidden > 0 {
 		out = append(out, fmt.Sprintf("%d of the sockets hold more TCP-MD5 keys than the kernel can show (655): their peers are not known; "+
-			"keys for prefixes (TCP_MD5SIG_EXT), or several listeners, need fewer on each", n))
+			"keys for prefixes (TCP_MD5SIG_EXT), or several listeners, need fewer on each", set.Hidden))
 	}
-	return out
+	if set.Cut > 0 {
+		out = append(out, fmt.Sprintf("%d of the sockets hold more TCP-AO keys than are listed of one (300): the other peers are not known; "+
+			"keys for prefixes, or several listeners, need fewer on each", set.Cut))
+	}
+	if set.Over {
+		out = append(out, fmt.Sprintf("there are more than %d TCP keys of root and of users in tcp_keys_trust: the others are left out; "+
+			"keys for prefixes need fewer", sockopt.MaxTrusted))
+	}
+	if set.OverOthers {
+		out = append(out, fmt.Sprintf("there are more than %d TCP keys of users who are not trusted (tcp_keys_trust): the others are left out; "+
+			"`ss -tane` shows whose the sockets are", sockopt.MaxOthers))
+	}
+	_, unknown := a.trust.look()
+	return append(out, unknown...)
 }
 
 // explainKeys says whose TCP connections to a destination are signed.

@@ -13,9 +13,9 @@ import (
 )
 
 var (
-	bgpKey = sockopt.Key{Kind: sockopt.MD5, Peer: netip.MustParsePrefix("192.0.2.2/32"), Port: 179, Listener: true}
+	bgpKey = sockopt.Key{Kind: sockopt.MD5, Peer: netip.MustParsePrefix("192.0.2.2/32"), Port: 179, Listener: true, Owner: sockopt.Root}
 	// bgpClient is on the other end's side of a session that this host opened.
-	bgpClient = sockopt.Key{Kind: sockopt.MD5, Peer: netip.MustParsePrefix("192.0.2.2/32"), PeerPort: 179, Local: netip.MustParseAddr("192.0.2.1")}
+	bgpClient = sockopt.Key{Kind: sockopt.MD5, Peer: netip.MustParsePrefix("192.0.2.2/32"), PeerPort: 179, Local: netip.MustParseAddr("192.0.2.1"), Owner: sockopt.Root}
 )
 
 const bgpMatch = "[src 0.0.0.0/0 dst 192.0.2.2/32 proto 6 sport 179]"
@@ -138,6 +138,29 @@ func TestHiddenKeysAreTold(t *testing.T) {
 	w.keys(sockopt.KeysSet{Hidden: 2})
 	if r := w.a.Report(); len(r.Findings) != 1 || !strings.Contains(r.Findings[0], "2 of the sockets hold more TCP-MD5 keys than the kernel can show") {
 		t.Errorf("findings: %q", r.Findings)
+	}
+}
+
+// TestKeysThatAreLeftOutAreTold names what is not known of keys because there are too many of them.
+func TestKeysThatAreLeftOutAreTold(t *testing.T) {
+	for _, c := range []struct {
+		set  sockopt.KeysSet
+		want string
+	}{
+		{sockopt.KeysSet{Cut: 3}, "3 of the sockets hold more TCP-AO keys than are listed of one (300)"},
+		{sockopt.KeysSet{Over: true}, "more than 65536 TCP keys of root and of users in tcp_keys_trust"},
+		{sockopt.KeysSet{OverOthers: true}, "more than 8192 TCP keys of users who are not trusted"},
+	} {
+		w := newWorld(t, Config{})
+		w.start()
+		w.keys(c.set)
+		if r := w.a.Report(); len(r.Findings) != 1 || !strings.Contains(r.Findings[0], c.want) || !r.Degraded() {
+			t.Errorf("findings: %q, want %q; degraded: %t", r.Findings, c.want, r.Degraded())
+		}
+		w.keys(keysSet())
+		if r := w.a.Report(); len(r.Findings) > 0 {
+			t.Errorf("findings are left: %q", r.Findings)
+		}
 	}
 }
 

@@ -13,7 +13,7 @@ import (
 
 // dialKeys opens the watcher of TCP keys. A kernel that has none, or can't show them, is no error.
 func (s *sources) dialKeys() error {
-	w, err := sockopt.Dial(sockopt.Options{Period: time.Duration(s.cfg.TCPKeysEvery), More: s.aoKeys})
+	w, err := sockopt.Dial(sockopt.Options{Period: time.Duration(s.cfg.TCPKeysEvery), More: s.aoKeys, Trust: s.trust.trusted})
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if errors.Is(err, unix.ENOPROTOOPT) && s.keys == nil {
@@ -33,19 +33,19 @@ func (s *sources) dialKeys() error {
 	return nil
 }
 
-// aoKeys are TCP-AO's keys, none where they aren't known.
-func (s *sources) aoKeys() (keys []sockopt.Key, err error) {
+// aoKeys are TCP-AO's keys, none where they aren't known, and how many sockets have more than are told.
+func (s *sources) aoKeys() (keys []sockopt.Key, cut int, err error) {
 	s.mu.Lock()
 	ao := s.hooked.ao
 	s.mu.Unlock()
 	if ao == nil {
-		return nil, nil
+		return nil, 0, nil
 	}
 	err = s.in(func() (err error) {
-		keys, _, err = ao.Keys()
+		keys, cut, err = ao.Keys()
 		return err
 	})
-	return keys, err
+	return keys, cut, err
 }
 
 // followKeys follows the keys, and calls looked after each look.

@@ -100,6 +100,8 @@ type CoverageReport struct {
 	Dev      string `json:"dev,omitempty"`
 	// Listener says that the key is a listener's.
 	Listener bool `json:"listener,omitempty"`
+	// UID is the user of the key's socket, nil if the kernel doesn't tell.
+	UID *uint32 `json:"uid,omitempty"`
 }
 
 // The states of holds, locks, rules and clones.
@@ -282,6 +284,9 @@ func (a *Agent) coverageReports(verdicts []plan.Verdict) []CoverageReport {
 			c.Src, c.PeerPort, c.Listener = "", v.Key.PeerPort, v.Key.Listener
 			if v.Key.Local.IsValid() {
 				c.Src = v.Key.Local.String()
+			}
+			if v.Key.Owner.Known {
+				c.UID = &v.Key.Owner.UID
 			}
 			if v.Key.Ifindex != 0 {
 				c.Dev = a.deviceName(routes.Ifindex(v.Key.Ifindex))

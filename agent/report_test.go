@@ -78,7 +78,7 @@ func TestReportOfEverything(t *testing.T) {
 	port.Mark = xfrmwatch.Mark{Value: 1, Mask: 0xff}
 	larval := policy(105, "0.0.0.0/0", "10.7.0.0/16", 2)
 	w.a.findings = []string{"the journal's finding"}
-	w.a.st.keys = []sockopt.Key{{Kind: sockopt.MD5, Peer: netip.MustParsePrefix("192.0.2.9/32"), Port: 179}}
+	w.a.st.keys.Keys = []sockopt.Key{{Kind: sockopt.MD5, Peer: netip.MustParsePrefix("192.0.2.9/32"), Port: 179}}
 	w.start(tunnelPolicy, tunnelSA, partPolicy, partSA, xfrmwatch.PolicySet{Policy: &maybe}, xfrmwatch.PolicySet{Policy: &port}, larval)
 	w.addLink(&routes.Link{Index: 3, Name: "small", Type: 1, MTU: 1400, Up: true})
 	w.addRoute("10.3.4.0/24", hop{oif: 3})

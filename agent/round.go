@@ -56,7 +56,7 @@ func (a *Agent) apply(b batch) {
 			a.log.Warn("the TCP keys can't be read, trying again", "source", "sockopt", "err", ev.Err)
 			a.st.keysStale = true
 		case sockopt.KeysSet:
-			a.st.keys, a.st.keysHidden, a.st.keysStale = ev.Keys, ev.Hidden, false
+			a.st.keys, a.st.keysTrusted, a.st.keysStale = ev, a.trust.users(), false
 		}
 	}
 }
@@ -177,7 +177,7 @@ func (a *Agent) echo(ev routes.Event) {
 // input is what the next plan follows from.
 func (a *Agent) input(now time.Time) plan.Input {
 	in := plan.Input{
-		Config: a.cfg.Plan, XFRM: a.st.db, FIB: a.st.fib, Features: a.st.features, Keys: a.st.keys, KeysStale: a.st.keysStale,
+		Config: a.cfg.Plan, XFRM: a.st.db, FIB: a.st.fib, Features: a.st.features, Keys: a.st.keys.Keys, Trusted: a.st.keysTrusted, KeysStale: a.st.keysStale,
 		Lingering: a.st.lingeringCoverages(), Last: a.st.last, Locks: a.st.locks, MTUs: a.st.mtus, Holds: a.st.holds,
 		Withheld: map[plan.ShapeID]string{}, Forwarding: a.st.forwarding,
 	}

@@ -23,6 +23,8 @@ type sources struct {
 	log *slog.Logger
 	in  func(func() error) error // runs a function in the namespace
 	cfg Config
+	// trust knows whose keys count.
+	trust *keyTrust
 
 	mu     sync.Mutex
 	xfrm   *xfrmwatch.Watcher // nil where the kernel has no XFRM
@@ -34,8 +36,8 @@ type sources struct {
 	hooked hooked
 }
 
-func dialSources(log *slog.Logger, in func(func() error) error, cfg Config) (*sources, error) {
-	s := &sources{log: log, in: in, cfg: cfg}
+func dialSources(log *slog.Logger, in func(func() error) error, cfg Config, trust *keyTrust) (*sources, error) {
+	s := &sources{log: log, in: in, cfg: cfg, trust: trust}
 	for _, dial := range []func() error{s.dialXFRM, s.dialRoutes, s.dialFeatures, s.dialL2TP, s.dialKeys} {
 		if err := in(dial); err != nil {
 			return nil, errors.Join(err, s.close())

@@ -21,9 +21,9 @@ type state struct {
 	// fresh collects the features of a dump, nil outside of one.
 	fresh         map[routes.Ifindex]*ethtool.Features
 	featuresStale bool
-	keys          []sockopt.Key
-	keysHidden    int  // sockets whose keys the kernel can't show
-	keysStale     bool // they could not be read
+	keys          sockopt.KeysSet
+	keysTrusted   []uint32 // the users whose keys count, when these were told
+	keysStale     bool     // they could not be read
 	l2tp          l2tpDevices
 	forwarding    map[routes.Family]bool
 

@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"iter"
+	"math"
 	"net/netip"
 	"slices"
 )
@@ -25,6 +26,8 @@ const (
 	msgFamily = 0
 	msgState  = 1
 	msgID     = 4
+	msgUID    = 64
+	msgInode  = 68
 
 	idSport  = 0
 	idDport  = 2
@@ -70,6 +73,7 @@ type sock struct {
 	local, remote netip.AddrPort // unmapped; the address of local is the zero value for any
 	ifindex       int32
 	cookie        uint64
+	owner         Owner
 	// trusted says that the kernel shows what it shows to CAP_NET_ADMIN alone: the mark, and with it
 	// the keys.
 	trusted bool
@@ -99,6 +103,7 @@ func (s *sock) decode(b []byte) error {
 	s.remote = netip.AddrPortFrom(dst, binary.BigEndian.Uint16(id[idDport:]))
 	s.ifindex = int32(binary.NativeEndian.Uint32(id[idIf:]))
 	s.cookie = binary.NativeEndian.Uint64(id[idCookie:])
+	s.owner = ownerOf(binary.NativeEndian.Uint32(b[msgUID:]), binary.NativeEndian.Uint32(b[msgInode:]))
 	for b = b[msgLen:]; len(b) > 0; {
 		if len(b) < 4 {
 			return errAttribute
@@ -118,6 +123,15 @@ func (s *sock) decode(b []byte) error {
 		b = b[min((n+3)&^3, len(b)):]
 	}
 	return nil
+}
+
+// ownerOf is the owner of a socket. Before Linux 6.17 one without a file, as it is closed already or not accepted yet, is said to be root's,
+// whosever it is (sock_i_uid, net/core/sock.c): of root's the file has to be there.
+func ownerOf(uid, inode uint32) Owner {
+	if uid == 0 && inode == 0 {
+		return Owner{}
+	}
+	return Owner{UID: uid, Known: true}
 }
 
 // decodeKeys reads whom the keys of a socket are for. A length that is no whole number of records
@@ -163,56 +177,149 @@ func rawAddr(family byte, b []byte) (netip.Addr, bool) {
 	return netip.Addr{}, false
 }
 
-// collector makes the set of keys from the sockets of one look.
+// class is how much an owner is trusted.
+type class uint8
+
+const (
+	trusted class = iota
+	other         // one who isn't
+	unknown
+)
+
+// A collector makes the set of keys from the sockets of one look.
 type collector struct {
+	trust func(uid uint32) bool // besides root
+	known []Key                 // what was known before, in order
+	most  [2]int                // keys of trusted owners, and of others
+
 	listening map[uint16]bool
-	keys      map[Key]bool
-	conns     []sock // those with keys
-	sockets   int
+	keys      map[Key]Owner // without their owners, and the most trusted
+	// lengths are those that listeners' keys have, for IPv4 and IPv6: by them the keys for an address are found.
+	lengths [2][129]bool
+	taken   [2]int // keys that were let in
+	kept    [2]int // room for those of known that were not seen yet
+	over    [2]bool
+	sockets int
 }
 
-func newCollector() *collector {
-	return &collector{listening: map[uint16]bool{}, keys: map[Key]bool{}}
+// newCollector makes one that lets no more in than a KeysSet has, and of what is new only what there is room for besides what was known.
+// trust is nil for root alone.
+func newCollector(trust func(uid uint32) bool, known []Key) *collector {
+	c := &collector{
+		trust: trust, known: known, most: [2]int{MaxTrusted, MaxOthers},
+		listening: map[uint16]bool{}, keys: map[Key]Owner{},
+	}
+	for _, k := range known {
+		c.kept[c.budget(k.Owner)]++
+	}
+	return c
 }
 
-// add takes a socket; it may come twice.
-func (c *collector) add(s *sock) {
-	c.sockets++
-	if s.state == Listen {
-		c.listening[s.local.Port()] = true
-		for _, p := range s.peers {
-			c.keys[Key{Kind: cmp.Or(s.kind, MD5), Peer: p, Ifindex: s.ifindex, Local: s.local.Addr(), Port: s.local.Port(), Listener: true}] = true
+func (c *collector) class(o Owner) class {
+	switch {
+	case !o.Known:
+		return unknown
+	case o.UID == 0, c.trust != nil && o.UID != OverflowUID && c.trust(o.UID):
+		return trusted
+	}
+	return other
+}
+
+// budget is where an owner's keys are counted.
+func (c *collector) budget(o Owner) int { return int(min(c.class(o), other)) }
+
+// better reports whether o is the owner to tell, not p.
+func (c *collector) better(o, p Owner) bool {
+	return cmp.Or(cmp.Compare(c.class(o), c.class(p)), cmp.Compare(o.UID, p.UID)) < 0
+}
+
+// put takes a key, if there is room.
+func (c *collector) put(k Key) {
+	o := k.Owner
+	k.Owner = Owner{}
+	if have, ok := c.keys[k]; ok {
+		if c.better(o, have) {
+			c.keys[k] = o
 		}
 		return
 	}
-	// It signs only if a key is for its other end.
-	if slices.ContainsFunc(s.peers, func(p netip.Prefix) bool { return p.Contains(s.remote.Addr()) }) {
-		kept := *s
-		kept.peers = nil
-		c.conns = append(c.conns, kept)
+	b := c.budget(o)
+	if i, ok := slices.BinarySearchFunc(c.known, k, Key.compareFlows); ok {
+		c.kept[c.budget(c.known[i].Owner)]--
+	} else if c.taken[b]+c.kept[b] >= c.most[b] {
+		c.over[b] = true
+		return
+	}
+	c.taken[b]++
+	c.keys[k] = o
+	if k.Listener {
+		c.lengths[familyIndex(k.Peer.Addr())][k.Peer.Bits()] = true
 	}
 }
 
-// set is the set of keys, in order. A connection whose local port is listened on was accepted
-// there. One that says no more than a listener does is left out.
+func familyIndex(a netip.Addr) int {
+	if a.Is4() {
+		return 0
+	}
+	return 1
+}
+
+// add takes a socket; it may come twice. Listeners come first: a connection whose local port is listened on was accepted there. One that says
+// no more than a listener of no less trust does is left out.
+func (c *collector) add(s *sock) {
+	c.sockets++
+	k := Key{Kind: cmp.Or(s.kind, MD5), Ifindex: s.ifindex, Local: s.local.Addr(), Owner: s.owner}
+	port, remote := s.local.Port(), s.remote.Addr()
+	switch {
+	case s.state == Listen:
+		c.listening[port] = true
+		k.Port, k.Listener = port, true
+		for _, k.Peer = range s.peers {
+			c.put(k)
+		}
+		return
+	case !slices.ContainsFunc(s.peers, func(p netip.Prefix) bool { return p.Contains(remote) }):
+		return // it signs only if a key is for its other end
+	}
+	k.Peer = netip.PrefixFrom(remote, remote.BitLen())
+	if !c.listening[port] {
+		k.PeerPort = s.remote.Port()
+		c.put(k)
+		return
+	}
+	k.Port = port
+	if !c.covered(k) {
+		c.put(k)
+	}
+}
+
+// covered reports whether a listener says what a connection's key says, and is trusted no less.
+func (c *collector) covered(k Key) bool {
+	l := k
+	l.Owner, l.Listener = Owner{}, true
+	for bits, used := range c.lengths[familyIndex(k.Peer.Addr())] {
+		if !used {
+			continue
+		}
+		l.Peer, _ = k.Peer.Addr().Prefix(bits)
+		for _, l.Local = range [...]netip.Addr{{}, k.Local} {
+			if o, ok := c.keys[l]; ok && c.class(o) <= c.class(k.Owner) {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// set is the set of keys, in order.
 func (c *collector) set() []Key {
-	listeners := map[uint16][]Key{}
-	for k := range c.keys {
-		listeners[k.Port] = append(listeners[k.Port], k)
+	out := make([]Key, 0, len(c.keys))
+	for k, o := range c.keys {
+		k.Owner = o
+		out = append(out, k)
 	}
-	for _, s := range c.conns {
-		remote := s.remote.Addr()
-		k := Key{Kind: cmp.Or(s.kind, MD5), Peer: netip.PrefixFrom(remote, remote.BitLen()), Ifindex: s.ifindex, Local: s.local.Addr()}
-		if port := s.local.Port(); c.listening[port] {
-			k.Port = port
-		} else {
-			k.PeerPort = s.remote.Port()
-		}
-		if !slices.ContainsFunc(listeners[k.Port], func(l Key) bool { return l.covers(k) }) {
-			c.keys[k] = true
-		}
-	}
-	return sorted(c.keys)
+	slices.SortFunc(out, Key.Compare)
+	return out
 }
 
 // Held is one key that a socket holds, or a listener without one. It is a comparable value and holds no secret.
@@ -222,72 +329,74 @@ type Held struct {
 	Ifindex       int32          // that the socket is bound to, 0 for none
 	Kind          Kind           // 0 for a listener without keys
 	Peer          netip.Prefix   // whom the key is for
+	Owner         Owner          // whose the socket is
 }
 
 // KeysOf are the keys that sockets hold, in the order of Key.Compare. The listeners among them tell which
-// connections were accepted.
+// connections were accepted. It goes through the sequence twice, and has an end to the keys only where that has one.
 func KeysOf(held iter.Seq[Held]) []Key {
-	c := newCollector()
-	for h := range held {
-		s := sock{state: h.State, local: h.Local, remote: h.Remote, ifindex: h.Ifindex, kind: h.Kind}
-		if s.local.Addr().IsUnspecified() {
-			s.local = netip.AddrPortFrom(netip.Addr{}, h.Local.Port())
+	c := newCollector(nil, nil)
+	c.most = [2]int{math.MaxInt, math.MaxInt}
+	for _, listeners := range []bool{true, false} {
+		for h := range held {
+			if (h.State == Listen) == listeners {
+				c.add(h.sock())
+			}
 		}
-		if h.Kind != 0 {
-			s.peers = []netip.Prefix{h.Peer}
-		}
-		c.add(&s)
 	}
 	return c.set()
 }
 
-func sorted(set map[Key]bool) []Key {
-	out := make([]Key, 0, len(set))
-	for k := range set {
-		out = append(out, k)
+func (h Held) sock() *sock {
+	s := sock{state: h.State, local: h.Local, remote: h.Remote, ifindex: h.Ifindex, kind: h.Kind, owner: h.Owner}
+	if s.local.Addr().IsUnspecified() {
+		s.local = netip.AddrPortFrom(netip.Addr{}, h.Local.Port())
 	}
-	slices.SortFunc(out, Key.Compare)
-	return out
+	if h.Kind != 0 {
+		s.peers = []netip.Prefix{h.Peer}
+	}
+	return &s
 }
 
-// union is all of both, which are in order.
-func union(a, b []Key) []Key {
-	out := slices.Concat(a, b)
-	slices.SortFunc(out, Key.Compare)
-	return slices.Compact(out)
+// union is all of several lists; of keys that differ in their owner alone, that of the most trusted.
+func (c *collector) union(lists ...[]Key) []Key {
+	out := slices.Concat(lists...)
+	slices.SortFunc(out, func(a, b Key) int {
+		return cmp.Or(a.compareFlows(b), cmp.Compare(c.class(a.Owner), c.class(b.Owner)), cmp.Compare(a.Owner.UID, b.Owner.UID))
+	})
+	return slices.CompactFunc(out, sameFlows)
 }
 
-// maxKept is how many keys there can be with those that are kept though nobody saw them.
-const maxKept = 1 << 16
+func sameFlows(a, b Key) bool { return a.compareFlows(b) == 0 }
 
-// keep is what is there now, and what was known before, of which the first stay if they would be more than maxKept. Both
-// are in order. Anybody can have a socket that shows no keys, and then set others as fast as the system call goes.
-func keep(now, known []Key) []Key {
-	out := slices.Clone(now)
+// keep is what is there now, and what was known before, of which the first stay if they would be more than a KeysSet has. Both are in order.
+// Anybody can have a socket that shows no keys, and then set others as fast as the system call goes.
+func (c *collector) keep(now, known []Key) []Key {
+	var room [2]int
+	copy(room[:], c.most[:])
+	for _, k := range now {
+		room[c.budget(k.Owner)]--
+	}
+	var more []Key
 	for _, k := range known {
-		if len(out) >= maxKept {
-			break
-		}
-		if !has(now, k) {
-			out = append(out, k)
+		_, ok := slices.BinarySearchFunc(now, k, Key.compareFlows)
+		switch b := c.budget(k.Owner); {
+		case ok:
+			more = append(more, k) // the hidden one can be of an owner who is trusted more
+		case room[b] > 0:
+			room[b]--
+			more = append(more, k)
 		}
 	}
-	slices.SortFunc(out, Key.Compare)
-	return out
+	return c.union(now, more)
 }
 
 // lacks reports whether something of old is not in new; both are in order.
 func lacks(new, old []Key) bool {
 	for _, k := range old {
-		if !has(new, k) {
+		if _, ok := slices.BinarySearchFunc(new, k, Key.Compare); !ok {
 			return true
 		}
 	}
 	return false
-}
-
-// has reports whether a key is among those of a list, which is in order.
-func has(list []Key, k Key) bool {
-	_, ok := slices.BinarySearchFunc(list, k, Key.Compare)
-	return ok
 }

@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"encoding/hex"
 	"errors"
+	"math/rand/v2"
 	"net/netip"
 	"os"
 	"slices"
@@ -12,6 +13,7 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
 )
 
 // captured are real answers of a kernel.
@@ -38,7 +40,7 @@ func captured(t testing.TB) [][]byte {
 // TestCaptured decodes real answers: four listeners, one of them without a key, and both ends of two
 // connections.
 func TestCaptured(t *testing.T) {
-	c := newCollector()
+	c := newCollector(nil, nil)
 	var s sock
 	for _, b := range captured(t) {
 		if err := s.decode(b); err != nil {
@@ -166,9 +168,16 @@ func TestSetLeavesOut(t *testing.T) {
 		}
 		return out
 	}
-	c := newCollector()
+	c := newCollector(nil, nil)
 	conn := func(ifindex int32, local, remote string, p ...string) {
 		c.add(&sock{state: Established, ifindex: ifindex, local: at(local), remote: at(remote), peers: peers(p...)})
+	}
+	for _, local := range []string{"0.0.0.0:179", "192.0.2.2:180"} {
+		a := at(local)
+		if a.Addr().IsUnspecified() {
+			a = netip.AddrPortFrom(netip.Addr{}, a.Port())
+		}
+		c.add(&sock{state: Listen, local: a, peers: peers("10.0.0.0/24")})
 	}
 	conn(0, "192.0.2.1:179", "10.0.0.9:4000", "10.0.0.9/32")   // accepted: the listener's prefix has it
 	conn(0, "192.0.2.1:179", "10.1.0.9:4000", "10.1.0.9/32")   // its key at the listener is gone
@@ -177,13 +186,6 @@ func TestSetLeavesOut(t *testing.T) {
 	conn(0, "192.0.2.1:40000", "10.0.0.9:179", "10.0.0.9/32")  // a client's
 	conn(0, "192.0.2.1:40001", "10.0.0.9:179", "10.0.0.8/31")  // the same again
 	conn(0, "192.0.2.1:40001", "10.0.0.10:179", "10.0.0.8/31") // for another than its peer
-	for _, local := range []string{"0.0.0.0:179", "192.0.2.2:180"} {
-		a := at(local)
-		if a.Addr().IsUnspecified() {
-			a = netip.AddrPortFrom(netip.Addr{}, a.Port())
-		}
-		c.add(&sock{state: Listen, local: a, peers: peers("10.0.0.0/24")})
-	}
 	want := []string{
 		"tcp-md5 key for 10.0.0.0/24 on port 179",
 		"tcp-md5 key for 10.0.0.0/24 on port 180 of 192.0.2.2",
@@ -223,7 +225,7 @@ func FuzzDecode(f *testing.F) {
 		if a := s.local.Addr(); a.Is4In6() || a.IsUnspecified() || s.remote.Addr().Is4In6() {
 			t.Errorf("%+v", s)
 		}
-		c := newCollector()
+		c := newCollector(nil, nil)
 		c.add(&s)
 		for _, k := range c.set() {
 			if (k.Port == 0) == (k.PeerPort == 0) && s.local.Port() != 0 && s.remote.Port() != 0 || k.Peer != k.Peer.Masked() || k.Peer.Addr().Is4In6() {
@@ -250,28 +252,266 @@ func FuzzDecode(f *testing.F) {
 // TestKeptKeysAreBounded has a socket that hides its keys for ever, which takes no privilege, and others that come with
 // new keys and go again: what is kept because of the hidden ones must not grow with them.
 func TestKeptKeysAreBounded(t *testing.T) {
-	const each = maxKept/4 + 1
+	const each = MaxTrusted/4 + 1
+	c := newCollector(nil, nil)
 	var known []Key
 	for round := range 6 {
 		now := make([]Key, 0, each)
 		for i := range each {
-			a := netip.AddrFrom4([4]byte{10, byte(round), byte(i >> 8), byte(i)})
-			now = append(now, Key{Kind: MD5, Peer: netip.PrefixFrom(a, 32), Port: 179, Listener: true})
+			now = append(now, Key{Kind: MD5, Peer: host(10, round, i), Port: 179, Listener: true, Owner: Root})
 		}
-		got := keep(now, known)
+		got := c.keep(now, known)
 		if lacks(got, now) {
 			t.Fatalf("round %d: a key that is there is missing", round)
 		}
 		if !slices.IsSortedFunc(got, Key.Compare) || len(slices.Compact(slices.Clone(got))) != len(got) {
 			t.Fatalf("round %d: out of order, or twice", round)
 		}
-		if want := min((round+1)*each, maxKept); len(got) != want {
+		if want := min((round+1)*each, MaxTrusted); len(got) != want {
 			t.Fatalf("round %d: %d keys, want %d", round, len(got), want)
 		}
 		known = got
 	}
-	over := slices.Concat(known, []Key{{Kind: MD5, Peer: netip.MustParsePrefix("11.0.0.0/8")}})
-	if got := keep(over, known); len(got) != len(over) {
+	over := slices.Concat(known, []Key{{Kind: MD5, Peer: netip.MustParsePrefix("11.0.0.0/8"), Owner: Root}})
+	if got := c.keep(over, known); len(got) != len(over) {
 		t.Errorf("%d of %d keys that are there", len(got), len(over))
 	}
+}
+
+// host is one of 2^16 addresses in one of 2^8 nets.
+func host(first, net, i int) netip.Prefix {
+	return netip.PrefixFrom(netip.AddrFrom4([4]byte{byte(first), byte(net), byte(i >> 8), byte(i)}), 32)
+}
+
+// user is an owner.
+func user(uid uint32) Owner { return Owner{UID: uid, Known: true} }
+
+// TestOwnerOfASocket believes that a socket is root's only where it has a file.
+func TestOwnerOfASocket(t *testing.T) {
+	for _, c := range []struct {
+		uid, inode uint32
+		want       Owner
+	}{
+		{0, 7, Root},
+		{0, 0, Owner{}}, // before 6.17, anybody's
+		{1000, 7, user(1000)},
+		{1000, 0, user(1000)},
+	} {
+		b := answer(afInet, attrInfo, nil)
+		binary.NativeEndian.PutUint32(b[msgUID:], c.uid)
+		binary.NativeEndian.PutUint32(b[msgInode:], c.inode)
+		var s sock
+		if err := s.decode(b); err != nil || s.owner != c.want {
+			t.Errorf("uid %d, inode %d: %+v, want %+v; %v", c.uid, c.inode, s.owner, c.want, err)
+		}
+	}
+}
+
+// TestMostTrustedOwnerCounts tells the owner of a key that several sockets hold, in whichever order they come.
+func TestMostTrustedOwnerCounts(t *testing.T) {
+	trust := func(uid uint32) bool { return uid == 103 || uid == OverflowUID }
+	nobody := user(OverflowUID) // stands for many, and is never trusted
+	for _, c := range []struct {
+		owners []Owner
+		want   Owner
+	}{
+		{[]Owner{user(1000), Root}, Root},
+		{[]Owner{user(103), Root, user(1000)}, Root},
+		{[]Owner{user(50), user(103)}, user(103)},
+		{[]Owner{nobody, user(65535)}, nobody},
+		{[]Owner{nobody, user(103)}, user(103)},
+		{[]Owner{{}, user(1000)}, user(1000)},
+		{[]Owner{{}}, Owner{}},
+	} {
+		for range len(c.owners) {
+			c.owners = append(c.owners[1:], c.owners[0])
+			col := newCollector(trust, nil)
+			var lists [][]Key
+			for _, o := range c.owners {
+				s := sock{state: Listen, local: netip.MustParseAddrPort("192.0.2.1:179"), peers: []netip.Prefix{host(10, 0, 1)}, owner: o}
+				col.add(&s)
+				one := newCollector(trust, nil)
+				one.add(&s)
+				lists = append(lists, one.set())
+			}
+			for what, got := range map[string][]Key{"of sockets": col.set(), "of looks": col.union(lists...), "kept": col.keep(lists[0], col.union(lists...))} {
+				if len(got) != 1 || got[0].Owner != c.want {
+					t.Errorf("%+v, %s: %+v, want one of %+v", c.owners, what, got, c.want)
+				}
+			}
+		}
+	}
+}
+
+// TestConnectionOfATrustedUser is told where its listener is somebody's who isn't.
+func TestConnectionOfATrustedUser(t *testing.T) {
+	const owner = " (its owner)"
+	for _, c := range []struct {
+		listener, conn Owner
+		told           bool
+	}{
+		{Root, user(103), false},
+		{user(103), Root, false},
+		{user(103), user(1000), false},
+		{user(1000), user(103), true},
+		{user(1000), Root, true},
+		{user(1000), user(1001), false},
+		{user(1000), Owner{}, false},
+		{Owner{}, user(1000), true},
+	} {
+		col := newCollector(func(uid uint32) bool { return uid == 103 }, nil)
+		col.add(&sock{state: Listen, local: netip.AddrPortFrom(netip.Addr{}, 179), owner: c.listener, peers: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}})
+		col.add(&sock{
+			state: Established, local: netip.MustParseAddrPort("192.0.2.1:179"), remote: netip.MustParseAddrPort("10.0.0.1:4000"),
+			owner: c.conn, peers: []netip.Prefix{host(10, 0, 1)},
+		})
+		told := slices.ContainsFunc(col.set(), func(k Key) bool { return !k.Listener && k.Owner == c.conn })
+		if told != c.told {
+			t.Errorf("%+v and %+v%s: told %t, want %t", c.listener, c.conn, owner, told, c.told)
+		}
+	}
+}
+
+// TestKeysAreBounded has somebody who sets more keys than anybody needs: they take neither memory without end nor the place of those that
+// are trusted, and what was known stays.
+func TestKeysAreBounded(t *testing.T) {
+	listener := func(c *collector, o Owner, first, port, from, n int) {
+		s := sock{state: Listen, local: netip.AddrPortFrom(netip.Addr{}, uint16(port)), owner: o}
+		for i := range n {
+			s.peers = append(s.peers, host(first, 0, from+i))
+		}
+		c.add(&s)
+	}
+	conns := func(c *collector, o Owner, first, n int) {
+		for i := range n {
+			at := host(first, 1, i)
+			c.add(&sock{
+				state: Established, owner: o, peers: []netip.Prefix{at},
+				local: netip.MustParseAddrPort("192.0.2.1:40000"), remote: netip.AddrPortFrom(at.Addr(), 179),
+			})
+		}
+	}
+	count := func(keys []Key, o Owner) (n int) {
+		for _, k := range keys {
+			if k.Owner == o {
+				n++
+			}
+		}
+		return n
+	}
+
+	c := newCollector(nil, nil)
+	for port := range 40 {
+		listener(c, user(1000), 10, 2000+port, 0, 655)
+	}
+	listener(c, Root, 11, 179, 0, 655)
+	conns(c, user(1000), 12, MaxOthers)
+	conns(c, Root, 13, 1000)
+	first := c.set()
+	if n := count(first, user(1000)); n != MaxOthers {
+		t.Errorf("%d keys of somebody, want %d", n, MaxOthers)
+	}
+	if n := count(first, Root); n != 1655 || c.over != [2]bool{false, true} {
+		t.Errorf("%d keys of root's, want 1655; over %v", n, c.over)
+	}
+
+	// The next look sees others first, and still tells what was known.
+	c = newCollector(nil, first)
+	conns(c, user(1001), 14, MaxOthers)
+	if len(c.set()) != 0 || !c.over[other] {
+		t.Errorf("%d new keys although all are known that there is room for", len(c.set()))
+	}
+	for port := range 40 {
+		listener(c, user(1000), 10, 2000+port, 0, 655)
+	}
+	if lacks(c.set(), slices.DeleteFunc(slices.Clone(first), func(k Key) bool { return k.Owner == Root || !k.Listener })) {
+		t.Error("a key that was known is gone, though its socket is there")
+	}
+
+	// When those are gone there is room.
+	c = newCollector(nil, nil)
+	conns(c, user(1001), 14, 5)
+	listener(c, Root, 15, 179, 0, 1)
+	for i := range MaxTrusted {
+		listener(c, Root, 16, 1+i/60000, i, 1)
+	}
+	if n := count(c.set(), Root); n != MaxTrusted || c.over != [2]bool{true, false} {
+		t.Errorf("%d keys of root's, want %d; over %v", n, MaxTrusted, c.over)
+	}
+}
+
+// TestSetFindsListenersByPeer compares the keys that are found with a plain search, and with as many listeners' keys as there are
+// connections that a plain search would take minutes for.
+func TestSetFindsListenersByPeer(t *testing.T) {
+	r := rand.New(rand.NewPCG(1, 2))
+	address := func() netip.Addr {
+		if r.IntN(2) == 0 {
+			return netip.AddrFrom4([4]byte{10, 0, byte(r.IntN(2)), byte(r.IntN(8))})
+		}
+		return netip.AddrFrom16([16]byte{0xfd, 15: byte(r.IntN(8))})
+	}
+	owners := []Owner{{}, Root, user(103), user(1000)}
+	for range 2000 {
+		var held []Held
+		for range r.IntN(12) {
+			h := Held{State: []State{Listen, Established}[r.IntN(2)], Ifindex: int32(r.IntN(2)), Kind: Kind(1 + r.IntN(2)), Owner: owners[r.IntN(4)]}
+			a := address()
+			h.Peer, _ = a.Prefix(a.BitLen() - r.IntN(4))
+			h.Local = netip.AddrPortFrom(netip.Addr{}, uint16(179+r.IntN(2)))
+			if r.IntN(2) == 0 {
+				h.Local = netip.AddrPortFrom(address(), h.Local.Port())
+			}
+			if h.State != Listen {
+				h.Remote = netip.AddrPortFrom(a, uint16(179+r.IntN(2)))
+			}
+			held = append(held, h)
+		}
+		same := cmp.Options{cmpopts.EquateComparable(netip.Addr{}, netip.Prefix{}), cmpopts.EquateEmpty()}
+		if diff := cmp.Diff(plainKeys(held), KeysOf(slices.Values(held)), same); diff != "" {
+			t.Fatalf("%+v (-plain +found)\n%s", held, diff)
+		}
+	}
+
+	var held []Held
+	for i := range 60000 {
+		peer := host(10, 0, i)
+		held = append(held,
+			Held{State: Listen, Local: netip.AddrPortFrom(netip.Addr{}, 179), Kind: MD5, Peer: peer},
+			Held{State: Established, Local: netip.MustParseAddrPort("192.0.2.1:179"), Remote: netip.AddrPortFrom(host(11, 0, i).Addr(), 4000), Kind: MD5, Peer: host(11, 0, i)})
+	}
+	if n := len(KeysOf(slices.Values(held))); n != 120000 {
+		t.Errorf("%d keys, want 120000", n)
+	}
+}
+
+// plainKeys is KeysOf without an index.
+func plainKeys(held []Held) []Key {
+	c := newCollector(nil, nil)
+	var all, out []Key
+	listening := map[uint16]bool{}
+	for _, h := range held {
+		if h.State == Listen {
+			listening[h.Local.Port()] = true
+			all = append(all, Key{Kind: h.Kind, Peer: h.Peer, Ifindex: h.Ifindex, Local: h.Local.Addr(), Port: h.Local.Port(), Listener: true, Owner: h.Owner})
+		}
+	}
+	best := c.union(all)
+	for _, h := range held {
+		if h.State == Listen {
+			continue
+		}
+		k := Key{Kind: h.Kind, Peer: netip.PrefixFrom(h.Remote.Addr(), h.Remote.Addr().BitLen()), Ifindex: h.Ifindex, Local: h.Local.Addr(), Owner: h.Owner}
+		if listening[h.Local.Port()] {
+			k.Port = h.Local.Port()
+		} else {
+			k.PeerPort = h.Remote.Port()
+		}
+		if !slices.ContainsFunc(best, func(l Key) bool {
+			return l.Kind == k.Kind && l.Ifindex == k.Ifindex && l.Port == k.Port && (!l.Local.IsValid() || l.Local == k.Local) &&
+				l.Peer.Contains(k.Peer.Addr()) && c.class(l.Owner) <= c.class(k.Owner)
+		}) {
+			out = append(out, k)
+		}
+	}
+	return c.union(best, out)
 }

@@ -24,28 +24,30 @@ var errBlind = fmt.Errorf("%w (CAP_NET_ADMIN is missing)", unix.EPERM)
 // go between two steps it can miss one that was there all the time. So a key that was known and is
 // not seen is looked for once more, thoroughly, before it is believed to be gone.
 func (w *Watcher) look(known []Key, thorough bool) (KeysSet, error) {
-	now, err := w.read(thorough)
+	c := newCollector(w.trust(), known)
+	now, err := w.read(c, thorough)
 	if err == nil && lacks(now.Keys, known) {
 		var more KeysSet
-		more, err = w.read(true)
-		now = KeysSet{union(now.Keys, more.Keys), more.Hidden}
+		more, err = w.read(newCollector(c.trust, known), true)
+		more.Keys = c.union(now.Keys, more.Keys)
+		more.Over, more.OverOthers = more.Over || now.Over, more.OverOthers || now.OverOthers
+		now = more
 	}
 	if err == nil && now.Hidden > 0 {
-		now.Keys = keep(now.Keys, known)
+		now.Keys = c.keep(now.Keys, known)
 	}
 	return now, err
 }
 
-// read dumps all sockets of both families once.
-func (w *Watcher) read(thorough bool) (KeysSet, error) {
-	c := newCollector()
+// read dumps all sockets of both families once, the listeners first.
+func (w *Watcher) read(c *collector, thorough bool) (KeysSet, error) {
 	hidden := 0
-	for _, family := range []byte{afInet, afInet6} {
-		for _, states := range []uint32{listening, connected} {
+	for _, states := range []uint32{listening, connected} {
+		for _, family := range []byte{afInet, afInet6} {
 			n, err := w.readAll(family, states, c, thorough || states == listening)
 			if err != nil {
 				if family == afInet6 && errors.Is(err, unix.ENOENT) {
-					break // a kernel without IPv6
+					continue // a kernel without IPv6
 				}
 				return KeysSet{}, err
 			}
@@ -54,7 +56,7 @@ func (w *Watcher) read(thorough bool) (KeysSet, error) {
 	}
 	w.stats.sockets.Store(int64(c.sockets))
 	w.stats.hidden.Store(int64(hidden))
-	return KeysSet{c.set(), hidden}, nil
+	return KeysSet{Keys: c.set(), Hidden: hidden, Over: c.over[trusted], OverOthers: c.over[other]}, nil
 }
 
 // readAll dumps the sockets in some states. Thoroughly, it doesn't trust the dump: one ends in

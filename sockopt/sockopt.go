@@ -50,10 +50,37 @@ type Key struct {
 	Listener bool
 	// PeerPort is the peer's port where the socket is a client's, else 0.
 	PeerPort uint16
+	// Owner is whose socket it is; of several that hold the same key, the most trusted (Options.Trust).
+	Owner Owner
 }
 
-// Compare orders keys, for stable reports.
+// Owner is the user of a socket: the one who made it, or accepted it (sk_uid, include/net/sock.h). It doesn't follow a socket that is handed
+// to somebody else, as systemd does with those that it listens on for a service. The zero value is an owner who isn't known.
+type Owner struct {
+	// UID is the user in the user namespace of whoever reads it: the root of another one is the user that it is here. A user that is nobody
+	// here shows as OverflowUID.
+	UID   uint32
+	Known bool
+}
+
+// OverflowUID stands for all users of other user namespaces that have no number in ours (from_kuid_munged, kernel/user_namespace.c;
+// /proc/sys/kernel/overflowuid).
+const OverflowUID = 65534
+
+// Root is the owner that is always trusted.
+var Root = Owner{Known: true}
+
+// Compare orders keys, for stable reports: those that differ in their owner alone stand side by side.
 func (k Key) Compare(o Key) int {
+	return cmp.Or(
+		k.compareFlows(o),
+		-boolCompare(k.Owner.Known, o.Owner.Known),
+		cmp.Compare(k.Owner.UID, o.Owner.UID),
+	)
+}
+
+// compareFlows is Compare without the owner.
+func (k Key) compareFlows(o Key) int {
 	return cmp.Or(
 		k.Peer.Addr().Compare(o.Peer.Addr()),
 		cmp.Compare(k.Peer.Bits(), o.Peer.Bits()),
@@ -89,13 +116,6 @@ func peerText(p netip.Prefix) string {
 	return p.String()
 }
 
-// covers reports whether all that o says is signed is what k says is signed.
-func (k Key) covers(o Key) bool {
-	return k.Kind == o.Kind && k.Ifindex == o.Ifindex && k.Port == o.Port && k.PeerPort == o.PeerPort &&
-		(!k.Local.IsValid() || k.Local == o.Local) &&
-		k.Peer.Bits() <= o.Peer.Bits() && k.Peer.Contains(o.Peer.Addr())
-}
-
 func boolCompare(a, b bool) int {
 	switch {
 	case a == b:
@@ -119,7 +139,19 @@ type (
 		// Hidden counts the sockets whose keys the kernel can't show, because they are too many for
 		// one attribute. While there is one, keys that were known stay.
 		Hidden int
+		// Cut is the same for the keys of other kinds (Options.More): of these sockets not all are told.
+		Cut int
+		// Over says that there are more keys of trusted owners than MaxTrusted, OverOthers that there are more of
+		// others than MaxOthers: those over that are left out. What was known goes ahead of what is new.
+		Over, OverOthers bool
 	}
+)
+
+// MaxTrusted and MaxOthers are how many keys a KeysSet has, of trusted owners and of others: anybody can set keys, and they must neither
+// take memory without end nor the place of those that count.
+const (
+	MaxTrusted = 1 << 16
+	MaxOthers  = 1 << 13
 )
 
 func (Lost) sockoptEvent()    {}

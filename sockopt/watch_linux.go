@@ -18,8 +18,12 @@ type Options struct {
 	// Period is the time between two polls, 0 for 10 s.
 	Period time.Duration
 	// More are the keys of other kinds than MD5, which sock_diag doesn't show, nil for none. It is called in each
-	// look, in no particular namespace. While it fails, what it told last stays.
-	More func() ([]Key, error)
+	// look, in no particular namespace. While it fails, what it told last stays. cut counts the sockets of which not
+	// all keys are told: while there is one, what was known stays.
+	More func() (keys []Key, cut int, err error)
+	// Trust returns whose keys count, root's in any case; nil for root's alone. It is called at the start of each look,
+	// and what it returns for each socket with keys.
+	Trust func() func(uid uint32) bool
 }
 
 // DefaultPeriod is how often keys are looked at unless told.
@@ -46,8 +50,12 @@ const HookedPeriod = time.Minute
 type Watcher struct {
 	diag   *diag
 	period time.Duration
-	more   func() ([]Key, error)
+	trust  func() func(uid uint32) bool
+	more   func() ([]Key, int, error)
 	extra  []Key // what more told last
+	cut    int   // and of how many sockets not all
+	// extraOver says of whose keys there were too many.
+	extraOver [2]bool
 
 	hooked atomic.Bool
 	again  chan urgency // has one when a look is asked for, the most urgent
@@ -93,7 +101,10 @@ func Dial(opts Options) (*Watcher, error) {
 	if err != nil {
 		return nil, fmt.Errorf("sockopt: dial sock_diag: %w", err)
 	}
-	w := &Watcher{diag: d, period: opts.Period, more: opts.More, again: make(chan urgency, 1)}
+	w := &Watcher{diag: d, period: opts.Period, more: opts.More, trust: opts.Trust, again: make(chan urgency, 1)}
+	if w.trust == nil {
+		w.trust = func() func(uint32) bool { return nil }
+	}
 	if w.period <= 0 {
 		w.period = DefaultPeriod
 	}
@@ -101,7 +112,7 @@ func Dial(opts Options) (*Watcher, error) {
 	// the dump in silence (netlink_dump, net/netlink/af_netlink.c). Reading this one makes it 32 KiB.
 	_, err = w.dumpIDs(afInet, listening, func(id [idLen]byte) {})
 	if err == nil {
-		err = w.dump(afInet, listening, newCollector(), nil)
+		err = w.dump(afInet, listening, newCollector(nil, nil), nil)
 	}
 	if err != nil {
 		return nil, errors.Join(explain(err), w.Close())
@@ -227,9 +238,11 @@ func (w *Watcher) Run(ctx context.Context, sink func([]Event)) error {
 			wait = min(2*wait, maxRetry)
 		default:
 			w.stats.dumps.Add(1)
-			if first || lost || keys.Hidden != told.Hidden || !slices.Equal(told.Keys, keys.Keys) {
+			if first || lost || !told.same(keys) {
 				w.stats.told.Add(1)
-				sink([]Event{KeysSet{slices.Clone(keys.Keys), keys.Hidden}})
+				tell := keys
+				tell.Keys = slices.Clone(keys.Keys)
+				sink([]Event{tell})
 			}
 			told, first, lost, wait = keys, false, false, minRetry
 			if asked == now {
@@ -242,6 +255,11 @@ func (w *Watcher) Run(ctx context.Context, sink func([]Event)) error {
 	}
 }
 
+// same reports whether both say the same.
+func (s KeysSet) same(o KeysSet) bool {
+	return s.Hidden == o.Hidden && s.Cut == o.Cut && s.Over == o.Over && s.OverOthers == o.OverOthers && slices.Equal(s.Keys, o.Keys)
+}
+
 // timed looks, and says how much of a CPU that took: what the kernel does for it, it does in this
 // thread.
 func (w *Watcher) timed(known []Key, thorough bool) (KeysSet, time.Duration, error) {
@@ -251,7 +269,7 @@ func (w *Watcher) timed(known []Key, thorough bool) (KeysSet, time.Duration, err
 	shown := slices.DeleteFunc(slices.Clone(known), func(k Key) bool { return k.Kind != MD5 })
 	keys, err := w.look(shown, thorough)
 	if err == nil && w.more != nil {
-		keys.Keys = w.withMore(keys.Keys)
+		keys = w.withMore(keys)
 	}
 	return keys, cpuTime() - began, err
 }
@@ -272,16 +290,26 @@ func (w *Watcher) every() time.Duration {
 }
 
 // withMore adds the keys that sock_diag doesn't show.
-func (w *Watcher) withMore(keys []Key) []Key {
-	if extra, err := w.more(); err == nil {
-		w.extra = extra
+func (w *Watcher) withMore(set KeysSet) KeysSet {
+	if extra, cut, err := w.more(); err == nil {
+		c := newCollector(w.trust(), w.extra)
+		for _, k := range extra {
+			c.put(k)
+		}
+		extra = c.set()
+		if cut > 0 {
+			extra = c.keep(extra, w.extra)
+		}
+		w.extra, w.cut, w.extraOver = extra, cut, c.over
 	}
-	if len(w.extra) == 0 {
-		return keys
+	set.Cut = w.cut
+	set.Over, set.OverOthers = set.Over || w.extraOver[trusted], set.OverOthers || w.extraOver[other]
+	if len(w.extra) > 0 {
+		set.Keys = slices.Concat(set.Keys, w.extra)
+		slices.SortFunc(set.Keys, Key.Compare)
+		set.Keys = slices.Compact(set.Keys)
 	}
-	keys = append(slices.Clone(keys), w.extra...)
-	slices.SortFunc(keys, Key.Compare)
-	return slices.Compact(keys)
+	return set
 }
 
 // rest is how long after a look the next one comes at the earliest, or, for poll, without being asked for.

@@ -203,7 +203,7 @@ func TestKernelBlindedDump(t *testing.T) {
 	setKey(t, l, "127.0.0.1", "")
 	w := dial(t, Options{})
 	defer w.Close()
-	c := newCollector()
+	c := newCollector(nil, nil)
 	if err := w.dump(afInet, connected, c, nil); err != nil {
 		t.Fatal(err)
 	}
@@ -212,7 +212,7 @@ func TestKernelBlindedDump(t *testing.T) {
 	if c.sockets >= all {
 		t.Errorf("a dump sees all %d connections: the kernel shows more keys in one than it did, and this test nothing", c.sockets)
 	}
-	c = newCollector()
+	c = newCollector(nil, nil)
 	if hidden, err := w.readAll(afInet, connected, c, true); err != nil || hidden != 0 || c.sockets != all {
 		t.Errorf("saw %d of %d connections, %d hidden: %v", c.sockets, all, hidden, err)
 	}

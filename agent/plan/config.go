@@ -2,6 +2,7 @@ package plan
 
 import (
 	"path"
+	"slices"
 
 	"tsoagent/ethtool"
 	"tsoagent/routes"
@@ -173,6 +174,13 @@ func (c Config) shared(name string) SharedMode {
 		return d.SharedNICs
 	}
 	return c.SharedNICs
+}
+
+// shares reports whether something is done on any shared device.
+func (c Config) shares() bool {
+	return c.SharedNICs != SharedKeep || slices.ContainsFunc(c.Devices, func(d DeviceConfig) bool {
+		return d.SharedNICs != "" && d.SharedNICs != SharedKeep
+	})
 }
 
 // features are what a hold on a device takes.

@@ -445,7 +445,7 @@ func (w *world) input() Input {
 		Config: w.cfg, XFRM: w.db, FIB: w.fib, Features: w.features, Lingering: w.gone,
 		Peers: map[Peer]Path{}, Last: w.last, Locks: w.held.Locks, Holds: w.held.Holds, Withheld: w.withheld,
 		Forwarding: w.forwarding, Probed: w.probed, Outers: map[routes.Ifindex]Path{},
-		Keys: w.keys, KeysStale: w.keysStale,
+		Keys: w.keys, Trusted: w.trusted, KeysStale: w.keysStale,
 	}
 	for _, p := range PeersOf(w.db, w.gone) {
 		if path := w.path(p); path.MTU != 0 {

@@ -22,6 +22,8 @@ type Input struct {
 	FIB      *routes.FIB
 	Features map[routes.Ifindex]*ethtool.Features
 	Keys     []sockopt.Key
+	// Trusted are the users, besides root, whose keys count like policies on NICs that are shared. Setting a key takes no privilege.
+	Trusted []uint32
 	// KeysStale says that the keys could not be read since they changed last, or never.
 	KeysStale bool
 	// Lingering are coverages whose policy went away a short while ago and which are kept until

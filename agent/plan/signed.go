@@ -13,14 +13,17 @@ import (
 // signed is a TCP key with the verdict on it.
 type signed struct {
 	key     sockopt.Key
+	trusted bool // it may ask for more
 	verdict *Verdict
 }
 
 // sign lists the keys in order. The kernel takes GSO from their sockets, so that the keys ask for
-// nothing, unless the configuration has them count like policies on NICs that they share (share).
+// nothing, unless the configuration has them count like policies on NICs that they share (share), and
+// then those of users who are trusted: anybody can set a key, for all addresses, too.
 func (p *planner) sign() {
 	for _, k := range slices.SortedFunc(slices.Values(p.Keys), sockopt.Key.Compare) {
-		p.signed = append(p.signed, &signed{k, &Verdict{Key: &k, Cut: CutSocket}})
+		trusted := k.Owner.Known && (k.Owner.UID == 0 || slices.Contains(p.Trusted, k.Owner.UID))
+		p.signed = append(p.signed, &signed{k, trusted, &Verdict{Key: &k, Cut: CutSocket}})
 	}
 }
 
@@ -28,6 +31,9 @@ func (p *planner) sign() {
 func (p *planner) shareSigned() []laneWanted {
 	var wanted []laneWanted
 	for _, s := range p.signed {
+		if !s.trusted {
+			continue // nor is it looked where its packets go, as there can be many of them
+		}
 		for _, l := range p.signedNICs(s) {
 			switch p.Config.shared(l.Name) {
 			case SharedOff:
@@ -107,7 +113,11 @@ func (p *planner) signedNICs(s *signed) []*routes.Link {
 
 // judgeSigned completes the verdicts on keys.
 func (p *planner) judgeSigned() {
+	shares := p.Config.shares()
 	for _, s := range p.signed {
+		if shares && !s.trusted {
+			s.verdict.note(distrust(s.key.Owner))
+		}
 		switch {
 		case len(s.verdict.Held) > 0 || len(s.verdict.Carriers) > 0:
 			s.verdict.note("the kernel takes GSO from sockets with a key by itself")
@@ -116,4 +126,16 @@ func (p *planner) judgeSigned() {
 		}
 		p.plan.Verdicts = append(p.plan.Verdicts, *s.verdict)
 	}
+}
+
+// distrust says why a key asks for nothing on shared NICs.
+func distrust(o sockopt.Owner) string {
+	switch {
+	case !o.Known:
+		return "shared_nics is not followed for it: the kernel doesn't tell whose its socket is"
+	case o.UID == sockopt.OverflowUID:
+		return fmt.Sprintf("shared_nics is not followed for it: its socket belongs to user %d, who stands for all that are in other user namespaces only", o.UID)
+	}
+	return fmt.Sprintf("shared_nics is not followed for it: its socket belongs to user %d, who is not trusted; if that is your BGP daemon's, "+
+		"add %[1]d, or its name, to tcp_keys_trust", o.UID)
 }

@@ -3,6 +3,7 @@ package plan
 import (
 	"net/netip"
 	"slices"
+	"strconv"
 	"testing"
 
 	"tsoagent/ethtool"
@@ -11,14 +12,14 @@ import (
 	"tsoagent/sockopt"
 )
 
-// key stale | PEER [listener PORT] [port PORT] [to PORT] [local ADDR] [dev NAME]: a TCP-MD5 key of a
-// listener, of a connection that was accepted on a port, or of a client to a port.
+// key stale | PEER [listener PORT] [port PORT] [to PORT] [local ADDR] [dev NAME] [user UID|unknown]: a TCP-MD5 key of a
+// listener, of a connection that was accepted on a port, or of a client to a port; of root's unless told.
 func (w *world) key(f *words) error {
 	if f.is("stale") {
 		w.keysStale = true
 		return f.end()
 	}
-	k := sockopt.Key{Kind: sockopt.MD5, Peer: f.prefix()}
+	k := sockopt.Key{Kind: sockopt.MD5, Peer: f.prefix(), Owner: sockopt.Root}
 	for f.more() {
 		switch s := f.next(); s {
 		case "listener":
@@ -29,6 +30,11 @@ func (w *world) key(f *words) error {
 			k.PeerPort = uint16(f.num())
 		case "local":
 			k.Local = f.addr()
+		case "user":
+			k.Owner = sockopt.Owner{}
+			if n, err := strconv.ParseUint(f.next(), 10, 32); err == nil {
+				k.Owner = sockopt.Owner{UID: uint32(n), Known: true}
+			}
 		case "dev":
 			k.Ifindex = int32(w.dev(f))
 		default:

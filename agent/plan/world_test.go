@@ -37,6 +37,7 @@ type world struct {
 	left       map[routes.Ifindex]left       // what is known of devices
 	keys       []sockopt.Key
 	keysStale  bool
+	trusted    []uint32
 }
 
 // newWorld reads the lines. Each family has the kernel's three rules unless a line says
@@ -165,6 +166,8 @@ func (w *world) config(f *words) error {
 			w.cfg.Devices = append(w.cfg.Devices, DeviceConfig{Match: f.next(), Dedicated: Choice(f.next())})
 		case "shared_nics":
 			w.cfg.SharedNICs = SharedMode(f.next())
+		case "trust":
+			w.trusted = append(w.trusted, uint32(f.num()))
 		case "shared_device":
 			w.cfg.Devices = append(w.cfg.Devices, DeviceConfig{Match: f.next(), SharedNICs: SharedMode(f.next())})
 		case "carrier_mtu":
