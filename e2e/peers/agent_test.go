@@ -25,8 +25,8 @@ type agent struct {
 // exitDegraded is what tsoctl says if there is a finding.
 const exitDegraded = 3
 
-// startAgent starts an agent and waits until it answers. No password may be in what it says until it ends.
-func (l *lab) startAgent(ns string) *agent {
+// startAgent starts an agent with more lines of a configuration and waits until it answers. No password may be in what it says until it ends.
+func (l *lab) startAgent(ns string, more ...string) *agent {
 	l.t.Helper()
 	dir, err := commands()
 	if err != nil {
@@ -42,7 +42,7 @@ func (l *lab) startAgent(ns string) *agent {
 	})
 	// Without BPF's hook keys are looked for now and then; the tests don't wait ten seconds each time.
 	config := filepath.Join(a.run, "tsoagent.yaml")
-	if err := os.WriteFile(config, []byte("tcp_keys_every: 500ms\n"), 0o644); err != nil {
+	if err := os.WriteFile(config, []byte("tcp_keys_every: 500ms\n"+strings.Join(more, "\n")), 0o644); err != nil {
 		l.t.Fatal(err)
 	}
 	a.process = l.start(ns, a.run, filepath.Join(dir, "tsoagent"), "run", "--config", config, "--run-dir", a.run)
@@ -140,6 +140,15 @@ type coverage struct {
 	PeerPort int    `json:"peer_port"`
 	Listener bool   `json:"listener"`
 	Cut      string `json:"cut"`
+}
+
+// verdict is what is said of a key.
+type verdict struct {
+	Key   string   `json:"key"`
+	Dst   string   `json:"dst"`
+	Cut   string   `json:"cut"`
+	UID   *int     `json:"uid"`
+	Notes []string `json:"notes"`
 }
 
 // awaitListenerKeys waits until the agent knows exactly these keys of listeners on BGP's port, each once, and that their segments are cut

@@ -7,11 +7,14 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
+	"os/user"
 	"path/filepath"
 	"strconv"
 	"strings"
 	"sync"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 // speaker is what a daemon is told, whichever it is.
@@ -20,6 +23,8 @@ type speaker struct {
 	id       netip.Addr
 	sessions []session
 	ranges   []listenRange
+	// packaged runs the daemon as the user that it has as Debian's package starts it, else as root.
+	packaged bool
 	// listen are the addresses to listen on, none for all. BIRD has that in its sessions (`strict bind`).
 	listen []netip.Addr
 }
@@ -76,6 +81,44 @@ func (l *lab) write(path string, text string) string {
 	return path
 }
 
+// dirOf makes a directory for a daemon, which belongs to its user if it runs as that.
+func (l *lab) dirOf(s speaker, name string) string {
+	l.t.Helper()
+	if !s.packaged {
+		return l.t.TempDir()
+	}
+	u, err := user.Lookup(name)
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	uid, err := strconv.Atoi(u.Uid)
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	dir, err := os.MkdirTemp("", "peers-") // above the test's own only root may pass
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	l.t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	if err := os.Chown(dir, uid, -1); err != nil {
+		l.t.Fatal(err)
+	}
+	return dir
+}
+
+// give hands a file to the owner of its directory.
+func (l *lab) give(file, dir string) {
+	l.t.Helper()
+	var st unix.Stat_t
+	err := unix.Stat(dir, &st)
+	if err == nil {
+		err = os.Chown(file, int(st.Uid), -1)
+	}
+	if err != nil {
+		l.t.Fatal(err)
+	}
+}
+
 // bgpd is FRR's daemon, without zebra: it changes no route.
 type bgpd struct {
 	lab *lab
@@ -91,7 +134,7 @@ var frrPackage = map[string]string{bgpdProgram: "frr", "vtysh": "frr"}
 
 func (l *lab) startFRR(ns string, s speaker) *bgpd {
 	l.t.Helper()
-	dir := l.t.TempDir()
+	dir := l.dirOf(s, "frr")
 	var c strings.Builder
 	fmt.Fprintf(&c, "frr defaults traditional\nrouter bgp %d\n", s.as)
 	fmt.Fprintf(&c, " bgp router-id %s\n no bgp ebgp-requires-policy\n no bgp default ipv4-unicast\n", s.id)
@@ -114,8 +157,12 @@ func (l *lab) startFRR(ns string, s speaker) *bgpd {
 	fmt.Fprintf(&c, " address-family ipv4 unicast\n%s exit-address-family\n", activate[true])
 	fmt.Fprintf(&c, " address-family ipv6 unicast\n%s exit-address-family\n", activate[false])
 	config := l.write(filepath.Join(dir, "bgpd.conf"), c.String())
-	args := []string{bgpdProgram, "--no_zebra", "--no_kernel", "--skip_runas", "-f", config, "-i", filepath.Join(dir, "pid"),
+	l.give(config, dir)
+	args := []string{bgpdProgram, "--no_zebra", "--no_kernel", "-f", config, "-i", filepath.Join(dir, "pid"),
 		"--vty_socket", dir, "--vty_port", "0", "--log", "stdout"}
+	if !s.packaged {
+		args = append(args, "--skip_runas") // else it is the user that it was built for
+	}
 	for _, a := range s.listen {
 		args = append(args, "--listenon", a.String())
 	}
@@ -175,7 +222,7 @@ var birdPackage = map[string]string{"bird": "bird2", "birdc": "bird2"}
 
 func (l *lab) startBIRD(ns string, s speaker) *bird {
 	l.t.Helper()
-	dir := l.t.TempDir()
+	dir := l.dirOf(s, "bird")
 	var c strings.Builder
 	fmt.Fprintf(&c, "log stderr all;\nrouter id %s;\nprotocol device {}\n", s.id)
 	channel := func(a netip.Addr) string {
@@ -200,8 +247,13 @@ func (l *lab) startBIRD(ns string, s speaker) *bird {
 			r.password, channel(r.local))
 	}
 	b := &bird{lab: l, control: filepath.Join(dir, "bird.ctl")}
-	b.process = l.start(ns, dir, "bird", "-f", "-c", l.write(filepath.Join(dir, "bird.conf"), c.String()), "-s", b.control,
-		"-P", filepath.Join(dir, "pid"))
+	config := l.write(filepath.Join(dir, "bird.conf"), c.String())
+	l.give(config, dir)
+	args := []string{"bird", "-f", "-c", config, "-s", b.control, "-P", filepath.Join(dir, "pid")}
+	if s.packaged {
+		args = append(args, "-u", "bird", "-g", "bird") // as bird.service has it
+	}
+	b.process = l.start(ns, dir, args...)
 	return b
 }
 
