@@ -57,6 +57,27 @@ func tryIP(args string) error {
 	return nil
 }
 
+// addIPv6 gives lo addresses, and waits for their local routes: the kernel makes them from a work queue (addrconf_dad_work,
+// net/ipv6/addrconf.c), and until then a connection finds the network unreachable.
+func addIPv6(t testing.TB, addresses ...string) {
+	t.Helper()
+	for _, a := range addresses {
+		ip(t, "addr add "+a+"/128 dev lo nodad")
+	}
+	for deadline := time.Now().Add(20 * time.Second); ; {
+		out, err := exec.Command("ip", "-6", "route", "show", "table", "local").Output()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !slices.ContainsFunc(addresses, func(a string) bool { return !strings.Contains(string(out), "local "+a+" ") }) {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("no local routes for %v:\n%s", addresses, out)
+		}
+	}
+}
+
 func sockaddr(a netip.AddrPort) unix.Sockaddr {
 	if a.Addr().Is4() {
 		return &unix.SockaddrInet4{Addr: a.Addr().As4(), Port: int(a.Port())}

@@ -171,7 +171,9 @@ func as(t *testing.T, uid int, fn func()) {
 func TestKernelOthersLeaveRoom(t *testing.T) {
 	newNetns(t)
 	needKeys(t)
-	peer := func(net, n int) string { return netip.AddrFrom4([4]byte{10, byte(net), byte(n >> 8), byte(n)}).String() }
+	peer := func(net, n int) string {
+		return netip.AddrFrom4([4]byte{10, byte(net), byte(n >> 8), byte(n)}).String()
+	}
 	as(t, somebody, func() {
 		for n := range MaxOthers/300 + 2 {
 			l := listen(t, fmt.Sprintf("127.0.0.1:%d", 2000+n), "")

@@ -67,8 +67,7 @@ func TestKernelConnections(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			newNetns(t)
 			needKeys(t)
-			ip(t, "addr add fd00::1/128 dev lo nodad")
-			ip(t, "addr add fd00::2/128 dev lo nodad")
+			addIPv6(t, "fd00::1", "fd00::2")
 			bare := func(s string) string { return strings.Trim(s, "[]") }
 			l := listen(t, c.any+":179", "", c.mapped)
 			client := connect(t, c.local+":0", c.peer+":179", bare(c.peer))
