@@ -31,7 +31,7 @@ func openKeyHook() (keyHook, error) {
 // none, by polls alone, and why.
 type hooked struct {
 	functions []string
-	all       bool // also of sockets that go with their keys
+	all       bool // of keys of all kinds, also of sockets that go with their keys
 	why       string
 	ao        keyLister // lists TCP-AO's keys, nil where they aren't known
 }
@@ -61,19 +61,20 @@ func (f *Fleet) watchKeys(ctx context.Context) {
 	h, err := f.openHook()
 	if err != nil {
 		f.log.Info("TCP keys are polled, as the kernel's key functions are not traced", "why", err)
-		f.setHooked(hooked{why: oneLine(err)})
+		polled := hooked{why: oneLine(err)}
+		if polled.ao = f.listAO(); polled.ao != nil {
+			defer polled.ao.Close()
+		}
+		f.setHooked(polled)
+		<-ctx.Done()
 		return
 	}
 	defer h.Close()
 	now := hooked{functions: h.Functions()}
-	now.all = slices.Contains(now.functions, "tcp_clear_md5_list")
-	if h.Watches(sockopt.AO) {
-		if now.ao, err = f.openAO(); err != nil {
-			f.log.Warn("TCP-AO keys are not seen", "err", err)
-		} else {
-			defer now.ao.Close()
-		}
+	if now.ao = f.listAO(); now.ao != nil {
+		defer now.ao.Close()
 	}
+	now.all = slices.Contains(now.functions, "tcp_clear_md5_list") && (now.ao == nil || h.Watches(sockopt.AO))
 	f.setHooked(now)
 	err = h.Run(ctx, f.keyChanged)
 	if ctx.Err() == nil {
@@ -81,6 +82,16 @@ func (f *Fleet) watchKeys(ctx context.Context) {
 		f.setHooked(hooked{why: oneLine(err), ao: now.ao})
 		<-ctx.Done() // what lists TCP-AO's keys stays open: keys that are not looked for are not gone
 	}
+}
+
+// listAO opens what lists TCP-AO's keys, nil where the kernel has none or doesn't show them. It needs no function that is traced.
+func (f *Fleet) listAO() keyLister {
+	ao, err := f.openAO()
+	if err != nil {
+		f.log.Info("TCP-AO keys are not seen", "why", err)
+		return nil
+	}
+	return ao
 }
 
 // keyChanged has the keys looked at in the namespace that an event is about. The event only asks for that: what

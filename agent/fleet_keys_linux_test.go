@@ -190,6 +190,7 @@ func (h aoHook) Run(ctx context.Context, fn func(sockbpf.KeyEvent)) error {
 type aoList struct {
 	mu   sync.Mutex
 	keys []sockopt.Key
+	cut  int
 }
 
 func (*aoList) Close() error { return nil }
@@ -197,7 +198,7 @@ func (*aoList) Close() error { return nil }
 func (l *aoList) Keys() ([]sockopt.Key, int, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return slices.Clone(l.keys), 0, nil
+	return slices.Clone(l.keys), l.cut, nil
 }
 
 // TestAOKeysAreListed shows TCP-AO keys, which sock_diag doesn't, beside TCP-MD5's once the hook says that one was set. No kernel at hand has
@@ -283,4 +284,106 @@ func TestAOKeysStayWithoutTheHook(t *testing.T) {
 	list.keys = []sockopt.Key{ao(10), ao(11)}
 	list.mu.Unlock()
 	netnstest.Within(t, "both keys, by a poll", func() bool { return slices.Equal(s.keysIn("one"), []string{"192.0.2.10/32", "192.0.2.11/32"}) })
+}
+
+// heldAsAO lists the kernel's TCP-MD5 keys as TCP-AO's, which no kernel at hand with BPF has: the program that lists them is the same.
+type heldAsAO struct{ *sockbpf.HeldIter }
+
+func (l heldAsAO) Keys() ([]sockopt.Key, int, error) {
+	keys, cut, err := l.HeldIter.Keys()
+	for i := range keys {
+		keys[i].Kind = sockopt.AO
+	}
+	return keys, cut, err
+}
+
+// TestAOKeysArePolledWithoutAHook lists TCP-AO keys where the kernel's functions can't be traced, and where those of TCP-AO alone can't.
+func TestAOKeysArePolledWithoutAHook(t *testing.T) {
+	if !netnstest.Private(t) {
+		return
+	}
+	it, err := sockbpf.OpenHeld(true)
+	if err != nil {
+		t.Skipf("needs the BPF iterator over TCP sockets: %v", err)
+	}
+	_ = it.Close()
+	for ns, open := range map[string]func() (keyHook, error){
+		"none": noHook,
+		"md5":  func() (keyHook, error) { return md5Hook{}, nil },
+	} {
+		named(t, ns)
+		cfg := fleetConfig(t, ns)
+		cfg.TCPKeysEvery = Duration(100 * time.Millisecond)
+		s := sailBy(t, cfg, func(f *Fleet) {
+			f.openHook = open
+			f.openAO = func() (keyLister, error) {
+				it, err := sockbpf.OpenHeld(true)
+				return heldAsAO{it}, err
+			}
+		})
+		s.state(ns, NetnsFollowed)
+		kinds := func() (out []string) {
+			if r := s.report(ns); r != nil {
+				for _, c := range r.Coverages {
+					out = append(out, c.Key+" "+c.Dst)
+				}
+			}
+			return out
+		}
+		closeIt := signedIn(t, ns, "192.0.2.1:179", "192.0.2.9")
+		netnstest.Within(t, "the key of both kinds", func() bool { return slices.Equal(kinds(), []string{"tcp-md5 192.0.2.9/32", "tcp-ao 192.0.2.9/32"}) })
+		closeIt()
+		netnstest.Within(t, "no key", func() bool { return len(kinds()) == 0 && s.report(ns) != nil })
+		s.stop()
+	}
+}
+
+// md5Hook watches all of TCP-MD5, and nothing of TCP-AO. Nothing ever happens.
+type md5Hook struct{}
+
+func (md5Hook) Close() error { return nil }
+func (md5Hook) Functions() []string {
+	return []string{"tcp_md5_do_add", "tcp_md5_do_del", "tcp_clear_md5_list"}
+}
+func (md5Hook) Watches(k sockopt.Kind) bool { return k == sockopt.MD5 }
+func (md5Hook) Run(ctx context.Context, _ func(sockbpf.KeyEvent)) error {
+	<-ctx.Done()
+	return nil
+}
+
+// TestCutAOKeysAreAFinding says that not all TCP-AO keys of a socket are told, and keeps those that were.
+func TestCutAOKeysAreAFinding(t *testing.T) {
+	if !netnstest.Private(t) {
+		return
+	}
+	named(t, "one")
+	cfg := fleetConfig(t, "one")
+	cfg.TCPKeysEvery = Duration(100 * time.Millisecond)
+	ao := func(n byte) sockopt.Key {
+		return sockopt.Key{Kind: sockopt.AO, Peer: netip.PrefixFrom(netip.AddrFrom4([4]byte{192, 0, 2, n}), 32), Port: 180, Listener: true}
+	}
+	list := &aoList{keys: []sockopt.Key{ao(10), ao(11)}}
+	set := func(cut int, keys ...sockopt.Key) {
+		list.mu.Lock()
+		defer list.mu.Unlock()
+		list.keys, list.cut = keys, cut
+	}
+	s := sailBy(t, cfg, func(f *Fleet) {
+		f.openHook = noHook
+		f.openAO = func() (keyLister, error) { return list, nil }
+	})
+	has := func(cut bool, peers ...string) {
+		t.Helper()
+		netnstest.Within(t, strings.Join(peers, ", "), func() bool {
+			r := s.report("one")
+			return r != nil && slices.Equal(s.keysIn("one"), peers) && cut == slices.ContainsFunc(r.Findings, func(f string) bool {
+				return strings.Contains(f, "1 of the sockets hold more TCP-AO keys than are listed of one (300)")
+			})
+		})
+	}
+	has(false, "192.0.2.10/32", "192.0.2.11/32")
+	set(1, ao(11), ao(12))
+	has(true, "192.0.2.10/32", "192.0.2.11/32", "192.0.2.12/32")
+	set(0, ao(12))
+	has(false, "192.0.2.12/32")
 }
