@@ -103,7 +103,7 @@ func (s *sock) decode(b []byte) error {
 	s.remote = netip.AddrPortFrom(dst, binary.BigEndian.Uint16(id[idDport:]))
 	s.ifindex = int32(binary.NativeEndian.Uint32(id[idIf:]))
 	s.cookie = binary.NativeEndian.Uint64(id[idCookie:])
-	s.owner = ownerOf(binary.NativeEndian.Uint32(b[msgUID:]), binary.NativeEndian.Uint32(b[msgInode:]))
+	s.owner = OwnerOf(binary.NativeEndian.Uint32(b[msgUID:]), binary.NativeEndian.Uint32(b[msgInode:]) != 0)
 	for b = b[msgLen:]; len(b) > 0; {
 		if len(b) < 4 {
 			return errAttribute
@@ -123,15 +123,6 @@ func (s *sock) decode(b []byte) error {
 		b = b[min((n+3)&^3, len(b)):]
 	}
 	return nil
-}
-
-// ownerOf is the owner of a socket. Before Linux 6.17 one without a file, as it is closed already or not accepted yet, is said to be root's,
-// whosever it is (sock_i_uid, net/core/sock.c): of root's the file has to be there.
-func ownerOf(uid, inode uint32) Owner {
-	if uid == 0 && inode == 0 {
-		return Owner{}
-	}
-	return Owner{UID: uid, Known: true}
 }
 
 // decodeKeys reads whom the keys of a socket are for. A length that is no whole number of records
@@ -332,19 +323,42 @@ type Held struct {
 	Owner         Owner          // whose the socket is
 }
 
-// KeysOf are the keys that sockets hold, in the order of Key.Compare. The listeners among them tell which
-// connections were accepted. It goes through the sequence twice, and has an end to the keys only where that has one.
+// KeysOf are the keys that sockets hold, in the order of Key.Compare; those that differ in their owner alone are all there. The listeners among
+// them tell which connections were accepted. It goes through the sequence twice, and has an end to the keys only where that has one.
 func KeysOf(held iter.Seq[Held]) []Key {
-	c := newCollector(nil, nil)
-	c.most = [2]int{math.MaxInt, math.MaxInt}
+	listening := map[uint16]bool{}
+	of := map[Owner]*collector{}
 	for _, listeners := range []bool{true, false} {
 		for h := range held {
-			if (h.State == Listen) == listeners {
-				c.add(h.sock())
+			if (h.State == Listen) != listeners {
+				continue
+			}
+			c := of[h.Owner]
+			if c == nil {
+				c = newCollector(nil, nil)
+				c.listening, c.most = listening, [2]int{math.MaxInt, math.MaxInt}
+				of[h.Owner] = c
+			}
+			c.add(h.sock())
+		}
+	}
+	var out []Key
+	for _, c := range of {
+		out = append(out, c.set()...)
+	}
+	slices.SortFunc(out, Key.Compare)
+	return out
+}
+
+// take takes what KeysOf returns, as add does the sockets.
+func (c *collector) take(keys []Key) {
+	for _, listeners := range []bool{true, false} {
+		for _, k := range keys {
+			if k.Listener == listeners && (listeners || k.Port == 0 || !c.covered(k)) {
+				c.put(k)
 			}
 		}
 	}
-	return c.set()
 }
 
 func (h Held) sock() *sock {

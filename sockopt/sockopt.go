@@ -63,6 +63,15 @@ type Owner struct {
 	Known bool
 }
 
+// OwnerOf is the owner of a socket with the uid that the kernel says, and with a file or without. Before Linux 6.17 one without, as it is closed
+// already or not accepted yet, is said to be root's, whosever it is (sock_i_uid, net/core/sock.c): of root's the file has to be there.
+func OwnerOf(uid uint32, file bool) Owner {
+	if uid == 0 && !file {
+		return Owner{}
+	}
+	return Owner{UID: uid, Known: true}
+}
+
 // OverflowUID stands for all users of other user namespaces that have no number in ours (from_kuid_munged, kernel/user_namespace.c;
 // /proc/sys/kernel/overflowuid).
 const OverflowUID = 65534

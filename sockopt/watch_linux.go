@@ -293,9 +293,7 @@ func (w *Watcher) every() time.Duration {
 func (w *Watcher) withMore(set KeysSet) KeysSet {
 	if extra, cut, err := w.more(); err == nil {
 		c := newCollector(w.trust(), w.extra)
-		for _, k := range extra {
-			c.put(k)
-		}
+		c.take(extra)
 		extra = c.set()
 		if cut > 0 {
 			extra = c.keep(extra, w.extra)

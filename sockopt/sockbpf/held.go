@@ -8,7 +8,7 @@ import (
 )
 
 // The record of bpf/held.c: as there.
-const heldSize = 72
+const heldSize = 80
 
 // decodeHeld calls fn with each record at the start of b, and whether its socket has more keys than are told. It returns what is left of b. A
 // record that isn't one of ours is an error, and none after it is looked at.
@@ -37,14 +37,17 @@ func decodeOneHeld(b []byte) (h sockopt.Held, more bool, err error) {
 		return h, false, fmt.Errorf("sockbpf: a held key of the kind %d", kind)
 	case kind == 0 && (sockopt.State(state) != sockopt.Listen || peerFamily != 0):
 		return h, false, fmt.Errorf("sockbpf: a socket in state %d without a key", state)
+	case b[76] > 1 || b[77] != 0 || b[78] != 0 || b[79] != 0:
+		return h, false, fmt.Errorf("sockbpf: a held key's record ends in %d", b[76:80])
 	case b[71] > 1 || kind == 0 && b[71] != 0:
-		return h, false, fmt.Errorf("sockbpf: a held key's record ends in %d", b[71])
+		return h, false, fmt.Errorf("sockbpf: a held key's record says that there is more by %d", b[71])
 	}
 	h = sockopt.Held{
 		State:   sockopt.State(state),
 		Local:   netip.AddrPortFrom(address(b[:16], family), hostOrder.Uint16(b[62:])),
 		Ifindex: int32(hostOrder.Uint32(b[56:])),
 		Kind:    sockopt.Kind(kind),
+		Owner:   sockopt.OwnerOf(hostOrder.Uint32(b[72:]), b[76] == 1),
 	}
 	if h.State != sockopt.Listen {
 		h.Remote = netip.AddrPortFrom(address(b[16:32], family), hostOrder.Uint16(b[64:]))

@@ -12,6 +12,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
+	"golang.org/x/sys/unix"
 
 	"tsoagent/sockopt"
 )
@@ -86,6 +87,46 @@ func TestHeldKeysAreSockDiags(t *testing.T) {
 			}
 			if none, _, err := openAO(t).Keys(); err != nil || len(none) != 0 {
 				t.Errorf("TCP-AO keys: %v, %v; there are none", none, err)
+			}
+		})
+	}
+}
+
+// TestHeldKeysOwners tells whose the sockets are, as sock_diag does: a user's listener, of which root has accepted a connection, and client.
+func TestHeldKeysOwners(t *testing.T) {
+	for _, w := range worlds() {
+		t.Run(w.name, func(t *testing.T) {
+			enterNS(t, w.addrs...)
+			it := openHeld(t, true)
+			const somebody = 12345
+			if err := unix.Setfsuid(somebody); err != nil {
+				t.Fatal(err)
+			}
+			l := newSocket(t, netip.AddrPortFrom(w.server, 0))
+			client := newSocket(t, netip.AddrPortFrom(w.signed, 0))
+			if err := unix.Setfsuid(0); err != nil {
+				t.Fatal(err)
+			}
+			l.sign(t, w.signedPrefix, secret)
+			l.listen(t)
+			client.sign(t, w.serverPrefix, secret)
+			client.connect(t, l, l.local(t))
+			root := newSocket(t, netip.AddrPortFrom(w.server, 0))
+			root.sign(t, w.signedPrefix, secret)
+			root.listen(t)
+			got, _, err := it.Keys()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if diff := cmp.Diff(diagKeys(t), got, cmpopts.EquateComparable(netip.Prefix{}, netip.Addr{})); diff != "" {
+				t.Errorf("(-sock_diag +iterator):\n%s", diff)
+			}
+			owners := map[sockopt.Owner]int{}
+			for _, k := range got {
+				owners[k.Owner]++
+			}
+			if owners[sockopt.Root] != 2 || owners[sockopt.Owner{UID: somebody, Known: true}] != 2 {
+				t.Errorf("keys by owner: %v", owners)
 			}
 		})
 	}

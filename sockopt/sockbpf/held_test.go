@@ -22,6 +22,8 @@ func heldRecord() []byte {
 	hostOrder.PutUint16(b[62:], 179)
 	hostOrder.PutUint16(b[64:], 41000)
 	b[66], b[67], b[68], b[69], b[70] = afInet, 1, uint8(sockopt.AO), afInet, 24
+	hostOrder.PutUint32(b[72:], 103)
+	b[76] = 1
 	return b
 }
 
@@ -31,6 +33,7 @@ func TestDecodeHeld(t *testing.T) {
 	all := sockopt.Held{
 		State: sockopt.Established, Local: netip.MustParseAddrPort("10.0.0.1:179"), Remote: netip.MustParseAddrPort("10.0.0.2:41000"), Ifindex: 3,
 		Kind: sockopt.AO, Peer: netip.MustParsePrefix("10.0.0.0/24"),
+		Owner: sockopt.Owner{UID: 103, Known: true},
 	}
 	for _, tt := range []struct {
 		name   string
@@ -40,6 +43,10 @@ func TestDecodeHeld(t *testing.T) {
 	}{
 		{"all", func([]byte) {}, func(*sockopt.Held) {}, false},
 		{"more than are told", func(b []byte) { b[71] = 1 }, func(*sockopt.Held) {}, true},
+		{"root's", func(b []byte) { clear(b[72:76]) }, func(h *sockopt.Held) { h.Owner = sockopt.Root }, false},
+		{"of a socket without a file", func(b []byte) { clear(b[72:]) }, func(h *sockopt.Held) { h.Owner = sockopt.Owner{} }, false},
+		{"a file that is none", func(b []byte) { b[76] = 2 }, nil, false},
+		{"another end", func(b []byte) { b[79] = 1 }, nil, false},
 		{"TCP-MD5", func(b []byte) { b[68] = uint8(sockopt.MD5) }, func(h *sockopt.Held) { h.Kind = sockopt.MD5 }, false},
 		{"for an IPv6 peer", func(b []byte) { copy(b[32:], v6[:]); b[69], b[70] = afInet6, 32 },
 			func(h *sockopt.Held) { h.Peer = netip.MustParsePrefix("2001:db8::/32") }, false},
@@ -49,7 +56,7 @@ func TestDecodeHeld(t *testing.T) {
 			h.State, h.Remote, h.Kind, h.Peer = sockopt.Listen, netip.AddrPort{}, 0, netip.Prefix{}
 		}, false},
 		{"a connection without", func(b []byte) { b[68], b[69], b[70] = 0, 0, 0 }, nil, false},
-		{"another size", func(b []byte) { hostOrder.PutUint16(b[60:], 80) }, nil, false},
+		{"another size", func(b []byte) { hostOrder.PutUint16(b[60:], 72) }, nil, false},
 		{"too long a prefix", func(b []byte) { b[70] = 33 }, nil, false},
 		{"too short a prefix", func(b []byte) { copy(b[32:], mapped[:]); b[69], b[70] = afInet6, 24 }, nil, false},
 		{"a kind that isn't", func(b []byte) { b[68] = 3 }, nil, false},

@@ -33,9 +33,12 @@ struct held {
 	__u8 peer_family;
 	__u8 prefixlen;
 	__u8 more; // the socket has more keys, which are not told
+	__u32 uid; // as the reader's user namespace has it
+	__u8 file; // the socket has one; before 6.17 the uid of one without is 0, whosever it is
+	__u8 reserved[3];
 };
 
-_Static_assert(sizeof(struct held) == 72, "decode.go knows it so");
+_Static_assert(sizeof(struct held) == 80, "decode.go knows it so");
 
 static void socket_of(struct held *h, struct sock_common *skc)
 {
@@ -115,6 +118,8 @@ int held(struct bpf_iter__tcp *ctx)
 	if (!tp)
 		return 0;
 	socket_of(&h, skc);
+	h.uid = ctx->uid;
+	h.file = !!((struct sock *)tp)->sk_socket;
 	if (bpf_core_field_exists(tp->ao_info)) {
 		ao = tp->ao_info;
 		if (ao)
