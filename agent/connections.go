@@ -59,16 +59,31 @@ func (u *unreadable) Is(target error) bool { return target == ErrUnreadable }
 // errNoSuchDevice is a filter by a device that is not there.
 var errNoSuchDevice = errors.New("there is no device")
 
-// errBusy is for one who asks for a list while others read theirs.
-var errBusy = fmt.Errorf("%d lists of connections are read already: try again in a moment", maxLists)
+// errBusy is for one who asks for a list while others read theirs, and errCrowd where as many wait as may.
+var (
+	errBusy  = fmt.Errorf("%d lists of connections are read already: try again in %v", maxLists, retryAfter)
+	errCrowd = fmt.Errorf("%d lists of connections are read already, and %d clients wait for theirs: try again in %v", maxLists, maxWaiting, retryAfter)
+)
+
+// errLate is for one who reads on and on.
+type errLate struct{ within time.Duration }
+
+func (e errLate) Error() string {
+	return fmt.Sprintf("the list was given up, as it was not read within %v: write it to a file first, or ask for fewer connections "+
+		"(--lost, --listener, --dev, --state)", e.within)
+}
 
 // connections looks at all TCP sockets of the namespace, and at what the loop knows.
 type connections struct {
 	open func() (connIter, error)
 	// slots bounds how many lists are made at a time for those who ask for one, who read as slowly as they
 	// like. A diagnosis takes none.
-	slots chan struct{}
-	wait  time.Duration // for a slot
+	slots   chan struct{}
+	wait    time.Duration // for a slot
+	waiting chan struct{} // bounds how many wait for one
+	// step is how long a client may take to read the next piece of an answer, whole for all of it.
+	step, whole time.Duration
+	now         func() time.Time
 
 	mu       sync.Mutex // of what follows
 	policies *flows.Policies
@@ -85,11 +100,21 @@ type connections struct {
 const (
 	maxLists     = 2
 	slotPatience = 20 * time.Second
+	maxWaiting   = 8
+	retryAfter   = 5 * time.Second // when it is worth to ask again
+)
+
+// A client has flowsStep to read the next piece of a list, and flowsWhole for all of it: a million connections are some 300 MB, and take
+// seconds. Who reads a bit now and then would hold a slot for hours.
+const (
+	flowsStep  = 30 * time.Second
+	flowsWhole = 5 * time.Minute
 )
 
 func newConnections() *connections {
 	return &connections{
 		open: openConns, slots: make(chan struct{}, maxLists), wait: slotPatience,
+		waiting: make(chan struct{}, maxWaiting), step: flowsStep, whole: flowsWhole, now: time.Now,
 		diagnosing: make(chan struct{}, 1), soon: make(chan struct{}, 1),
 	}
 }
@@ -164,19 +189,45 @@ func (a *Agent) offload(i routes.Ifindex, feature ethtool.Feature) flows.Offload
 	return flows.Offload{Active: s.Active, Fixed: known && !s.Changeable, Held: held && !s.Active}
 }
 
-// listFlows is eachFlow for a client, which waits for its turn. The error is errBusy if that does not come.
+// listFlows is eachFlow for a client, which waits for its turn. The error is errBusy if that does not come, errCrowd if too many wait, and
+// errLate if fn took too long in all.
 func (a *Agent) listFlows(ctx context.Context, f flows.Filter, fn func(*flows.Flow) error) (*flows.Result, error) {
-	late := time.NewTimer(a.conns.wait)
+	if err := a.conns.turn(ctx); err != nil {
+		return nil, err
+	}
+	defer func() { <-a.conns.slots }()
+	began := a.conns.now()
+	return a.eachFlow(ctx, a.call, f, func(f *flows.Flow) error {
+		if a.conns.now().Sub(began) > a.conns.whole {
+			return errLate{a.conns.whole}
+		}
+		return fn(f)
+	})
+}
+
+// turn waits for a slot, and takes it.
+func (c *connections) turn(ctx context.Context) error {
+	select {
+	case c.slots <- struct{}{}:
+		return nil
+	default:
+	}
+	select {
+	case c.waiting <- struct{}{}:
+		defer func() { <-c.waiting }()
+	default:
+		return errCrowd
+	}
+	late := time.NewTimer(c.wait)
 	defer late.Stop()
 	select {
-	case a.conns.slots <- struct{}{}:
-		defer func() { <-a.conns.slots }()
+	case c.slots <- struct{}{}:
+		return nil
 	case <-ctx.Done():
-		return nil, ctx.Err()
+		return ctx.Err()
 	case <-late.C:
-		return nil, errBusy
+		return errBusy
 	}
-	return a.eachFlow(ctx, a.call, f, fn)
 }
 
 // eachFlow joins the namespace's TCP sockets with what is known of policies and devices, and calls fn

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net"
 	"net/http"
 	"net/netip"
 	"os"
@@ -268,26 +269,30 @@ func TestOwnersThatMayNotBeSeen(t *testing.T) {
 	}
 }
 
-// Clients that read slowly hold all slots: a diagnosis needs none, and who asks for another list is told in time.
-func TestSlowReadersHoldNobodyUp(t *testing.T) {
+// busyWorld has all slots taken, as by clients that read slowly.
+func busyWorld(t *testing.T, wait time.Duration) (*world, *Client) {
+	t.Helper()
 	w := controlWorld(t)
 	w.start(tunnelPolicy, tunnelSA)
-	fake := &fakeConns{list: many(10)}
-	w.a.conns.open = fake.open
-	c := w.serve()
+	w.a.conns.open = (&fakeConns{list: many(10)}).open
+	w.a.conns.wait = wait
 	for range maxLists {
 		w.a.conns.slots <- struct{}{}
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
-	defer cancel()
-	if d, err := c.DiagnosisIn(ctx, ""); err != nil || d.Connections != 10 {
+	return w, w.serve()
+}
+
+// Clients that read slowly hold all slots: a diagnosis needs none, and who asks for another list is told in time.
+func TestSlowReadersHoldNobodyUp(t *testing.T) {
+	_, c := busyWorld(t, time.Millisecond)
+	if d, err := c.DiagnosisIn(t.Context(), ""); err != nil || d.Connections != 10 {
 		t.Errorf("no diagnosis: %+v, %v", d, err)
 	}
-	w.a.conns.wait = time.Millisecond
-	if _, err := c.FlowsIn(ctx, "", flows.Filter{}, func(*flows.Flow) error { return nil }); err == nil || !strings.Contains(err.Error(), "try again") {
+	_, err := c.FlowsIn(t.Context(), "", flows.Filter{}, func(*flows.Flow) error { return nil })
+	if err == nil || err.Error() != "2 lists of connections are read already: try again in 5s" {
 		t.Errorf("another list: %v", err)
 	}
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://tsoagent/v1/flows", nil)
+	req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "http://tsoagent/v1/flows", nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -296,9 +301,88 @@ func TestSlowReadersHoldNobodyUp(t *testing.T) {
 		t.Fatal(err)
 	}
 	_ = res.Body.Close()
-	if res.StatusCode != http.StatusServiceUnavailable {
-		t.Errorf("another list: %d", res.StatusCode)
+	if res.StatusCode != http.StatusServiceUnavailable || res.Header.Get("Retry-After") != "5" {
+		t.Errorf("another list: %d, Retry-After %q", res.StatusCode, res.Header.Get("Retry-After"))
 	}
+}
+
+// TestOnlySoManyWaitForAList has as many clients wait as may: one more is told at once, though the wait has no end here, and whose turn
+// comes has its list.
+func TestOnlySoManyWaitForAList(t *testing.T) {
+	w, c := busyWorld(t, time.Hour)
+	ask := func(ctx context.Context) error {
+		_, err := c.FlowsIn(ctx, "", flows.Filter{}, func(*flows.Flow) error { return nil })
+		return err
+	}
+	crowd, leave := context.WithCancel(t.Context())
+	defer leave()
+	var waiting sync.WaitGroup
+	for range maxWaiting {
+		waiting.Go(func() {
+			if err := ask(crowd); !errors.Is(err, context.Canceled) {
+				t.Errorf("one who waits: %v", err)
+			}
+		})
+	}
+	within(t, 20*time.Second, "all wait", func() bool { return len(w.a.conns.waiting) == maxWaiting })
+	const more = "2 lists of connections are read already, and 8 clients wait for theirs: try again in 5s"
+	if err := ask(t.Context()); err == nil || err.Error() != more {
+		t.Errorf("one too many: %v, want %q", err, more)
+	}
+	leave()
+	waiting.Wait()
+	within(t, 20*time.Second, "nobody waits", func() bool { return len(w.a.conns.waiting) == 0 })
+	got := make(chan error, 1)
+	go func() { got <- ask(t.Context()) }()
+	within(t, 20*time.Second, "one waits", func() bool { return len(w.a.conns.waiting) == 1 })
+	<-w.a.conns.slots
+	if err := <-got; err != nil {
+		t.Errorf("one whose turn came: %v", err)
+	}
+}
+
+// TestListHasAnEnd gives up the list of a client that reads on and on.
+func TestListHasAnEnd(t *testing.T) {
+	w := controlWorld(t)
+	w.start(tunnelPolicy, tunnelSA)
+	w.a.conns.open = (&fakeConns{list: many(60_000)}).open
+	var late atomic.Bool
+	began := time.Now()
+	w.a.conns.now = func() time.Time {
+		if late.Load() {
+			return began.Add(flowsWhole + 1)
+		}
+		return began
+	}
+	c := w.serve()
+	n := 0
+	_, err := c.FlowsIn(t.Context(), "", flows.Filter{}, func(*flows.Flow) error {
+		n++
+		late.Store(true) // most of the rest is not even in the socket's buffer yet
+		return nil
+	})
+	if err == nil || !strings.HasPrefix(err.Error(), "the list was given up, as it was not read within 5m0s: ") || n == 0 || n == 60_000 {
+		t.Errorf("%d flows, %v", n, err)
+	}
+	within(t, 20*time.Second, "the slot is free", func() bool { return len(w.a.conns.slots) == 0 })
+}
+
+// TestListThatNobodyReadsEnds gives up the list of a client that reads nothing.
+func TestListThatNobodyReadsEnds(t *testing.T) {
+	w := controlWorld(t)
+	w.start(tunnelPolicy, tunnelSA)
+	fake := &fakeConns{list: many(60_000)}
+	w.a.conns.open, w.a.conns.step = fake.open, time.Millisecond
+	w.serve()
+	conn, err := net.Dial("unix", SocketPath(w.a.cfg.RunDir))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	if _, err := fmt.Fprint(conn, "GET /v1/flows HTTP/1.1\r\nHost: tsoagent\r\n\r\n"); err != nil {
+		t.Fatal(err)
+	}
+	within(t, 20*time.Second, "the list ends", func() bool { return fake.closed.Load() == 1 && len(w.a.conns.slots) == 0 })
 }
 
 // blockedConns are sockets whose list does not end before the test says so.

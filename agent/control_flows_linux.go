@@ -9,6 +9,7 @@ import (
 	"io"
 	"net/http"
 	"net/url"
+	"strconv"
 	"time"
 
 	"tsoagent/agent/flows"
@@ -25,10 +26,6 @@ type flowLine struct {
 // maxFlowLine bounds a line: 64 listeners with the processes that are named of each are the longest.
 const maxFlowLine = 1 << 20
 
-// flowsPatience is how long a client may take to read the next piece of an answer: as long as it reads,
-// a list has no end that is too late.
-const flowsPatience = 30 * time.Second
-
 // serveFlows answers with a line of JSON for each flow, as they come from the kernel.
 func serveFlows(s served, w http.ResponseWriter, r *http.Request) {
 	q := r.URL.Query()
@@ -42,7 +39,7 @@ func serveFlows(s served, w http.ResponseWriter, r *http.Request) {
 		answerError(w, statusOf(err), err)
 		return
 	}
-	out := &patient{w: w, rc: http.NewResponseController(w)}
+	out := &patient{w: w, rc: http.NewResponseController(w), step: a.conns.step}
 	lines := bufio.NewWriterSize(out, 256<<10)
 	enc := json.NewEncoder(lines)
 	var buf []byte
@@ -61,10 +58,19 @@ func serveFlows(s served, w http.ResponseWriter, r *http.Request) {
 	case out.started:
 		_ = enc.Encode(flowLine{Error: oneLine(err)})
 	default:
-		answerError(w, flowsStatus(err), errors.New(oneLine(err)))
+		answerFlowsError(w, err)
 		return
 	}
 	_ = lines.Flush()
+}
+
+// answerFlowsError says why connections are not listed, and when it is worth to ask again.
+func answerFlowsError(w http.ResponseWriter, err error) {
+	code := flowsStatus(err)
+	if code == http.StatusServiceUnavailable {
+		w.Header().Set("Retry-After", strconv.Itoa(int(retryAfter.Seconds())))
+	}
+	answerError(w, code, errors.New(oneLine(err)))
 }
 
 // flowsStatus is the HTTP status for why connections are not listed.
@@ -74,16 +80,18 @@ func flowsStatus(err error) int {
 		return http.StatusNotImplemented
 	case errors.Is(err, errNoSuchDevice):
 		return http.StatusBadRequest
-	case errors.Is(err, errNotReady), errors.Is(err, errEndedAgent), errors.Is(err, errBusy):
+	case errors.Is(err, errNotReady), errors.Is(err, errEndedAgent), errors.Is(err, errBusy), errors.Is(err, errCrowd), errors.As(err, new(errLate)):
 		return http.StatusServiceUnavailable
 	}
 	return http.StatusInternalServerError
 }
 
-// patient puts the deadline of an answer off with each write.
+// patient puts the deadline of an answer off with each write: each piece has to be read within a time. What bounds the whole answer is
+// listFlows.
 type patient struct {
 	w       http.ResponseWriter
 	rc      *http.ResponseController
+	step    time.Duration
 	started bool
 }
 
@@ -93,7 +101,7 @@ func (p *patient) Write(b []byte) (int, error) {
 		p.started = true
 		p.w.Header().Set("Content-Type", "application/x-ndjson")
 	}
-	if err := p.rc.SetWriteDeadline(time.Now().Add(flowsPatience)); err != nil {
+	if err := p.rc.SetWriteDeadline(time.Now().Add(p.step)); err != nil {
 		return 0, err
 	}
 	return p.w.Write(b)
