@@ -202,9 +202,8 @@ func (w *world) into(l, tunnel *routes.Link, depth int) bool {
 	case !l.Encap.Remote.IsValid():
 		return false
 	}
-	o := w.lookup(w.outerPacket(packet{}, l, 1))
-	return o.route.Body != nil && slices.ContainsFunc(o.route.Body.Nexthops, func(n routes.Nexthop) bool {
-		return w.into(w.fib.Link(n.Oif), tunnel, depth+1)
+	return slices.ContainsFunc(w.outerHops(w.outerPacket(packet{}, l, 1)), func(hop outerHop) bool {
+		return w.into(w.fib.Link(hop.nexthop.Oif), tunnel, depth+1)
 	})
 }
 
@@ -256,8 +255,7 @@ func (w *world) again(esp xfrmwatch.Flow, sa *xfrmwatch.SA, l *routes.Link, ifID
 		}
 		got := w.policyFor(esp)
 		own := slices.ContainsFunc(got.cov.Steps, func(st xfrmwatch.Step) bool { return slices.Contains(st.SAs, sa) })
-		// Without an SA optional templates leave nothing to send (vti_xmit), but the last valid MTU stays.
-		if got.kind != covered || own || got.cov.Maybe && len(got.cov.Steps) == 0 && w.last[got.cov.ID] == 0 {
+		if got.kind != covered || own {
 			continue
 		}
 		left := w.leftAgain(got.cov, path)
