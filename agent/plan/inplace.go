@@ -219,14 +219,19 @@ func (p *planner) alike(r routes.Route) (mtu int, by []*coverage, ok bool) {
 		p.noteUnlike(r)
 		return 0, nil, false
 	}
-	for _, e := range p.applying(w, r.Dst, true) {
+	entries := p.applying(w, r.Dst, true)
+	path, wraps := p.linkMTU(r), w.tunnel != nil && p.somethingEnters(entries)
+	if wraps {
+		path = p.pathMTU(r)
+	}
+	for _, e := range entries {
 		if e.cov == nil {
 			if w.drops() || w.tunnel != nil || e.block { // what a tunnel wraps is covered all the same
 				continue
 			}
 			return 0, nil, false
 		}
-		n, why := p.mtuAt(e.cov, p.pathMTU(r), r.Body.Family)
+		n, why := p.mtuAt(e.cov, path, r.Body.Family)
 		switch {
 		case n == 0 && e.cov.Larval && w.drops() && e.cov.last == 0:
 			continue // no flow passes before there is an SA
@@ -246,7 +251,7 @@ func (p *planner) alike(r routes.Route) (mtu int, by []*coverage, ok bool) {
 		}
 	}
 	switch {
-	case w.tunnel != nil:
+	case wraps:
 		n, covs, why := p.wrapsAt(r)
 		if n == 0 {
 			for _, c := range covs {
@@ -262,6 +267,13 @@ func (p *planner) alike(r routes.Route) (mtu int, by []*coverage, ok bool) {
 		return mtu, by, mtu != 0
 	}
 	return 0, nil, false
+}
+
+// somethingEnters reports whether anything can go into a tunnel that some policies, all that apply, decide about:
+// what one takes in tunnel mode leaves by the way to its peer, and the default action can drop the rest.
+func (p *planner) somethingEnters(applying []*entry) bool {
+	return p.XFRM.Default().Out != xfrmwatch.Block ||
+		slices.ContainsFunc(applying, func(e *entry) bool { return e.cov == nil && !e.block || e.cov != nil && !e.cov.tunnels })
 }
 
 // noteUnlike tells the coverages of the dedicated tunnels among a route's ways that the others are not

@@ -1,6 +1,7 @@
 package plan
 
 import (
+	"net/netip"
 	"slices"
 
 	"tsoagent/routes"
@@ -46,8 +47,7 @@ func (w *world) wrapped(p packet, l *routes.Link) fate {
 	}
 	worst := fate{kind: dropped}
 	bare, some := false, false
-	for _, sport := range []uint16{1, 40000} {
-		o := w.outerPacket(p, l, sport)
+	for _, o := range w.outerPackets(p, l) {
 		for _, hop := range w.outerHops(o) {
 			nh := hop.nexthop
 			ft := w.fateBy(o, nh)
@@ -207,12 +207,29 @@ func (w *world) into(l, tunnel *routes.Link, depth int) bool {
 	})
 }
 
-// outerPacket is the packet that a tunnel sends for one.
+// outerPackets are those that a tunnel may send for one packet: which source its route chooses, and which
+// port a hash gives, is not modelled.
+func (w *world) outerPackets(p packet, l *routes.Link) []packet {
+	var out []packet
+	for _, sport := range []uint16{1, 5, 40000} { // 5 is that of some policies
+		o := w.outerPacket(p, l, sport)
+		if out = append(out, o); l.Encap.Local.IsValid() {
+			continue
+		}
+		if o.src = netip.AddrFrom4([4]byte{192, 168, 1, 1}); l.Encap.Family == routes.IPv6 {
+			o.src = netip.MustParseAddr("fd00:9::1")
+		}
+		out = append(out, o)
+	}
+	return out
+}
+
+// outerPacket is one of them.
 func (w *world) outerPacket(p packet, l *routes.Link, sport uint16) packet {
 	e := l.Encap
 	o := packet{family: e.Family, src: e.Local, dst: e.Remote, proto: e.Proto, mark: e.Mark, iif: "lo"}
 	if !o.src.IsValid() {
-		o.src = e.Family.Any().Addr() // the worlds' routes choose none
+		o.src = e.Family.Any().Addr()
 	}
 	switch e.Proto {
 	case 17:
