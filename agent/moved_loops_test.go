@@ -16,8 +16,9 @@ func TestLoopThatEndsGivesArrivalsBack(t *testing.T) {
 	from, to := newAgent(Config{}, discard(), "test"), newAgent(Config{}, discard(), "test")
 	device := func(i routes.Ifindex) arrival {
 		d := movedDevice{Name: "c0", To: routes.Place{Netnsid: 1, Index: i}}
-		from.st.moved[movedID(d.To)] = &movedDevice{Name: d.Name, To: d.To, offered: true}
-		return arrival{id: movedID(d.To), dev: d, from: from.inbox}
+		id := from.movedID(d.To)
+		from.st.moved[id] = &movedDevice{Name: d.Name, To: d.To, offered: true}
+		return arrival{id: id, dev: d, from: from.inbox}
 	}
 	to.st.arrivals = []arrival{device(7)}                // its link is waited for
 	to.inbox.post(batch{arrivals: []arrival{device(8)}}) // not even read
@@ -57,7 +58,7 @@ func TestOnlyLoopsThatMissADeviceHearOfNamespaces(t *testing.T) {
 		t.Errorf("one is missed: %d", n)
 	}
 	e := w.a.journal.Entries()
-	w.a.doneMoved(movedID(d.To))
+	w.a.doneMoved(e[0].ID)
 	if n := offers(); n != 0 {
 		t.Errorf("nothing is missed any more: %d", n)
 	}
@@ -78,7 +79,7 @@ func TestDeviceThatIsLookedForOnItsWayBack(t *testing.T) {
 	d := movedDevice{Name: "c0", Kind: "veth", To: routes.Place{Netnsid: 1, Index: 7}, Index: 7, Features: []ethtool.Feature{ethtool.TCPSegmentation}}
 	w.a.follow(d)
 	w.a.links = nowhere{w.a.links}
-	w.a.offerAgain()
+	w.a.offerAgain(false)
 	if got := w.a.movedFindings(); len(got) != 0 {
 		t.Errorf("it is gone, and told: %q", got)
 	}
@@ -86,14 +87,21 @@ func TestDeviceThatIsLookedForOnItsWayBack(t *testing.T) {
 	if n := len(w.a.st.arrivals); n != 1 {
 		t.Fatalf("back, and taken over %d times", n)
 	}
-	w.a.answer(w.a.st.arrivals[0], true)
+	w.a.answer(w.a.st.arrivals[0], "")
 	if len(w.a.st.moved) != 0 {
 		t.Error("not forgotten")
 	}
-	// One that doesn't come back is forgotten by the second look, or by a stop.
-	for _, forget := range []func(){w.a.offerAgain, w.a.forgetGone} {
+	// One that doesn't come back is forgotten by the second resync, or by a stop. Other looks can come at any time.
+	resync := func() { w.a.offerAgain(true) }
+	for _, forget := range []func(){resync, w.a.forgetGone} {
 		w.a.follow(d)
-		w.a.offerAgain()
+		for range 5 {
+			w.a.offerAgain(false)
+		}
+		resync()
+		if len(w.a.st.moved) != 1 {
+			t.Fatal("forgotten by the first resync")
+		}
 		forget()
 		if len(w.a.st.moved)+len(w.a.journal.Entries()) != 0 {
 			t.Errorf("moved %v, journal %v", w.a.st.moved, w.a.journal.Entries())
