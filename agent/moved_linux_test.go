@@ -16,8 +16,8 @@ import (
 	"tsoagent/ethtool"
 )
 
-// movedTSO reads whether a device in a namespace has TSO on, and its MTU.
-func movedTSO(t *testing.T, ns, dev string) (on bool, mtu int) {
+// featuresIn calls fn with what reads and sets features in a namespace.
+func featuresIn(t *testing.T, ns string, fn func(*ethtool.Client) error) {
 	t.Helper()
 	open, err := netns.Open(netns.Path(ns))
 	if err != nil {
@@ -30,6 +30,17 @@ func movedTSO(t *testing.T, ns, dev string) (on bool, mtu int) {
 			return err
 		}
 		defer c.Close()
+		return fn(c)
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// movedTSO reads whether a device in a namespace has TSO on, and its MTU.
+func movedTSO(t *testing.T, ns, dev string) (on bool, mtu int) {
+	t.Helper()
+	featuresIn(t, ns, func(c *ethtool.Client) error {
 		f, err := c.Features(ethtool.Device{Name: dev})
 		if err != nil {
 			return err
@@ -38,9 +49,6 @@ func movedTSO(t *testing.T, ns, dev string) (on bool, mtu int) {
 		on = s.Wanted
 		return nil
 	})
-	if err != nil {
-		t.Fatal(err)
-	}
 	mtuText := netnstest.Show(t, "-n "+ns+" -o link show "+dev)
 	_, after, _ := strings.Cut(mtuText, " mtu ")
 	mtu, _ = strconv.Atoi(strings.Fields(after)[0])
