@@ -203,8 +203,8 @@ func raiseGhost(cfg Config, log *slog.Logger, version string, cookie uint64, to 
 	return &ghost{Agent: a, cookie: cookie}, nil
 }
 
-// adoptNICs makes claims on NICs those on devices that were moved. Of devices without a permanent address nothing is known but
-// that they were moved, if that: as a rule they went with the namespace.
+// adoptNICs makes claims on NICs those on devices that were moved. Other devices went with the namespace, and where its number
+// for another one has led nobody can tell any more. Some of them have permanent addresses, too: an ipvlan that of its NIC.
 func (a *Agent) adoptNICs(entries []journal.Entry) error {
 	nics := map[string]*movedDevice{}
 	at := func(name, perm string, i routes.Ifindex) *movedDevice {
@@ -225,7 +225,7 @@ func (a *Agent) adoptNICs(entries []journal.Entry) error {
 			}
 		case kindHold:
 			var h heldFeature
-			if err = json.Unmarshal(e.Data, &h); err == nil && h.PermAddr != "" {
+			if err = json.Unmarshal(e.Data, &h); err == nil && h.NIC {
 				d := at(h.Device.Name, h.PermAddr, routes.Ifindex(h.Device.Index))
 				d.Features = append(d.Features, h.Feature)
 				done = append(done, e.ID)

@@ -465,7 +465,7 @@ func (a *Agent) takeOver(l *routes.Link, d *movedDevice) error {
 			continue
 		}
 		if _, ours := a.st.holds[k]; !ours {
-			claims[k] = plan.HoldClaim{Device: dev, PermAddr: l.PermAddr, Was: true}
+			claims[k] = plan.HoldClaim{Device: dev, PermAddr: l.PermAddr, NIC: l.PermAddr != "" && nicKey(l) != "", Was: true}
 			entries = append(entries, entry(holdID(k), kindHold, heldFeature{claims[k], name}))
 		}
 	}
