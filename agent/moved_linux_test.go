@@ -176,9 +176,14 @@ func (s *sailing) finding(ns string, want ...string) {
 
 func (s *sailing) noFinding(ns string) {
 	s.t.Helper()
-	netnstest.Within(s.t, "no device is missed in "+ns, func() bool {
+	s.noFindingOf(ns, "was moved to")
+}
+
+func (s *sailing) noFindingOf(ns, text string) {
+	s.t.Helper()
+	netnstest.Within(s.t, "no finding "+text+" in "+ns, func() bool {
 		r, err := s.reportOf(ns) // in which a lock can rest, as the route went in the middle of its change
-		return err == nil && !slices.ContainsFunc(r.Findings, func(f string) bool { return strings.Contains(f, "was moved to") })
+		return err == nil && !foundIn(r.Findings, text)
 	})
 }
 
