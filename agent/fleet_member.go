@@ -97,7 +97,10 @@ func (f *Fleet) closeMember(ctx context.Context, m *member, a *Agent, err error)
 		left, moved := a.claims(), len(a.st.moved)
 		if moved > 0 { // which others may take over yet, and `tsoctl restore` is to tell of
 			cookie, _ := strconv.ParseUint(filepath.Base(a.dir), 10, 64) // as cookieDir has made it
-			f.setStray(cookie, m.names[0], &Restored{Moved: moved, Findings: a.movedFindings()})
+			f.mu.Lock()
+			name := m.names[0]
+			f.mu.Unlock()
+			f.setStray(cookie, name, &Restored{Moved: moved, Findings: a.movedFindings()})
 		}
 		if left == 0 && moved == 0 && (err == nil || len(a.journal.Entries()) == 0) {
 			err = errors.Join(err, a.forgetDir())

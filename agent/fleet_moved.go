@@ -81,17 +81,17 @@ func (f *Fleet) carryNIC(from *Agent, x arrival) carried {
 		return offered(to, x)
 	}
 	if !followed {
-		if i, err := findNIC(f.host, key); err != nil {
+		if l, err := findNIC(f.host, key); err != nil {
 			f.log.Warn("the NICs of the host's network namespace can't be read", "err", err)
-		} else if i != 0 {
-			return carried{where: netns.Host}
+		} else if l != nil {
+			return carried{where: netns.Host, name: l.Name}
 		}
 	}
 	return carried{}
 }
 
-// findNIC is the index of a NIC in a namespace that no loop follows, 0 for none, and for several.
-func findNIC(ns *netns.Namespace, key string) (found routes.Ifindex, err error) {
+// findNIC is a NIC in a namespace that no loop follows, nil for none, and for several.
+func findNIC(ns *netns.Namespace, key string) (found *routes.Link, err error) {
 	err = ns.Do(func() error {
 		list, err := net.Interfaces()
 		if err != nil {
@@ -104,11 +104,11 @@ func findNIC(ns *netns.Namespace, key string) (found routes.Ifindex, err error) 
 		n := 0
 		for _, i := range list {
 			if l, err := t.ReadLink(routes.Ifindex(i.Index)); err == nil && nicKey(l) == key { // others are gone again
-				found, n = l.Index, n+1
+				found, n = l, n+1
 			}
 		}
 		if n > 1 {
-			found = 0
+			found = nil
 		}
 		return t.Close()
 	})

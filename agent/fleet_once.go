@@ -217,12 +217,12 @@ func RestoreAll(ctx context.Context, cfg Config, log *slog.Logger, version strin
 		return nil, fmt.Errorf("agent: %w", err)
 	}
 	defer host.Close()
-	to := &restorer{ctx: ctx, cfg: cfg, log: log, version: version, host: host}
-	var others others
+	by := &restorer{ctx: ctx, cfg: cfg, log: log, version: version, host: host}
+	var to others
 	if !stale {
-		others = to
+		to = by
 	}
-	out, err := restoreIn(ctx, netns.Host, cfg, log, version, stale, others)
+	out, err := restoreIn(ctx, netns.Host, cfg, log, version, stale, to)
 	if errors.Is(err, ErrRunning) || errors.Is(err, ErrPermission) {
 		return nil, err
 	}
@@ -233,7 +233,7 @@ func RestoreAll(ctx context.Context, cfg Config, log *slog.Logger, version strin
 	followed, unfollowed, gone, err := leftBehind(cfg.RunDir, cfg.Namespaces)
 	errs = append(errs, err)
 	for _, spec := range slices.Sorted(values(followed, unfollowed)) {
-		r, err := restoreIn(ctx, spec, cfg, log.With("netns", spec), version, stale, others)
+		r, err := restoreIn(ctx, spec, cfg, log.With("netns", spec), version, stale, to)
 		if r != nil {
 			out.merge(r)
 		}
@@ -243,11 +243,11 @@ func RestoreAll(ctx context.Context, cfg Config, log *slog.Logger, version strin
 	}
 	for _, cookie := range gone {
 		if !stale {
-			findings, err := to.buried(cookie)
+			findings, err := by.buried(cookie)
 			out.Findings, errs = append(out.Findings, findings...), append(errs, err)
 		}
 	}
-	for _, r := range to.done {
+	for _, r := range by.done {
 		out.merge(r)
 	}
 	if len(gone) > 0 && !stale {

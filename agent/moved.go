@@ -78,6 +78,7 @@ type carried struct {
 	offered bool   // a loop has them, and will answer
 	why     string // why not, although the device's namespace is one of those that are followed
 	where   string // where a NIC was found, in a namespace that is not followed
+	name    string // how it is called there
 }
 
 // others are the loops of other namespaces.
@@ -195,15 +196,15 @@ func (a *Agent) follow(d movedDevice) {
 }
 
 // handOn offers the claims on a device to the loop of the namespace where it is.
-func (a *Agent) handOn(id string, d *movedDevice, x arrival) (where string) {
+func (a *Agent) handOn(id string, d *movedDevice, x arrival) (c carried) {
 	d.offered, d.why = false, ""
 	if a.others == nil {
-		return ""
+		return carried{}
 	}
 	x.id, x.dev, x.from = id, *d, a.inbox
-	c := a.others.carry(a, x)
+	c = a.others.carry(a, x)
 	d.offered, d.why = c.offered, c.why
-	return c.where
+	return c
 }
 
 // recognise looks at a device right after it was moved, when nothing else can be where the kernel said that it
@@ -238,15 +239,15 @@ func (a *Agent) offerAgain(resync bool) {
 		if seen != seenAnother { // a loop that follows the place may know where the device went from there
 			a.handOn(id, d, arrival{})
 		}
-		where := ""
+		var found carried
 		if !d.offered && (seen == seenAnother || seen == seenNone) && d.nicKey() != "" {
-			where = a.handOn(id, d, arrival{lost: true})
+			found = a.handOn(id, d, arrival{lost: true})
 		}
 		switch {
 		case d.offered:
 			d.gone, d.looks = false, 0
-		case where != "":
-			d.gone, d.looks, d.where = false, 0, where
+		case found.where != "":
+			d.gone, d.looks, d.where, d.There = false, 0, found.where, found.name
 		case seen == seenHere && !d.ours():
 			a.log.Info("nothing of ours is left on a device that was moved to another network namespace", "device", d.Name)
 			a.doneMoved(id)
@@ -392,6 +393,14 @@ func (a *Agent) answer(x arrival, why string) {
 		a.settleMoved(h)
 	} else {
 		x.from.post(batch{handed: []handed{h}}) // one that ended keeps its journal's entry
+	}
+}
+
+// nicSet has NICs told anew that came or changed what they are known by. Carriers that come and go change nothing.
+func (a *Agent) nicSet(l *routes.Link) {
+	key := nicKey(l)
+	if have := a.nics.Load(); key != "" && (have == nil || (*have)[key] != l.Index) {
+		a.st.nics = true
 	}
 }
 

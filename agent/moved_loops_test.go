@@ -1,11 +1,14 @@
 package agent
 
 import (
+	"os/exec"
+	"strings"
 	"testing"
 
 	"golang.org/x/sys/unix"
 
 	"tsoagent/agent/netns"
+	"tsoagent/agent/plan"
 	"tsoagent/ethtool"
 	"tsoagent/routes"
 )
@@ -113,3 +116,22 @@ func TestDeviceThatIsLookedForOnItsWayBack(t *testing.T) {
 type nowhere struct{ linkTable }
 
 func (nowhere) ReadLinkAt(routes.Place) (*routes.Link, error) { return nil, unix.ENODEV }
+
+// What root pastes into a shell must not be a container's to choose.
+func TestCommandsForMovedDevicesAreSafeToPaste(t *testing.T) {
+	for name, want := range map[string]string{"eth0.5@x": "eth0.5@x", "`reboot`;$(x)": `$'\x60reboot\x60\x3b\x24\x28x\x29'`, "a'b\x1b[": `$'a\x27b\x1b\x5b'`, "é": `$'\xc3\xa9'`} {
+		if got := shellWord(name); got != want {
+			t.Errorf("%q: %s, want %s", name, got, want)
+		}
+		out, err := exec.Command("bash", "-c", "printf %s "+shellWord(name)).Output()
+		if err != nil || string(out) != name {
+			t.Errorf("%q: the shell reads %q, %v", name, out, err)
+		}
+	}
+	d := movedDevice{Name: "c0", There: "`reboot`", where: "b", Features: []ethtool.Feature{ethtool.TCPSegmentation}, MTU: &plan.MTUClaim{Was: 1500, Ours: 1400}}
+	for _, got := range []string{d.says(), d.lost()} {
+		if strings.Contains(got, "-K `") || strings.Contains(got, "set `") || strings.Count(got, `$'\x60reboot\x60'`) != 2 {
+			t.Error(got)
+		}
+	}
+}

@@ -44,7 +44,7 @@ func immovable(t *testing.T, ns, dev, to string) {
 	}
 }
 
-// TestKernelMovedStacks pins KERNEL.md 101: bonds, bridges, teams and VRFs stay where they are, and what is moved of a stack, or
+// TestKernelMovedStacks pins KERNEL.md 84: bonds, bridges, teams and VRFs stay where they are, and what is moved of a stack, or
 // from under it, keeps what it has. Whatever is told of it must be so.
 func TestKernelMovedStacks(t *testing.T) {
 	if os.Getenv("TSOAGENT_TEST_KERNEL") != "1" {

@@ -6,6 +6,8 @@ import (
 	"maps"
 	"slices"
 	"strings"
+	"unicode"
+	"unicode/utf8"
 
 	"tsoagent/agent/netns"
 	"tsoagent/ethtool"
@@ -45,7 +47,7 @@ func (d *movedDevice) says() string {
 	} else if pid, is := strings.CutPrefix(d.where, "pid:"); is {
 		in, place = "nsenter -t "+pid+" -n ", "the network namespace of process "+pid
 	} else if d.where != "" {
-		in, place = "ip netns exec "+d.where+" ", "network namespace "+d.where
+		in, place = "ip netns exec "+shellWord(d.where)+" ", "network namespace "+d.where
 	}
 	name := cmp.Or(d.There, d.Name)
 	what, how := d.undo(in, name)
@@ -60,6 +62,7 @@ func (d *movedDevice) says() string {
 
 // undo is in words what was changed on a device, and the commands that undo it, in a namespace that they enter with in.
 func (d *movedDevice) undo(in, name string) (what, how []string) {
+	name = shellWord(name)
 	if len(d.Features) > 0 {
 		cmd := in + "ethtool -K " + name
 		for _, f := range d.Features {
@@ -72,6 +75,27 @@ func (d *movedDevice) undo(in, name string) (what, how []string) {
 		how = append(how, fmt.Sprintf("`%sip link set %s mtu %d`", in, name, d.MTU.Was))
 	}
 	return what, how
+}
+
+// shellWord is a name as a word of a shell's command. Who may do in a namespace of a container as he likes names its devices with all
+// but blanks, slashes and colons (dev_valid_name, net/core/dev.c), and root pastes what we say.
+func shellWord(name string) string {
+	plain := func(r rune) bool {
+		return r < utf8.RuneSelf && (unicode.IsLetter(r) || unicode.IsDigit(r) || strings.ContainsRune("_-.@+,:%", r))
+	}
+	if name != "" && !strings.ContainsFunc(name, func(r rune) bool { return !plain(r) }) {
+		return name
+	}
+	var b strings.Builder
+	b.WriteString("$'")
+	for i := range len(name) {
+		if c := name[i]; plain(rune(c)) {
+			b.WriteByte(c)
+		} else {
+			fmt.Fprintf(&b, `\x%02x`, c)
+		}
+	}
+	return b.String() + "'"
 }
 
 // lost is the finding about a device that is not where it went.
@@ -115,7 +139,7 @@ func (a *Agent) missHeld() {
 		slices.Sort(features)
 		a.log.Info("a device is gone on which features were held off", "device", dev.Name, "features", features)
 		a.st.missed = append(a.st.missed, fmt.Sprintf("%s is gone, with %s held off: if it was moved to another network namespace, give it back there with `ethtool -K %s %s on`",
-			dev.Name, strings.Join(features, ", "), dev.Name, strings.Join(features, " on ")))
+			dev.Name, strings.Join(features, ", "), shellWord(dev.Name), strings.Join(features, " on ")))
 		a.st.missedHolds += len(features)
 	}
 	slices.Sort(a.st.missed)

@@ -33,11 +33,14 @@ func (r *restorer) carry(from *Agent, x arrival) (c carried) {
 		switch {
 		case from.ns != nil && ns.ID() == from.ns.ID():
 		case x.lost:
-			if i, err := findNIC(ns, x.dev.nicKey()); err != nil || i == 0 {
-			} else if configured {
-				spec, x.dev.To, places = name, routes.Place{Index: i}, places+1
-			} else {
-				c.where = name
+			l, err := findNIC(ns, x.dev.nicKey())
+			switch {
+			case err != nil:
+				r.log.Warn("the NICs of a network namespace can't be read", "netns", name, "err", err)
+			case l != nil && configured:
+				spec, x.dev.To, places = name, routes.Place{Index: l.Index}, places+1
+			case l != nil:
+				c.where, c.name = name, l.Name
 			}
 		case from.ids != nil && configured:
 			if id, err := from.ids.Of(ns); err == nil && id == x.dev.To.Netnsid {

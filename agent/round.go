@@ -79,12 +79,14 @@ func (a *Agent) applyRoute(ev routes.Event) {
 			a.look(ev.Link.Index)
 		}
 		a.renamed(ev.Link)
-		a.st.nics = a.st.nics || nicKey(ev.Link) != ""
+		a.nicSet(ev.Link)
 	case routes.LinkGone:
 		delete(a.st.features, ev.Index)
 		a.st.l2tp.gone(ev.Index)
 		a.departed(ev)
-		a.st.nics = true
+		if l := a.st.fib.Link(ev.Index); l != nil && nicKey(l) != "" {
+			a.st.nics = true
+		}
 		a.forgetDevice(ev.Index)
 		a.laneLink(ev.Index, "")
 	case routes.RuleSet:
