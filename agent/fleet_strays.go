@@ -169,8 +169,15 @@ var errNoPlace = fmt.Errorf("the namespace is gone: %w", unix.ENODEV)
 // noPlace is the linkTable of a ghost.
 type noPlace struct{}
 
-func (noPlace) SetLinkMTU(routes.Ifindex, int) error          { return errNoPlace }
+var _ linkTable = noPlace{}
+
+// SetLinkMTU fails.
+func (noPlace) SetLinkMTU(routes.Ifindex, int) error { return errNoPlace }
+
+// ReadLink fails.
 func (noPlace) ReadLink(routes.Ifindex) (*routes.Link, error) { return nil, errNoPlace }
+
+// ReadLinkAt fails.
 func (noPlace) ReadLinkAt(routes.Place) (*routes.Link, error) { return nil, errNoPlace }
 
 // raiseGhost opens the journal of a namespace that is gone, and makes what it says of NICs the claims on devices that were

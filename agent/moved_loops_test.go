@@ -4,6 +4,7 @@ import (
 	"os/exec"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -132,6 +133,32 @@ func TestCommandsForMovedDevicesAreSafeToPaste(t *testing.T) {
 	for _, got := range []string{d.says(), d.lost()} {
 		if strings.Contains(got, "-K `") || strings.Contains(got, "set `") || strings.Count(got, `$'\x60reboot\x60'`) != 2 {
 			t.Error(got)
+		}
+	}
+}
+
+// A later offer is for the device that it is about, not for whatever has its index by then. The first one can be for a device that was
+// given another address by whoever moved it.
+func TestArrivalIsNotAnotherDevice(t *testing.T) {
+	for _, fresh := range []bool{false, true} {
+		w := newWorld(t, Config{})
+		w.addLink(&routes.Link{Index: 7, Name: "c0", Kind: "veth", Type: 1, MTU: 1500, HardwareAddr: "02:00:00:00:00:77"})
+		w.turn(7, ethtool.TCPSegmentation, false) // by an admin
+		from := newAgent(Config{}, discard(), "test")
+		w.a.st.arrivals = []arrival{{id: "moved/1/7/1", from: from.inbox, fresh: fresh, dev: movedDevice{
+			Name: "c0", Kind: "veth", Addr: "02:00:00:00:00:01", To: routes.Place{Index: 7}, Features: []ethtool.Feature{ethtool.TCPSegmentation},
+		}}}
+		w.start()
+		w.advance(arrivalWithin + time.Minute)
+		if s, _ := w.feats[7].Get(ethtool.TCPSegmentation); s.Wanted != fresh {
+			t.Errorf("fresh %v: switched on: %v", fresh, s.Wanted)
+		}
+		var answers []handed
+		for _, b := range from.inbox.take() {
+			answers = append(answers, b.handed...)
+		}
+		if len(answers) != 1 || (answers[0].why == "") != fresh {
+			t.Errorf("fresh %v: answered %+v", fresh, answers)
 		}
 	}
 }
