@@ -280,6 +280,7 @@ func (a *Agent) forgetGone() {
 	for id, d := range a.st.moved {
 		if d.gone && !d.offered {
 			if d.nicKey() != "" {
+				a.log.Warn("a device that was moved is no longer looked for", "device", d.Name, "look", d.lost())
 				a.st.missed = append(a.st.missed, d.lost())
 			}
 			a.doneMoved(id)

@@ -75,6 +75,7 @@ func coverCarrier(t *testing.T, ns string) {
 // A voyage is a fleet that follows a namespace a, in which a device c0 is held, and others to which that is moved.
 type voyage struct {
 	*sailing
+	t   *testing.T
 	cfg Config
 }
 
@@ -88,14 +89,14 @@ func embark(t *testing.T, others []string, follow ...string) *voyage {
 	checkLeaks(t)
 	named(t, append([]string{"a"}, others...)...)
 	carrierIn(t, "a")
-	v := &voyage{cfg: movedConfig(t, follow...)}
+	v := &voyage{t: t, cfg: movedConfig(t, follow...)}
 	v.cfg.ResyncEvery = Duration(300 * time.Millisecond)
-	v.sailing = sail(t, v.cfg)
+	v.again()
 	v.held("a", 3)
 	return v
 }
 
-// again sets sail once more, after a stop or a crash, with the configuration that it has now.
+// again sets sail, perhaps after a stop or a crash, with the configuration that it has now.
 func (v *voyage) again() {
 	v.t.Helper()
 	v.sailing = sail(v.t, v.cfg)
@@ -316,37 +317,36 @@ func TestKernelMovedDevice(t *testing.T) {
 -n a link set c0 up
 -n a route add 10.7.0.0/16 dev c0
 -n a xfrm policy add src 0.0.0.0/0 dst 10.7.0.0/16 dir out if_id 1 tmpl src 192.0.2.1 dst 192.0.2.2 proto esp reqid 1 mode tunnel`)
-	s := sail(t, movedConfig(t, "all"))
-	s.held("a", 3)
-	setMTU := func() bool { _, mtu := movedTSO(t, "a", "c0"); return mtu == 1400 }
-	netnstest.Within(t, "its mtu is set", setMTU)
-	netnstest.IP(t, "-n a link set c0 netns b")
-	netnstest.Within(t, "given back in b", func() bool { on, mtu := movedTSO(t, "b", "c0"); return on && mtu == 1500 })
-	s.noFinding("a")
-	netnstest.IP(t, "-n b link set c0 netns a\n-n a link set c0 addrgenmode none\n-n a link set c0 up\n-n a route add 10.7.0.0/16 dev c0")
-	s.held("a", 3)
-	netnstest.Within(t, "its mtu is set again", setMTU)
-	s.stop()
+	v := &voyage{t: t, cfg: movedConfig(t, "all")}
+	v.again()
+	mustHold := func() {
+		t.Helper()
+		v.held("a", 3)
+		netnstest.Within(t, "its mtu is set", func() bool { _, mtu := movedTSO(t, "a", "c0"); return mtu == 1400 })
+	}
+	mustHold()
+	v.move("c0", "a", "b")
+	v.restored("b", "c0")
+	v.noFinding("a")
+	v.back("c0", "b", "a")
+	mustHold()
+	v.stop()
 	if on, mtu := movedTSO(t, "a", "c0"); !on || mtu != 1500 {
 		t.Errorf("stopped: %v, %d", on, mtu)
 	}
 
-	cfg := movedConfig(t, "host", "a")
-	s = sail(t, cfg)
-	s.held("a", 3)
-	netnstest.Within(t, "its mtu is set", setMTU)
-	netnstest.IP(t, "-n a link set c0 netns b")
-	s.finding("a", "`ip netns exec b ethtool -K c0 ", "`ip netns exec b ip link set c0 mtu 1500`")
+	v.cfg.Namespaces = Namespaces{"host", "a"}
+	v.again()
+	mustHold()
+	v.move("c0", "a", "b")
+	v.finding("a", "`ip netns exec b ethtool -K c0 ", "`ip netns exec b ip link set c0 mtu 1500`")
 	if on, mtu := movedTSO(t, "b", "c0"); on || mtu != 1400 {
 		t.Errorf("touched where nobody follows: %v, %d", on, mtu)
 	}
-	netnstest.IP(t, "-n b link set c0 netns a")
-	netnstest.Within(t, "back: given back", func() bool { on, mtu := movedTSO(t, "a", "c0"); return on && mtu == 1500 })
-	s.noFinding("a")
-	s.stop()
-	if n := len(s.dirs()); n != 0 {
-		t.Errorf("%d journals are left", n)
-	}
+	v.move("c0", "b", "a")
+	v.restored("a", "c0")
+	v.noFinding("a")
+	v.land()
 }
 
 // The claims on a device that left a namespace go after it, also where that namespace is not followed any more after a

@@ -56,8 +56,8 @@ func TestKernelMovedStacks(t *testing.T) {
 	checkLeaks(t)
 	named(t, "a", "b")
 	netnstest.IP(t, "-n a xfrm policy add src 0.0.0.0/0 dst 10.7.0.0/16 dir out tmpl src 192.0.2.1 dst 192.0.2.2 proto esp reqid 1 mode tunnel")
-	v := &voyage{cfg: movedConfig(t, "host", "a")}
-	v.sailing = sail(t, v.cfg)
+	v := &voyage{t: t, cfg: movedConfig(t, "host", "a")}
+	v.again()
 	v.state("a", NetnsFollowed)
 
 	// The port of a bond, or of a bridge, is free when it is moved, and nothing of ours is on it. The bond stays, held.

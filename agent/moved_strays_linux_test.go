@@ -142,8 +142,8 @@ link set c0 addrgenmode none
 link set c0 up
 route add 10.7.0.0/16 dev c0
 xfrm policy add src 0.0.0.0/0 dst 10.7.0.0/16 dir out tmpl src 192.0.2.1 dst 192.0.2.2 proto esp reqid 1 mode tunnel`)
-	v := &voyage{cfg: movedConfig(t, "host")}
-	v.sailing = sail(t, v.cfg)
+	v := &voyage{t: t, cfg: movedConfig(t, "host")}
+	v.again()
 	v.held("", 3)
 	netnstest.IP(t, "link set c0 netns b")
 	v.finding("", "c0 was moved to network namespace b")
