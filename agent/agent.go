@@ -63,13 +63,14 @@ type Agent struct {
 	conns    *connections
 	rt       routeTable
 	et       featureClient
-	links    linkTable                  // nil where no MTU of a device is ever set
-	ids      *netns.IDs                 // nil where the numbers of other namespaces can't be asked for
-	carry    func(*Agent, arrival) bool // brings claims to another namespace's loop, nil where there is none
-	away     atomic.Int32               // how many devices are in st.moved
-	openNFT  func() (clampTable, error) // nil where nothing is ever clamped
-	nft      clampTable                 // nil until it is needed
-	lanes    laneClient                 // nil where none can be made, for the reason noLanes
+	links    linkTable                                 // nil where no MTU of a device is ever set
+	ids      *netns.IDs                                // nil where the numbers of other namespaces can't be asked for
+	others   others                                    // nil where there are none
+	nics     atomic.Pointer[map[string]routes.Ifindex] // those in the namespace, by nicKey; 0 for several
+	away     atomic.Int32                              // how many devices are in st.moved
+	openNFT  func() (clampTable, error)                // nil where nothing is ever clamped
+	nft      clampTable                                // nil until it is needed
+	lanes    laneClient                                // nil where none can be made, for the reason noLanes
 	noLanes  string
 	journal  book
 	closers  []func() error
@@ -195,6 +196,11 @@ func (a *Agent) open() error {
 		return fmt.Errorf("agent: %w", err)
 	}
 	a.closers = append(a.closers, j.Close)
+	return a.openWith(j, found)
+}
+
+// openWith is open with a journal that is open.
+func (a *Agent) openWith(j *journal.Journal, found *journal.Recovery) error {
 	a.journal = j
 	a.adopt(found)
 	if err := a.checkTables(); err != nil {
@@ -366,7 +372,7 @@ func (a *Agent) loop(ctx context.Context, failed <-chan error) error {
 		case <-resync.C:
 			a.sources.resync()
 			a.readProbed()
-			a.inbox.post(batch{offer: true})
+			a.inbox.post(batch{offer: true, resync: true})
 			a.diagnoseSoon()
 			resync.Reset(a.resyncIn())
 			continue
@@ -409,6 +415,7 @@ func (a *Agent) step(now time.Time) (next time.Duration, reached bool) {
 		}
 		a.checkAdopted()
 	}
+	a.tellNICs()
 	if a.st.ready() {
 		a.takeIn(now)
 	}

@@ -92,7 +92,7 @@ func (a *Agent) tablesEntry() journal.Entry {
 func (a *Agent) claimOf(h plan.Hold) plan.HoldClaim {
 	c := plan.HoldClaim{Device: h.Device, Was: true}
 	if l := a.st.fib.Link(routes.Ifindex(h.Device.Index)); l != nil {
-		c.PermAddr = l.PermAddr
+		c.PermAddr, c.NIC = l.PermAddr, l.PermAddr != "" && nicKey(l) != ""
 	}
 	return c
 }

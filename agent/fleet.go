@@ -42,10 +42,16 @@ type Fleet struct {
 	waiting map[string]string // names that lead to no namespace, and why
 	dead    map[string]bool   // those of processes that ended
 	notes   []string          // findings about journals
-	blind   error             // why nothing tells of namespaces that come and go
-	watcher *netns.Watcher
-	errs    []error // of members that ended
-	hooked  hooked  // how keys are known
+	strays  map[uint64]stray  // namespaces that are not followed any more, by their cookies
+	ghosts  []*ghost          // namespaces that are gone
+	// recallDue says that strays and ghosts are to be looked at, recallTick that it is for a resync, recalling that it
+	// is under way.
+	recallDue, recallTick, recalling bool
+	hostCookie                       uint64 // set where the host is not followed
+	blind                            error  // why nothing tells of namespaces that come and go
+	watcher                          *netns.Watcher
+	errs                             []error // of members that ended
+	hooked                           hooked  // how keys are known
 
 	openHook func() (keyHook, error)
 	openAO   func() (keyLister, error)
@@ -76,7 +82,7 @@ func newFleet(ctx context.Context, cfg Config, log *slog.Logger, version string,
 	}
 	f := &Fleet{
 		cfg: cfg, log: log, version: version, started: time.Now(), host: host, look: make(chan struct{}, 1), grace: grace,
-		members: map[netns.ID]*member{}, waiting: map[string]string{}, dead: map[string]bool{},
+		members: map[netns.ID]*member{}, waiting: map[string]string{}, dead: map[string]bool{}, strays: map[uint64]stray{},
 		openHook: openKeyHook, openAO: openAO,
 	}
 	if !cfg.Namespaces.host() && slices.ContainsFunc(cfg.Namespaces, f.isHost) {
@@ -87,12 +93,12 @@ func newFleet(ctx context.Context, cfg Config, log *slog.Logger, version string,
 		if err != nil {
 			return nil, errors.Join(err, host.Close())
 		}
-		a.carry = f.carry
+		a.others = f
 		f.members[host.ID()] = &member{id: host.ID(), names: []string{netns.Host}, agent: a, cancel: func(error) {}}
 		return f, nil
 	}
 	if err := f.lockRunDir(ctx); err != nil {
-		return nil, errors.Join(err, host.Close())
+		return nil, errors.Join(err, f.Close())
 	}
 	return f, nil
 }
@@ -117,18 +123,10 @@ func (f *Fleet) lockRunDir(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("agent: %w", err)
 	}
+	f.lock, f.hostCookie = j, scope.NetnsCookie
 	if len(found.Entries) > 0 && f.cfg.Mode == Enforce {
-		if err := j.Close(); err != nil {
-			return fmt.Errorf("agent: %w", err)
-		}
-		if err := f.giveBackIn(ctx, netns.Host); err != nil {
-			return err
-		}
-		if j, _, err = journal.Open(f.cfg.RunDir, scope); err != nil {
-			return fmt.Errorf("agent: %w", err)
-		}
+		return f.giveBackHost(ctx, found.Entries)
 	}
-	f.lock = j
 	return nil
 }
 
@@ -182,7 +180,11 @@ func (f *Fleet) Run(ctx context.Context) error {
 			run = false
 		case <-f.look:
 			f.reconcile(members)
+			f.recall(members)
 		case <-again.C:
+			f.mu.Lock()
+			f.recallDue, f.recallTick = true, true
+			f.mu.Unlock()
 			f.poke()
 		}
 	}
@@ -190,6 +192,7 @@ func (f *Fleet) Run(ctx context.Context) error {
 	watching.Wait()
 	stop(nil)
 	f.wg.Wait()
+	f.endGhosts()
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return errors.Join(f.errs...)

@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"path/filepath"
+	"strconv"
 	"time"
 )
 
@@ -72,7 +74,7 @@ func (f *Fleet) open(m *member) (a *Agent, err error) {
 				if a.ns.ID() != m.id {
 					return errMoved
 				}
-				a.carry = f.carry
+				a.others = f
 				return a.open()
 			})
 			return err
@@ -92,13 +94,20 @@ func (f *Fleet) open(m *member) (a *Agent, err error) {
 // lives in it, the next start and `tsoctl restore` find it.
 func (f *Fleet) closeMember(ctx context.Context, m *member, a *Agent, err error) error {
 	if errors.Is(context.Cause(ctx), errLetGo) && a.cfg.Mode == Enforce {
-		left := a.claims()
-		if left == 0 && (err == nil || len(a.journal.Entries()) == 0) {
+		left, moved := a.claims(), len(a.st.moved)
+		if moved > 0 { // which others may take over yet, and `tsoctl restore` is to tell of
+			cookie, _ := strconv.ParseUint(filepath.Base(a.dir), 10, 64) // as cookieDir has made it
+			f.mu.Lock()
+			name := m.names[0]
+			f.mu.Unlock()
+			f.setStray(cookie, name, &Restored{Moved: moved, Findings: a.movedFindings()})
+		}
+		if left == 0 && moved == 0 && (err == nil || len(a.journal.Entries()) == 0) {
 			err = errors.Join(err, a.forgetDir())
 		}
 		err = errors.Join(err, a.Close())
-		if err != nil || left > 0 {
-			a.log.Warn("a namespace was let go before everything was given back", "left", left, "err", err)
+		if err != nil || left+moved > 0 {
+			a.log.Warn("a namespace was let go before everything was given back", "left", left, "moved", moved, "err", err)
 		} else {
 			a.log.Info("a namespace was let go")
 		}

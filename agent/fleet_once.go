@@ -139,7 +139,8 @@ func leftBehind(runDir string, n Namespaces) (followed, others map[uint64]string
 }
 
 // sweep takes care of what an earlier run has left in namespaces: those that are still followed
-// adopt it. In others it is given back. The journals of namespaces that are gone are removed.
+// adopt it. In others it is given back. The journals of namespaces that are gone are removed, when nothing of theirs is missed
+// any more.
 func (f *Fleet) sweep(ctx context.Context) {
 	if f.cfg.Mode != Enforce {
 		return
@@ -150,19 +151,25 @@ func (f *Fleet) sweep(ctx context.Context) {
 		_, others, gone, err = leftBehind(f.cfg.RunDir, f.cfg.Namespaces)
 		return err
 	})
+	removed := 0
 	for _, cookie := range gone {
-		err = errors.Join(err, removeJournal(f.cfg.RunDir, cookieDir(f.cfg.RunDir, cookie)))
+		switch more, ghostErr := f.raise(cookie); {
+		case ghostErr != nil:
+			err = errors.Join(err, ghostErr)
+		case !more:
+			removed++
+		}
 	}
 	if err != nil {
 		f.log.Warn("journals of namespaces", "err", err)
 		f.note(err.Error())
 	}
-	if len(gone) > 0 {
-		f.log.Info("journals of namespaces that are gone were removed", "namespaces", len(gone))
+	if removed > 0 {
+		f.log.Info("journals of namespaces that are gone were removed", "namespaces", removed)
 	}
-	for _, spec := range others {
+	for cookie, spec := range others {
 		f.wg.Go(func() {
-			err := f.host.Do(func() error { return f.giveBackIn(ctx, spec) })
+			err := f.giveBackStray(ctx, cookie, spec)
 			if err == nil {
 				return
 			}
@@ -183,23 +190,6 @@ func (f *Fleet) note(text string) {
 	f.notes = append(f.notes, text)
 }
 
-// giveBackIn gives back what an earlier run has left in a namespace that is not followed now. A
-// stop does not cut it short, but bounds it.
-func (f *Fleet) giveBackIn(ctx context.Context, spec string) error {
-	ctx, cancel := graceful(ctx, f.grace)
-	defer cancel()
-	r, err := restoreIn(ctx, spec, f.cfg, f.log.With("netns", spec), f.version, false, f.carry)
-	if err != nil {
-		f.log.Warn("what an earlier run left in a namespace can't be given back", "netns", spec, "err", err)
-		return err
-	}
-	for _, finding := range r.Findings {
-		f.note(fmt.Sprintf("namespace %s, which is not followed any more: %s", spec, finding))
-	}
-	f.log.Info("given back in a namespace that is not followed any more", "netns", spec, "holds", r.Holds, "locks", r.Locks, "rules", r.Rules, "clones", r.Clones)
-	return nil
-}
-
 // graceful is a context that ends a while after another one does.
 func graceful(ctx context.Context, grace time.Duration) (context.Context, context.CancelFunc) {
 	out, cancel := context.WithCancel(context.WithoutCancel(ctx))
@@ -218,9 +208,21 @@ func graceful(ctx context.Context, grace time.Duration) (context.Context, contex
 // RestoreAll is Restore in the namespace of the calling thread and in all others that have a
 // journal in the run directory, under whatever name or process they can be found. One that fails
 // does not stop the others: the result says what was done although there is an error. Without
-// stale, the journals of namespaces that are gone are removed.
+// stale, devices that were moved to a namespace of the configuration are given back there, and the journals of
+// namespaces that are gone are removed.
 func RestoreAll(ctx context.Context, cfg Config, log *slog.Logger, version string, stale bool) (*Restored, error) {
-	out, err := Restore(ctx, cfg, log, version, stale)
+	cfg = cfg.WithDefaults()
+	host, err := netns.Current()
+	if err != nil {
+		return nil, fmt.Errorf("agent: %w", err)
+	}
+	defer host.Close()
+	by := &restorer{ctx: ctx, cfg: cfg, log: log, version: version, host: host}
+	var to others
+	if !stale {
+		to = by
+	}
+	out, err := restoreIn(ctx, netns.Host, cfg, log, version, stale, to)
 	if errors.Is(err, ErrRunning) || errors.Is(err, ErrPermission) {
 		return nil, err
 	}
@@ -228,12 +230,12 @@ func RestoreAll(ctx context.Context, cfg Config, log *slog.Logger, version strin
 	if out == nil {
 		out = &Restored{Findings: []string{}}
 	}
-	followed, others, gone, err := leftBehind(cfg.WithDefaults().RunDir, cfg.Namespaces)
+	followed, unfollowed, gone, err := leftBehind(cfg.RunDir, cfg.Namespaces)
 	errs = append(errs, err)
-	for _, spec := range slices.Sorted(values(followed, others)) {
-		r, err := RestoreIn(ctx, spec, cfg, log.With("netns", spec), version, stale)
+	for _, spec := range slices.Sorted(values(followed, unfollowed)) {
+		r, err := restoreIn(ctx, spec, cfg, log.With("netns", spec), version, stale, to)
 		if r != nil {
-			out.Namespaces = append(out.Namespaces, *r)
+			out.merge(r)
 		}
 		if err != nil {
 			errs = append(errs, fmt.Errorf("namespace %s: %w", spec, err))
@@ -241,13 +243,32 @@ func RestoreAll(ctx context.Context, cfg Config, log *slog.Logger, version strin
 	}
 	for _, cookie := range gone {
 		if !stale {
-			errs = append(errs, removeJournal(cfg.WithDefaults().RunDir, cookieDir(cfg.WithDefaults().RunDir, cookie)))
+			findings, err := by.buried(cookie)
+			out.Findings, errs = append(out.Findings, findings...), append(errs, err)
 		}
+	}
+	for _, r := range by.done {
+		out.merge(r)
 	}
 	if len(gone) > 0 && !stale {
 		out.Findings = append(out.Findings, fmt.Sprintf("the journals of %d namespaces that are gone were removed", len(gone)))
 	}
 	return out, errors.Join(errs...)
+}
+
+// merge adds what was restored in one namespace, which can be among those of before.
+func (r *Restored) merge(more *Restored) {
+	if more.Netns == r.Netns {
+		r.add(more)
+		return
+	}
+	for i := range r.Namespaces {
+		if r.Namespaces[i].Netns == more.Netns {
+			r.Namespaces[i].add(more)
+			return
+		}
+	}
+	r.Namespaces = append(r.Namespaces, *more)
 }
 
 func values(maps ...map[uint64]string) func(func(string) bool) {

@@ -208,7 +208,7 @@ func (f *Fleet) addNamespaces(r *Report) {
 	if len(all) > 1 || r.NotFollowed || f.blind != nil {
 		r.Namespaces = all
 	}
-	findings := slices.Concat(r.Findings, f.notes)
+	findings := slices.Concat(r.Findings, f.notes, f.strayFindings())
 	for _, n := range r.Namespaces {
 		if n.Why != "" {
 			findings = append(findings, fmt.Sprintf("namespace %s: %s", n.Name, n.Why))

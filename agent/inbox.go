@@ -20,7 +20,8 @@ type batch struct {
 	// Messages of other namespaces' loops, which the Fleet carries.
 	arrivals []arrival
 	handed   []handed
-	offer    bool // a namespace is followed that was not
+	offer    bool // a namespace is followed that was not, or a NIC came
+	resync   bool // with offer: it is time to look again
 }
 
 func (b batch) len() int {

@@ -13,24 +13,37 @@ import (
 
 // dialKeys opens the watcher of TCP keys. A kernel that has none, or can't show them, is no error.
 func (s *sources) dialKeys() error {
-	w, err := sockopt.Dial(sockopt.Options{Period: time.Duration(s.cfg.TCPKeysEvery), More: s.aoKeys, Trust: s.trust.trusted})
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if errors.Is(err, unix.ENOPROTOOPT) && s.keys == nil {
+	return s.dialledKeys(sockopt.Dial(sockopt.Options{Period: time.Duration(s.cfg.TCPKeysEvery), More: s.aoKeys, Trust: s.trust.trusted}))
+}
+
+// dialledKeys takes what was opened, or why it was not. It logs outside of the lock: where a log is slow, others who want
+// the lock don't wait for it.
+func (s *sources) dialledKeys(w *sockopt.Watcher, err error) error {
+	switch first := s.takeKeys(w, err); {
+	case err == nil:
+		return nil
+	case first && errors.Is(err, unix.ENOPROTOOPT):
 		s.log.Info("the kernel has no TCP-MD5: nothing can be signed")
 		return nil
-	}
-	if errors.Is(err, unix.EPROTONOSUPPORT) && s.keys == nil {
-		s.noKeys = err.Error()
+	case first && errors.Is(err, unix.EPROTONOSUPPORT):
 		s.log.Info("TCP-MD5 keys are not seen", "why", err)
 		return nil
 	}
-	if err != nil {
-		return fmt.Errorf("agent: %w", err)
+	return fmt.Errorf("agent: %w", err)
+}
+
+// takeKeys is the part of dialledKeys under the lock. It reports whether there was no watcher before.
+func (s *sources) takeKeys(w *sockopt.Watcher, err error) (first bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	first = s.keys == nil
+	if err == nil {
+		w.Hooked(s.hooked.all)
+		s.keys = w
+	} else if first && errors.Is(err, unix.EPROTONOSUPPORT) {
+		s.noKeys = err.Error()
 	}
-	w.Hooked(s.hooked.all)
-	s.keys = w
-	return nil
+	return first
 }
 
 // aoKeys are TCP-AO's keys, none where they aren't known, and how many sockets have more than are told.

@@ -1,11 +1,15 @@
 package agent
 
 import (
+	"os/exec"
+	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
 	"tsoagent/agent/netns"
+	"tsoagent/agent/plan"
 	"tsoagent/ethtool"
 	"tsoagent/routes"
 )
@@ -16,8 +20,9 @@ func TestLoopThatEndsGivesArrivalsBack(t *testing.T) {
 	from, to := newAgent(Config{}, discard(), "test"), newAgent(Config{}, discard(), "test")
 	device := func(i routes.Ifindex) arrival {
 		d := movedDevice{Name: "c0", To: routes.Place{Netnsid: 1, Index: i}}
-		from.st.moved[movedID(d.To)] = &movedDevice{Name: d.Name, To: d.To, offered: true}
-		return arrival{id: movedID(d.To), dev: d, from: from.inbox}
+		id := from.movedID(d.To)
+		from.st.moved[id] = &movedDevice{Name: d.Name, To: d.To, offered: true}
+		return arrival{id: id, dev: d, from: from.inbox}
 	}
 	to.st.arrivals = []arrival{device(7)}                // its link is waited for
 	to.inbox.post(batch{arrivals: []arrival{device(8)}}) // not even read
@@ -57,7 +62,7 @@ func TestOnlyLoopsThatMissADeviceHearOfNamespaces(t *testing.T) {
 		t.Errorf("one is missed: %d", n)
 	}
 	e := w.a.journal.Entries()
-	w.a.doneMoved(movedID(d.To))
+	w.a.doneMoved(e[0].ID)
 	if n := offers(); n != 0 {
 		t.Errorf("nothing is missed any more: %d", n)
 	}
@@ -78,7 +83,7 @@ func TestDeviceThatIsLookedForOnItsWayBack(t *testing.T) {
 	d := movedDevice{Name: "c0", Kind: "veth", To: routes.Place{Netnsid: 1, Index: 7}, Index: 7, Features: []ethtool.Feature{ethtool.TCPSegmentation}}
 	w.a.follow(d)
 	w.a.links = nowhere{w.a.links}
-	w.a.offerAgain()
+	w.a.offerAgain(false)
 	if got := w.a.movedFindings(); len(got) != 0 {
 		t.Errorf("it is gone, and told: %q", got)
 	}
@@ -86,14 +91,21 @@ func TestDeviceThatIsLookedForOnItsWayBack(t *testing.T) {
 	if n := len(w.a.st.arrivals); n != 1 {
 		t.Fatalf("back, and taken over %d times", n)
 	}
-	w.a.answer(w.a.st.arrivals[0], true)
+	w.a.answer(w.a.st.arrivals[0], "")
 	if len(w.a.st.moved) != 0 {
 		t.Error("not forgotten")
 	}
-	// One that doesn't come back is forgotten by the second look, or by a stop.
-	for _, forget := range []func(){w.a.offerAgain, w.a.forgetGone} {
+	// One that doesn't come back is forgotten by the second resync, or by a stop. Other looks can come at any time.
+	resync := func() { w.a.offerAgain(true) }
+	for _, forget := range []func(){resync, w.a.forgetGone} {
 		w.a.follow(d)
-		w.a.offerAgain()
+		for range 5 {
+			w.a.offerAgain(false)
+		}
+		resync()
+		if len(w.a.st.moved) != 1 {
+			t.Fatal("forgotten by the first resync")
+		}
 		forget()
 		if len(w.a.st.moved)+len(w.a.journal.Entries()) != 0 {
 			t.Errorf("moved %v, journal %v", w.a.st.moved, w.a.journal.Entries())
@@ -105,3 +117,48 @@ func TestDeviceThatIsLookedForOnItsWayBack(t *testing.T) {
 type nowhere struct{ linkTable }
 
 func (nowhere) ReadLinkAt(routes.Place) (*routes.Link, error) { return nil, unix.ENODEV }
+
+// What root pastes into a shell must not be a container's to choose.
+func TestCommandsForMovedDevicesAreSafeToPaste(t *testing.T) {
+	for name, want := range map[string]string{"eth0.5@x": "eth0.5@x", "`reboot`;$(x)": `$'\x60reboot\x60\x3b\x24\x28x\x29'`, "a'b\x1b[": `$'a\x27b\x1b\x5b'`, "é": `$'\xc3\xa9'`} {
+		if got := shellWord(name); got != want {
+			t.Errorf("%q: %s, want %s", name, got, want)
+		}
+		out, err := exec.Command("bash", "-c", "printf %s "+shellWord(name)).Output()
+		if err != nil || string(out) != name {
+			t.Errorf("%q: the shell reads %q, %v", name, out, err)
+		}
+	}
+	d := movedDevice{Name: "c0", There: "`reboot`", where: "b", Features: []ethtool.Feature{ethtool.TCPSegmentation}, MTU: &plan.MTUClaim{Was: 1500, Ours: 1400}}
+	for _, got := range []string{d.says(), d.lost()} {
+		if strings.Contains(got, "-K `") || strings.Contains(got, "set `") || strings.Count(got, `$'\x60reboot\x60'`) != 2 {
+			t.Error(got)
+		}
+	}
+}
+
+// A later offer is for the device that it is about, not for whatever has its index by then. The first one can be for a device that was
+// given another address by whoever moved it.
+func TestArrivalIsNotAnotherDevice(t *testing.T) {
+	for _, fresh := range []bool{false, true} {
+		w := newWorld(t, Config{})
+		w.addLink(&routes.Link{Index: 7, Name: "c0", Kind: "veth", Type: 1, MTU: 1500, HardwareAddr: "02:00:00:00:00:77"})
+		w.turn(7, ethtool.TCPSegmentation, false) // by an admin
+		from := newAgent(Config{}, discard(), "test")
+		w.a.st.arrivals = []arrival{{id: "moved/1/7/1", from: from.inbox, fresh: fresh, dev: movedDevice{
+			Name: "c0", Kind: "veth", Addr: "02:00:00:00:00:01", To: routes.Place{Index: 7}, Features: []ethtool.Feature{ethtool.TCPSegmentation},
+		}}}
+		w.start()
+		w.advance(arrivalWithin + time.Minute)
+		if s, _ := w.feats[7].Get(ethtool.TCPSegmentation); s.Wanted != fresh {
+			t.Errorf("fresh %v: switched on: %v", fresh, s.Wanted)
+		}
+		var answers []handed
+		for _, b := range from.inbox.take() {
+			answers = append(answers, b.handed...)
+		}
+		if len(answers) != 1 || (answers[0].why == "") != fresh {
+			t.Errorf("fresh %v: answered %+v", fresh, answers)
+		}
+	}
+}

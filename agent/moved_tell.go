@@ -6,6 +6,8 @@ import (
 	"maps"
 	"slices"
 	"strings"
+	"unicode"
+	"unicode/utf8"
 
 	"tsoagent/agent/netns"
 	"tsoagent/ethtool"
@@ -40,13 +42,27 @@ func (a *Agent) locate(d *movedDevice) {
 // says is the finding: what was left on which device, and how to give it back.
 func (d *movedDevice) says() string {
 	in, place := "in there ", fmt.Sprintf("a network namespace without a name (number %d in `ip netns list-id`)", d.To.Netnsid)
-	if pid, is := strings.CutPrefix(d.where, "pid:"); is {
+	if d.where == netns.Host {
+		in, place = "", "the network namespace that the agent was started in"
+	} else if pid, is := strings.CutPrefix(d.where, "pid:"); is {
 		in, place = "nsenter -t "+pid+" -n ", "the network namespace of process "+pid
 	} else if d.where != "" {
-		in, place = "ip netns exec "+d.where+" ", "network namespace "+d.where
+		in, place = "ip netns exec "+shellWord(d.where)+" ", "network namespace "+d.where
 	}
 	name := cmp.Or(d.There, d.Name)
-	var what, how []string
+	what, how := d.undo(in, name)
+	told, back := strings.Join(what, ", "), strings.Join(how, " and ")
+	if d.why != "" {
+		return fmt.Sprintf("%s was moved to %s and took along what this agent changed (%s), which is not taken over there yet (%s): it is tried again, or give it back with %s",
+			name, place, told, d.why, back)
+	}
+	return fmt.Sprintf("%s was moved to %s, which is not followed, and took along what this agent changed (%s): give it back with %s, or follow that namespace",
+		name, place, told, back)
+}
+
+// undo is in words what was changed on a device, and the commands that undo it, in a namespace that they enter with in.
+func (d *movedDevice) undo(in, name string) (what, how []string) {
+	name = shellWord(name)
 	if len(d.Features) > 0 {
 		cmd := in + "ethtool -K " + name
 		for _, f := range d.Features {
@@ -58,15 +74,52 @@ func (d *movedDevice) says() string {
 		what = append(what, fmt.Sprintf("mtu %d", d.MTU.Ours))
 		how = append(how, fmt.Sprintf("`%sip link set %s mtu %d`", in, name, d.MTU.Was))
 	}
-	return fmt.Sprintf("%s was moved to %s, which is not followed, and took along what this agent changed (%s): give it back with %s, or follow that namespace",
-		name, place, strings.Join(what, ", "), strings.Join(how, " and "))
+	return what, how
 }
 
-// movedFindings are the devices that took changes of ours to where nobody follows.
+// shellWord is a name as a word of a shell's command. Who may do in a namespace of a container as he likes names its devices with all
+// but blanks, slashes and colons (dev_valid_name, net/core/dev.c), and root pastes what we say.
+func shellWord(name string) string {
+	plain := func(r rune) bool {
+		return r < utf8.RuneSelf && (unicode.IsLetter(r) || unicode.IsDigit(r) || strings.ContainsRune("_-.@+,:%", r))
+	}
+	if name != "" && !strings.ContainsFunc(name, func(r rune) bool { return !plain(r) }) {
+		return name
+	}
+	var b strings.Builder
+	b.WriteString("$'")
+	for i := range len(name) {
+		if c := name[i]; plain(rune(c)) {
+			b.WriteByte(c)
+		} else {
+			fmt.Fprintf(&b, `\x%02x`, c)
+		}
+	}
+	return b.String() + "'"
+}
+
+// lost is the finding about a device that is not where it went.
+func (d *movedDevice) lost() string {
+	name := cmp.Or(d.There, d.Name)
+	what, how := d.undo("", name)
+	addr := ""
+	if key := d.nicKey(); key != "" {
+		addr = " (" + key + ")"
+	}
+	return fmt.Sprintf("%s%s is not where it was moved to any more, or its network namespace is gone, and it took along what this agent changed (%s): if it is anywhere, give it back there with %s",
+		name, addr, strings.Join(what, ", "), strings.Join(how, " and "))
+}
+
+// movedFindings are the devices that took changes of ours to where nobody follows. Of those that are gone NICs are told, which
+// are not gone for good, once they had the time to come back.
 func (a *Agent) movedFindings() []string {
 	var out []string
 	for _, id := range slices.Sorted(maps.Keys(a.st.moved)) {
-		if d := a.st.moved[id]; !d.offered && !d.gone {
+		switch d := a.st.moved[id]; {
+		case d.offered, d.gone && (d.looks == 0 || d.nicKey() == ""):
+		case d.gone:
+			out = append(out, d.lost())
+		default:
 			out = append(out, d.says())
 		}
 	}
@@ -86,7 +139,7 @@ func (a *Agent) missHeld() {
 		slices.Sort(features)
 		a.log.Info("a device is gone on which features were held off", "device", dev.Name, "features", features)
 		a.st.missed = append(a.st.missed, fmt.Sprintf("%s is gone, with %s held off: if it was moved to another network namespace, give it back there with `ethtool -K %s %s on`",
-			dev.Name, strings.Join(features, ", "), dev.Name, strings.Join(features, " on ")))
+			dev.Name, strings.Join(features, ", "), shellWord(dev.Name), strings.Join(features, " on ")))
 		a.st.missedHolds += len(features)
 	}
 	slices.Sort(a.st.missed)

@@ -112,8 +112,10 @@ func (readOnly) Entries() []journal.Entry { return nil }
 // Left is what the journals in a run directory remember, in all namespaces together.
 type Left struct {
 	Holds, Locks, DeviceMTUs, Lanes int
-	Clamp                           bool // an nftables table of ours
-	Tables                          bool // there may be rules and clones
+	// Moved are devices that went to other namespaces with what was changed on them.
+	Moved  int
+	Clamp  bool // an nftables table of ours
+	Tables bool // there may be rules and clones
 }
 
 // LeftOver reads the journals in a run directory. With no agent running they tell what one that
@@ -150,6 +152,8 @@ func (left *Left) add(entries []journal.Entry) {
 			left.DeviceMTUs++
 		case kindLane:
 			left.Lanes++
+		case kindMoved:
+			left.Moved++
 		case kindClamp:
 			left.Clamp = true
 		case kindTables:
@@ -167,6 +171,7 @@ func (left Left) String() string {
 	}{
 		{left.Holds, "held feature", "held features"}, {left.Locks, "locked route", "locked routes"},
 		{left.DeviceMTUs, "device mtu", "device mtus"}, {left.Lanes, "lane", "lanes"},
+		{left.Moved, "device that was moved to another network namespace", "devices that were moved to other network namespaces"},
 	} {
 		switch c.n {
 		case 0:
@@ -208,6 +213,8 @@ type Restored struct {
 	Clamps     int `json:"clamps,omitempty"`
 	// Lanes were taken away.
 	Lanes int `json:"lanes,omitempty"`
+	// Moved are devices that went to other namespaces with what was changed on them, and that nobody took over there.
+	Moved int `json:"moved,omitempty"`
 	// Namespaces are the others, by RestoreAll.
 	Namespaces []Restored `json:"namespaces,omitempty"`
 }
@@ -224,17 +231,21 @@ func RestoreIn(ctx context.Context, spec string, cfg Config, log *slog.Logger, v
 	return restoreIn(ctx, spec, cfg, log, version, stale, nil)
 }
 
-// restoreIn is RestoreIn, where carry brings the claims on devices that left the namespace to who follows
-// where they are now (Agent.carry).
-func restoreIn(ctx context.Context, spec string, cfg Config, log *slog.Logger, version string, stale bool, carry func(*Agent, arrival) bool) (*Restored, error) {
+// restoreIn is RestoreIn, where others take over the devices that left the namespace.
+func restoreIn(ctx context.Context, spec string, cfg Config, log *slog.Logger, version string, stale bool, to others) (*Restored, error) {
+	return restoreWith(ctx, spec, cfg, log, version, stale, to, (*Agent).open)
+}
+
+// restoreWith is restoreIn with a function that opens the agent.
+func restoreWith(ctx context.Context, spec string, cfg Config, log *slog.Logger, version string, stale bool, to others, open func(*Agent) error) (*Restored, error) {
 	cfg.Mode = Enforce
 	var cookie uint64
 	out, err := restoreFrom(ctx, spec, cfg, log, version, stale, func(a *Agent) error {
 		if scope, err := a.scope(); err == nil && a.name == "" {
 			cookie = scope.NetnsCookie
 		}
-		a.carry = carry
-		return a.open()
+		a.others = to
+		return open(a)
 	})
 	if err != nil || cookie == 0 {
 		return out, err
@@ -246,7 +257,7 @@ func restoreIn(ctx context.Context, spec string, cfg Config, log *slog.Logger, v
 		return out, nil // none
 	}
 	more, err := restoreFrom(ctx, spec, cfg, log, version, stale, func(a *Agent) error {
-		a.dir, a.carry = dir, carry
+		a.dir, a.others = dir, to
 		return a.open()
 	})
 	if more != nil {
@@ -272,6 +283,7 @@ func restoreFrom(ctx context.Context, spec string, cfg Config, log *slog.Logger,
 func (r *Restored) add(more *Restored) {
 	r.Holds, r.Locks, r.Rules, r.Clones = r.Holds+more.Holds, r.Locks+more.Locks, r.Rules+more.Rules, r.Clones+more.Clones
 	r.DeviceMTUs, r.Clamps, r.Lanes = r.DeviceMTUs+more.DeviceMTUs, r.Clamps+more.Clamps, r.Lanes+more.Lanes
+	r.Moved += more.Moved
 	r.Actions, r.Failed, r.Findings = r.Actions+more.Actions, r.Failed+more.Failed, append(r.Findings, more.Findings...)
 }
 
@@ -293,12 +305,12 @@ func (a *Agent) restore(ctx context.Context, stale bool) (*Restored, error) {
 		return nil, fmt.Errorf("agent: restore: %w", err)
 	}
 	if !stale {
-		out.Holds -= a.st.missedHolds
+		out.Holds += a.st.taken - a.st.missedHolds
 		a.findings = append(a.findings, a.st.missed...)
 	}
 	out.Rules, out.Clones = a.dropped.rules, a.dropped.clones
 	out.DeviceMTUs, out.Clamps = a.st.mtusGiven, a.st.clamps.deleted
-	out.Lanes = a.st.lanes.removed
+	out.Lanes, out.Moved = a.st.lanes.removed, len(a.st.moved)
 	out.Actions, out.Failed, out.Findings = a.stats.Actions, a.stats.Failed, list(slices.Concat(a.findings, a.movedFindings()))
 	return out, nil
 }

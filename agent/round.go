@@ -48,7 +48,7 @@ func (a *Agent) apply(b batch) {
 		a.settleMoved(h)
 	}
 	if b.offer && a.lastP != nil {
-		a.offerAgain()
+		a.offerAgain(b.resync)
 	}
 	for _, ev := range b.keys {
 		switch ev := ev.(type) {
@@ -79,10 +79,14 @@ func (a *Agent) applyRoute(ev routes.Event) {
 			a.look(ev.Link.Index)
 		}
 		a.renamed(ev.Link)
+		a.nicSet(ev.Link)
 	case routes.LinkGone:
 		delete(a.st.features, ev.Index)
 		a.st.l2tp.gone(ev.Index)
 		a.departed(ev)
+		if l := a.st.fib.Link(ev.Index); l != nil && nicKey(l) != "" {
+			a.st.nics = true
+		}
 		a.forgetDevice(ev.Index)
 		a.laneLink(ev.Index, "")
 	case routes.RuleSet:
@@ -95,7 +99,7 @@ func (a *Agent) applyRoute(ev routes.Event) {
 	case routes.ResyncBegin:
 		a.st.dumping = true
 	case routes.ResyncEnd:
-		a.st.dumping = false
+		a.st.dumping, a.st.nics = false, true
 	}
 	if e := a.st.fib.Apply(ev); e.Resync != nil && a.sources != nil {
 		a.sources.resyncRoutes(*e.Resync)

@@ -64,9 +64,11 @@ type state struct {
 	doubtful    map[routes.Ifindex]bool // links that are to be read anew
 	mtusGiven   int                     // how many devices got their MTU back
 
-	moved    map[string]*movedDevice        // devices that left with changes of ours, by the journal's ID
-	left     map[routes.Ifindex]movedDevice // devices that left of late, without claims
-	arrivals []arrival                      // claims on devices that were moved here
+	moved    map[string]*movedDevice       // devices that left with changes of ours, by the journal's ID
+	left     map[routes.Ifindex]leftDevice // devices that left of late
+	arrivals []arrival                     // claims on devices that were moved here
+	taken    int                           // features that were taken over with such devices
+	nics     bool                          // a NIC came, went or changed
 	// missed are the devices that went while no agent ran, in words, missedHolds their features.
 	missed      []string
 	missedHolds int
@@ -132,7 +134,7 @@ func newState() *state {
 		doubtful:      map[routes.Ifindex]bool{},
 		lanes:         newLaneState(),
 		moved:         map[string]*movedDevice{},
-		left:          map[routes.Ifindex]movedDevice{},
+		left:          map[routes.Ifindex]leftDevice{},
 		retakes:       map[plan.HoldKey]int{},
 		unsure:        map[plan.HoldKey]bool{},
 		contested:     map[plan.HoldKey]string{},

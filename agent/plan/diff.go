@@ -20,7 +20,9 @@ type HoldClaim struct {
 	Device ethtool.Device `json:"device"`
 	// PermAddr and Address tell the device from another one that got its index and name.
 	PermAddr string `json:"perm_addr,omitempty"`
-	Was      bool   `json:"was"`
+	// NIC says that the device outlives its namespace, and is known by PermAddr in another one.
+	NIC bool `json:"nic,omitempty"`
+	Was bool `json:"was"`
 }
 
 // Held is what we have in place besides our tables, which the mirror itself shows.

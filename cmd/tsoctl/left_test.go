@@ -15,7 +15,7 @@ func TestNextWithoutNamesWhatIsLeft(t *testing.T) {
 	}
 	for kind, want := range map[journal.Kind]string{
 		"feature": "has left 1 held feature:", "route": "has left 1 locked route:", "device-mtu": "has left 1 device mtu:",
-		"lane": "has left 1 lane:", "clamp": "has left a clamp:", "tables": "has left rules and clones:", "mtu": "starts one",
+		"lane": "has left 1 lane:", "moved": "has left 1 device that was moved to another network namespace:", "clamp": "has left a clamp:", "tables": "has left rules and clones:", "mtu": "starts one",
 	} {
 		t.Run(string(kind), func(t *testing.T) {
 			dir := t.TempDir()
