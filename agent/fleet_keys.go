@@ -9,12 +9,15 @@ import (
 	"tsoagent/sockopt/sockbpf"
 )
 
-// keyHook tells of TCP keys that are set or deleted, in whichever namespace (sockbpf.Hook).
+// keyHook tells of TCP keys that are set or deleted, and of sockets with keys that begin to listen or to connect, or end,
+// in whichever namespace (sockbpf.Hook).
 type keyHook interface {
 	io.Closer
 	Run(ctx context.Context, fn func(sockbpf.KeyEvent)) error
 	Functions() []string
 	Watches(sockopt.Kind) bool
+	WatchesSockets() bool
+	Refused() error
 }
 
 var _ keyHook = (*sockbpf.Hook)(nil)
@@ -28,11 +31,11 @@ func openKeyHook() (keyHook, error) {
 }
 
 // hooked says how the agent knows of keys: by functions of the kernel that are traced, or, where there are
-// none, by polls alone, and why.
+// none, by polls, and why.
 type hooked struct {
-	functions []string
-	all       bool // of keys of all kinds, also of sockets that go with their keys
-	why       string
+	functions []string  // and the tracepoint of sockets that begin to listen or to connect
+	all       bool      // keys of all kinds that are set and deleted, and sockets that go with theirs: polls are for what was missed
+	why       string    // why keys that are set on a socket are seen by polls alone
 	ao        keyLister // lists TCP-AO's keys, nil where they aren't known
 }
 
@@ -55,6 +58,10 @@ func openAO() (keyLister, error) {
 
 func (h hooked) on() bool { return len(h.functions) > 0 }
 
+// onlySockets says, ahead of why, what is seen at once where the kernel's key functions can't be traced.
+const onlySockets = "sockets that have keys when they begin to listen or to connect are seen at once, other keys by polls, as the kernel's key " +
+	"functions are not traced: "
+
 // watchKeys follows the kernel's key functions for all namespaces until the context ends. Where they can't be
 // traced, or not any more, all works by polls.
 func (f *Fleet) watchKeys(ctx context.Context) {
@@ -71,10 +78,16 @@ func (f *Fleet) watchKeys(ctx context.Context) {
 	}
 	defer h.Close()
 	now := hooked{functions: h.Functions()}
+	if err := h.Refused(); err != nil {
+		now.why = onlySockets + oneLine(err)
+		f.log.Info("TCP keys are polled, but for sockets that have keys when they begin to listen or to connect, as the kernel's key functions "+
+			"are not traced", "why", err)
+	}
 	if now.ao = f.listAO(); now.ao != nil {
 		defer now.ao.Close()
 	}
-	now.all = slices.Contains(now.functions, "tcp_clear_md5_list") && (now.ao == nil || h.Watches(sockopt.AO))
+	now.all = h.Watches(sockopt.MD5) && (h.WatchesSockets() || slices.Contains(now.functions, "tcp_clear_md5_list")) &&
+		(now.ao == nil || h.Watches(sockopt.AO))
 	f.setHooked(now)
 	err = h.Run(ctx, f.keyChanged)
 	if ctx.Err() == nil {
@@ -104,7 +117,7 @@ func (f *Fleet) keyChanged(ev sockbpf.KeyEvent) {
 			continue
 		}
 		switch ev.Op {
-		case sockbpf.Inherited, sockbpf.Cleared: // as often as connections come and go
+		case sockbpf.Inherited, sockbpf.Connected, sockbpf.Cleared: // as often as connections come and go
 			m.agent.sources.lookAtKeysSoon()
 		default:
 			m.agent.sources.lookAtKeys()

@@ -5,11 +5,14 @@ import (
 	"errors"
 	"net"
 	"net/netip"
+	"os"
 	"slices"
 	"strings"
 	"sync"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"tsoagent/agent/netns"
 	"tsoagent/agent/netns/netnstest"
@@ -76,17 +79,26 @@ func (s *sailing) report(name string) *Report {
 	return nil
 }
 
+// hookOrSkip is a hook that is closed with the test.
+func hookOrSkip(t *testing.T) *sockbpf.Hook {
+	t.Helper()
+	h, err := sockbpf.OpenHook()
+	if err != nil {
+		t.Skipf("nothing tells of keys: %v", err)
+	}
+	t.Cleanup(func() { _ = h.Close() })
+	return h
+}
+
 // TestKeysAreSeenAtOnce sets and deletes keys in two namespaces, where they are polled once an hour: only the kernel's
 // key functions can tell.
 func TestKeysAreSeenAtOnce(t *testing.T) {
 	if !netnstest.Private(t) {
 		return
 	}
-	h, err := sockbpf.OpenHook()
-	if err != nil {
-		t.Skipf("the kernel's key functions can't be traced: %v", err)
+	if h := hookOrSkip(t); !h.Watches(sockopt.MD5) {
+		t.Skipf("the kernel's key functions can't be traced: %v", h.Refused())
 	}
-	_ = h.Close()
 	named(t, "one", "two")
 	cfg := fleetConfig(t, "one", "two")
 	cfg.TCPKeysEvery = Duration(time.Hour)
@@ -114,6 +126,182 @@ func TestKeysAreSeenAtOnce(t *testing.T) {
 	has("two")
 }
 
+// keyed makes a socket in a namespace that has a key for a peer, and does nothing else yet.
+func keyed(t *testing.T, name, peer string) *os.File {
+	t.Helper()
+	ns, err := netns.Open(netns.Path(name))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ns.Close()
+	family, addr := unix.AF_INET, netip.MustParseAddr(peer)
+	if addr.Is6() {
+		family = unix.AF_INET6
+	}
+	var fd int
+	err = ns.Do(func() (err error) {
+		fd, err = unix.Socket(family, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	f := os.NewFile(uintptr(fd), "socket")
+	t.Cleanup(func() { _ = f.Close() })
+	raw, err := f.SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	signFor(t, raw, addr)
+	return f
+}
+
+func address(at string) unix.Sockaddr {
+	a := netip.MustParseAddrPort(at)
+	if a.Addr().Is4() {
+		return &unix.SockaddrInet4{Port: int(a.Port()), Addr: a.Addr().As4()}
+	}
+	return &unix.SockaddrInet6{Port: int(a.Port()), Addr: a.Addr().As16()}
+}
+
+// statesHook is a hook that doesn't tell of keys that are set, as where no function can be traced.
+type statesHook struct{ keyHook }
+
+func (h statesHook) Run(ctx context.Context, fn func(sockbpf.KeyEvent)) error {
+	return h.keyHook.Run(ctx, func(ev sockbpf.KeyEvent) {
+		if ev.Op != sockbpf.Added {
+			fn(ev)
+		}
+	})
+}
+
+// TestKeysAreSeenWhenTheirSocketStarts sets keys long ahead of listen(2) and connect(2), where they are polled once an hour: until then
+// no dump shows the socket. Only the change of its state can tell, also where no function is traced.
+func TestKeysAreSeenWhenTheirSocketStarts(t *testing.T) {
+	if !netnstest.Private(t) {
+		return
+	}
+	if h := hookOrSkip(t); !h.WatchesSockets() {
+		t.Skipf("the kernel doesn't tell of its sockets' states: %v", h.Functions())
+	}
+	named(t, "one")
+	netnstest.IP(t, "-n one addr add fd00::1/64 dev n0 nodad")
+	cfg := fleetConfig(t, "one")
+	cfg.TCPKeysEvery = Duration(time.Hour)
+	followed := make(chan struct{})
+	s := sailBy(t, cfg, func(f *Fleet) {
+		f.openHook = func() (keyHook, error) {
+			<-followed
+			h, err := openKeyHook()
+			return statesHook{h}, err
+		}
+	})
+	looked := func(n uint64) {
+		t.Helper()
+		netnstest.Within(t, "a look", func() bool {
+			list := s.Reports()
+			return len(list) == 1 && looks(list[0]) >= n
+		})
+	}
+	// The first look, the one that following asks for, and a second one after that; the hook asks for the same two. Then nothing looks
+	// until it is asked to, for an hour.
+	looked(3)
+	close(followed)
+	looked(5)
+	for _, tt := range []struct {
+		peer     string
+		listens  string // where it does, else it connects to the peer, which never answers
+		coverage string
+	}{
+		{"192.0.2.9", "192.0.2.1:179", "192.0.2.9/32"},
+		{"fd00::9", "[fd00::1]:179", "fd00::9/128"},
+		{"192.0.2.9", "", "192.0.2.9/32"},
+		{"fd00::9", "", "fd00::9/128"},
+	} {
+		socket := keyed(t, "one", tt.peer)
+		var err error
+		if tt.listens != "" {
+			err = errors.Join(unix.Bind(int(socket.Fd()), address(tt.listens)), unix.Listen(int(socket.Fd()), 1))
+		} else if err = unix.Connect(int(socket.Fd()), address(netip.AddrPortFrom(netip.MustParseAddr(tt.peer), 179).String())); errors.Is(err, unix.EINPROGRESS) {
+			err = nil
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		netnstest.Within(t, "the key", func() bool { return slices.Equal(s.keysIn("one"), []string{tt.coverage}) })
+		if c := s.report("one").Coverages[0]; c.Listener != (tt.listens != "") || c.Listener == (c.PeerPort == 179) {
+			t.Errorf("%+v", c)
+		}
+		if err := socket.Close(); err != nil {
+			t.Fatal(err)
+		}
+		netnstest.Within(t, "no key", func() bool { return len(s.keysIn("one")) == 0 })
+	}
+}
+
+// TestReportSaysWhatIsSeenAtOnce has a kernel whose key functions can't be traced, and one that does all.
+func TestReportSaysWhatIsSeenAtOnce(t *testing.T) {
+	if !netnstest.Private(t) {
+		return
+	}
+	for _, tt := range []struct {
+		ns   string
+		hook fixedHook
+		all  bool
+		want SourceReport
+	}{
+		{"states", fixedHook{states: true, refused: errors.New("no\ntracing")}, false, SourceReport{
+			Traced: []string{"inet_sock_set_state"},
+			Untraced: "sockets that have keys when they begin to listen or to connect are seen at once, other keys by polls, as the kernel's key " +
+				"functions are not traced: no; tracing",
+		}},
+		{"both", fixedHook{states: true, functions: []string{"tcp_md5_do_add"}}, true, SourceReport{Traced: []string{"tcp_md5_do_add", "inet_sock_set_state"}}},
+		{"functions", fixedHook{functions: []string{"tcp_md5_do_add"}}, false, SourceReport{Traced: []string{"tcp_md5_do_add"}}},
+	} {
+		named(t, tt.ns)
+		s := sailBy(t, fleetConfig(t, tt.ns), func(f *Fleet) {
+			f.openHook = func() (keyHook, error) { return tt.hook, nil }
+			f.openAO = func() (keyLister, error) { return nil, sockbpf.ErrUnsupported }
+		})
+		netnstest.Within(t, "the report", func() bool {
+			r := s.report(tt.ns)
+			if r == nil {
+				return false
+			}
+			i := slices.IndexFunc(r.Sources, func(s SourceReport) bool { return s.Source == "sockopt" })
+			return i >= 0 && slices.Equal(r.Sources[i].Traced, tt.want.Traced) && r.Sources[i].Untraced == tt.want.Untraced
+		})
+		s.mu.Lock()
+		if s.hooked.all != tt.all {
+			t.Errorf("%s: all is %v", tt.ns, s.hooked.all)
+		}
+		s.mu.Unlock()
+		s.stop()
+	}
+}
+
+// fixedHook tells nothing.
+type fixedHook struct {
+	functions []string
+	states    bool
+	refused   error
+}
+
+func (fixedHook) Close() error { return nil }
+func (h fixedHook) Functions() []string {
+	if h.states {
+		return append(slices.Clone(h.functions), "inet_sock_set_state")
+	}
+	return h.functions
+}
+func (h fixedHook) Watches(k sockopt.Kind) bool { return k == sockopt.MD5 && len(h.functions) > 0 }
+func (h fixedHook) WatchesSockets() bool        { return h.states }
+func (h fixedHook) Refused() error              { return h.refused }
+func (fixedHook) Run(ctx context.Context, _ func(sockbpf.KeyEvent)) error {
+	<-ctx.Done()
+	return nil
+}
+
 // noHook can't be opened.
 func noHook() (keyHook, error) { return nil, errors.New("no tracing here") }
 
@@ -123,6 +311,8 @@ type brokenHook struct{}
 func (brokenHook) Close() error              { return nil }
 func (brokenHook) Functions() []string       { return []string{"tcp_md5_do_add"} }
 func (brokenHook) Watches(sockopt.Kind) bool { return false }
+func (brokenHook) WatchesSockets() bool      { return false }
+func (brokenHook) Refused() error            { return nil }
 func (brokenHook) Run(context.Context, func(sockbpf.KeyEvent)) error {
 	return errors.New("the ring is gone")
 }
@@ -175,6 +365,8 @@ type aoHook struct {
 func (aoHook) Close() error              { return nil }
 func (aoHook) Functions() []string       { return []string{"tcp_parse_ao"} }
 func (aoHook) Watches(sockopt.Kind) bool { return true }
+func (aoHook) WatchesSockets() bool      { return false }
+func (aoHook) Refused() error            { return nil }
 func (h aoHook) Run(ctx context.Context, fn func(sockbpf.KeyEvent)) error {
 	for {
 		select {
@@ -346,6 +538,8 @@ func (md5Hook) Functions() []string {
 	return []string{"tcp_md5_do_add", "tcp_md5_do_del", "tcp_clear_md5_list"}
 }
 func (md5Hook) Watches(k sockopt.Kind) bool { return k == sockopt.MD5 }
+func (md5Hook) WatchesSockets() bool        { return true }
+func (md5Hook) Refused() error              { return nil }
 func (md5Hook) Run(ctx context.Context, _ func(sockbpf.KeyEvent)) error {
 	<-ctx.Done()
 	return nil

@@ -68,7 +68,8 @@ type SourceReport struct {
 	// Seconds is the CPU time of all looks, and Sockets what the last saw, of a source that polls.
 	Seconds float64 `json:"seconds,omitempty"`
 	Sockets int     `json:"sockets,omitempty"`
-	// Traced are the kernel's functions whose calls it looks at at once; Untraced is why there are none.
+	// Traced are the kernel's functions whose calls it looks at at once, and the tracepoint inet_sock_set_state where it does when a socket
+	// that holds keys begins to listen or to connect; Untraced is why there are no functions.
 	Traced   []string `json:"traced,omitempty"`
 	Untraced string   `json:"untraced,omitempty"`
 }

@@ -134,7 +134,7 @@ func decodeKey(b []byte) (KeyEvent, error) {
 	}
 	family, bits := b[36], int(b[37])
 	switch {
-	case e.Op < Added || e.Op > Cleared:
+	case e.Op < Added || e.Op > Connected || e.Op == Lost:
 		return KeyEvent{}, fmt.Errorf("sockbpf: a key's record with the operation %d", e.Op)
 	case e.Kind != sockopt.MD5 && e.Kind != sockopt.AO:
 		return KeyEvent{}, fmt.Errorf("sockbpf: a key's record of the kind %d", e.Kind)

@@ -209,7 +209,12 @@ func TestDecodeKey(t *testing.T) {
 			func(e *KeyEvent) { e.Op, e.Kind, e.Peer = Cleared, sockopt.AO, netip.Prefix{} }},
 		{"IPv4-mapped with an IPv6 length", func(b []byte) { copy(b, mapped[:]); b[36], b[37] = afInet6, 128 }, nil},
 		{"too long a prefix", func(b []byte) { b[37] = 33 }, nil},
+		{"a socket that starts", func(b []byte) { b[34], b[36] = uint8(Started), 0 },
+			func(e *KeyEvent) { e.Op, e.Peer = Started, netip.Prefix{} }},
+		{"one that is connected", func(b []byte) { b[34], b[36] = uint8(Connected), 0 },
+			func(e *KeyEvent) { e.Op, e.Peer = Connected, netip.Prefix{} }},
 		{"an operation that isn't", func(b []byte) { b[34] = uint8(Lost) }, nil},
+		{"one that isn't yet", func(b []byte) { b[34] = uint8(Connected) + 1 }, nil},
 		{"a kind that isn't", func(b []byte) { b[35] = 3 }, nil},
 		{"a family that isn't", func(b []byte) { b[36] = 1 }, nil},
 		{"zeros", func(b []byte) { clear(b) }, nil},
@@ -242,7 +247,7 @@ func FuzzDecodeKey(f *testing.F) {
 		switch {
 		case err != nil && e != KeyEvent{}:
 			t.Errorf("%+v with %v", e, err)
-		case err == nil && (len(b) != keySize || e.Op < Added || e.Op > Cleared || e.Missing != 0 || e.Op.String() == "unknown"):
+		case err == nil && (len(b) != keySize || e.Op < Added || e.Op > Connected || e.Op == Lost || e.Missing != 0 || e.Op.String() == "unknown"):
 			t.Errorf("%+v of %x", e, b)
 		case err == nil && e.Peer != netip.Prefix{} && (!e.Peer.IsValid() || e.Peer.Addr().Is4In6()):
 			t.Errorf("peer %v", e.Peer)

@@ -15,8 +15,20 @@ import (
 	"tsoagent/sockopt"
 )
 
-// A tap is a program on a kernel function.
+// A tap is a program on a kernel function, or on a tracepoint.
 type tap struct{ program, function string }
+
+// stateTracepoint is where each change of a TCP socket's state is told (include/trace/events/sock.h). It needs no function that is traced.
+const stateTracepoint = "inet_sock_set_state"
+
+// in reports whether the kernel has what the tap is for.
+func (t tap) in(types *btf.Spec) bool {
+	if t.function == stateTracepoint {
+		var f *btf.Typedef
+		return types.TypeByName("btf_trace_"+t.function, &f) == nil
+	}
+	return hasFunc(types, t.function)
+}
 
 // ways are the ways to know each thing, the best first. The taps of a way belong together: all are attached, or none.
 var ways = []struct {
@@ -30,23 +42,25 @@ var ways = []struct {
 	{sockopt.AO, [][]tap{{{keysProgAoOption, "tcp_parse_ao"}}}},
 	{0, [][]tap{{{keysProgMd5Copy, "tcp_md5_key_copy"}}}},
 	{0, [][]tap{{{keysProgMd5Clear, "tcp_clear_md5_list"}}}},
+	{0, [][]tap{{{keysProgSockState, stateTracepoint}}}},
 }
 
-// Hook tells when keys are set and deleted, in all network namespaces.
+// Hook tells when keys are set and deleted, and when sockets that hold some begin to listen or to connect, or end, in all network namespaces.
 type Hook struct {
 	types     *btf.Spec // of the kernel, until all is loaded
 	maps      *ebpf.Collection
 	closers   []io.Closer
 	functions []string
 	kinds     []sockopt.Kind
+	refused   error // why kinds are none
 	reader    *ringbuf.Reader
 	lost      *ebpf.Variable
 	told      uint64 // how many of lost have been told
 }
 
-// OpenHook loads and attaches the programs. It needs CAP_BPF and CAP_PERFMON, and no more; without them the error is os.ErrPermission, as
-// it is where the kernel refuses to trace functions. Where it has none of them, or can't, it is ErrUnsupported. Events are kept from then
-// on.
+// OpenHook loads and attaches the programs. It needs CAP_BPF and CAP_PERFMON, and no more; without them the error is os.ErrPermission.
+// Where the kernel refuses to trace functions, or can't, sockets that hold keys are still told of when their state changes; Refused says why
+// there is no more. Where it has no keys, or nothing to tell of them, the error is ErrUnsupported. Events are kept from then on.
 func OpenHook() (*Hook, error) { return openHook(func(string) bool { return true }) }
 
 // openHook leaves out the functions that use doesn't take.
@@ -93,7 +107,7 @@ func (h *Hook) takeWays(spec *ebpf.CollectionSpec, use func(function string) boo
 	var errs []error
 	for _, thing := range ways {
 		for _, way := range thing.ways {
-			if slices.ContainsFunc(way, func(t tap) bool { return !use(t.function) || !hasFunc(h.types, t.function) }) {
+			if slices.ContainsFunc(way, func(t tap) bool { return !use(t.function) || !t.in(h.types) }) {
 				continue
 			}
 			if err := h.take(spec, way); err != nil {
@@ -110,9 +124,21 @@ func (h *Hook) takeWays(spec *ebpf.CollectionSpec, use func(function string) boo
 	case len(h.kinds) > 0:
 		return nil
 	case len(errs) > 0:
-		return errs[0] // the best way's
+		h.refused = errs[0] // the best way's
+	default:
+		h.refused = fmt.Errorf("sockbpf: the kernel has none of its functions for TCP-MD5 and TCP-AO keys (CONFIG_TCP_MD5SIG): %w", ErrUnsupported)
 	}
-	return fmt.Errorf("sockbpf: the kernel has none of its functions for TCP-MD5 and TCP-AO keys (CONFIG_TCP_MD5SIG): %w", ErrUnsupported)
+	if slices.Contains(h.functions, stateTracepoint) && holdsKeys(h.types) {
+		return nil
+	}
+	return h.refused
+}
+
+// holdsKeys reports whether the kernel's sockets can hold keys.
+func holdsKeys(types *btf.Spec) bool {
+	var sock *btf.Struct
+	return types.TypeByName("tcp_sock", &sock) == nil &&
+		slices.ContainsFunc(sock.Members, func(m btf.Member) bool { return m.Name == "md5sig_info" || m.Name == "ao_info" })
 }
 
 // take loads and attaches the programs of a way, or nothing.
@@ -164,11 +190,17 @@ func closeAll(closers []io.Closer) error {
 	return errors.Join(errs...)
 }
 
-// Functions are the kernel's functions that are traced.
+// Functions are the kernel's functions that are traced, and its tracepoint inet_sock_set_state, where it tells of sockets that hold keys.
 func (h *Hook) Functions() []string { return slices.Clone(h.functions) }
 
 // Watches reports whether keys of this kind are seen when they are set and deleted.
 func (h *Hook) Watches(kind sockopt.Kind) bool { return slices.Contains(h.kinds, kind) }
+
+// Refused is why keys that are set and deleted aren't seen, of neither kind, but only the sockets that hold some; nil where they are.
+func (h *Hook) Refused() error { return h.refused }
+
+// WatchesSockets reports whether sockets that hold keys are seen when they begin to listen or to connect, and when they end.
+func (h *Hook) WatchesSockets() bool { return slices.Contains(h.functions, stateTracepoint) }
 
 // Run calls fn with each event, in order, until ctx is done, and returns nil then. The kernel keeps events while nobody runs it, as many
 // as have room; those that hadn't are told by one Lost when there is room again. Run may be called again, but not at the same time.

@@ -24,6 +24,7 @@ const (
 	keysProgMd5Del      = "md5_del"
 	keysProgMd5OptionV4 = "md5_option_v4"
 	keysProgMd5OptionV6 = "md5_option_v6"
+	keysProgSockState   = "sock_state"
 	keysVarLost         = "lost"
 )
 
@@ -76,6 +77,7 @@ type keysProgramSpecs struct {
 	Md5Del      *ebpf.ProgramSpec `ebpf:"md5_del"`
 	Md5OptionV4 *ebpf.ProgramSpec `ebpf:"md5_option_v4"`
 	Md5OptionV6 *ebpf.ProgramSpec `ebpf:"md5_option_v6"`
+	SockState   *ebpf.ProgramSpec `ebpf:"sock_state"`
 }
 
 // keysMapSpecs contains maps before they are loaded into the kernel.
@@ -139,6 +141,7 @@ type keysPrograms struct {
 	Md5Del      *ebpf.Program `ebpf:"md5_del"`
 	Md5OptionV4 *ebpf.Program `ebpf:"md5_option_v4"`
 	Md5OptionV6 *ebpf.Program `ebpf:"md5_option_v6"`
+	SockState   *ebpf.Program `ebpf:"sock_state"`
 }
 
 func (p *keysPrograms) Close() error {
@@ -150,6 +153,7 @@ func (p *keysPrograms) Close() error {
 		p.Md5Del,
 		p.Md5OptionV4,
 		p.Md5OptionV6,
+		p.SockState,
 	)
 }
 

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0
 //
 // keys tells when a TCP-MD5 or TCP-AO key is set, deleted or inherited, from the kernel's own key functions, after they succeeded. They
-// run for keys only: no program is on the way of a packet, or of another socket option. Which of them are attached is hook_linux.go's
-// choice; a kernel needn't have them all.
+// run for keys only: no program is on the way of a packet, or of another socket option. One more tells when a socket that holds keys begins
+// to listen or to connect, or ends; it runs for each change of a TCP socket's state. Which of them are attached is hook_linux.go's choice; a
+// kernel needn't have them all.
 //
 // No key is read. Of what the user hands over with TCP_MD5SIG only the part ahead of the key is (struct tcp_md5sig up to tcpm_ifindex,
 // linux/tcp.h), and only where tcp_md5_do_add can't be traced.
@@ -12,7 +13,7 @@
 char _license[] SEC("license") = "GPL";
 
 // As in decode.go.
-enum op { ADDED = 1, DELETED = 2, INHERITED = 3, CLEARED = 4 };
+enum op { ADDED = 1, DELETED = 2, INHERITED = 3, CLEARED = 4, STARTED = 6, CONNECTED = 7 };
 enum kind { MD5 = 1, AO = 2 };
 
 // struct key_event is a record. As in decode.go. family is 0 where the peer isn't known.
@@ -227,5 +228,63 @@ int ao_option(__u64 *ctx)
 			     BPF_CORE_READ(key, l3index));
 	}
 	bpf_ringbuf_submit(e, 0);
+	return 0;
+}
+
+// holds is the kind of the keys that a socket holds, MD5 for both and 0 for none.
+static __always_inline __u8 holds(struct tcp_sock *tp)
+{
+	struct tcp_md5sig_info *md5;
+	struct tcp_ao_info *ao;
+
+	if (bpf_core_field_exists(tp->md5sig_info)) {
+		md5 = tp->md5sig_info;
+		if (md5 && md5->head.first)
+			return MD5;
+	}
+	if (bpf_core_field_exists(tp->ao_info)) {
+		ao = tp->ao_info;
+		if (ao && BPF_CORE_READ(ao, head.first))
+			return AO;
+	}
+	return 0;
+}
+
+// inet_sock_set_state(const struct sock *sk, const int oldstate, const int newstate): a socket is in the tables that are dumped from when it
+// begins to listen or to connect, a moment after this, until it closes, a moment before. A connection that is established after this host
+// began it is told once more: it is in the table by then for sure.
+SEC("tp_btf/inet_sock_set_state")
+int sock_state(__u64 *ctx)
+{
+	int before = ctx[1], state = ctx[2];
+	struct tcp_sock *tp;
+	struct key_event *e;
+	__u8 kind, op;
+
+	switch (state) {
+	case TCP_LISTEN:
+	case TCP_SYN_SENT:
+		op = STARTED;
+		break;
+	case TCP_ESTABLISHED:
+		op = before == TCP_SYN_RECV ? INHERITED : CONNECTED;
+		break;
+	case TCP_CLOSE:
+		if (before == TCP_CLOSE)
+			return 0; // it never was in a table
+		op = CLEARED;
+		break;
+	default:
+		return 0;
+	}
+	tp = bpf_skc_to_tcp_sock((void *)ctx[0]);
+	if (!tp)
+		return 0; // of another protocol
+	kind = holds(tp);
+	if (!kind)
+		return 0;
+	e = reserve((struct sock *)tp, kind, op);
+	if (e)
+		bpf_ringbuf_submit(e, 0);
 	return 0;
 }
