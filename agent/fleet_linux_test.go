@@ -775,3 +775,16 @@ func TestControlInNamespaces(t *testing.T) {
 		t.Errorf("left: %v", dirs)
 	}
 }
+
+// TestNamesThatMeanOthers follows namespaces that are called like what the configuration has other meanings for, by their paths.
+func TestNamesThatMeanOthers(t *testing.T) {
+	if !netnstest.Private(t) {
+		return
+	}
+	names := []string{"all", "host", "pid:1"}
+	named(t, names...)
+	s := sail(t, fleetConfig(t, netns.All))
+	for _, name := range names {
+		s.state(filepath.Join(netns.Dir, name), NetnsFollowed)
+	}
+}

@@ -102,7 +102,8 @@ func PidOf(path string) int {
 	return 0
 }
 
-// Names are the names in Dir, sorted. It is no error if there is no such directory.
+// Names are the names in Dir, in its order; those that would mean another namespace, such as host, are paths. It is no error if there is no
+// such directory.
 func Names() ([]string, error) {
 	entries, err := os.ReadDir(Dir)
 	if errors.Is(err, os.ErrNotExist) {
@@ -113,9 +114,14 @@ func Names() ([]string, error) {
 	}
 	out := make([]string, 0, len(entries))
 	for _, e := range entries {
-		if !e.IsDir() && Check(e.Name()) == nil {
-			out = append(out, e.Name())
+		name := e.Name()
+		if e.IsDir() || Check(name) != nil {
+			continue
 		}
+		if path := filepath.Join(Dir, name); Path(name) != path {
+			name = path // host, all and pid:N mean others
+		}
+		out = append(out, name)
 	}
 	return out, nil
 }
