@@ -13,7 +13,7 @@ import (
 // in whichever namespace (sockbpf.Hook).
 type keyHook interface {
 	io.Closer
-	Run(ctx context.Context, fn func(sockbpf.KeyEvent)) error
+	Run(ctx context.Context, fn func([]sockbpf.KeyEvent)) error
 	Functions() []string
 	Watches(sockopt.Kind) bool
 	WatchesSockets() bool
@@ -89,7 +89,7 @@ func (f *Fleet) watchKeys(ctx context.Context) {
 	now.all = h.Watches(sockopt.MD5) && (h.WatchesSockets() || slices.Contains(now.functions, "tcp_clear_md5_list")) &&
 		(now.ao == nil || h.Watches(sockopt.AO))
 	f.setHooked(now)
-	err = h.Run(ctx, f.keyChanged)
+	err = h.Run(ctx, f.keysChanged)
 	if ctx.Err() == nil {
 		f.log.Warn("the kernel's key functions are not followed any more: TCP keys are polled", "err", err)
 		f.setHooked(hooked{why: oneLine(err), ao: now.ao})
@@ -107,22 +107,38 @@ func (f *Fleet) listAO() keyLister {
 	return ao
 }
 
-// keyChanged has the keys looked at in the namespace that an event is about. The event only asks for that: what
+// keysChanged has the keys looked at in the namespaces that events are about, once in each. The events only ask for that: what
 // is there now, the kernel's sockets say.
-func (f *Fleet) keyChanged(ev sockbpf.KeyEvent) {
+func (f *Fleet) keysChanged(events []sockbpf.KeyEvent) {
+	urgent, everywhere := wantedLooks(events)
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	for id, m := range f.members {
-		if m.agent == nil || ev.Op != sockbpf.Lost && id.Ino != uint64(ev.Netns) {
-			continue
-		}
-		switch ev.Op {
-		case sockbpf.Inherited, sockbpf.Connected, sockbpf.Cleared: // as often as connections come and go
-			m.agent.sources.lookAtKeysSoon()
-		default:
+		now, wanted := urgent[id.Ino]
+		switch {
+		case m.agent == nil:
+		case now || everywhere:
 			m.agent.sources.lookAtKeys()
+		case wanted:
+			m.agent.sources.lookAtKeysSoon()
 		}
 	}
+}
+
+// wantedLooks are the namespaces, by the inode, in which keys are to be looked at, and whether that is urgent; everywhere says that they all are.
+func wantedLooks(events []sockbpf.KeyEvent) (urgent map[uint64]bool, everywhere bool) {
+	urgent = map[uint64]bool{}
+	for _, ev := range events {
+		switch ev.Op {
+		case sockbpf.Lost:
+			everywhere = true
+		case sockbpf.Inherited, sockbpf.Connected, sockbpf.Cleared: // as often as connections come and go
+			urgent[uint64(ev.Netns)] = urgent[uint64(ev.Netns)]
+		default:
+			urgent[uint64(ev.Netns)] = true
+		}
+	}
+	return urgent, everywhere
 }
 
 // setHooked tells all namespaces' sources how keys are known from now on.

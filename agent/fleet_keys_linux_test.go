@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
 
 	"tsoagent/agent/netns"
@@ -167,11 +168,9 @@ func address(at string) unix.Sockaddr {
 // statesHook is a hook that doesn't tell of keys that are set, as where no function can be traced.
 type statesHook struct{ keyHook }
 
-func (h statesHook) Run(ctx context.Context, fn func(sockbpf.KeyEvent)) error {
-	return h.keyHook.Run(ctx, func(ev sockbpf.KeyEvent) {
-		if ev.Op != sockbpf.Added {
-			fn(ev)
-		}
+func (h statesHook) Run(ctx context.Context, fn func([]sockbpf.KeyEvent)) error {
+	return h.keyHook.Run(ctx, func(events []sockbpf.KeyEvent) {
+		fn(slices.DeleteFunc(events, func(ev sockbpf.KeyEvent) bool { return ev.Op == sockbpf.Added }))
 	})
 }
 
@@ -280,6 +279,94 @@ func TestReportSaysWhatIsSeenAtOnce(t *testing.T) {
 	}
 }
 
+// TestLooksAreWantedOnce has as many looks as namespaces, however many events there are.
+func TestLooksAreWantedOnce(t *testing.T) {
+	ev := func(ns uint32, ops ...sockbpf.Op) (list []sockbpf.KeyEvent) {
+		for range 1000 {
+			for _, op := range ops {
+				list = append(list, sockbpf.KeyEvent{Op: op, Netns: ns})
+			}
+		}
+		return list
+	}
+	events := slices.Concat(
+		ev(1, sockbpf.Added), ev(2, sockbpf.Deleted, sockbpf.Cleared), ev(3, sockbpf.Started, sockbpf.Connected), ev(4, sockbpf.Inherited),
+		ev(5, sockbpf.Connected), ev(6, sockbpf.Cleared))
+	urgent, everywhere := wantedLooks(events)
+	want := map[uint64]bool{1: true, 2: true, 3: true, 4: false, 5: false, 6: false}
+	if diff := cmp.Diff(want, urgent); diff != "" || everywhere {
+		t.Errorf("everywhere %v, (-want +got):\n%s", everywhere, diff)
+	}
+	if _, everywhere := wantedLooks(append(events, sockbpf.KeyEvent{Op: sockbpf.Lost, Missing: 1})); !everywhere {
+		t.Error("what is missing can be anywhere")
+	}
+}
+
+// batchHook tells what it is given.
+type batchHook struct {
+	fixedHook
+	events chan []sockbpf.KeyEvent
+}
+
+func (h batchHook) Run(ctx context.Context, fn func([]sockbpf.KeyEvent)) error {
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case events := <-h.events:
+			fn(events)
+		}
+	}
+}
+
+// TestManyKeysAreLookedAtOnce sets many keys in one go in one of two namespaces, and counts the looks: one, and the second one of Look.
+func TestManyKeysAreLookedAtOnce(t *testing.T) {
+	if !netnstest.Private(t) {
+		return
+	}
+	named(t, "one", "two")
+	cfg := fleetConfig(t, "one", "two")
+	cfg.TCPKeysEvery = Duration(time.Hour)
+	followed, hook := make(chan struct{}), batchHook{events: make(chan []sockbpf.KeyEvent)}
+	s := sailBy(t, cfg, func(f *Fleet) {
+		f.openHook = func() (keyHook, error) { <-followed; return hook, nil }
+	})
+	looked := func(one, two uint64) {
+		t.Helper()
+		netnstest.Within(t, "looks", func() bool {
+			list := s.Reports()
+			return len(list) == 2 && looks(list[0]) >= one && looks(list[1]) >= two
+		})
+		if list := s.Reports(); looks(list[0]) != one || looks(list[1]) != two {
+			t.Errorf("looks: %d and %d, want %d and %d", looks(list[0]), looks(list[1]), one, two)
+		}
+	}
+	looked(3, 3) // as in TestKeysAreSeenWhenTheirSocketStarts
+	close(followed)
+	looked(5, 5)
+	id, err := netns.Stat(netns.Path("one"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	listener := keyed(t, "one", "10.0.0.0")
+	raw, err := listener.SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var events []sockbpf.KeyEvent
+	const keys = 300
+	for i := range keys {
+		signFor(t, raw, netip.AddrFrom4([4]byte{10, 0, byte(i / 256), byte(i)}))
+		events = append(events, sockbpf.KeyEvent{Op: sockbpf.Added, Kind: sockopt.MD5, Netns: uint32(id.Ino)})
+	}
+	if err := errors.Join(unix.Bind(int(listener.Fd()), address("192.0.2.1:179")), unix.Listen(int(listener.Fd()), 1)); err != nil {
+		t.Fatal(err)
+	}
+	hook.events <- events
+	looked(7, 5)
+	netnstest.Within(t, "all keys", func() bool { return len(s.keysIn("one")) == keys })
+}
+
 // fixedHook tells nothing.
 type fixedHook struct {
 	functions []string
@@ -297,7 +384,7 @@ func (h fixedHook) Functions() []string {
 func (h fixedHook) Watches(k sockopt.Kind) bool { return k == sockopt.MD5 && len(h.functions) > 0 }
 func (h fixedHook) WatchesSockets() bool        { return h.states }
 func (h fixedHook) Refused() error              { return h.refused }
-func (fixedHook) Run(ctx context.Context, _ func(sockbpf.KeyEvent)) error {
+func (fixedHook) Run(ctx context.Context, _ func([]sockbpf.KeyEvent)) error {
 	<-ctx.Done()
 	return nil
 }
@@ -313,7 +400,7 @@ func (brokenHook) Functions() []string       { return []string{"tcp_md5_do_add"}
 func (brokenHook) Watches(sockopt.Kind) bool { return false }
 func (brokenHook) WatchesSockets() bool      { return false }
 func (brokenHook) Refused() error            { return nil }
-func (brokenHook) Run(context.Context, func(sockbpf.KeyEvent)) error {
+func (brokenHook) Run(context.Context, func([]sockbpf.KeyEvent)) error {
 	return errors.New("the ring is gone")
 }
 
@@ -367,13 +454,13 @@ func (aoHook) Functions() []string       { return []string{"tcp_parse_ao"} }
 func (aoHook) Watches(sockopt.Kind) bool { return true }
 func (aoHook) WatchesSockets() bool      { return false }
 func (aoHook) Refused() error            { return nil }
-func (h aoHook) Run(ctx context.Context, fn func(sockbpf.KeyEvent)) error {
+func (h aoHook) Run(ctx context.Context, fn func([]sockbpf.KeyEvent)) error {
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
 		case ev := <-h.events:
-			fn(ev)
+			fn([]sockbpf.KeyEvent{ev})
 		}
 	}
 }
@@ -439,7 +526,7 @@ type failingHook struct {
 	fail chan struct{}
 }
 
-func (h failingHook) Run(ctx context.Context, _ func(sockbpf.KeyEvent)) error {
+func (h failingHook) Run(ctx context.Context, _ func([]sockbpf.KeyEvent)) error {
 	select {
 	case <-ctx.Done():
 		return nil
@@ -540,7 +627,7 @@ func (md5Hook) Functions() []string {
 func (md5Hook) Watches(k sockopt.Kind) bool { return k == sockopt.MD5 }
 func (md5Hook) WatchesSockets() bool        { return true }
 func (md5Hook) Refused() error              { return nil }
-func (md5Hook) Run(ctx context.Context, _ func(sockbpf.KeyEvent)) error {
+func (md5Hook) Run(ctx context.Context, _ func([]sockbpf.KeyEvent)) error {
 	<-ctx.Done()
 	return nil
 }

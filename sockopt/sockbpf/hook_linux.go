@@ -202,12 +202,17 @@ func (h *Hook) Refused() error { return h.refused }
 // WatchesSockets reports whether sockets that hold keys are seen when they begin to listen or to connect, and when they end.
 func (h *Hook) WatchesSockets() bool { return slices.Contains(h.functions, stateTracepoint) }
 
-// Run calls fn with each event, in order, until ctx is done, and returns nil then. The kernel keeps events while nobody runs it, as many
-// as have room; those that hadn't are told by one Lost when there is room again. Run may be called again, but not at the same time.
-func (h *Hook) Run(ctx context.Context, fn func(KeyEvent)) error {
+// maxDrain bounds the events that are told together: somebody may set keys faster than they are read.
+const maxDrain = 4096
+
+// Run calls fn with the events that are there, in order, all of them at once, until ctx is done, and returns nil then. The slice is good until fn
+// returns. The kernel keeps events while nobody runs it, or fn does, as many as have room; those that hadn't are told by one Lost when there is
+// room again. Run may be called again, but not at the same time.
+func (h *Hook) Run(ctx context.Context, fn func([]KeyEvent)) error {
 	// Flush wakes the reader, which SetDeadline would wait for.
 	defer context.AfterFunc(ctx, func() { _ = h.reader.Flush() })()
 	var record ringbuf.Record
+	var events []KeyEvent
 	for ctx.Err() == nil {
 		switch err := h.reader.ReadInto(&record); {
 		case errors.Is(err, ringbuf.ErrFlushed):
@@ -215,29 +220,35 @@ func (h *Hook) Run(ctx context.Context, fn func(KeyEvent)) error {
 		case err != nil:
 			return fmt.Errorf("sockbpf: read key events: %w", err)
 		}
-		// The ring was full at some time ahead of this record if it lost some: whatever was lost is told after at most one more.
-		if err := h.tell(record.RawSample, fn); err != nil {
+		e, err := decodeKey(record.RawSample)
+		if err != nil {
+			e = KeyEvent{Op: Lost, Missing: 1} // not one of ours: what it was to say is missing
+		}
+		events = append(events, e)
+		if record.Remaining > 0 && len(events) < maxDrain {
+			continue
+		}
+		// The ring was full at some time ahead of the last record if it lost some: whatever was lost is told with at most one more.
+		if events, err = h.withLost(events); err != nil {
 			return err
 		}
+		fn(events)
+		events = events[:0]
 	}
 	return nil
 }
 
-func (h *Hook) tell(sample []byte, fn func(KeyEvent)) error {
+// withLost adds how many more are missing than were told.
+func (h *Hook) withLost(events []KeyEvent) ([]KeyEvent, error) {
 	var lost uint64
 	if err := h.lost.Get(&lost); err != nil {
-		return fmt.Errorf("sockbpf: read the number of lost key events: %w", err)
+		return nil, fmt.Errorf("sockbpf: read the number of lost key events: %w", err)
 	}
-	e, err := decodeKey(sample)
-	if err != nil {
-		e = KeyEvent{Op: Lost, Missing: 1} // not one of ours: what it was to say is missing
-	}
-	fn(e)
 	if lost > h.told {
-		fn(KeyEvent{Op: Lost, Missing: lost - h.told})
+		events = append(events, KeyEvent{Op: Lost, Missing: lost - h.told})
 		h.told = lost
 	}
-	return nil
+	return events, nil
 }
 
 // Close detaches the programs and unloads them. Run must have returned.

@@ -52,11 +52,13 @@ func events(t testing.TB, h *Hook) <-chan KeyEvent {
 	ctx, cancel := context.WithCancel(t.Context())
 	ch, done := make(chan KeyEvent, 1000), make(chan error, 1)
 	go func() {
-		done <- h.Run(ctx, func(e KeyEvent) {
-			if uint64(e.Netns) == st.Ino || e.Op == Lost {
-				select {
-				case ch <- e:
-				case <-ctx.Done():
+		done <- h.Run(ctx, func(drain []KeyEvent) {
+			for _, e := range drain {
+				if uint64(e.Netns) == st.Ino || e.Op == Lost {
+					select {
+					case ch <- e:
+					case <-ctx.Done():
+					}
 				}
 			}
 		})
@@ -208,7 +210,7 @@ func TestRunEndsWithItsContext(t *testing.T) {
 	for range 2 {
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan error, 1)
-		go func() { done <- h.Run(ctx, func(e KeyEvent) { t.Errorf("%+v", e) }) }()
+		go func() { done <- h.Run(ctx, func(e []KeyEvent) { t.Errorf("%+v", e) }) }()
 		cancel()
 		select {
 		case err := <-done:
@@ -323,7 +325,7 @@ func BenchmarkSetKey(b *testing.B) {
 			h := openHookBy(b, function)
 			ctx, cancel := context.WithCancel(b.Context())
 			done := make(chan error, 1)
-			go func() { done <- h.Run(ctx, func(KeyEvent) {}) }()
+			go func() { done <- h.Run(ctx, func([]KeyEvent) {}) }()
 			set(b)
 			cancel()
 			if err := <-done; err != nil {

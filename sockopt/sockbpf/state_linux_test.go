@@ -2,9 +2,11 @@ package sockbpf
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"net/netip"
 	"os"
+	"slices"
 	"strings"
 	"testing"
 
@@ -92,6 +94,83 @@ func TestSocketsWithKeysAreSeenWhenTheyStart(t *testing.T) {
 			last.close(t)
 			expect(t, ch, Cleared, "", lastPort)
 		})
+	}
+}
+
+// drains runs the hook until it has told n events of this namespace, or that some are missing, and returns what it told each time.
+func drains(t *testing.T, h *Hook, n int) (told [][]KeyEvent) {
+	t.Helper()
+	var st unix.Stat_t
+	if err := unix.Stat("/proc/thread-self/ns/net", &st); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	if err := h.Run(ctx, func(events []KeyEvent) {
+		told = append(told, slices.Clone(events))
+		for _, e := range events {
+			if uint64(e.Netns) == st.Ino {
+				n--
+			} else if e.Op == Lost {
+				n -= int(e.Missing)
+			}
+		}
+		if n <= 0 {
+			cancel()
+		}
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if n > 0 {
+		t.Fatalf("%d events are not told", n)
+	}
+	return told
+}
+
+// starts has a socket with a key listen, and not any more, which are two events, again and again.
+func starts(t *testing.T, times int) {
+	t.Helper()
+	s := newSocket(t, netip.MustParseAddrPort("127.0.0.1:0"))
+	s.sign(t, netip.MustParsePrefix("127.0.0.2/32"), secret)
+	for range times {
+		if err := unix.Shutdown(int(s.listen(t)), unix.SHUT_RDWR); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// TestWhatIsThereIsToldAtOnce has more events than are told at once, and not too many for the ring, while nobody reads.
+func TestWhatIsThereIsToldAtOnce(t *testing.T) {
+	enterNS(t)
+	h := openStates(t)
+	starts(t, maxDrain/2+100)
+	told := drains(t, h, maxDrain+200)
+	if len(told[0]) != maxDrain || len(told[1]) < 200 || slices.ContainsFunc(slices.Concat(told...), func(e KeyEvent) bool { return e.Op == Lost }) {
+		t.Errorf("told in %d goes, the first of %d, want %d, and the rest in the next", len(told), len(told[0]), maxDrain)
+	}
+}
+
+// TestStatesThatAreMissingAreCounted has more events than the ring holds while nobody reads.
+func TestStatesThatAreMissingAreCounted(t *testing.T) {
+	enterNS(t)
+	h := openStates(t)
+	const n = 8000
+	starts(t, n/2)
+	var seen, missing uint64
+	for _, e := range slices.Concat(drains(t, h, n)...) {
+		if e.Op == Lost {
+			missing += e.Missing
+		} else {
+			seen++
+		}
+	}
+	if seen == 0 || missing == 0 || missing >= n {
+		t.Errorf("%d seen and %d missing of %d", seen, missing, n)
+	}
+	// What was told is not told again.
+	starts(t, 1)
+	if last := slices.Concat(drains(t, h, 2)...); slices.ContainsFunc(last, func(e KeyEvent) bool { return e.Op == Lost }) {
+		t.Errorf("told again: %+v", last)
 	}
 }
 
