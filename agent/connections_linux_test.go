@@ -239,6 +239,68 @@ addr add 10.1.0.3/32 dev lo`)
 	ns.neverSaid(a, cfg)
 }
 
+// TestHostListenerForIPv6AloneTakesNoBlame has an IPv4 connection that has lost offload by a listener that is gone, while another one for
+// IPv6 alone holds a key on the same port, and then one for both.
+func TestHostListenerForIPv6AloneTakesNoBlame(t *testing.T) {
+	newNS(t)
+	needIterator(t)
+	keyed := func(network, at, peer string) net.Listener {
+		t.Helper()
+		cfg := net.ListenConfig{}
+		cfg.SetMultipathTCP(false)
+		l, err := cfg.Listen(t.Context(), network, at)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = l.Close() })
+		raw, err := l.(*net.TCPListener).SyscallConn()
+		if err != nil {
+			t.Fatal(err)
+		}
+		signFor(t, raw, netip.MustParseAddr(peer))
+		return l
+	}
+	shut := func(l net.Listener) {
+		t.Helper()
+		if err := l.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	gone := keyed("tcp4", "10.1.0.1:179", "10.1.0.2")
+	var d net.Dialer
+	c, err := d.DialContext(t.Context(), "tcp4", "10.1.0.1:179")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = c.Close() })
+	s, err := gone.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = s.Close() })
+	if _, err := s.Write([]byte("x")); err != nil { // so that it has a route
+		t.Fatal(err)
+	}
+	shut(gone)
+	for network, why := range map[string]string{
+		"tcp6": "no key now, but it had one, or its listener did: the loss stays", // Go has it for IPv6 alone
+		"tcp":  "no key, but inherited from listener [::]:179, which holds 1 TCP-MD5 key",
+	} {
+		l := keyed(network, "[::]:179", "2001:db8::2")
+		var list []string
+		if _, err := FlowsIn(t.Context(), "host", hostConfig(t), discard(), "test", flows.Filter{Lost: true}, func(f *flows.Flow) error {
+			list = append(list, f.Local+" "+f.Why)
+			return nil
+		}); err != nil {
+			t.Fatal(err)
+		}
+		if d := gocmp.Diff([]string{"10.1.0.1:179 " + why}, list); d != "" {
+			t.Errorf("%s (-want +got):\n%s", network, d)
+		}
+		shut(l)
+	}
+}
+
 // neverSaid looks for the key in what the agent has written and said.
 func (ns *testNS) neverSaid(a *running, cfg Config) {
 	ns.t.Helper()

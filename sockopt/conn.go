@@ -13,6 +13,7 @@ type Conn struct {
 	Cookie        uint64 // sk_cookie, 0 if nobody has asked for it yet
 	Mark          uint32
 	BoundDev      int32 // sk_bound_dev_if, 0 for none
+	V6Only        bool  // takes no IPv4: IPV6_V6ONLY, or bound to an IPv6 address
 
 	// MD5Keys and AOKeys count the keys that the socket itself holds (md5sig_info, ao_info).
 	MD5Keys, AOKeys uint16

@@ -30,6 +30,7 @@ type Join struct {
 type listener struct {
 	at           netip.AddrPort
 	dev          int32
+	v6only       bool
 	md5, ao      int
 	disabled     bool
 	inodes       []uint64
@@ -38,6 +39,11 @@ type listener struct {
 
 // taints says that what it accepts has no offload.
 func (l *listener) taints() bool { return l.disabled || l.md5+l.ao > 0 }
+
+// takes says that a connection can have come to the listener.
+func (l *listener) takes(c *sockopt.Conn) bool {
+	return covers(l.at.Addr(), c.Local.Addr()) && (!l.v6only || c.Local.Addr().Is6()) && (l.dev == 0 || l.dev == c.BoundDev)
+}
 
 // NewJoin starts a join.
 func NewJoin(w *World, f Filter) *Join {
@@ -132,12 +138,12 @@ func (j *Join) count(f *Flow) {
 // listen notes a listener.
 func (j *Join) listen(c *sockopt.Conn) {
 	port := c.Local.Port()
-	i := slices.IndexFunc(j.listeners[port], func(l *listener) bool { return l.at == c.Local && l.dev == c.BoundDev })
+	i := slices.IndexFunc(j.listeners[port], func(l *listener) bool { return l.at == c.Local && l.dev == c.BoundDev && l.v6only == c.V6Only })
 	var l *listener
 	if i >= 0 {
 		l = j.listeners[port][i]
 	} else {
-		l = &listener{at: c.Local, dev: c.BoundDev}
+		l = &listener{at: c.Local, dev: c.BoundDev, v6only: c.V6Only}
 		j.listeners[port] = append(j.listeners[port], l)
 	}
 	l.md5, l.ao = max(l.md5, int(c.MD5Keys)), max(l.ao, int(c.AOKeys))
@@ -157,7 +163,7 @@ func (j *Join) from(c *sockopt.Conn, meant func(*listener) bool) *listener {
 	var best *listener
 	most := -1
 	for _, l := range j.listeners[c.Local.Port()] {
-		if !meant(l) || !covers(l.at.Addr(), c.Local.Addr()) || l.dev != 0 && l.dev != c.BoundDev {
+		if !meant(l) || !l.takes(c) {
 			continue
 		}
 		score := 0

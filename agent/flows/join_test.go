@@ -103,6 +103,8 @@ func by(dev int32, tso bool) func(*sockopt.Conn) {
 
 func inState(s sockopt.State) func(*sockopt.Conn) { return func(c *sockopt.Conn) { c.State = s } }
 
+func v6only(c *sockopt.Conn) { c.V6Only = true }
+
 func inode(n uint64) func(*sockopt.Conn) { return func(c *sockopt.Conn) { c.Inode = n } }
 
 func boundTo(dev int32) func(*sockopt.Conn) { return func(c *sockopt.Conn) { c.BoundDev = dev } }
@@ -140,6 +142,14 @@ var scenes = []struct {
 	{"a key that is gone, with no listener left", nil, []sockopt.Conn{
 		conn("10.1.0.1:40000", "10.1.0.9:179", disabled),
 		conn("10.1.0.1:179", "10.1.0.9:40000", disabled, by(0, false)),
+	}},
+	{"a listener for IPv6 alone has accepted no IPv4", nil, []sockopt.Conn{
+		conn("[::]:179", "", md5(1), v6only, inode(901)),
+		conn("[::]:646", "", md5(1), v6only, inode(902)),
+		conn("[::]:646", "", md5(2), inode(903)), // SO_REUSEPORT
+		conn("10.1.0.1:179", "10.1.0.9:40000", disabled),
+		conn("[fd01::1]:179", "[fd01::9]:40000", disabled),
+		conn("10.1.0.1:646", "10.1.0.9:40000", disabled),
 	}},
 	{"keys of both kinds", nil, []sockopt.Conn{
 		conn("[::]:179", "", func(c *sockopt.Conn) { c.MD5Keys, c.AOKeys, c.GSODisabled, c.GSO = 2, 1, true, false }),

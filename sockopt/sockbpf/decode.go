@@ -24,6 +24,7 @@ const (
 	connXFRM
 	connXFRMOffloadOK
 	connXFRMDevice
+	connV6Only
 	connKnown = 1<<iota - 1
 )
 
@@ -76,6 +77,7 @@ func decodeConn(b []byte) (sockopt.Conn, error) {
 		UID:         hostOrder.Uint32(b[72:]),
 		Mark:        hostOrder.Uint32(b[76:]),
 		BoundDev:    int32(hostOrder.Uint32(b[80:])),
+		V6Only:      flags&connV6Only != 0,
 		MD5Keys:     hostOrder.Uint16(b[108:]),
 		AOKeys:      hostOrder.Uint16(b[110:]),
 		GSO:         gsoType != 0 && features(hostOrder.Uint64(b[16:])).canGSO(gsoType),

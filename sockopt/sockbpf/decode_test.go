@@ -43,7 +43,7 @@ func connRecord() []byte {
 func conn() sockopt.Conn {
 	return sockopt.Conn{
 		Local: netip.MustParseAddrPort("10.0.0.1:179"), Remote: netip.MustParseAddrPort("10.0.0.2:41000"), State: sockopt.Established,
-		UID: 1000, Inode: 4711, Cookie: 815, Mark: 0x5450, BoundDev: 3, MD5Keys: 2, AOKeys: 1,
+		UID: 1000, Inode: 4711, Cookie: 815, Mark: 0x5450, BoundDev: 3, V6Only: true, MD5Keys: 2, AOKeys: 1,
 		GSO: true, GSODisabled: true, GSOMaxSegs: 65535, GSOMaxSize: 65215, MSS: 1448,
 		Route: sockopt.ConnRoute{Dev: 5, TSO: true, GSOMaxSegs: 64, HeaderLen: 36, XFRM: true, Offload: true, DeviceESP: true},
 	}
@@ -84,7 +84,8 @@ func TestDecodeConn(t *testing.T) {
 		{"GSO taken", set(func(b []byte) { hostOrder.PutUint64(b[16:], 0xffff) }), want(func(c *sockopt.Conn) { c.GSO = false })},
 		{"no sk_gso_type yet", set(func(b []byte) { hostOrder.PutUint32(b[84:], 0) }),
 			want(func(c *sockopt.Conn) { c.GSO, c.Route.TSO = false, false })},
-		{"no route", set(func(b []byte) { hostOrder.PutUint32(b[68:], connGSODisabled) }), want(func(c *sockopt.Conn) { c.Route = sockopt.ConnRoute{} })},
+		{"no route", set(func(b []byte) { hostOrder.PutUint32(b[68:], connGSODisabled) }), want(func(c *sockopt.Conn) { c.Route, c.V6Only = sockopt.ConnRoute{}, false })},
+		{"IPv4 as well", set(func(b []byte) { hostOrder.PutUint32(b[68:], connKnown&^connV6Only) }), want(func(c *sockopt.Conn) { c.V6Only = false })},
 		{"the device doesn't cut ESP", set(func(b []byte) { hostOrder.PutUint64(b[24:], 1<<16) }), want(func(c *sockopt.Conn) { c.Route.DeviceESP = false })},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

@@ -110,7 +110,8 @@ func TestSignedAndInheritedToldApart(t *testing.T) {
 			got := conns[plain.inode(t)]
 			want := sockopt.Conn{
 				Local: unmap(plain.local(t)), Remote: unmap(open.local(t)), State: sockopt.Established, UID: uint32(os.Geteuid()),
-				Inode: plain.inode(t), Mark: 0x5450, GSO: true, MSS: uint32(plain.get(t, unix.IPPROTO_TCP, unix.TCP_MAXSEG)),
+				V6Only: w.client.Is6() && !w.client.Is4In6(), // as it is bound to an address (__inet6_bind)
+				Inode:  plain.inode(t), Mark: 0x5450, GSO: true, MSS: uint32(plain.get(t, unix.IPPROTO_TCP, unix.TCP_MAXSEG)),
 				Route: sockopt.ConnRoute{Dev: 1, TSO: true},
 			}
 			// The device's limits are the loopback's; the cookie is there if the iterator or somebody else has asked.
@@ -210,6 +211,48 @@ func TestOtherStates(t *testing.T) {
 	}
 	if len(asking) != 1 || asking[0].Inode != request.inode(t) || asking[0].Route.Dev != 1 {
 		t.Errorf("SYN_SENT: %+v", asking)
+	}
+}
+
+// TestV6Only has listeners for IPv6 alone and for both, and what each accepted.
+func TestV6Only(t *testing.T) {
+	enterNS(t)
+	it := openIter(t)
+	only := map[uint64]bool{}
+	for _, v6only := range []bool{true, false} {
+		// Ahead of bind(2), where it has to be.
+		fd, err := unix.Socket(unix.AF_INET6, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		listener := socket(fd)
+		t.Cleanup(func() { _ = unix.Close(fd) })
+		value := 0
+		if v6only {
+			value = 1
+		}
+		if err := unix.SetsockoptInt(fd, unix.IPPROTO_IPV6, unix.IPV6_V6ONLY, value); err != nil {
+			t.Fatal(err)
+		}
+		if err := unix.Bind(fd, &unix.SockaddrInet6{}); err != nil {
+			t.Fatal(err)
+		}
+		port := listener.listen(t).local(t).Port()
+		client := newSocket(t, netip.MustParseAddrPort("[::1]:0"))
+		end := client.connect(t, listener, netip.AddrPortFrom(netip.IPv6Loopback(), port))
+		only[listener.inode(t)], only[end.inode(t)], only[client.inode(t)] = v6only, v6only, true // bound to an address
+		if !v6only {
+			client := newSocket(t, netip.MustParseAddrPort("127.0.0.1:0"))
+			end := client.connect(t, listener, netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), port))
+			only[end.inode(t)], only[client.inode(t)] = false, false
+		}
+	}
+	got := map[uint64]bool{}
+	for inode, c := range list(t, it) {
+		got[inode] = c.V6Only
+	}
+	if diff := cmp.Diff(only, got); diff != "" {
+		t.Errorf("by inode (-want +got):\n%s", diff)
 	}
 }
 

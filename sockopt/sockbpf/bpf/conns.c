@@ -13,6 +13,7 @@ char _license[] SEC("license") = "GPL";
 #define CONN_XFRM (1 << 2)
 #define CONN_XFRM_OFFLOAD_OK (1 << 3)
 #define CONN_XFRM_DEVICE (1 << 4)
+#define CONN_V6ONLY (1 << 5)
 
 // The chain of keys of one socket is followed so far.
 #define MAX_KEYS 0xffff
@@ -87,6 +88,8 @@ static void addresses(struct conn *c, struct sock_common *skc)
 	c->remote_port = bpf_ntohs(skc->skc_dport);
 	c->bound_dev = skc->skc_bound_dev_if;
 	c->cookie = skc->skc_cookie.counter;
+	if (c->family == AF_INET6 && BPF_CORE_READ_BITFIELD(skc, skc_ipv6only))
+		c->flags |= CONN_V6ONLY;
 	if (c->family == AF_INET6 && bpf_core_field_exists(skc->skc_v6_daddr)) {
 		BPF_CORE_READ_INTO(&c->local, skc, skc_v6_rcv_saddr);
 		BPF_CORE_READ_INTO(&c->remote, skc, skc_v6_daddr);
