@@ -3,6 +3,7 @@ package agent
 import (
 	"context"
 	"io"
+	"runtime/debug"
 	"slices"
 
 	"tsoagent/sockopt"
@@ -89,6 +90,8 @@ func (f *Fleet) watchKeys(ctx context.Context) {
 	now.all = h.Watches(sockopt.MD5) && (h.WatchesSockets() || slices.Contains(now.functions, "tcp_clear_md5_list")) &&
 		(now.ao == nil || h.Watches(sockopt.AO))
 	f.setHooked(now)
+	// Reading the kernel's types took some megabytes, which would stay with us until the heap has grown by as much again.
+	debug.FreeOSMemory()
 	err = h.Run(ctx, f.keysChanged)
 	if ctx.Err() == nil {
 		f.log.Warn("the kernel's key functions are not followed any more: TCP keys are polled", "err", err)

@@ -30,17 +30,17 @@ func OpenHeld(md5 bool) (*HeldIter, error) {
 
 // openHeldOf takes it for granted that the kernel has some functions.
 func openHeldOf(md5 bool, granted func(function string) bool) (*HeldIter, error) {
-	types, err := kernelTypes()
+	k, err := readKernel()
 	if err != nil {
 		return nil, err
 	}
-	has := func(name string) bool { return granted(name) || hasFunc(types, name) }
-	switch {
+	has := func(name string) bool { return granted(name) || k.hasFunc(name) }
+	switch { // what is not there costs nothing to look for
+	case !md5 && !has("tcp_parse_ao"):
+		return nil, fmt.Errorf("sockbpf: no TCP-AO (Linux 6.7 with CONFIG_TCP_AO): %w", ErrUnsupported)
 	case !has("bpf_iter_tcp"):
 		return nil, fmt.Errorf("sockbpf: no BPF iterator over TCP sockets (bpf_iter_tcp; Linux 5.9 with CONFIG_BPF_SYSCALL, CONFIG_PROC_FS): %w",
 			ErrUnsupported)
-	case !md5 && !has("tcp_parse_ao"):
-		return nil, fmt.Errorf("sockbpf: no TCP-AO (Linux 6.7 with CONFIG_TCP_AO): %w", ErrUnsupported)
 	}
 	spec, err := loadHeld()
 	if err != nil {
@@ -50,7 +50,7 @@ func openHeldOf(md5 bool, granted func(function string) bool) (*HeldIter, error)
 		return nil, fmt.Errorf("sockbpf: %w", err)
 	}
 	var objects heldObjects
-	if err := spec.LoadAndAssign(&objects, &ebpf.CollectionOptions{Programs: ebpf.ProgramOptions{KernelTypes: types}}); err != nil {
+	if err := spec.LoadAndAssign(&objects, k.options()); err != nil {
 		return nil, explain("load the iterator over TCP keys", err)
 	}
 	l, err := link.AttachIter(link.IterOptions{Program: objects.Held})

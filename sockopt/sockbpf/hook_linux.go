@@ -22,12 +22,12 @@ type tap struct{ program, function string }
 const stateTracepoint = "inet_sock_set_state"
 
 // in reports whether the kernel has what the tap is for.
-func (t tap) in(types *btf.Spec) bool {
+func (t tap) in(k *kernel) bool {
 	if t.function == stateTracepoint {
 		var f *btf.Typedef
-		return types.TypeByName("btf_trace_"+t.function, &f) == nil
+		return k.types.TypeByName("btf_trace_"+t.function, &f) == nil
 	}
-	return hasFunc(types, t.function)
+	return k.hasFunc(t.function)
 }
 
 // ways are the ways to know each thing, the best first. The taps of a way belong together: all are attached, or none.
@@ -47,7 +47,7 @@ var ways = []struct {
 
 // Hook tells when keys are set and deleted, and when sockets that hold some begin to listen or to connect, or end, in all network namespaces.
 type Hook struct {
-	types     *btf.Spec // of the kernel, until all is loaded
+	kernel    *kernel // until all is loaded
 	maps      *ebpf.Collection
 	closers   []io.Closer
 	functions []string
@@ -65,15 +65,15 @@ func OpenHook() (*Hook, error) { return openHook(func(string) bool { return true
 
 // openHook leaves out the functions that use doesn't take.
 func openHook(use func(function string) bool) (*Hook, error) {
-	types, err := kernelTypes()
+	k, err := readKernel()
 	if err != nil {
 		return nil, err
 	}
-	h := &Hook{types: types}
+	h := &Hook{kernel: k}
 	if err := h.open(use); err != nil {
 		return nil, errors.Join(err, h.Close())
 	}
-	h.types = nil
+	h.kernel = nil
 	return h, nil
 }
 
@@ -107,7 +107,7 @@ func (h *Hook) takeWays(spec *ebpf.CollectionSpec, use func(function string) boo
 	var errs []error
 	for _, thing := range ways {
 		for _, way := range thing.ways {
-			if slices.ContainsFunc(way, func(t tap) bool { return !use(t.function) || !t.in(h.types) }) {
+			if slices.ContainsFunc(way, func(t tap) bool { return !use(t.function) || !t.in(h.kernel) }) {
 				continue
 			}
 			if err := h.take(spec, way); err != nil {
@@ -128,7 +128,7 @@ func (h *Hook) takeWays(spec *ebpf.CollectionSpec, use func(function string) boo
 	default:
 		h.refused = fmt.Errorf("sockbpf: the kernel has none of its functions for TCP-MD5 and TCP-AO keys (CONFIG_TCP_MD5SIG): %w", ErrUnsupported)
 	}
-	if slices.Contains(h.functions, stateTracepoint) && holdsKeys(h.types) {
+	if slices.Contains(h.functions, stateTracepoint) && holdsKeys(h.kernel.types) {
 		return nil
 	}
 	return h.refused
@@ -152,9 +152,9 @@ func (h *Hook) take(spec *ebpf.CollectionSpec, way []tap) (err error) {
 	for _, t := range way {
 		one := spec.Copy()
 		one.Programs = map[string]*ebpf.ProgramSpec{t.program: spec.Programs[t.program]}
-		loaded, err := ebpf.NewCollectionWithOptions(one, ebpf.CollectionOptions{
-			Programs: ebpf.ProgramOptions{KernelTypes: h.types}, MapReplacements: h.maps.Maps,
-		})
+		options := h.kernel.options()
+		options.MapReplacements = h.maps.Maps
+		loaded, err := ebpf.NewCollectionWithOptions(one, *options)
 		if err != nil {
 			return explain("trace "+t.function, err)
 		}

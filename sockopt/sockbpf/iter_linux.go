@@ -24,16 +24,16 @@ type Iter struct {
 // Open loads the program of the iterator. It needs CAP_BPF and CAP_PERFMON, and no more; without them the error is os.ErrPermission.
 // Where the kernel has no BTF or no iterator over TCP sockets it is ErrUnsupported.
 func Open() (*Iter, error) {
-	types, err := kernelTypes()
+	k, err := readKernel()
 	if err != nil {
 		return nil, err
 	}
-	if !hasFunc(types, "bpf_iter_tcp") {
+	if !k.hasFunc("bpf_iter_tcp") {
 		return nil, fmt.Errorf("sockbpf: no BPF iterator over TCP sockets (bpf_iter_tcp; Linux 5.9 with CONFIG_BPF_SYSCALL, CONFIG_PROC_FS): %w",
 			ErrUnsupported)
 	}
 	var objects connsObjects
-	if err := loadConnsObjects(&objects, &ebpf.CollectionOptions{Programs: ebpf.ProgramOptions{KernelTypes: types}}); err != nil {
+	if err := loadConnsObjects(&objects, k.options()); err != nil {
 		return nil, explain("load the iterator over TCP sockets", err)
 	}
 	l, err := link.AttachIter(link.IterOptions{Program: objects.Conns})

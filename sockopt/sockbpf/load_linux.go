@@ -11,22 +11,33 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// kernelTypes reads the running kernel's BTF. It takes some megabytes, which are free again when the caller lets go of it.
-func kernelTypes() (*btf.Spec, error) {
-	types, err := btf.LoadKernelSpec()
-	switch {
+// kernel is the running kernel's BTF. It takes some megabytes, which are free again when the caller lets go of it.
+type kernel struct {
+	types *btf.Spec
+	cache *btf.Cache // of the same: without it each load reads them again
+}
+
+func readKernel() (*kernel, error) {
+	k := &kernel{cache: btf.NewCache()}
+	var err error
+	switch k.types, err = k.cache.Kernel(); {
 	case errors.Is(err, ebpf.ErrNotSupported), errors.Is(err, os.ErrNotExist):
 		return nil, fmt.Errorf("sockbpf: no BTF of the kernel (/sys/kernel/btf/vmlinux, CONFIG_DEBUG_INFO_BTF): %w", ErrUnsupported)
 	case err != nil:
 		return nil, fmt.Errorf("sockbpf: read the kernel's BTF: %w", err)
 	}
-	return types, nil
+	return k, nil
+}
+
+// options are those of a collection, or an object, that is loaded into the kernel.
+func (k *kernel) options() *ebpf.CollectionOptions {
+	return &ebpf.CollectionOptions{Programs: ebpf.ProgramOptions{KernelTypes: k.types}, Cache: k.cache}
 }
 
 // hasFunc reports whether the kernel has a function that can be traced.
-func hasFunc(types *btf.Spec, name string) bool {
+func (k *kernel) hasFunc(name string) bool {
 	var f *btf.Func
-	return types.TypeByName(name, &f) == nil
+	return k.types.TypeByName(name, &f) == nil
 }
 
 // explain is a load's or an attachment's error in one line. Where the kernel refuses, it is os.ErrPermission and names the capability

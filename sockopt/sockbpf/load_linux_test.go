@@ -111,7 +111,7 @@ func TestWithoutBTF(t *testing.T) {
 
 // TestFeatureBits compares the numbers that decode.go knows with the running kernel's.
 func TestFeatureBits(t *testing.T) {
-	types, err := kernelTypes()
+	k, err := readKernel()
 	if errors.Is(err, ErrUnsupported) {
 		t.Skip(err)
 	}
@@ -123,7 +123,7 @@ func TestFeatureBits(t *testing.T) {
 		"SKB_GSO_TCPV4": 1 << 0, "SKB_GSO_TCPV6": 1 << 4, "BPF_TCP_MAX_STATES": maxState + 1,
 	}
 	got := map[string]uint64{}
-	for typ, err := range types.All() {
+	for typ, err := range k.types.All() {
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -4,8 +4,10 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"io"
 	"net/netip"
 	"os"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -233,6 +235,34 @@ func TestHoldsKeys(t *testing.T) {
 		if got := holdsKeys(types); got != want {
 			t.Errorf("with %s: %v", member, got)
 		}
+	}
+}
+
+// TestKernelTypesAreReadOnce compares what it takes to load all programs with what it takes to load one: the kernel's types are most of it.
+func TestKernelTypesAreReadOnce(t *testing.T) {
+	openStates(t)
+	allocated := func(f func() (io.Closer, error)) uint64 {
+		t.Helper()
+		var before, after runtime.MemStats
+		runtime.ReadMemStats(&before)
+		c, err := f()
+		runtime.ReadMemStats(&after)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := c.Close(); err != nil {
+			t.Fatal(err)
+		}
+		return after.TotalAlloc - before.TotalAlloc
+	}
+	types := allocated(func() (io.Closer, error) {
+		_, err := readKernel()
+		return closer(func() {}), err
+	})
+	one := allocated(func() (io.Closer, error) { return openHook(func(f string) bool { return f == stateTracepoint }) })
+	all := allocated(func() (io.Closer, error) { return OpenHook() })
+	if t.Logf("types %d, one program %d, all %d bytes", types, one, all); one < types || all > one+2*types {
+		t.Errorf("types %d, one program %d, all %d bytes: they are read again", types, one, all)
 	}
 }
 
