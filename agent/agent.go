@@ -17,6 +17,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"math/rand/v2"
 	"os"
@@ -166,7 +167,12 @@ func (a *Agent) enter(spec string) error {
 		return nil
 	}
 	ns, err := netns.Open(netns.Path(spec))
-	if err != nil {
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return &AbsentError{Of: ofNetns, Text: fmt.Sprintf("there is no namespace %q", spec), err: err}
+	case errors.Is(err, netns.ErrNotNetns):
+		return &AbsentError{Of: ofNetns, Text: fmt.Sprintf("%q is no network namespace", spec), err: err}
+	case err != nil:
 		return fmt.Errorf("agent: %w", err)
 	}
 	a.closers = append(a.closers, ns.Close)

@@ -56,9 +56,6 @@ func (u *unreadable) Unwrap() error { return u.err }
 // Is matches ErrUnreadable.
 func (u *unreadable) Is(target error) bool { return target == ErrUnreadable }
 
-// errNoSuchDevice is a filter by a device that is not there.
-var errNoSuchDevice = errors.New("there is no device")
-
 // errBusy is for one who asks for a list while others read theirs, and errCrowd where as many wait as may.
 var (
 	errBusy  = fmt.Errorf("%d lists of connections are read already: try again in %v", maxLists, retryAfter)
@@ -239,7 +236,7 @@ func (a *Agent) eachFlow(ctx context.Context, call caller, f flows.Filter, fn fu
 		return nil, err
 	}
 	if f.Device != "" && !hasDevice(w, f.Device) {
-		return nil, fmt.Errorf("%w %q", errNoSuchDevice, f.Device)
+		return nil, &AbsentError{Of: ofDevice, Text: fmt.Sprintf("there is no device %q", f.Device)}
 	}
 	j := flows.NewJoin(w, f)
 	var notes []string

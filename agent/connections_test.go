@@ -129,7 +129,7 @@ func TestFlowsSayWhatIsWrong(t *testing.T) {
 	if n != 0 || err == nil || err.Error() != "no iterator: permission denied: give CAP_BPF and CAP_PERFMON to the agent's service" {
 		t.Errorf("no capability: %d, %v", n, err)
 	}
-	for path, want := range map[string]int{"/v1/flows": http.StatusNotImplemented, "/v1/flows?dev=nope": http.StatusBadRequest, "/v1/flows?listener=x": http.StatusBadRequest} {
+	for path, want := range map[string]int{"/v1/flows": http.StatusNotImplemented, "/v1/flows?dev=nope": http.StatusNotFound, "/v1/flows?listener=x": http.StatusBadRequest} {
 		res, err := c.http.Get("http://tsoagent" + path)
 		if err != nil {
 			t.Fatal(err)

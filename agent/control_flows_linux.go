@@ -70,20 +70,27 @@ func answerFlowsError(w http.ResponseWriter, err error) {
 	if code == http.StatusServiceUnavailable {
 		w.Header().Set("Retry-After", strconv.Itoa(int(retryAfter.Seconds())))
 	}
-	answerError(w, code, errors.New(oneLine(err)))
+	answerError(w, code, inOneLine{err})
 }
+
+// inOneLine is an error in one line.
+type inOneLine struct{ error }
+
+// Error is the error's, in one line.
+func (e inOneLine) Error() string { return oneLine(e.error) }
+
+// Unwrap is the error.
+func (e inOneLine) Unwrap() error { return e.error }
 
 // flowsStatus is the HTTP status for why connections are not listed.
 func flowsStatus(err error) int {
 	switch {
 	case errors.Is(err, ErrUnreadable):
 		return http.StatusNotImplemented
-	case errors.Is(err, errNoSuchDevice):
-		return http.StatusBadRequest
 	case errors.Is(err, errNotReady), errors.Is(err, errEndedAgent), errors.Is(err, errBusy), errors.Is(err, errCrowd), errors.As(err, new(errLate)):
 		return http.StatusServiceUnavailable
 	}
-	return http.StatusInternalServerError
+	return statusOf(err)
 }
 
 // patient puts the deadline of an answer off with each write: each piece has to be read within a time. What bounds the whole answer is

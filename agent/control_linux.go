@@ -128,12 +128,22 @@ func handler(s served) http.Handler {
 
 var errNotReady = errors.New("the agent is still reading the kernel's state; try again in a moment")
 
-// statusOf is the HTTP status for what is said of a namespace.
+// statusOf is the HTTP status for what is said of a namespace, or a device in it.
 func statusOf(err error) int {
-	if errors.Is(err, errNotReady) {
+	var absent *AbsentError
+	switch {
+	case errors.Is(err, errNotReady):
 		return http.StatusServiceUnavailable
+	case errors.As(err, &absent):
+		return http.StatusNotFound
 	}
-	return http.StatusNotFound
+	return http.StatusInternalServerError
+}
+
+// refusal is the answer where there is none.
+type refusal struct {
+	Error  string `json:"error"`
+	Absent string `json:"absent,omitempty"` // AbsentError's Of
 }
 
 func answerJSON(w http.ResponseWriter, code int, v any) {
@@ -144,7 +154,12 @@ func answerJSON(w http.ResponseWriter, code int, v any) {
 }
 
 func answerError(w http.ResponseWriter, code int, err error) {
-	answerJSON(w, code, map[string]string{"error": err.Error()})
+	no := refusal{Error: err.Error()}
+	var absent *AbsentError
+	if errors.As(err, &absent) {
+		no.Error, no.Absent = absent.Text, absent.Of
+	}
+	answerJSON(w, code, no)
 }
 
 // Client asks a running agent over its control socket. It is safe for concurrent use.
@@ -237,13 +252,14 @@ func (c *Client) open(ctx context.Context, path string, query url.Values) (io.Re
 		return nil, fmt.Errorf("agent: ask %s: %w", path, err)
 	}
 	if res.StatusCode != http.StatusOK {
-		var e struct {
-			Error string `json:"error"`
+		var no refusal
+		if err := json.NewDecoder(res.Body).Decode(&no); err != nil || no.Error == "" {
+			no.Error = res.Status
 		}
-		if err := json.NewDecoder(res.Body).Decode(&e); err != nil || e.Error == "" {
-			e.Error = res.Status
+		if no.Absent != "" {
+			return nil, errors.Join(&AbsentError{Of: no.Absent, Text: no.Error}, res.Body.Close())
 		}
-		return nil, errors.Join(errors.New(e.Error), res.Body.Close())
+		return nil, errors.Join(errors.New(no.Error), res.Body.Close())
 	}
 	return res.Body, nil
 }

@@ -493,6 +493,8 @@ func TestFleetReportsWhatItWaitsFor(t *testing.T) {
 		}
 		if _, err := s.agentOf(name); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("asked for %s: %v", name, err)
+		} else if absent := new(AbsentError); !errors.As(err, &absent) || absent.Of != "netns" {
+			t.Errorf("asked for %s: %v, want an AbsentError", name, err)
 		}
 	}
 	named(t, "later")

@@ -2,7 +2,6 @@ package agent
 
 import (
 	"cmp"
-	"errors"
 	"fmt"
 	"maps"
 	"os"
@@ -53,13 +52,14 @@ func (n *NamespaceReport) fill(r *Report) {
 	n.Holds, n.Locks, n.Rules, n.Clones = len(r.Holds), len(r.Locks), len(r.Rules), len(r.Clones)
 }
 
-// errNotFollowed says which namespaces there are.
-var errNotFollowed = errors.New("this agent does not follow namespace")
+// notFollowed says which namespaces there are.
+func notFollowed(name, follows string) error {
+	return &AbsentError{Of: ofNetns, Text: fmt.Sprintf("this agent does not follow namespace %q; it follows %s", name, follows)}
+}
 
 // served is what the control API answers for.
 type served interface {
-	// agentOf is the agent of a namespace, by any of its names. The error is errNotFollowed or
-	// errNotReady.
+	// agentOf is the agent of a namespace, by any of its names. The error is an AbsentError, errNotReady, or why it can't be followed.
 	agentOf(name string) (*Agent, error)
 	// reportOf is the newest report of a namespace.
 	reportOf(name string) (*Report, error)
@@ -73,7 +73,7 @@ var (
 
 func (a *Agent) agentOf(name string) (*Agent, error) {
 	if name != "" && name != netns.Host {
-		return nil, fmt.Errorf("%w %q; it follows only %s", errNotFollowed, name, netns.Host)
+		return nil, notFollowed(name, "only "+netns.Host)
 	}
 	return a, nil
 }
@@ -128,7 +128,7 @@ func (f *Fleet) agentOf(name string) (*Agent, error) {
 // notFollowed says which names there are. The caller holds the lock.
 func (f *Fleet) notFollowed(name string) error {
 	if why := f.waiting[name]; why != "" {
-		return fmt.Errorf("namespace %s: %s", name, why)
+		return &AbsentError{Of: ofNetns, Text: fmt.Sprintf("namespace %s: %s", name, why)}
 	}
 	names := make([]string, 0, len(f.members))
 	for _, m := range f.members {
@@ -138,7 +138,7 @@ func (f *Fleet) notFollowed(name string) error {
 		names = append(names, "none")
 	}
 	slices.Sort(names)
-	return fmt.Errorf("%w %q; it follows %s", errNotFollowed, cmp.Or(name, netns.Host), strings.Join(names, ", "))
+	return notFollowed(cmp.Or(name, netns.Host), strings.Join(names, ", "))
 }
 
 // Report is the newest report of the host's namespace, with a list of all of them where there

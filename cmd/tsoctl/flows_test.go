@@ -5,6 +5,8 @@ import (
 	"bytes"
 	"encoding/json"
 	"fmt"
+	"net"
+	"net/http"
 	"os"
 	"reflect"
 	"strings"
@@ -260,5 +262,45 @@ func TestFlowsObeyNoNames(t *testing.T) {
 		if strings.Contains(b.String(), "\x1b") || !strings.Contains(b.String(), "a?]0;x?b") {
 			t.Errorf("%s prints %q", name, b.String())
 		}
+	}
+}
+
+// TestWhatIsNotThereIsAWrongFlag has an agent's answers, and the exit code for each: it is the command that has to be changed, or not.
+func TestWhatIsNotThereIsAWrongFlag(t *testing.T) {
+	for name, tt := range map[string]struct {
+		status int
+		answer string
+		want   int
+	}{
+		"no such device":    {http.StatusNotFound, `{"error":"there is no device \"nope\"","absent":"dev"}`, exitUsage},
+		"no such namespace": {http.StatusNotFound, `{"error":"this agent does not follow namespace \"nope\"","absent":"netns"}`, exitUsage},
+		"an older agent":    {http.StatusNotFound, `{"error":"there is no \"/v1/flows\""}`, exitFailed},
+		"no BPF":            {http.StatusNotImplemented, `{"error":"no iterator"}`, exitFailed},
+		"an answer":         {http.StatusOK, `{"result":{"version":1}}` + "\n", 0},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			l, err := new(net.ListenConfig).Listen(t.Context(), "unix", agent.SocketPath(dir))
+			if err != nil {
+				t.Fatal(err)
+			}
+			srv := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+				w.WriteHeader(tt.status)
+				_, _ = w.Write([]byte(tt.answer))
+			})}
+			done := make(chan struct{})
+			go func() {
+				defer close(done)
+				_ = srv.Serve(l)
+			}()
+			got := run([]string{"tsoctl", "--run-dir", dir, "flows", "--dev", "nope"})
+			if err := srv.Close(); err != nil {
+				t.Error(err)
+			}
+			<-done
+			if got != tt.want {
+				t.Errorf("exit code %d, want %d", got, tt.want)
+			}
+		})
 	}
 }

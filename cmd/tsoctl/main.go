@@ -45,6 +45,10 @@ func run(args []string) int {
 	if err == nil {
 		return 0
 	}
+	var absent *agent.AbsentError
+	if errors.As(err, &absent) {
+		err = cli.Exit(fmt.Sprintf("--%s: %v", absent.Of, absent), exitUsage)
+	}
 	if text := err.Error(); text != "" {
 		fmt.Fprintln(plain{os.Stderr}, "tsoctl:", text)
 	}
