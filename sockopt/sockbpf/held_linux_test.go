@@ -151,7 +151,13 @@ func TestHeldKeysAreMany(t *testing.T) {
 	sign := func(n int) {
 		s := newSocket(t, netip.MustParseAddrPort("127.0.0.1:0"))
 		for range n {
-			s.sign(t, netip.PrefixFrom(peer, 32), secret)
+			err := s.trySign(netip.PrefixFrom(peer, 32), secret)
+			if errors.Is(err, unix.ENOMEM) || errors.Is(err, unix.ENOPROTOOPT) {
+				t.Skipf("needs a kernel whose sockets can hold %d keys (net.core.optmem_max, which 6.1 has too small; CONFIG_TCP_MD5SIG): %v", n, err)
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
 			peer = peer.Next()
 		}
 		s.listen(t)
