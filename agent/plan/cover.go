@@ -294,13 +294,11 @@ func (p *planner) applying(w way, dst netip.Prefix, inside bool) []*entry {
 		return out
 	}
 	rest := p.overlapping(w.ifID, dst, inside)
-	keyed := func(e *entry) bool { return e.mark.Mask != 0 && w.vti.Encap.Key&e.mark.Mask == e.mark.Value }
-	out = slices.DeleteFunc(out, func(e *entry) bool {
-		// A vti's own lookup has its key as mark, whatever mark the packet has.
-		return e.cov == nil && !e.block || w.vti != nil && keyed(e)
-	})
+	out = slices.DeleteFunc(out, func(e *entry) bool { return e.cov == nil && !e.block })
 	if w.vti != nil {
-		rest = slices.DeleteFunc(rest, func(e *entry) bool { return !keyed(e) })
+		// A vti's own lookup has its key as mark, whatever mark the packet has; one with that mark finds those
+		// policies in the route lookup.
+		rest = slices.DeleteFunc(rest, func(e *entry) bool { return e.mark.Mask == 0 || w.vti.Encap.Key&e.mark.Mask != e.mark.Value })
 	}
 	return append(out, rest...)
 }
