@@ -226,9 +226,9 @@ func (w *world) strange(n routes.Nexthop) bool {
 // interface (xfrmi_xmit2) or the vti (vti_xmit), which drop what no policy with templates takes.
 // Other tunnels look up their outer packets.
 func (w *world) fate(p packet, l *routes.Link, ifID uint32) fate {
-	f := xfrmwatch.Flow{
-		Src: p.src, Dst: p.dst, Proto: xfrmwatch.Proto(p.proto), Sport: p.sport, Dport: p.dport,
-		Mark: p.mark, Oif: int32(l.Index),
+	f := flowOf(p, l.Index)
+	if bound := w.links[p.oif]; bound != nil {
+		f.Oif = int32(bound.Index)
 	}
 	if !f.Src.IsValid() {
 		f.Src = p.family.Any().Addr()

@@ -246,7 +246,12 @@ func (w *world) outerPacket(p packet, l *routes.Link, sport uint16) packet {
 	return o
 }
 
+// flowOf is the flow of a packet that a policy lookup sees at its route. IPv4 has the route's device in it
+// by then (ip_route_output_flow), IPv6 that of a socket which is bound to one.
 func flowOf(p packet, oif routes.Ifindex) xfrmwatch.Flow {
+	if p.family == routes.IPv6 {
+		oif = 0
+	}
 	return xfrmwatch.Flow{
 		Src: p.src, Dst: p.dst, Proto: xfrmwatch.Proto(p.proto), Sport: p.sport, Dport: p.dport, Mark: p.mark, Oif: int32(oif),
 	}
