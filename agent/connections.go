@@ -306,18 +306,6 @@ func nameListeners(list []flows.Collateral) {
 	findOwners("/proc", func(inode uint64) bool { return inodes[inode] }, maxOpenFiles).name(list)
 }
 
-// Diagnosis is what the connections themselves say of offload that is lost for nothing.
-type Diagnosis struct {
-	At time.Time `json:"at"`
-	// Unreadable is why the kernel's sockets can't be read, and what to do; empty if they can.
-	Unreadable  string             `json:"unreadable,omitempty"`
-	Connections int                `json:"connections"`
-	Lost        int                `json:"lost"` // for whatever reason, without being covered
-	Collateral  []flows.Collateral `json:"collateral"`
-	// MoreCollateral are the connections of listeners beyond those that are listed.
-	MoreCollateral int `json:"more_collateral,omitempty"`
-}
-
 // A diagnosis looks at each TCP socket. It is made firstDiagnosis after the start, with each resync,
 // and when somebody asks for one and the last is older than diagnosisFresh.
 const (
