@@ -21,11 +21,11 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"os"
-	"path/filepath"
 	"sync"
 	"sync/atomic"
 	"time"
 
+	"tsoagent/agent/api"
 	"tsoagent/agent/journal"
 	"tsoagent/agent/netns"
 	"tsoagent/agent/plan"
@@ -59,6 +59,9 @@ type Agent struct {
 	calls    chan func()
 	ended    chan struct{} // closed when Run returns
 	report   atomic.Pointer[Report]
+	ring     *ring
+	clock    func() time.Time // of events
+	halt     atomic.Bool      // an order to pause is on its way: stop writing
 	sources  *sources
 	forwards *forwarding
 	conns    *connections
@@ -122,15 +125,6 @@ var (
 	_ book          = (*journal.Journal)(nil)
 )
 
-// Counters count since the start.
-type Counters struct {
-	Rounds  uint64 `json:"rounds"`
-	Events  uint64 `json:"events"`
-	Actions uint64 `json:"actions"`
-	Failed  uint64 `json:"failed"`
-	Repairs uint64 `json:"repairs"` // in-place writes that overwrote an owner's change and were mended
-}
-
 // ErrRunning is matched (errors.Is) by the error of New when another agent has the journal.
 var ErrRunning = journal.ErrLocked
 
@@ -169,9 +163,9 @@ func (a *Agent) enter(spec string) error {
 	ns, err := netns.Open(netns.Path(spec))
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		return &AbsentError{Of: ofNetns, Text: fmt.Sprintf("there is no namespace %q", spec), err: err}
+		return &AbsentError{Of: api.AbsentNetns, Text: fmt.Sprintf("there is no namespace %q", spec), Err: err}
 	case errors.Is(err, netns.ErrNotNetns):
-		return &AbsentError{Of: ofNetns, Text: fmt.Sprintf("%q is no network namespace", spec), err: err}
+		return &AbsentError{Of: api.AbsentNetns, Text: fmt.Sprintf("%q is no network namespace", spec), Err: err}
 	case err != nil:
 		return fmt.Errorf("agent: %w", err)
 	}
@@ -249,8 +243,9 @@ func (a *Agent) checkTables() error {
 
 func newAgent(cfg Config, log *slog.Logger, version string) *Agent {
 	cfg = cfg.WithDefaults()
+	started := time.Now()
 	return &Agent{
-		cfg: cfg, dir: cfg.RunDir, log: log, version: version, started: time.Now(),
+		cfg: cfg, dir: cfg.RunDir, log: log, version: version, started: started, ring: newRing(started), clock: time.Now,
 		inbox: newInbox(), calls: make(chan func()), ended: make(chan struct{}), st: newState(), conns: newConnections(),
 		trust: newKeyTrust(cfg.TCPKeysTrust),
 	}
@@ -309,9 +304,6 @@ func (a *Agent) Close() error {
 // Report is the newest report, nil before the first plan. It is not to be changed.
 func (a *Agent) Report() *Report { return a.report.Load() }
 
-// SocketPath is where the control socket of an agent with this run directory is.
-func SocketPath(runDir string) string { return filepath.Join(runDir, "tsoagent.sock") }
-
 // Run follows the kernel until the context ends, then restores or keeps what is held as the
 // configuration says: with keep, only the rules and clones go, which nobody would follow. The error is nil after a graceful stop.
 func (a *Agent) Run(ctx context.Context) error {
@@ -349,7 +341,7 @@ func (a *Agent) loop(ctx context.Context, failed <-chan error) error {
 		select {
 		case <-done:
 			done = nil
-			if a.once || a.cfg.Mode == Observe || a.goal != protect {
+			if a.once || a.cfg.Mode == Observe {
 				return a.stopped(ctx)
 			}
 			letGo := errors.Is(context.Cause(ctx), errLetGo)
@@ -360,12 +352,13 @@ func (a *Agent) loop(ctx context.Context, failed <-chan error) error {
 				}
 				return nil
 			}
-			a.goal, a.once = restoreAll, true
+			a.goal, a.once, a.st.paused = restoreAll, true, nil
 			if a.cfg.OnStop == KeepOnStop && !letGo {
 				// Nobody follows the rules and clones from now on; holds and in-place locks don't go stale.
 				a.goal = restoreStale
 			}
-			a.log.Info("stopping", "on_stop", a.cfg.OnStop, "holds", len(a.st.holds), "locks", len(a.st.locks))
+			a.says("stopping", "on_stop", a.cfg.OnStop, "holds", len(a.st.holds), "locks", len(a.st.locks))
+			a.st.causes.order = "the agent stops"
 			deadline = time.After(stopWithin)
 			timer.Reset(0)
 		case <-deadline:
@@ -415,8 +408,10 @@ func (a *Agent) step(now time.Time) (next time.Duration, reached bool) {
 	for _, b := range a.inbox.take() {
 		a.apply(b)
 	}
+	a.obey(now)
 	if a.lastP == nil {
 		if !a.st.ready() {
+			a.answerOrders(false) // nothing is written before
 			return 0, false
 		}
 		a.checkAdopted()

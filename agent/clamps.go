@@ -132,7 +132,7 @@ func (a *Agent) writeClamps(want []clamp.Entry, now time.Time) {
 	if again {
 		may, rests := c.fight.once(now)
 		if rests {
-			a.log.Warn("the clamp does not stay as it was written (somebody changes or deletes it): resting", "table", "inet "+clamp.Name, "for", fightRest)
+			a.notice("the clamp does not stay as it was written (somebody changes or deletes it): resting", "table", "inet "+clamp.Name, "for", fightRest)
 		}
 		if !may {
 			return
@@ -256,16 +256,6 @@ func (a *Agent) watchClamps(ctx context.Context) {
 			return err
 		},
 		func(error) { changed() })
-}
-
-// ClampReport is one interval of destinations to and from which forwarded TCP connections get a
-// smaller MSS.
-type ClampReport struct {
-	Dst     string   `json:"dst"` // a prefix, or first-last
-	Family  string   `json:"family"`
-	MSS     uint16   `json:"mss"`
-	State   string   `json:"state"` // in place or wanted
-	Because []string `json:"because"`
 }
 
 func (a *Agent) clampReports(pl *plan.Plan) []ClampReport {

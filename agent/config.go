@@ -27,17 +27,6 @@ import (
 	"tsoagent/routes"
 )
 
-// Mode says whether the agent writes.
-type Mode string
-
-// The modes.
-const (
-	// Enforce holds and locks.
-	Enforce Mode = "enforce"
-	// Observe computes and reports, and changes nothing.
-	Observe Mode = "observe"
-)
-
 // OnStop says what happens to holds and locks when the agent is told to stop.
 type OnStop string
 
@@ -46,10 +35,6 @@ const (
 	RestoreOnStop OnStop = "restore"
 	KeepOnStop    OnStop = "keep"
 )
-
-// DefaultRunDir holds the journal and the control socket. It dies with the boot, as the
-// kernel's own state does.
-const DefaultRunDir = "/run/tsoagent"
 
 // DefaultStateDir holds the result of a probe.
 const DefaultStateDir = "/var/lib/tsoagent"

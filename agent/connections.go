@@ -10,6 +10,7 @@ import (
 	"sync"
 	"time"
 
+	"tsoagent/agent/api"
 	"tsoagent/agent/flows"
 	"tsoagent/agent/plan"
 	"tsoagent/ethtool"
@@ -236,7 +237,7 @@ func (a *Agent) eachFlow(ctx context.Context, call caller, f flows.Filter, fn fu
 		return nil, err
 	}
 	if f.Device != "" && !hasDevice(w, f.Device) {
-		return nil, &AbsentError{Of: ofDevice, Text: fmt.Sprintf("there is no device %q", f.Device)}
+		return nil, &AbsentError{Of: api.AbsentDevice, Text: fmt.Sprintf("there is no device %q", f.Device)}
 	}
 	j := flows.NewJoin(w, f)
 	var notes []string
@@ -301,18 +302,6 @@ func nameListeners(list []flows.Collateral) {
 		return
 	}
 	findOwners("/proc", func(inode uint64) bool { return inodes[inode] }, maxOpenFiles).name(list)
-}
-
-// Diagnosis is what the connections themselves say of offload that is lost for nothing.
-type Diagnosis struct {
-	At time.Time `json:"at"`
-	// Unreadable is why the kernel's sockets can't be read, and what to do; empty if they can.
-	Unreadable  string             `json:"unreadable,omitempty"`
-	Connections int                `json:"connections"`
-	Lost        int                `json:"lost"` // for whatever reason, without being covered
-	Collateral  []flows.Collateral `json:"collateral"`
-	// MoreCollateral are the connections of listeners beyond those that are listed.
-	MoreCollateral int `json:"more_collateral,omitempty"`
 }
 
 // A diagnosis looks at each TCP socket. It is made firstDiagnosis after the start, with each resync,

@@ -19,6 +19,7 @@ import (
 	"github.com/google/go-cmp/cmp/cmpopts"
 	"golang.org/x/sys/unix"
 
+	"tsoagent/agent/client"
 	"tsoagent/agent/flows"
 	"tsoagent/agent/netns"
 	"tsoagent/sockopt/sockbpf"
@@ -196,7 +197,7 @@ addr add 10.1.0.3/32 dev lo`)
 			t.Error(err)
 		}
 	})
-	c := NewClient(cfg.RunDir)
+	c := client.New(cfg.RunDir)
 	within(t, 5*time.Second, "the socket", func() bool { _, err := c.Report(ctx); return err == nil })
 	list = nil
 	r, err = c.FlowsIn(ctx, "", flows.Filter{Processes: true}, add)
@@ -324,7 +325,7 @@ func (ns *testNS) neverSaid(a *running, cfg Config) {
 }
 
 // flowsIn looks for a listener in namespace a, which is not there for who looks in the host's.
-func flowsIn(t *testing.T, c *Client, cfg Config) {
+func flowsIn(t *testing.T, c *client.Client, cfg Config) {
 	t.Helper()
 	if it, err := sockbpf.Open(); err != nil {
 		t.Logf("flows in a namespace are not tested: no BPF iterator over TCP sockets: %v", err)

@@ -18,6 +18,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"tsoagent/agent/client"
 	"tsoagent/agent/flows"
 	"tsoagent/sockopt"
 )
@@ -130,7 +131,7 @@ func TestFlowsSayWhatIsWrong(t *testing.T) {
 		t.Errorf("no capability: %d, %v", n, err)
 	}
 	for path, want := range map[string]int{"/v1/flows": http.StatusNotImplemented, "/v1/flows?dev=nope": http.StatusNotFound, "/v1/flows?listener=x": http.StatusBadRequest} {
-		res, err := c.http.Get("http://tsoagent" + path)
+		res, err := c.Do(newRequest(t, http.MethodGet, path))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -270,7 +271,7 @@ func TestOwnersThatMayNotBeSeen(t *testing.T) {
 }
 
 // busyWorld has all slots taken, as by clients that read slowly.
-func busyWorld(t *testing.T, wait time.Duration) (*world, *Client) {
+func busyWorld(t *testing.T, wait time.Duration) (*world, *client.Client) {
 	t.Helper()
 	w := controlWorld(t)
 	w.start(tunnelPolicy, tunnelSA)
@@ -296,7 +297,7 @@ func TestSlowReadersHoldNobodyUp(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	res, err := c.http.Do(req)
+	res, err := c.Do(req)
 	if err != nil {
 		t.Fatal(err)
 	}

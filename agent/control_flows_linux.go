@@ -2,29 +2,15 @@ package agent
 
 import (
 	"bufio"
-	"context"
 	"encoding/json"
 	"errors"
-	"fmt"
-	"io"
 	"net/http"
-	"net/url"
 	"strconv"
 	"time"
 
+	"tsoagent/agent/api"
 	"tsoagent/agent/flows"
 )
-
-// flowLine is one line of the answer to /v1/flows: a flow, or, as the last one, the result or what went
-// wrong in the middle.
-type flowLine struct {
-	flows.Flow
-	Result *flows.Result `json:"result,omitempty"`
-	Error  string        `json:"error,omitempty"`
-}
-
-// maxFlowLine bounds a line: 64 listeners with the processes that are named of each are the longest.
-const maxFlowLine = 1 << 20
 
 // serveFlows answers with a line of JSON for each flow, as they come from the kernel.
 func serveFlows(s served, w http.ResponseWriter, r *http.Request) {
@@ -54,9 +40,9 @@ func serveFlows(s served, w http.ResponseWriter, r *http.Request) {
 		if n := q.Get("netns"); n != "" && res.Netns != "" {
 			res.Netns = n
 		}
-		_ = enc.Encode(flowLine{Result: res}) // a client that went away is its own affair
+		_ = enc.Encode(api.FlowLine{Result: res}) // a client that went away is its own affair
 	case out.started:
-		_ = enc.Encode(flowLine{Error: oneLine(err)})
+		_ = enc.Encode(api.FlowLine{Error: oneLine(err)})
 	default:
 		answerFlowsError(w, err)
 		return
@@ -127,49 +113,4 @@ func serveDiagnosis(s served, w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	answerJSON(w, http.StatusOK, d)
-}
-
-// FlowsIn asks for the flows of a namespace, by any of the names that the agent knows, and calls fn for
-// each as it comes. A Flow is good until fn returns.
-func (c *Client) FlowsIn(ctx context.Context, netns string, f flows.Filter, fn func(*flows.Flow) error) (*flows.Result, error) {
-	body, err := c.open(ctx, "/v1/flows", inNetns(f.Values(), netns))
-	if err != nil {
-		return nil, err
-	}
-	defer body.Close()
-	in := bufio.NewReaderSize(body, maxFlowLine)
-	var flow flows.Flow
-	for {
-		b, err := in.ReadSlice('\n')
-		if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
-			err = errors.New("it ended early: the agent stopped, or was too busy; try again")
-		}
-		if err != nil {
-			return nil, fmt.Errorf("agent: read the answer to /v1/flows: %w", err)
-		}
-		if flows.ParseJSON(b, &flow) {
-			if err := fn(&flow); err != nil {
-				return nil, err
-			}
-			continue
-		}
-		var line flowLine
-		switch err := json.Unmarshal(b, &line); {
-		case err != nil:
-			return nil, fmt.Errorf("agent: read the answer to /v1/flows: %w", err)
-		case line.Error != "":
-			return nil, errors.New(line.Error)
-		case line.Result != nil:
-			return line.Result, nil
-		}
-		if err := fn(&line.Flow); err != nil {
-			return nil, err
-		}
-	}
-}
-
-// DiagnosisIn asks for a fresh diagnosis of a namespace, by any of the names that the agent knows.
-func (c *Client) DiagnosisIn(ctx context.Context, netns string) (*Diagnosis, error) {
-	d := new(Diagnosis)
-	return d, c.get(ctx, "/v1/diagnosis", inNetns(url.Values{}, netns), d)
 }

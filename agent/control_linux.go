@@ -7,6 +7,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
+	"mime"
 	"net"
 	"net/http"
 	"net/netip"
@@ -16,35 +18,27 @@ import (
 	"strings"
 	"time"
 
+	"tsoagent/agent/api"
 	"tsoagent/xfrmwatch"
 )
 
-// The control API is HTTP with JSON on a unix socket:
-//
-//	GET /v1/report             the newest Report; 503 while the agent still reads the kernel
-//	GET /v1/explain?dst=…      an Explanation; 400 for a wrong query
-//	GET /v1/flows              TCP connections, a line of JSON for each as they come from the kernel,
-//	                           and a flows.Result as {"result": …} in the last one; 501 where they
-//	                           can't be read, 503 while others read theirs; see flows.Filter
-//	                           for the query
-//	GET /v1/diagnosis          a Diagnosis of the connections that is some seconds old at most
-//	GET /v1/namespaces         all that are followed, or are to be, a list of NamespaceReport
-//
-// With netns=NAME all but the last are about that namespace; 404 if it is not followed.
-// Errors are {"error": "…"}. Who may connect is up to the socket's mode, 0660.
+// The control API is HTTP with JSON on a unix socket: package api has it in values, docs/openapi.yaml for other
+// languages, package client asks. Who may connect is up to the socket's mode, 0660; of those only root may change
+// anything. What a client does wrong costs it the connection, and nobody else anything: what is asked of the loop is
+// checked first, is small, and there is a bound on how many ask.
 
 // Serve answers on the control socket until the context ends. A socket that a dead agent left
 // is taken over: the journal's lock says that no other agent runs.
 func (a *Agent) Serve(ctx context.Context) error {
-	return serve(ctx, SocketPath(a.cfg.RunDir), handler(a))
+	return serve(ctx, SocketPath(a.cfg.RunDir), handler(a, ctx.Done()), a.log)
 }
 
 // Serve answers on the control socket for all namespaces, as Agent.Serve does for one.
 func (f *Fleet) Serve(ctx context.Context) error {
-	return serve(ctx, SocketPath(f.cfg.RunDir), handler(f))
+	return serve(ctx, SocketPath(f.cfg.RunDir), handler(f, ctx.Done()), f.log)
 }
 
-func serve(ctx context.Context, path string, h http.Handler) error {
+func serve(ctx context.Context, path string, h http.Handler, log *slog.Logger) error {
 	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return fmt.Errorf("agent: take over the control socket: %w", err)
 	}
@@ -58,72 +52,336 @@ func serve(ctx context.Context, path string, h http.Handler) error {
 	srv := &http.Server{
 		Handler: h, ReadHeaderTimeout: 2 * time.Second, ReadTimeout: 5 * time.Second,
 		WriteTimeout: 30 * time.Second, IdleTimeout: 30 * time.Second, MaxHeaderBytes: 8 << 10,
+		ConnContext: withPeer, ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelDebug),
 	}
-	stop := context.AfterFunc(ctx, func() { _ = srv.Close() })
-	defer stop()
-	if err := srv.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+	closed := make(chan struct{})
+	stop := context.AfterFunc(ctx, func() {
+		defer close(closed)
+		// Those who follow events hear of the last ones.
+		last, cancel := context.WithTimeout(context.Background(), farewell)
+		defer cancel()
+		_ = srv.Shutdown(last)
+		_ = srv.Close()
+	})
+	err = srv.Serve(&bounded{Listener: l, byUID: map[uint32]int{}})
+	if !stop() {
+		<-closed
+	}
+	if !errors.Is(err, http.ErrServerClosed) {
 		return fmt.Errorf("agent: control socket: %w", err)
 	}
 	return nil
 }
 
-// paths are what the control API has.
-var paths = []string{"/v1/report", "/v1/explain", "/v1/flows", "/v1/diagnosis", "/v1/namespaces"}
+// farewell bounds how long answers that are under way may take when the agent stops.
+const farewell = time.Second
 
-func handler(s served) http.Handler {
+// control answers for an agent or a fleet.
+type control struct {
+	served
+	asking  chan struct{}   // has a token for each request that asks the loop
+	follows chan struct{}   // has a token for each who follows events
+	stopped <-chan struct{} // closed when nothing is served any more
+}
+
+// maxAsking is how many requests wait for loops at a time, and maxFollows how many follow events.
+const (
+	maxAsking  = 8
+	maxFollows = 16
+)
+
+func handler(s served, stopped <-chan struct{}) http.Handler {
+	c := &control{s, make(chan struct{}, maxAsking), make(chan struct{}, maxFollows), stopped}
+	handlers := map[string]http.HandlerFunc{
+		"report":     c.report,
+		"namespaces": func(w http.ResponseWriter, _ *http.Request) { answerJSON(w, http.StatusOK, s.namespaces()) },
+		"explain":    c.explain,
+		"devices":    c.devices,
+		"locks":      c.locks,
+		"events":     c.events,
+		"flows":      func(w http.ResponseWriter, r *http.Request) { serveFlows(s, w, r) },
+		"diagnosis":  func(w http.ResponseWriter, r *http.Request) { serveDiagnosis(s, w, r) },
+		"pause":      c.pause,
+		"resume":     c.resume,
+	}
 	mux := http.NewServeMux()
-	mux.HandleFunc("GET /v1/report", func(w http.ResponseWriter, r *http.Request) {
-		rep, err := s.reportOf(r.URL.Query().Get("netns"))
-		if err != nil {
-			answerError(w, statusOf(err), err)
-			return
-		}
-		answerJSON(w, http.StatusOK, rep)
-	})
-	mux.HandleFunc("GET /v1/namespaces", func(w http.ResponseWriter, _ *http.Request) {
-		answerJSON(w, http.StatusOK, s.namespaces())
-	})
-	mux.HandleFunc("GET /v1/explain", func(w http.ResponseWriter, r *http.Request) {
-		q, err := questionFrom(r.URL.Query())
-		if err != nil {
-			answerError(w, http.StatusBadRequest, err)
-			return
-		}
-		a, err := s.agentOf(r.URL.Query().Get("netns"))
-		if err != nil {
-			answerError(w, statusOf(err), err)
-			return
-		}
-		var e *Explanation
-		callErr := a.call(r.Context(), func() {
-			if a.lastP == nil {
-				err = errNotReady
+	var paths []string
+	for i := range api.Operations {
+		op := &api.Operations[i]
+		h := handlers[op.Name]
+		mux.HandleFunc(op.Method+" "+op.Path, func(w http.ResponseWriter, r *http.Request) {
+			if op.ForRoot() && !isRoot(w, r) {
 				return
 			}
-			e, err = a.explain(q)
+			h(w, r)
 		})
-		if callErr != nil || errors.Is(err, errNotReady) {
-			answerError(w, http.StatusServiceUnavailable, cmp.Or(callErr, err))
-			return
+		allow := op.Method
+		if op.Method == http.MethodGet {
+			allow += ", " + http.MethodHead
 		}
-		if err != nil {
-			answerError(w, http.StatusBadRequest, err)
-			return
-		}
-		answerJSON(w, http.StatusOK, e)
-	})
-	mux.HandleFunc("GET /v1/flows", func(w http.ResponseWriter, r *http.Request) { serveFlows(s, w, r) })
-	mux.HandleFunc("GET /v1/diagnosis", func(w http.ResponseWriter, r *http.Request) { serveDiagnosis(s, w, r) })
-	for _, path := range paths {
-		mux.HandleFunc(path, func(w http.ResponseWriter, r *http.Request) {
-			w.Header().Set("Allow", "GET, HEAD")
-			answerError(w, http.StatusMethodNotAllowed, fmt.Errorf("%s takes GET, not %s", path, r.Method))
+		mux.HandleFunc(op.Path, func(w http.ResponseWriter, r *http.Request) {
+			w.Header().Set("Allow", allow)
+			answerError(w, http.StatusMethodNotAllowed, fmt.Errorf("%s takes %s, not %s", op.Path, op.Method, r.Method))
 		})
+		paths = append(paths, op.Path)
 	}
 	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
 		answerError(w, http.StatusNotFound, fmt.Errorf("there is no %q; this agent has %s", r.URL.Path, strings.Join(paths, ", ")))
 	})
 	return mux
+}
+
+func (c *control) report(w http.ResponseWriter, r *http.Request) {
+	rep, err := c.reportOf(r.URL.Query().Get("netns"))
+	if err != nil {
+		answerError(w, statusOf(err), err)
+		return
+	}
+	answerJSON(w, http.StatusOK, rep)
+}
+
+func (c *control) locks(w http.ResponseWriter, r *http.Request) {
+	rep, err := c.reportOf(r.URL.Query().Get("netns"))
+	if err != nil {
+		answerError(w, statusOf(err), err)
+		return
+	}
+	answerJSON(w, http.StatusOK, api.LocksOf(rep))
+}
+
+func (c *control) explain(w http.ResponseWriter, r *http.Request) {
+	q, err := api.ParseQuestion(r.URL.Query())
+	if err != nil {
+		answerError(w, http.StatusBadRequest, err)
+		return
+	}
+	a, ok := c.loopOf(w, r)
+	if !ok {
+		return
+	}
+	defer c.asked()
+	var e *Explanation
+	callErr := a.call(r.Context(), func() {
+		if a.lastP == nil {
+			err = errNotReady
+			return
+		}
+		e, err = a.explain(q)
+	})
+	if callErr != nil || errors.Is(err, errNotReady) {
+		answerError(w, http.StatusServiceUnavailable, cmp.Or(callErr, err))
+		return
+	}
+	if err != nil {
+		answerError(w, http.StatusBadRequest, err)
+		return
+	}
+	answerJSON(w, http.StatusOK, e)
+}
+
+func (c *control) devices(w http.ResponseWriter, r *http.Request) {
+	all, err := flagOf(r.URL.Query(), "all")
+	if err != nil {
+		answerError(w, http.StatusBadRequest, err)
+		return
+	}
+	a, ok := c.loopOf(w, r)
+	if !ok {
+		return
+	}
+	defer c.asked()
+	d, err := a.deviceList(r.Context(), a.call, all)
+	if err != nil {
+		answerError(w, http.StatusServiceUnavailable, err)
+		return
+	}
+	if n := r.URL.Query().Get("netns"); n != "" && d.Netns != "" {
+		d.Netns = n
+	}
+	answerJSON(w, http.StatusOK, d)
+}
+
+// loopOf is the agent that is asked for, and the turn to ask its loop, which asked gives back. It has
+// answered if there is none.
+func (c *control) loopOf(w http.ResponseWriter, r *http.Request) (*Agent, bool) {
+	a, err := c.agentOf(r.URL.Query().Get("netns"))
+	if err != nil {
+		answerError(w, statusOf(err), err)
+		return nil, false
+	}
+	select {
+	case c.asking <- struct{}{}:
+		return a, true
+	default:
+		answerError(w, http.StatusServiceUnavailable, fmt.Errorf("%d others are asking already: try again in a moment", maxAsking))
+		return nil, false
+	}
+}
+
+func (c *control) asked() { <-c.asking }
+
+// events answers with the newest events, or with each one as it happens.
+func (c *control) events(w http.ResponseWriter, r *http.Request) {
+	q := r.URL.Query()
+	follow, err := flagOf(q, "follow")
+	var since uint64
+	if s := q.Get("since"); err == nil && s != "" {
+		if since, err = strconv.ParseUint(s, 10, 64); err != nil {
+			err = fmt.Errorf("since: %q is no number of an event", s)
+		}
+	}
+	if err != nil {
+		answerError(w, http.StatusBadRequest, err)
+		return
+	}
+	a, err := c.agentOf(q.Get("netns"))
+	if err != nil {
+		answerError(w, statusOf(err), err)
+		return
+	}
+	if !follow {
+		l := &api.EventList{Version: api.Version, Since: a.ring.since, Events: []api.Event{}}
+		if a.name != "" {
+			l.Netns = q.Get("netns")
+		}
+		l.Events, l.Lost, l.Last = a.ring.after(since, maxEvents, l.Events)
+		answerJSON(w, http.StatusOK, l)
+		return
+	}
+	select {
+	case c.follows <- struct{}{}:
+		defer func() { <-c.follows }()
+	default:
+		answerError(w, http.StatusServiceUnavailable, fmt.Errorf("%d others follow events already: stop one of them", maxFollows))
+		return
+	}
+	a.followEvents(w, r, since, c.stopped)
+}
+
+// eventsAtOnce is how many events are copied at a time for one who follows, and followPatience how long he may
+// take to read the next piece.
+const (
+	eventsAtOnce   = 64
+	followPatience = 30 * time.Second
+)
+
+// followEvents writes events as they happen, until the client goes or the agent ends. A client that does not
+// read for followPatience is cut off; what it has missed meanwhile is told to one that reads slowly.
+func (a *Agent) followEvents(w http.ResponseWriter, r *http.Request, since uint64, stopped <-chan struct{}) {
+	rc := http.NewResponseController(w)
+	enc := json.NewEncoder(w)
+	w.Header().Set("Content-Type", api.NDJSON)
+	w.WriteHeader(http.StatusOK)
+	var buf []api.Event
+	for {
+		if rc.SetWriteDeadline(time.Now().Add(followPatience)) != nil {
+			return
+		}
+		var lost uint64
+		more := a.ring.more(since)
+		buf, lost, _ = a.ring.after(since, eventsAtOnce, buf[:0])
+		if lost > 0 && since > 0 { // who asks from the beginning gets what there is
+			if enc.Encode(api.EventLine{Lost: lost}) != nil {
+				return
+			}
+		}
+		for i := range buf {
+			if enc.Encode(api.EventLine{Event: &buf[i]}) != nil {
+				return
+			}
+			since = buf[i].Seq
+		}
+		if rc.Flush() != nil {
+			return
+		}
+		if len(buf) > 0 {
+			continue
+		}
+		select {
+		case <-more:
+			continue
+		case <-r.Context().Done():
+			return
+		case <-a.ended:
+		case <-stopped:
+		}
+		if buf, _, _ = a.ring.after(since, 1, buf[:0]); len(buf) == 0 {
+			return
+		}
+	}
+}
+
+func (c *control) pause(w http.ResponseWriter, r *http.Request) {
+	var ask api.PauseRequest
+	if !readBody(w, r, &ask) {
+		return
+	}
+	p := &api.Paused{By: peerOf(r), Restore: ask.Restore}
+	if ask.For != "" {
+		d, err := time.ParseDuration(ask.For)
+		if err != nil || d <= 0 {
+			answerError(w, http.StatusBadRequest, fmt.Errorf("for: %q is no time above 0 with a unit, as 90s, 10m or 2h", ask.For))
+			return
+		}
+		p.Until = time.Now().Add(d)
+	}
+	c.giveOrder(w, r, p)
+}
+
+func (c *control) resume(w http.ResponseWriter, r *http.Request) {
+	if readBody(w, r, &api.ResumeRequest{}) {
+		c.giveOrder(w, r, nil)
+	}
+}
+
+func (c *control) giveOrder(w http.ResponseWriter, r *http.Request, p *api.Paused) {
+	list, err := c.ordered(r.Context(), r.URL.Query().Get("netns"), p)
+	if err != nil {
+		answerError(w, statusOf(err), err)
+		return
+	}
+	answerJSON(w, http.StatusOK, api.PauseAnswer{Version: api.Version, Namespaces: list})
+}
+
+// maxBody bounds what a request may bring, in bytes.
+const maxBody = 4 << 10
+
+// readBody reads a request's JSON, strictly. It has answered if that is not possible.
+func readBody(w http.ResponseWriter, r *http.Request, into any) bool {
+	if t, _, err := mime.ParseMediaType(r.Header.Get("Content-Type")); err != nil || t != "application/json" {
+		answerError(w, http.StatusUnsupportedMediaType, fmt.Errorf("send JSON, with Content-Type: application/json"))
+		return false
+	}
+	d := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxBody))
+	d.DisallowUnknownFields()
+	err := d.Decode(into)
+	if err == nil {
+		if _, more := d.Token(); more == nil {
+			err = errors.New("there is something behind the JSON")
+		} else if !errors.Is(more, io.EOF) {
+			err = more
+		}
+	}
+	var large *http.MaxBytesError
+	switch {
+	case errors.As(err, &large):
+		answerError(w, http.StatusRequestEntityTooLarge, fmt.Errorf("the request is larger than %d bytes", maxBody))
+	case err != nil:
+		answerError(w, http.StatusBadRequest, fmt.Errorf("the request can't be read: %w", err))
+	}
+	return err == nil
+}
+
+func flagOf(v url.Values, key string) (bool, error) {
+	s := v.Get(key)
+	if s == "" {
+		return false, nil
+	}
+	on, err := strconv.ParseBool(s)
+	if err != nil {
+		return false, fmt.Errorf("%s: %q is neither true nor false", key, s)
+	}
+	return on, nil
 }
 
 var errNotReady = errors.New("the agent is still reading the kernel's state; try again in a moment")
@@ -140,12 +398,6 @@ func statusOf(err error) int {
 	return http.StatusInternalServerError
 }
 
-// refusal is the answer where there is none.
-type refusal struct {
-	Error  string `json:"error"`
-	Absent string `json:"absent,omitempty"` // AbsentError's Of
-}
-
 func answerJSON(w http.ResponseWriter, code int, v any) {
 	w.Header().Set("Content-Type", "application/json")
 	w.WriteHeader(code)
@@ -154,183 +406,15 @@ func answerJSON(w http.ResponseWriter, code int, v any) {
 }
 
 func answerError(w http.ResponseWriter, code int, err error) {
-	no := refusal{Error: err.Error()}
+	no := api.Error{Text: err.Error()}
 	var absent *AbsentError
 	if errors.As(err, &absent) {
-		no.Error, no.Absent = absent.Text, absent.Of
+		no.Text, no.Absent = absent.Text, absent.Of
 	}
 	answerJSON(w, code, no)
 }
 
-// Client asks a running agent over its control socket. It is safe for concurrent use.
-type Client struct {
-	path string
-	http http.Client
-}
-
-// ErrNoAgent is matched (errors.Is) when nobody answers on the control socket.
-var ErrNoAgent = errors.New("no agent is running")
-
-// NewClient returns a client for the agent with this run directory.
-func NewClient(runDir string) *Client {
-	c := &Client{path: SocketPath(runDir)}
-	c.http = http.Client{
-		Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			return (&net.Dialer{}).DialContext(ctx, "unix", c.path)
-		}},
-	}
-	return c
-}
-
-// Report asks for the newest report of the namespace that the agent was started in.
-func (c *Client) Report(ctx context.Context) (*Report, error) { return c.ReportIn(ctx, "") }
-
-// ReportIn asks for the newest report of a namespace, by any of the names that the agent knows.
-func (c *Client) ReportIn(ctx context.Context, netns string) (*Report, error) {
-	r := new(Report)
-	return r, c.get(ctx, "/v1/report", inNetns(url.Values{}, netns), r)
-}
-
-// Namespaces asks for all that are followed, or are to be.
-func (c *Client) Namespaces(ctx context.Context) ([]NamespaceReport, error) {
-	var list []NamespaceReport
-	err := c.get(ctx, "/v1/namespaces", nil, &list)
-	return list, err
-}
-
-// Explain asks what happens to a flow in the namespace that the agent was started in.
-func (c *Client) Explain(ctx context.Context, q Question) (*Explanation, error) {
-	return c.ExplainIn(ctx, "", q)
-}
-
-// ExplainIn is Explain in a namespace, by any of the names that the agent knows.
-func (c *Client) ExplainIn(ctx context.Context, netns string, q Question) (*Explanation, error) {
-	e := new(Explanation)
-	return e, c.get(ctx, "/v1/explain", inNetns(q.values(), netns), e)
-}
-
-func inNetns(v url.Values, netns string) url.Values {
-	if netns != "" {
-		v.Set("netns", netns)
-	}
-	return v
-}
-
-func (c *Client) get(ctx context.Context, path string, query url.Values, into any) error {
-	ctx, cancel := context.WithTimeout(ctx, answerWithin)
-	defer cancel()
-	body, err := c.open(ctx, path, query)
-	if err != nil {
-		return err
-	}
-	defer body.Close()
-	if err := json.NewDecoder(body).Decode(into); err != nil {
-		return fmt.Errorf("agent: read the answer to %s: %w", path, err)
-	}
-	return nil
-}
-
-// answerWithin bounds how long an answer may take that does not come bit by bit.
-const answerWithin = 30 * time.Second
-
-// open asks, and returns the answer's body if it is one.
-func (c *Client) open(ctx context.Context, path string, query url.Values) (io.ReadCloser, error) {
-	u := url.URL{Scheme: "http", Host: "tsoagent", Path: path, RawQuery: query.Encode()}
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, u.String(), nil)
-	if err != nil {
-		return nil, fmt.Errorf("agent: ask %s: %w", path, err)
-	}
-	res, err := c.http.Do(req)
-	if err != nil {
-		var op *net.OpError
-		if errors.As(err, &op) && op.Op == "dial" {
-			if errors.Is(err, os.ErrPermission) {
-				return nil, fmt.Errorf("the control socket %s is not yours to open: run it as root: %w", c.path, ErrPermission)
-			}
-			return nil, fmt.Errorf("%w (nobody answers on %s)", ErrNoAgent, c.path)
-		}
-		return nil, fmt.Errorf("agent: ask %s: %w", path, err)
-	}
-	if res.StatusCode != http.StatusOK {
-		var no refusal
-		if err := json.NewDecoder(res.Body).Decode(&no); err != nil || no.Error == "" {
-			no.Error = res.Status
-		}
-		if no.Absent != "" {
-			return nil, errors.Join(&AbsentError{Of: no.Absent, Text: no.Error}, res.Body.Close())
-		}
-		return nil, errors.Join(errors.New(no.Error), res.Body.Close())
-	}
-	return res.Body, nil
-}
-
-// Question asks what happens to a flow. From may be invalid; the zero values of the rest mean
-// any.
-type Question struct {
-	Dst, From netip.Addr
-	Proto     uint8
-	Port      uint16 // destination port
-	Mark      uint32
-}
-
-func (q Question) values() url.Values {
-	v := url.Values{"dst": {q.Dst.String()}}
-	if q.From.IsValid() {
-		v.Set("from", q.From.String())
-	}
-	for _, n := range []struct {
-		key string
-		val uint64
-	}{{"proto", uint64(q.Proto)}, {"port", uint64(q.Port)}, {"mark", uint64(q.Mark)}} {
-		if n.val != 0 {
-			v.Set(n.key, strconv.FormatUint(n.val, 10))
-		}
-	}
-	return v
-}
-
-func questionFrom(v url.Values) (Question, error) {
-	var q Question
-	var errs []error
-	addr := func(key string, into *netip.Addr) {
-		s := v.Get(key)
-		if s == "" {
-			return
-		}
-		a, err := netip.ParseAddr(s)
-		if err != nil || a.Zone() != "" {
-			errs = append(errs, fmt.Errorf("%s: %q is no IP address", key, s))
-			return
-		}
-		*into = a.Unmap()
-	}
-	number := func(key string, bits int) uint64 {
-		s := v.Get(key)
-		if s == "" {
-			return 0
-		}
-		n, err := strconv.ParseUint(s, 0, bits)
-		if err != nil {
-			errs = append(errs, fmt.Errorf("%s: %q is no number of %d bits", key, s, bits))
-		}
-		return n
-	}
-	addr("dst", &q.Dst)
-	addr("from", &q.From)
-	q.Proto = uint8(number("proto", 8))
-	q.Port = uint16(number("port", 16))
-	q.Mark = uint32(number("mark", 32))
-	switch {
-	case len(errs) > 0:
-	case !q.Dst.IsValid():
-		errs = append(errs, errors.New("dst is missing"))
-	case q.From.IsValid() && q.From.Is4() != q.Dst.Is4():
-		errs = append(errs, errors.New("dst and from are of different families"))
-	}
-	return q, errors.Join(errs...)
-}
-
-// flow is the question as an XFRM lookup sees it.
-func (q Question) flow(src netip.Addr, ifID uint32, oif int32) xfrmwatch.Flow {
+// flowOf is a question as an XFRM lookup sees it.
+func flowOf(q Question, src netip.Addr, ifID uint32, oif int32) xfrmwatch.Flow {
 	return xfrmwatch.Flow{Src: src, Dst: q.Dst, Proto: xfrmwatch.Proto(q.Proto), Dport: q.Port, Mark: q.Mark, IfID: ifID, Oif: oif}
 }

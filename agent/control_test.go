@@ -18,6 +18,8 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"tsoagent/agent/api"
+	"tsoagent/agent/client"
 	"tsoagent/agent/journal"
 )
 
@@ -33,7 +35,7 @@ func runDir(t *testing.T) string {
 }
 
 // serve runs the world's control socket, and takes calls as the loop would, until the test ends.
-func (w *world) serve() *Client {
+func (w *world) serve() *client.Client {
 	w.t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
 	var wg sync.WaitGroup
@@ -59,8 +61,8 @@ func (w *world) serve() *Client {
 			w.t.Errorf("the socket is left: %v", err)
 		}
 	})
-	c := NewClient(w.a.cfg.RunDir)
-	w.t.Cleanup(c.http.CloseIdleConnections)
+	c := client.New(w.a.cfg.RunDir)
+	w.t.Cleanup(c.Close)
 	within(w.t, 5*time.Second, "the socket answers", func() bool {
 		conn, err := net.Dial("unix", SocketPath(w.a.cfg.RunDir))
 		if err == nil {
@@ -130,7 +132,7 @@ func TestQuestionsSurviveTheWire(t *testing.T) {
 		{Dst: netip.MustParseAddr("10.2.0.1")},
 		{Dst: netip.MustParseAddr("2001:db8::1"), From: netip.MustParseAddr("2001:db8::2"), Proto: 255, Port: 65535, Mark: 0xffffffff},
 	} {
-		got, err := questionFrom(q.values())
+		got, err := api.ParseQuestion(q.Values())
 		if err != nil || got != q {
 			t.Errorf("got %+v, %v; want %+v", got, err, q)
 		}
@@ -146,7 +148,7 @@ func TestControlSaysWhatIsWrong(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		res, err := c.http.Do(req)
+		res, err := c.Do(req)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -211,8 +213,8 @@ func TestClientSaysThatNoAgentRuns(t *testing.T) {
 	dir := runDir(t)
 	check := func(what string) {
 		t.Helper()
-		_, err := NewClient(dir).Report(t.Context())
-		if !errors.Is(err, ErrNoAgent) || !strings.Contains(err.Error(), SocketPath(dir)) {
+		_, err := client.New(dir).Report(t.Context())
+		if !errors.Is(err, client.ErrNoAgent) || !strings.Contains(err.Error(), SocketPath(dir)) {
 			t.Errorf("%s: %v", what, err)
 		}
 	}
@@ -262,8 +264,8 @@ func TestQuestionWhileTheAgentStopsEnds(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	served := make(chan error, 1)
 	go func() { served <- w.a.Serve(ctx) }()
-	c := NewClient(w.a.cfg.RunDir)
-	defer c.http.CloseIdleConnections()
+	c := client.New(w.a.cfg.RunDir)
+	defer c.Close()
 	within(t, 5*time.Second, "the socket answers", func() bool { _, err := c.Report(t.Context()); return err == nil })
 	asked := make(chan error, 1)
 	go func() {
@@ -288,8 +290,8 @@ func TestQuestionWhileTheAgentStopsEnds(t *testing.T) {
 func TestClientWithoutPermissionIsToldSo(t *testing.T) {
 	dir := runDir(t)
 	if os.Getenv("TSO_TEST_CLIENT") != "" {
-		_, err := NewClient(os.Getenv("TSO_TEST_CLIENT")).Report(t.Context())
-		t.Logf("client: %v; ErrPermission %v, ErrNoAgent %v", err, errors.Is(err, ErrPermission), errors.Is(err, ErrNoAgent))
+		_, err := client.New(os.Getenv("TSO_TEST_CLIENT")).Report(t.Context())
+		t.Logf("client: %v; ErrPermission %v, ErrNoAgent %v", err, errors.Is(err, client.ErrPermission), errors.Is(err, client.ErrNoAgent))
 		return
 	}
 	w := tunnelWorld(t, Config{RunDir: dir})
@@ -333,4 +335,14 @@ func TestSecondAgentIsRefusedWithThePid(t *testing.T) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
+}
+
+// newRequest is a bare request to the control API.
+func newRequest(t testing.TB, method, path string) *http.Request {
+	t.Helper()
+	req, err := http.NewRequestWithContext(t.Context(), method, "http://tsoagent"+path, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return req
 }

@@ -197,7 +197,7 @@ func (a *Agent) giveMTUs(s *plan.MTUSteps) {
 		c := y.Claim
 		c.Theirs = y.Device.MTU
 		a.bookMTU(y.Device, c)
-		a.log.Warn("somebody set the mtu of a device that we had set: it stays", "device", y.Device.Name, "mtu", c.Theirs, "ours", c.Ours)
+		a.notice("somebody set the mtu of a device that we had set: it stays", "device", y.Device.Name, "mtu", c.Theirs, "ours", c.Ours)
 	}
 	for _, i := range s.Drop {
 		if l, c := a.st.fib.Link(i), a.st.mtus[i]; l != nil && c.Theirs == 0 && !c.Wrote(l.MTU) {
@@ -271,17 +271,6 @@ func (a *Agent) dropMore(pl *plan.Plan, m *more, now time.Time) {
 
 // moreDone reports whether nothing of it is left to do.
 func (a *Agent) moreDone(m *more) bool { return m.mtus.Empty() && !a.again && a.clampsDone() }
-
-// DeviceMTUReport is one carrier whose own MTU is set.
-type DeviceMTUReport struct {
-	Device  string   `json:"device"`
-	Index   int32    `json:"ifindex"`
-	MTU     int      `json:"mtu"` // bytes
-	Was     int      `json:"was"`
-	State   string   `json:"state"` // in place, wanted, or contested where somebody else set it since
-	Why     string   `json:"why,omitempty"`
-	Because []string `json:"because"`
-}
 
 func (a *Agent) mtuReports(pl *plan.Plan) []DeviceMTUReport {
 	var out []DeviceMTUReport

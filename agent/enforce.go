@@ -3,6 +3,7 @@ package agent
 import (
 	"time"
 
+	"tsoagent/agent/api"
 	"tsoagent/agent/plan"
 )
 
@@ -11,17 +12,24 @@ import (
 func (a *Agent) enforce(pl *plan.Plan, s *plan.Steps, now time.Time) bool {
 	before := a.stats.Actions
 	a.settleFights(now)
-	a.moveClones(pl, s, now)
-	a.setLocks(s.Locks, now)
-	a.setHolds(s.Holds, false, now)
-	a.setHolds(s.Retaken, true, now)
 	stale := a.st.db.Stale() || a.st.fib.Stale()
 	staleLanes := stale || a.st.keysStale
-	a.setLanes(pl, staleLanes, now)
-	a.dropTables(s)
-	a.unlock(s.Unlocks)
-	a.unhold(pl, s.Unholds, now)
-	a.takeLanes(pl, staleLanes, now)
+	for _, do := range [...]func(){
+		func() { a.moveClones(pl, s, now) },
+		func() { a.setLocks(s.Locks, now) },
+		func() { a.setHolds(s.Holds, false, now) },
+		func() { a.setHolds(s.Retaken, true, now) },
+		func() { a.setLanes(pl, staleLanes, now) },
+		func() { a.dropTables(s) },
+		func() { a.unlock(s.Unlocks) },
+		func() { a.unhold(pl, s.Unholds, now) },
+		func() { a.takeLanes(pl, staleLanes, now) },
+	} {
+		if a.halt.Load() { // what is left is the next round's
+			break
+		}
+		do()
+	}
 	a.forget(s)
 	a.forgiveHolds(pl)
 	if len(a.st.inflight) > 0 {
@@ -38,11 +46,14 @@ const echoPatience = 500 * time.Millisecond
 func (a *Agent) did(what string, args ...any) {
 	a.stats.Actions++
 	a.log.Info(what, args...)
+	a.event(api.EventDone, what, args...)
 }
 
 func (a *Agent) failed(what string, err error, args ...any) {
 	a.stats.Failed++
-	a.log.Warn(what, append(args, "err", err)...)
+	args = append(args, "err", err)
+	a.log.Warn(what, args...)
+	a.event(api.EventFailed, what, args...)
 }
 
 // forget drops claims on what is gone or was changed by somebody else since.

@@ -3,56 +3,11 @@ package agent
 import (
 	"fmt"
 	"slices"
-	"strings"
 
 	"tsoagent/agent/plan"
 	"tsoagent/routes"
 	"tsoagent/xfrmwatch"
 )
-
-// Explanation says what happens to one flow: the route and rule that the kernel uses, the
-// policy and SA that apply, what they cost, and what was done about it.
-type Explanation struct {
-	Version int    `json:"version"`
-	Dst     string `json:"dst"`
-	From    string `json:"from"`
-	Device  string `json:"device"`
-	Gateway string `json:"gateway,omitempty"`
-	Table   uint32 `json:"table"`
-	Type    string `json:"type,omitempty"`
-	// RouteMTU is what the route says now, in bytes; RouteMTULocked its lock.
-	RouteMTU       uint32 `json:"route_mtu"`
-	RouteMTULocked bool   `json:"route_mtu_locked"`
-	DeviceMTU      int    `json:"device_mtu"`
-	// Policy is the one that matches, 0 for none; Losers match too, but others go first.
-	Policy   uint32   `json:"policy"`
-	Action   string   `json:"action"` // none, bypass, block, ipsec
-	Selector string   `json:"selector,omitempty"`
-	Losers   []string `json:"losers"`
-	// Costs are the bytes of each transformation, the innermost first.
-	Costs []StepCost `json:"costs"`
-	// MTU is the inner MTU in bytes, 0 while it is not known; MSS what TCP has of it without
-	// options.
-	MTU      int             `json:"mtu"`
-	MSS      int             `json:"mss"`
-	Coverage *CoverageReport `json:"coverage,omitempty"`
-	Notes    []string        `json:"notes"`
-}
-
-// StepCost is what one transformation takes.
-type StepCost struct {
-	Template string     `json:"template"`
-	SA       string     `json:"sa"`
-	MTU      int        `json:"outer_mtu"` // what it is given, in bytes
-	Items    []CostItem `json:"items"`
-	Inner    int        `json:"inner_mtu"` // what it leaves, in bytes
-}
-
-// CostItem is one line of a cost.
-type CostItem struct {
-	Name  string `json:"name"`
-	Bytes int    `json:"bytes"`
-}
 
 // explain answers from the loop's state and the kernel's own route lookup.
 func (a *Agent) explain(q Question) (*Explanation, error) {
@@ -82,7 +37,7 @@ func (a *Agent) explain(q Question) (*Explanation, error) {
 		e.Device, e.DeviceMTU = l.Name, l.MTU
 		switch {
 		case l.Kind == "xfrm" && l.External:
-			e.note(l.Name + " is in external mode: each packet, or its route, names the if_id of its policies")
+			e.AddNote(l.Name + " is in external mode: each packet, or its route, names the if_id of its policies")
 		case l.Kind == "xfrm":
 			ifID = l.IfID
 		case l.Kind == "vti", l.Kind == "vti6":
@@ -93,7 +48,7 @@ func (a *Agent) explain(q Question) (*Explanation, error) {
 		e.Notes = append(e.Notes, "no source address is known: give one with --from")
 		return e, nil
 	}
-	win, losers := a.st.db.Lookup(q.flow(src, ifID, int32(ans.Oif)), xfrmwatch.Out)
+	win, losers := a.st.db.Lookup(flowOf(q, src, ifID, int32(ans.Oif)), xfrmwatch.Out)
 	for _, p := range losers {
 		e.Losers = append(e.Losers, fmt.Sprintf("policy %d priority %d %s", p.Index, p.Priority, selectorText(p.Selector)))
 	}
@@ -103,7 +58,7 @@ func (a *Agent) explain(q Question) (*Explanation, error) {
 		}
 		if a.st.db.Default().Out == xfrmwatch.Block {
 			e.Action = "block"
-			e.note("no policy matches, and the default action for output is block: the flow is dropped")
+			e.AddNote("no policy matches, and the default action for output is block: the flow is dropped")
 		}
 		if ifID != 0 {
 			e.Notes = append(e.Notes, fmt.Sprintf("no policy has if_id %#x and matches: %s drops the flow", ifID, e.Device))
@@ -150,11 +105,11 @@ func (a *Agent) explainPolicy(e *Explanation, q Question, p *xfrmwatch.Policy) {
 		status := a.cost(e, c)
 		if e.Coverage = a.verdictOf(c.ID); e.Coverage != nil {
 			for _, n := range e.Coverage.Notes {
-				e.note(n)
+				e.AddNote(n)
 			}
 		}
 		if e.Coverage == nil && status != xfrmwatch.MTUKnown {
-			e.note(status.String())
+			e.AddNote(status.String())
 		}
 		return
 	}
@@ -169,7 +124,7 @@ func (a *Agent) explainTunnel(e *Explanation, oif routes.Ifindex) bool {
 	}
 	t := a.lastP.Tunnels[i]
 	e.Action = "ipsec"
-	e.note(fmt.Sprintf("%s wraps them: it is its outer packets that the policy takes", e.Device))
+	e.AddNote(fmt.Sprintf("%s wraps them: it is its outer packets that the policy takes", e.Device))
 	for _, id := range t.Own {
 		p, ok := a.st.db.Policy(id.Policy)
 		if !ok {
@@ -187,9 +142,9 @@ func (a *Agent) explainTunnel(e *Explanation, oif routes.Ifindex) bool {
 	if t.MTU > 0 {
 		e.Costs = append([]StepCost{{
 			Template: e.Device, SA: tunnelEnds(t.Encap), MTU: t.MTU + t.Encap.Header,
-			Items: []CostItem{{"outer headers", t.Encap.Header}}, Inner: t.MTU,
+			Items: []CostItem{{Name: "outer headers", Bytes: t.Encap.Header}}, Inner: t.MTU,
 		}}, e.Costs...)
-		e.setMTU(t.MTU, e.Dst)
+		e.SetMTU(t.MTU, e.Dst)
 	}
 	return true
 }
@@ -215,28 +170,12 @@ func (a *Agent) verdictOf(id xfrmwatch.CoverageID) *CoverageReport {
 	return nil
 }
 
-// setMTU says what MTU a flow to the destination has, and what TCP has of it without options.
-func (e *Explanation) setMTU(mtu int, dst string) {
-	header := 40
-	if strings.Contains(dst, ":") {
-		header = 60
-	}
-	e.MTU, e.MSS = mtu, mtu-header
-}
-
-// note adds a sentence once.
-func (e *Explanation) note(text string) {
-	if !slices.Contains(e.Notes, text) {
-		e.Notes = append(e.Notes, text)
-	}
-}
-
 // cost itemises the coverage's transformations, and says what they leave of the route.
 func (a *Agent) cost(e *Explanation, c xfrmwatch.Coverage) xfrmwatch.MTUStatus {
 	paths := plan.PathsOf(a.lastIn)
 	mtu, status := c.MTU(paths, e.DeviceMTU)
 	if status == xfrmwatch.MTUKnown {
-		e.setMTU(mtu, e.Dst)
+		e.SetMTU(mtu, e.Dst)
 		itemise(e, c, e.DeviceMTU, paths)
 	}
 	return status
@@ -258,7 +197,7 @@ func itemise(e *Explanation, c xfrmwatch.Coverage, path int, paths func(*xfrmwat
 		sa := c.Steps[i].SAs[0]
 		items, inner, err := sa.Costs(outer)
 		if err != nil {
-			e.note(err.Error())
+			e.AddNote(err.Error())
 			return
 		}
 		s := StepCost{
@@ -266,7 +205,7 @@ func itemise(e *Explanation, c xfrmwatch.Coverage, path int, paths func(*xfrmwat
 			SA:       fmt.Sprintf("%s spi %#x reqid %d", sa.Dst, uint32(sa.SPI), sa.Reqid), MTU: outer, Inner: inner,
 		}
 		for _, it := range items {
-			s.Items = append(s.Items, CostItem{it.Name, it.Bytes})
+			s.Items = append(s.Items, CostItem{Name: it.Name, Bytes: it.Bytes})
 		}
 		e.Costs = append([]StepCost{s}, e.Costs...)
 		outer = inner

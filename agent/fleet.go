@@ -12,6 +12,7 @@ import (
 	"sync"
 	"time"
 
+	"tsoagent/agent/api"
 	"tsoagent/agent/journal"
 	"tsoagent/agent/netns"
 )
@@ -50,8 +51,9 @@ type Fleet struct {
 	hostCookie                       uint64 // set where the host is not followed
 	blind                            error  // why nothing tells of namespaces that come and go
 	watcher                          *netns.Watcher
-	errs                             []error // of members that ended
-	hooked                           hooked  // how keys are known
+	errs                             []error     // of members that ended
+	hooked                           hooked      // how keys are known
+	paused                           *api.Paused // all are, and those that come; nil for not
 
 	openHook func() (keyHook, error)
 	openAO   func() (keyLister, error)
@@ -64,6 +66,7 @@ type member struct {
 	agent   *Agent   // nil while it starts and when it ended
 	why     string   // why there is no agent, empty while it starts
 	leaving bool
+	paused  *api.Paused // for an agent that starts, nil for none
 	cancel  context.CancelCauseFunc
 }
 
@@ -256,7 +259,7 @@ func (f *Fleet) reconcile(ctx context.Context) {
 		if f.members[id] != nil {
 			continue // one that leaves comes back when it has left
 		}
-		m := &member{id: id, names: names}
+		m := &member{id: id, names: names, paused: f.paused}
 		var mine context.Context
 		mine, m.cancel = context.WithCancelCause(ctx)
 		f.members[id] = m

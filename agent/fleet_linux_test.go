@@ -19,6 +19,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"tsoagent/agent/client"
 	"tsoagent/agent/netns"
 	"tsoagent/agent/netns/netnstest"
 	"tsoagent/agent/plan"
@@ -731,7 +732,7 @@ func TestControlInNamespaces(t *testing.T) {
 	go func() { served <- s.Serve(ctx) }()
 	locked(t, "a")
 	look()
-	c := NewClient(cfg.RunDir)
+	c := client.New(cfg.RunDir)
 	netnstest.Within(t, "the socket", func() bool { _, err := c.Report(ctx); return err == nil })
 	host, err := c.Report(ctx)
 	if err != nil || host.Netns != "" || len(host.Namespaces) != 2 || host.Namespaces[1].Clones != 1 || len(host.Coverages) != 0 {

@@ -9,6 +9,8 @@ import (
 	"path/filepath"
 	"strconv"
 	"time"
+
+	"tsoagent/agent/api"
 )
 
 // A namespace that could not be followed is tried again after firstRetry, then after twice as
@@ -32,6 +34,10 @@ func (f *Fleet) follow(ctx context.Context, m *member) {
 		if err == nil {
 			f.mu.Lock()
 			m.agent, m.why = a, ""
+			if p := m.paused; p != nil {
+				// Ahead of all else that the loop hears.
+				a.inbox.post(batch{orders: []order{{p, make(chan *api.Paused, 1)}}})
+			}
 			a.sources.setHooked(f.hooked)
 			f.mu.Unlock()
 			f.announce()

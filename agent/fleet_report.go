@@ -2,6 +2,7 @@ package agent
 
 import (
 	"cmp"
+	"context"
 	"fmt"
 	"maps"
 	"os"
@@ -9,52 +10,20 @@ import (
 	"strings"
 	"time"
 
+	"tsoagent/agent/api"
 	"tsoagent/agent/netns"
 )
 
-// The states of namespaces.
-const (
-	NetnsFollowed = "followed"
-	NetnsStarting = "starting" // the kernel's state is being read
-	NetnsLeaving  = "leaving"  // everything is being given back
-	NetnsFailed   = "failed"   // it is tried again
-	NetnsWaiting  = "waiting"  // nothing is there under the name
-)
-
-// NamespaceReport is one namespace that is followed, or that is to be.
-type NamespaceReport struct {
-	Name string `json:"name"`
-	// Names are all that lead to it.
-	Names []string `json:"names"`
-	State string   `json:"state"`
-	Why   string   `json:"why,omitempty"`
-	// Degraded says that a person should look: at the namespace's own report, or at Why.
-	Degraded  bool `json:"degraded"`
-	Policies  int  `json:"policies"`
-	Coverages int  `json:"coverages"`
-	Holds     int  `json:"holds"`
-	Locks     int  `json:"locks"`
-	Rules     int  `json:"rules"`
-	Clones    int  `json:"clones"`
-}
-
-// Degraded reports whether a person should look.
-func (r *Report) Degraded() bool {
-	return len(r.Stale) > 0 || len(r.Findings) > 0 ||
-		slices.ContainsFunc(r.Holds, func(h HoldReport) bool { return h.State == StateContested || h.State == StateRefused }) ||
-		slices.ContainsFunc(r.DeviceMTUs, func(m DeviceMTUReport) bool { return m.State == StateContested }) ||
-		slices.ContainsFunc(r.Lanes, func(l LaneReport) bool { return l.State == StateRefused }) ||
-		slices.ContainsFunc(r.Namespaces, func(n NamespaceReport) bool { return n.Degraded })
-}
-
-func (n *NamespaceReport) fill(r *Report) {
+// fill counts what a namespace's own report has.
+func fill(n *NamespaceReport, r *Report) {
+	n.Paused = r.Paused != nil
 	n.State, n.Degraded, n.Policies, n.Coverages = NetnsFollowed, r.Degraded(), r.Policies, len(r.Coverages)
 	n.Holds, n.Locks, n.Rules, n.Clones = len(r.Holds), len(r.Locks), len(r.Rules), len(r.Clones)
 }
 
 // notFollowed says which namespaces there are.
 func notFollowed(name, follows string) error {
-	return &AbsentError{Of: ofNetns, Text: fmt.Sprintf("this agent does not follow namespace %q; it follows %s", name, follows)}
+	return &AbsentError{Of: api.AbsentNetns, Text: fmt.Sprintf("this agent does not follow namespace %q; it follows %s", name, follows)}
 }
 
 // served is what the control API answers for.
@@ -64,6 +33,8 @@ type served interface {
 	// reportOf is the newest report of a namespace.
 	reportOf(name string) (*Report, error)
 	namespaces() []NamespaceReport
+	// ordered has a namespace pause, or all with an empty name; nil is to go on.
+	ordered(ctx context.Context, name string, p *api.Paused) ([]api.PausedNamespace, error)
 }
 
 var (
@@ -92,7 +63,7 @@ func (a *Agent) reportOf(name string) (*Report, error) {
 func (a *Agent) namespaces() []NamespaceReport {
 	n := NamespaceReport{Name: netns.Host, Names: []string{netns.Host}, State: NetnsStarting}
 	if r := a.Report(); r != nil {
-		n.fill(r)
+		fill(&n, r)
 	}
 	return []NamespaceReport{n}
 }
@@ -128,7 +99,7 @@ func (f *Fleet) agentOf(name string) (*Agent, error) {
 // notFollowed says which names there are. The caller holds the lock.
 func (f *Fleet) notFollowed(name string) error {
 	if why := f.waiting[name]; why != "" {
-		return &AbsentError{Of: ofNetns, Text: fmt.Sprintf("namespace %s: %s", name, why)}
+		return &AbsentError{Of: api.AbsentNetns, Text: fmt.Sprintf("namespace %s: %s", name, why)}
 	}
 	names := make([]string, 0, len(f.members))
 	for _, m := range f.members {
@@ -199,6 +170,45 @@ func (f *Fleet) reportOf(name string) (*Report, error) {
 	return &r, nil
 }
 
+// ordered gives the order to one member, or to all, and keeps it for those that start, or start again.
+func (f *Fleet) ordered(ctx context.Context, name string, p *api.Paused) ([]api.PausedNamespace, error) {
+	agents := map[string]*Agent{}
+	out := []api.PausedNamespace{}
+	to := func(m *member) {
+		m.paused = nil
+		if p != nil {
+			since := *p
+			since.Since = time.Now()
+			m.paused = &since
+		}
+		if m.agent != nil {
+			agents[m.names[0]] = m.agent
+		} else {
+			out = append(out, api.PausedNamespace{Name: m.names[0], Paused: m.paused})
+		}
+	}
+	f.mu.Lock()
+	if name == "" {
+		f.paused = p
+		for _, m := range f.members {
+			to(m)
+		}
+	} else {
+		m := f.find(name)
+		if m == nil {
+			defer f.mu.Unlock()
+			return nil, f.notFollowed(name)
+		}
+		to(m)
+	}
+	f.mu.Unlock()
+	out = append(out, orderAll(ctx, agents, p)...)
+	slices.SortFunc(out, func(a, b api.PausedNamespace) int {
+		return cmp.Or(cmp.Compare(rank(a.Name), rank(b.Name)), strings.Compare(a.Name, b.Name))
+	})
+	return out, nil
+}
+
 // addNamespaces adds the list, and what a person should look at, where there is more than the
 // host.
 func (f *Fleet) addNamespaces(r *Report) {
@@ -229,7 +239,7 @@ func (f *Fleet) namespaces() []NamespaceReport {
 		n := NamespaceReport{Name: m.names[0], Names: slices.Clone(m.names), State: NetnsStarting}
 		if m.agent != nil {
 			if r := m.agent.Report(); r != nil {
-				n.fill(r)
+				fill(&n, r)
 			}
 		}
 		switch {

@@ -31,7 +31,9 @@ func (a *Agent) setHolds(holds []plan.Hold, retaken bool, now time.Time) {
 		if len(due) > 0 {
 			a.holdDevice(dev, due, now)
 		}
-		holds = holds[n:]
+		if holds = holds[n:]; a.halt.Load() {
+			return
+		}
 	}
 }
 
@@ -47,13 +49,13 @@ func (a *Agent) mayHold(h plan.Hold, retaken bool) bool {
 		return true
 	}
 	if a.st.retakes[k]++; a.st.retakes[k] == 1 {
-		a.log.Info("a held feature was turned on: overruled once", "device", h.Device.Name, "feature", h.Feature)
+		a.noted("a held feature was turned on: overruled once", "device", h.Device.Name, "feature", h.Feature)
 		return true
 	}
 	a.st.contested[k] = "somebody turned it on again after it was overruled once"
 	delete(a.st.holds, k)
 	a.unbook(holdID(k))
-	a.log.Warn("hold is contested: staying out until its cause is gone", "device", h.Device.Name, "feature", h.Feature)
+	a.notice("hold is contested: staying out until its cause is gone", "device", h.Device.Name, "feature", h.Feature)
 	return false
 }
 
@@ -150,7 +152,7 @@ func (a *Agent) afterFailedSet(dev ethtool.Device, due []plan.Hold, failed error
 func (a *Agent) refuse(dev ethtool.Device, holds []plan.Hold, why string) {
 	for _, h := range holds {
 		a.st.refused[plan.HoldKey{Index: dev.Index, Feature: h.Feature}] = why
-		a.log.Warn("feature can't be held", "device", dev.Name, "feature", h.Feature, "why", why)
+		a.notice("feature can't be held", "device", dev.Name, "feature", h.Feature, "why", why)
 	}
 }
 
@@ -187,7 +189,7 @@ func (a *Agent) unhold(pl *plan.Plan, keys []plan.HoldKey, now time.Time) {
 		}
 	}
 	for _, k := range keys {
-		if due := wane(k); a.once || !now.Before(due) {
+		if due := wane(k); (a.once || a.goal == restoreAll || !now.Before(due)) && !a.halt.Load() {
 			a.release(k, now)
 		}
 	}

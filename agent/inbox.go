@@ -2,6 +2,7 @@ package agent
 
 import (
 	"sync"
+	"time"
 
 	"tsoagent/ethtool"
 	"tsoagent/l2tp"
@@ -22,6 +23,9 @@ type batch struct {
 	handed   []handed
 	offer    bool // a namespace is followed that was not, or a NIC came
 	resync   bool // with offer: it is time to look again
+	orders   []order
+
+	at time.Time // when it was put
 }
 
 func (b batch) len() int {
@@ -32,6 +36,7 @@ func (b batch) len() int {
 // full waits, and further events wait in the kernel's own buffer. It is safe for concurrent use.
 type inbox struct {
 	signal chan struct{} // holds one token while there is something pending
+	clock  func() time.Time
 
 	mu      sync.Mutex
 	room    sync.Cond
@@ -44,7 +49,7 @@ type inbox struct {
 const maxPending = 1 << 16
 
 func newInbox() *inbox {
-	b := &inbox{signal: make(chan struct{}, 1)}
+	b := &inbox{signal: make(chan struct{}, 1), clock: time.Now}
 	b.room.L = &b.mu
 	return b
 }
@@ -57,6 +62,7 @@ func (b *inbox) put(x batch) {
 	for b.size >= maxPending && !b.closed {
 		b.room.Wait()
 	}
+	x.at = b.clock()
 	b.pending = append(b.pending, x)
 	b.size += x.len()
 	b.mu.Unlock()

@@ -47,9 +47,9 @@ func (a *Agent) explainKeys(e *Explanation, q Question) {
 		}
 		switch {
 		case k.PeerPort != 0 && (q.Port == 0 || q.Port == k.PeerPort):
-			e.note(fmt.Sprintf("TCP to port %d there is signed (%s): %s", k.PeerPort, k, signedText(v)))
+			e.AddNote(fmt.Sprintf("TCP to port %d there is signed (%s): %s", k.PeerPort, k, signedText(v)))
 		case k.PeerPort == 0:
-			e.note(fmt.Sprintf("TCP from port %d is signed (%s): %s", k.Port, k, signedText(v)))
+			e.AddNote(fmt.Sprintf("TCP from port %d is signed (%s): %s", k.Port, k, signedText(v)))
 		}
 	}
 }

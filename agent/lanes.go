@@ -201,7 +201,7 @@ func (a *Agent) setLane(want lane.Lane, because string, now time.Time) {
 
 func (a *Agent) refuseLane(want lane.Lane, why string) {
 	a.st.lanes.refused[want.Index] = laneRefusal{want, why}
-	a.log.Warn("no lane: the NIC keeps its offloads for all", "device", want.Name, "why", why)
+	a.notice("no lane: the NIC keeps its offloads for all", "device", want.Name, "why", why)
 }
 
 func (a *Agent) bookLane(l lane.Lane) bool {
@@ -247,7 +247,7 @@ func (a *Agent) takeLanes(pl *plan.Plan, stale bool, now time.Time) {
 		have := s.seen[i]
 		switch {
 		case wanted[i], stale && a.goal == protect:
-		case have.Name == "", a.once, due(i):
+		case have.Name == "", a.once, a.goal == restoreAll, due(i):
 			a.takeLane(i, have.Name, now)
 		}
 	}
@@ -369,20 +369,9 @@ func (a *Agent) watchLanes(ctx context.Context) {
 		func(error) { changed(0) })
 }
 
-// LaneReport is one NIC whose covered flows take a detour through an ifb that cuts them.
-type LaneReport struct {
-	Device  string   `json:"device"`
-	Index   int32    `json:"ifindex"`
-	IFB     string   `json:"ifb"`
-	Matches []string `json:"matches"` // what leaves by the NIC and takes the lane
-	State   string   `json:"state"`   // in place, wanted, refused or releasing
-	Why     string   `json:"why,omitempty"`
-	Because []string `json:"because"`
-}
-
 func (a *Agent) laneReports(pl *plan.Plan, now time.Time) []LaneReport {
 	s := &a.st.lanes
-	if a.cfg.Mode == Observe && a.useLanes() {
+	if !a.writes() && a.useLanes() {
 		a.lookAtLanes(now)
 	}
 	var out []LaneReport
@@ -424,7 +413,7 @@ func noteLanes(r *Report) {
 		}
 		for i := range r.Coverages {
 			c := &r.Coverages[i]
-			if !slices.Contains(l.Because, c.name()) {
+			if !slices.Contains(l.Because, coverageName(c)) {
 				continue
 			}
 			c.Notes = append(slices.Clone(c.Notes), fmt.Sprintf("no lane on %s, which keeps its offloads: %s", l.Device, l.Why))

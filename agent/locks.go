@@ -37,13 +37,30 @@ func (a *Agent) setLocks(locks []plan.Lock, now time.Time) {
 		return
 	}
 	failpoint("lock-journal-after")
-	for _, l := range due {
+	for i, l := range due {
 		if routes.MTUMetricOf(l.Route.Body) == l.Want {
 			// A crash came ahead of another value. IPv4 would tell nothing of the write.
 			a.st.locks[l.Route.Key()] = plan.LockClaim{Was: l.Owner, Ours: l.Want}
 			continue
 		}
+		if a.halt.Load() {
+			a.unbookLocks(due[i:])
+			return
+		}
 		a.setLock(l)
+	}
+}
+
+// unbookLocks takes locks out of the journal again that are not to be written.
+func (a *Agent) unbookLocks(locks []plan.Lock) {
+	var ids []string
+	for _, l := range locks {
+		if _, ours := a.st.locks[l.Route.Key()]; !ours {
+			ids = append(ids, lockID(l.Route.Key()))
+		}
+	}
+	if len(ids) > 0 {
+		a.unbook(ids...)
 	}
 }
 
@@ -58,7 +75,7 @@ func (a *Agent) setLock(l plan.Lock) {
 			a.st.inflight[seq] = struct{}{}
 			a.st.locks[k] = plan.LockClaim{Was: l.Owner, Ours: l.Want}
 			failpoint("lock-written")
-			a.did("mtu locked", "route", k.String(), "mtu", l.Want.MTU, "because", ids(l.Because))
+			a.did("mtu locked", "route", k.String(), "mtu", l.Want.MTU, "dev", strings.Join(a.devices(l.Route.Body), ","), "because", ids(l.Because))
 			return
 		}
 		delete(a.st.writing, k)
@@ -90,7 +107,7 @@ func (a *Agent) repair(w *write, echo routes.Route) {
 	if !same {
 		a.stats.Repairs++
 		failpoint("lock-stale")
-		a.log.Info("the route's owner changed it while we wrote: the owner's version is written again", "route", k.String())
+		a.noted("the route's owner changed it while we wrote: the owner's version is written again", "route", k.String())
 	}
 	if w.back || n > 1 {
 		if !same {
@@ -150,7 +167,7 @@ func (a *Agent) mayWrite(k routes.Key, now time.Time) bool {
 	may, rests := f.once(now)
 	a.st.fights[k] = f
 	if rests {
-		a.log.Warn("a route does not keep its lock (its owner replaces it, or the kernel refuses): resting", "route", k.String(), "for", fightRest)
+		a.notice("a route does not keep its lock (its owner replaces it, or the kernel refuses): resting", "route", k.String(), "for", fightRest)
 	}
 	return may
 }
@@ -203,6 +220,9 @@ func (a *Agent) stuckError() error {
 // unlock gives routes their owner's MTU metric back.
 func (a *Agent) unlock(list []plan.Unlock) {
 	for _, u := range list {
+		if a.halt.Load() {
+			return
+		}
 		k := u.Route.Key()
 		if err := a.giveBack(u.Route, u.Was); err != nil {
 			if errors.Is(err, unix.ENODEV) && a.st.stuck[k] == 0 {

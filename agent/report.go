@@ -14,154 +14,12 @@ import (
 	"tsoagent/xfrmwatch"
 )
 
-// ReportVersion is the version of the Report's JSON form. Fields may be added under it; a field
-// that changes its meaning or goes away raises it.
-const ReportVersion = 1
-
-// Report is what the agent knows, wants and has done. It is immutable.
-type Report struct {
-	Version int    `json:"version"`
-	Program string `json:"program"`
-	PID     int    `json:"pid"`
-	Mode    Mode   `json:"mode"`
-	// Live is false for a report that was made without an agent, from the kernel alone.
-	Live  bool      `json:"live"`
-	Since time.Time `json:"since"`
-	Now   time.Time `json:"now"`
-	// Stale names the sources that lost events and are being read again.
-	Stale     []string         `json:"stale"`
-	Links     int              `json:"links"`
-	Routes    int              `json:"routes"`
-	Policies  int              `json:"policies"`
-	SAs       int              `json:"sas"`
-	Coverages []CoverageReport `json:"coverages"`
-	Holds     []HoldReport     `json:"holds"`
-	Locks     []LockReport     `json:"locks"`
-	Rules     []RuleReport     `json:"rules"`
-	Clones    []CloneReport    `json:"clones"`
-	Findings  []string         `json:"findings"`
-	Counters  Counters         `json:"counters"`
-	Sources   []SourceReport   `json:"sources"`
-	// Lanes are the NICs whose covered flows take a lane (shared_nics: lane).
-	Lanes []LaneReport `json:"lanes,omitempty"`
-	// Clamps are the destinations of forwarded connections with a smaller MSS (partial: clamp).
-	Clamps []ClampReport `json:"clamps,omitempty"`
-	// DeviceMTUs are the carriers whose own MTU is set (carrier_mtu: device).
-	DeviceMTUs []DeviceMTUReport `json:"device_mtus,omitempty"`
-	// Diagnosis is what the connections themselves said when they were looked at last.
-	Diagnosis *Diagnosis `json:"diagnosis,omitempty"`
-	// Netns is how the namespace is called, empty for the one that the agent was started in.
-	Netns string `json:"netns,omitempty"`
-	// NotFollowed says that the configuration leaves the latter out.
-	NotFollowed bool `json:"not_followed,omitempty"`
-	// Namespaces are all that the agent follows, or is to follow, in the report of that one.
-	Namespaces []NamespaceReport `json:"namespaces,omitempty"`
-}
-
-// SourceReport counts what a source of events brought since it was dialled.
-type SourceReport struct {
-	Source      string `json:"source"` // xfrm, routes, ethtool, l2tp or sockopt
-	Events      uint64 `json:"events"`
-	Dumps       uint64 `json:"dumps"`
-	Overruns    uint64 `json:"overruns"`    // receive buffer overflows
-	Undecodable uint64 `json:"undecodable"` // messages that made no sense; each led to a new dump
-	// Seconds is the CPU time of all looks, and Sockets what the last saw, of a source that polls.
-	Seconds float64 `json:"seconds,omitempty"`
-	Sockets int     `json:"sockets,omitempty"`
-	// Traced are the kernel's functions whose calls it looks at at once, and the tracepoint inet_sock_set_state where it does when a socket
-	// that holds keys begins to listen or to connect; Untraced is why there are no functions.
-	Traced   []string `json:"traced,omitempty"`
-	Untraced string   `json:"untraced,omitempty"`
-}
-
-// CoverageReport is the verdict for one coverage.
-type CoverageReport struct {
-	Policy   uint32   `json:"policy"`
-	Peer     string   `json:"peer,omitempty"`
-	Key      string   `json:"key,omitempty"` // "tcp-md5" or "tcp-ao" in place of a policy
-	Src      string   `json:"src"`
-	Dst      string   `json:"dst"`
-	Proto    uint8    `json:"proto,omitempty"`
-	Sport    uint16   `json:"sport,omitempty"`
-	Dport    uint16   `json:"dport,omitempty"`
-	Mark     string   `json:"mark,omitempty"`
-	IfID     uint32   `json:"if_id,omitempty"`
-	Priority uint32   `json:"priority"`
-	Maybe    bool     `json:"maybe,omitempty"`
-	Gone     bool     `json:"gone,omitempty"`
-	MTU      int      `json:"mtu"` // bytes, 0 while it is not known
-	Cut      string   `json:"cut"` // socket, device, lane, nic or none
-	Carriers []string `json:"carriers"`
-	Held     []string `json:"held"`
-	Locked   []string `json:"locked"`
-	Notes    []string `json:"notes"`
-	// PeerPort is the peer's port where the key is a client's; Dev the VRF or other device that the
-	// key's socket is bound to.
-	PeerPort uint16 `json:"peer_port,omitempty"`
-	Dev      string `json:"dev,omitempty"`
-	// Listener says that the key is a listener's.
-	Listener bool `json:"listener,omitempty"`
-	// UID is the user of the key's socket, nil if the kernel doesn't tell.
-	UID *uint32 `json:"uid,omitempty"`
-}
-
-// The states of holds, locks, rules and clones.
-const (
-	StateInPlace   = "in place"
-	StateWanted    = "wanted"
-	StateContested = "contested"
-	StateRefused   = "refused"
-	StateReleasing = "releasing"
-	StateNotOurs   = "off already"
-)
-
-// HoldReport is one feature on one device.
-type HoldReport struct {
-	Device  string   `json:"device"`
-	Index   int32    `json:"ifindex"`
-	Feature string   `json:"feature"`
-	State   string   `json:"state"`
-	Why     string   `json:"why,omitempty"`
-	Because []string `json:"because"`
-}
-
-// LockReport is one route that is locked in place.
-type LockReport struct {
-	Route   string   `json:"route"`
-	Family  string   `json:"family"`
-	MTU     uint32   `json:"mtu"`
-	Locked  bool     `json:"locked"`
-	Was     uint32   `json:"was"` // the owner's MTU metric in bytes, 0 for none
-	Devices []string `json:"devices"`
-	State   string   `json:"state"`
-	Because []string `json:"because"`
-}
-
-// RuleReport is one rule of ours.
-type RuleReport struct {
-	Family   string `json:"family"`
-	Priority uint32 `json:"priority"`
-	Table    uint32 `json:"table"`
-	Text     string `json:"text"`
-	State    string `json:"state"` // in place or wanted
-}
-
-// CloneReport is one route in a table of ours.
-type CloneReport struct {
-	Table   uint32   `json:"table"`
-	Dst     string   `json:"dst"`
-	Throw   bool     `json:"throw,omitempty"`
-	MTU     uint32   `json:"mtu,omitempty"`
-	Locked  bool     `json:"locked,omitempty"`
-	Devices []string `json:"devices,omitempty"`
-	State   string   `json:"state"` // in place or wanted
-}
-
 // publish makes the report of a round.
 func (a *Agent) publish(pl *plan.Plan, s *plan.Steps, now time.Time) {
 	r := &Report{
 		Version: ReportVersion, Program: a.version, PID: os.Getpid(), Mode: a.cfg.Mode, Live: true,
-		Since: a.started, Now: now, Stale: a.staleSources(),
+		Paused: a.pausedReport(s),
+		Since:  a.started, Now: now, Stale: a.staleSources(),
 		Links: len(a.st.fib.Links()), Routes: a.st.fib.Len(),
 		Policies: a.st.db.PolicyCount(), SAs: a.st.db.SACount(),
 		Coverages: a.coverageReports(pl.Verdicts), Holds: a.holdReports(pl), Locks: a.lockReports(pl, s),
@@ -182,7 +40,7 @@ func (a *Agent) publish(pl *plan.Plan, s *plan.Steps, now time.Time) {
 // wanted only.
 func (a *Agent) tableReports(r *Report, pl *plan.Plan, s *plan.Steps) {
 	state := func(pending bool) string {
-		if pending && a.cfg.Mode == Observe {
+		if pending && !a.writes() {
 			return StateWanted
 		}
 		return StateInPlace
@@ -199,8 +57,8 @@ func (a *Agent) tableReports(r *Report, pl *plan.Plan, s *plan.Steps) {
 		sh := &pl.Shapes[i]
 		for _, rule := range sh.Rules {
 			r.Rules = append(r.Rules, RuleReport{
-				rule.Family.String(), rule.Priority, uint32(rule.Table), ruleText(rule),
-				state(slices.Contains(s.AddRules, rule)),
+				Family: rule.Family.String(), Priority: rule.Priority, Table: uint32(rule.Table), Text: ruleText(rule),
+				State: state(slices.Contains(s.AddRules, rule)),
 			})
 		}
 		for _, c := range sh.Clones {
@@ -209,7 +67,8 @@ func (a *Agent) tableReports(r *Report, pl *plan.Plan, s *plan.Steps) {
 				State: state(put[place{sh.Table, c.Dst}]),
 			}
 			if !c.Throw {
-				cr.Devices = a.devices(c.Of.Body)
+				cr.Devices, cr.Of = a.devices(c.Of.Body), c.Of.Key().String()
+				cr.Because = []string{ids1(c.Because)}
 			}
 			r.Clones = append(r.Clones, cr)
 		}
@@ -224,7 +83,7 @@ func noteHolds(r *Report) {
 		}
 		for i := range r.Coverages {
 			c := &r.Coverages[i]
-			if slices.Contains(h.Because, c.name()) {
+			if slices.Contains(h.Because, coverageName(c)) {
 				c.Notes = append(slices.Clone(c.Notes), fmt.Sprintf("%s %s is %s: %s", h.Device, h.Feature, h.State, h.Why))
 				c.Held = slices.DeleteFunc(slices.Clone(c.Held), func(s string) bool { return s == h.Device+" "+h.Feature })
 				if len(c.Held) == 0 {
@@ -235,8 +94,8 @@ func noteHolds(r *Report) {
 	}
 }
 
-// name is how a coverage is called where it is a cause.
-func (c *CoverageReport) name() string {
+// coverageName is how a coverage is called where it is a cause.
+func coverageName(c *CoverageReport) string {
 	if c.Key != "" {
 		return keyName(c)
 	}
@@ -328,11 +187,15 @@ func (a *Agent) holdReports(pl *plan.Plan) []HoldReport {
 		}
 		out = append(out, r)
 	}
+	releasing := "its cause is gone; given back when it has been quiet"
+	if a.st.paused != nil {
+		releasing = "its cause is gone; given back after the pause"
+	}
 	for k, c := range a.st.holds {
 		if !wanted[k] {
 			out = append(out, HoldReport{
 				Device: c.Device.Name, Index: int32(k.Index), Feature: string(k.Feature),
-				State: StateReleasing, Why: "its cause is gone; given back when it has been quiet", Because: []string{},
+				State: StateReleasing, Why: releasing, Because: []string{},
 			})
 		}
 	}

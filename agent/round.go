@@ -5,6 +5,7 @@ import (
 	"slices"
 	"time"
 
+	"tsoagent/agent/api"
 	"tsoagent/agent/journal"
 	"tsoagent/agent/plan"
 	"tsoagent/ethtool"
@@ -18,17 +19,20 @@ import (
 func (a *Agent) apply(b batch) {
 	a.stats.Events += uint64(b.len())
 	for _, ev := range b.xfrm {
+		a.noteXFRM(ev, b.at)
 		if l, ok := ev.(xfrmwatch.Lost); ok {
-			a.log.Warn("events were lost, reading again", "source", "xfrm", "err", l.Err)
+			a.notice(eventsLost, "source", "xfrm", "err", l.Err)
 		}
 		a.st.db.Apply(ev)
 	}
 	for _, ev := range b.routes {
+		a.noteRoute(ev, b.at)
 		a.applyRoute(ev)
 	}
 	for _, ev := range b.features {
+		a.noteFeatures(ev, b.at)
 		if l, ok := ev.(ethtool.Lost); ok {
-			a.log.Warn("events were lost, reading again", "source", "ethtool", "err", l.Err)
+			a.notice(eventsLost, "source", "ethtool", "err", l.Err)
 		}
 		a.st.applyFeatures(ev)
 		if set, ok := ev.(ethtool.FeaturesSet); ok {
@@ -44,6 +48,7 @@ func (a *Agent) apply(b batch) {
 		}
 	}
 	a.st.arrivals = append(a.st.arrivals, b.arrivals...)
+	a.st.orders = append(a.st.orders, b.orders...)
 	for _, h := range b.handed {
 		a.settleMoved(h)
 	}
@@ -56,6 +61,9 @@ func (a *Agent) apply(b batch) {
 			a.log.Warn("the TCP keys can't be read, trying again", "source", "sockopt", "err", ev.Err)
 			a.st.keysStale = true
 		case sockopt.KeysSet:
+			if a.lastP != nil {
+				a.st.causes.add(ev, "changed", b.at, false)
+			}
 			a.st.keys, a.st.keysTrusted, a.st.keysStale = ev, a.trust.users(), false
 		}
 	}
@@ -64,7 +72,7 @@ func (a *Agent) apply(b batch) {
 func (a *Agent) applyRoute(ev routes.Event) {
 	switch ev := ev.(type) {
 	case routes.Lost:
-		a.log.Warn("events were lost, reading again", "source", "routes", "err", ev.Err)
+		a.notice(eventsLost, "source", "routes", "err", ev.Err)
 		// What was written may have been seen in what was lost.
 		clear(a.st.inflight)
 		clear(a.st.writing)
@@ -258,33 +266,41 @@ func pathOf(rt routeTable, fib *routes.FIB, q routes.Query) plan.Path {
 
 // round plans and acts once.
 func (a *Agent) round(now time.Time) (next time.Duration, reached bool) {
+	if a.lastP == nil && !a.once {
+		a.st.causes.order = "the agent started"
+	}
 	a.st.linger(now, time.Duration(a.cfg.RestoreAfter))
 	a.st.forwarding = a.forwards.read()
 	a.freshenMTUs()
 	a.settleUnsure()
 	in := a.input(now)
 	pl := &plan.Plan{}
-	if a.goal == protect {
+	if a.goal == protect || a.st.paused != nil {
 		pl = plan.Make(in)
 		a.st.current = pl.Current
 		a.remember(pl)
 	}
-	steps := plan.Diff(in, pl, plan.Held{Holds: a.st.holds, Locks: a.st.locks})
-	if a.once {
+	act := pl // what is worked towards
+	if a.goal != protect {
+		act = &plan.Plan{}
+	}
+	steps := plan.Diff(in, act, plan.Held{Holds: a.st.holds, Locks: a.st.locks})
+	if a.once || a.goal != protect {
 		steps.Unlocks = slices.DeleteFunc(steps.Unlocks, func(u plan.Unlock) bool { return a.st.stuck[u.Route.Key()] >= stuckAfter })
 	}
 	if a.goal == restoreStale {
 		steps = plan.Steps{DropRules: steps.DropRules, DropClones: steps.DropClones}
 	}
-	more := a.moreSteps(in, pl)
-	wrote, failures := false, a.stats.Failed
-	if a.cfg.Mode == Enforce {
-		actions := a.stats.Actions
-		if !a.setMore(pl, &more, now) {
+	more := a.moreSteps(in, act)
+	wrote, failures, actions := false, a.stats.Failed, a.stats.Actions
+	if a.writes() {
+		if !a.setMore(act, &more, now) {
 			steps.Unlocks = nil
 		}
-		a.enforce(pl, &steps, now)
-		a.dropMore(pl, &more, now)
+		a.enforce(act, &steps, now)
+		if !a.halt.Load() {
+			a.dropMore(act, &more, now)
+		}
 		wrote = a.stats.Actions != actions || a.again && !a.once
 	} else {
 		a.lookAtMore(now)
@@ -299,12 +315,23 @@ func (a *Agent) round(now time.Time) (next time.Duration, reached bool) {
 		a.closeBooks()
 	}
 	next = a.nextTimer(now)
+	if a.stats.Actions == actions && a.stats.Failed == failures {
+		a.seen()
+	}
+	a.settleCauses(wrote)
+	a.answerOrders(false)
 	if wrote {
 		// Look again at once: what was written is to be found in place.
 		return time.Nanosecond, false
 	}
 	reached = a.st.ready() && (a.cfg.Mode == Observe || steps.Empty() && len(a.st.writing) == 0 && a.moreDone(&more) && a.lanesDone() && a.movesDone())
-	if a.once && !reached { // nobody else brings the next round
+	if reached && a.st.paused != nil && a.goal != protect {
+		a.goal = protect
+		a.log.Info("everything is given back; the pause goes on")
+		a.event(api.EventState, "everything is given back; the pause goes on")
+		return time.Nanosecond, false // for the report
+	}
+	if (a.once || a.goal != protect) && !reached { // nobody else brings the next round
 		if a.stats.Failed != failures {
 			return onceFailed, false
 		}
@@ -323,7 +350,7 @@ const (
 // closeBooks takes what is no claim out of the journal once everything is given back.
 func (a *Agent) closeBooks() {
 	ids := []string{"tables"}
-	if a.goal == restoreAll {
+	if a.goal == restoreAll && a.st.paused == nil {
 		for id := range a.st.last {
 			ids = append(ids, mtuID(id))
 		}
@@ -350,6 +377,7 @@ func (a *Agent) ready(r *Report) {
 	case len(r.Holds) > 0:
 		says = "nothing is covered yet; ESP offloads that no port can keep are held off"
 	}
+	a.event(api.EventState, "ready", "mode", r.Mode, "coverages", len(r.Coverages))
 	a.log.Info("ready", "mode", r.Mode, "links", r.Links, "routes", r.Routes, "policies", r.Policies, "sas", r.SAs,
 		"coverages", len(r.Coverages), "says", says, "look_next", look)
 }
@@ -406,6 +434,12 @@ func (a *Agent) nextTimer(now time.Time) time.Duration {
 	for _, l := range a.st.lingering {
 		add(l.until)
 	}
+	if p := a.st.paused; p != nil {
+		add(p.Until)
+	}
+	if !a.writes() {
+		return untilDue(due, now) // the rest is about writing
+	}
 	for _, t := range a.st.release {
 		add(t)
 	}
@@ -431,6 +465,10 @@ func (a *Agent) nextTimer(now time.Time) time.Duration {
 			break
 		}
 	}
+	return untilDue(due, now)
+}
+
+func untilDue(due, now time.Time) time.Duration {
 	if due.IsZero() {
 		return 0
 	}

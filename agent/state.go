@@ -6,6 +6,7 @@ import (
 	"slices"
 	"time"
 
+	"tsoagent/agent/api"
 	"tsoagent/agent/plan"
 	"tsoagent/ethtool"
 	"tsoagent/routes"
@@ -57,6 +58,11 @@ type state struct {
 	inflight map[uint32]struct{}
 	patience time.Time // until when they are waited for
 	dumping  bool      // between a ResyncBegin and its end
+
+	causes triggers
+	paused *api.Paused // nil for none. What it points to never changes: reports have it
+	orders []order     // that came since the last round
+	obeyed []order     // that are in force at its end
 
 	clamps      clampState
 	lanes       laneState

@@ -253,7 +253,7 @@ func (a *Agent) moved(ev routes.Event) {
 
 // withhold takes the rules of a shape away and keeps it from being tried again for a while.
 func (a *Agent) withhold(sh *plan.Shape, why string, now time.Time) {
-	a.log.Warn("lock withdrawn", "shape", sh.ID.String(), "why", why)
+	a.notice("lock withdrawn", "shape", sh.ID.String(), "why", why)
 	a.st.withheld[sh.ID] = withheldShape{why: why, until: now.Add(withholdFor)}
 	for _, r := range sh.Rules {
 		if err := a.rt.DeleteRule(r); err != nil && !errors.Is(err, unix.ENOENT) {

@@ -70,6 +70,12 @@ var shortStates = map[string]string{"estab": "established", "listen": "listening
 // allStates asks for sockets in any state.
 const allStates = "all"
 
+// stateNames are the names of all states, sorted.
+func stateNames() []string { return slices.Compact(slices.Sorted(slices.Values(states[1:]))) }
+
+// StateList are the names that ParseStates knows.
+func StateList() []string { return append(stateNames(), allStates) }
+
 // ParseStates reads names of states, separated by commas.
 func ParseStates(s string) (StateNames, error) {
 	var out StateNames
@@ -77,8 +83,7 @@ func ParseStates(s string) (StateNames, error) {
 		name = strings.ToLower(strings.TrimSpace(name))
 		name = cmp.Or(shortStates[name], name)
 		if name != allStates && (name == "" || !slices.Contains(states[:], name)) {
-			known := slices.Compact(slices.Sorted(slices.Values(states[1:])))
-			return nil, fmt.Errorf("%q is no TCP state: %s, or all", name, strings.Join(known, ", "))
+			return nil, fmt.Errorf("%q is no TCP state: %s, or all", name, strings.Join(stateNames(), ", "))
 		}
 		if !slices.Contains(out, name) {
 			out = append(out, name)

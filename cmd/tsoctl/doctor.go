@@ -9,6 +9,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"tsoagent/agent"
+	"tsoagent/agent/client"
 	"tsoagent/agent/doctor"
 	"tsoagent/agent/netns"
 )
@@ -42,8 +43,8 @@ func runDoctor(c *cli.Context) error {
 
 // diagnose asks the agent, or reads the kernel where none runs.
 func diagnose(ctx context.Context, cfg agent.Config, ns string) (*agent.Diagnosis, error) {
-	d, err := agent.NewClient(cfg.RunDir).DiagnosisIn(ctx, ns)
-	if errors.Is(err, agent.ErrNoAgent) {
+	d, err := client.New(cfg.RunDir).DiagnosisIn(ctx, ns)
+	if errors.Is(err, client.ErrNoAgent) {
 		return agent.DiagnoseIn(ctx, cmp.Or(ns, netns.Host), cfg, logAbove(slog.LevelError), version())
 	}
 	return d, err

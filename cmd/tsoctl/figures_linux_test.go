@@ -20,7 +20,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"tsoagent/agent"
+	"tsoagent/agent/client"
 )
 
 // holdVariable makes of this binary a process that holds connections: "ADDRESS COUNT".
@@ -113,7 +113,7 @@ func startAgent(b *testing.B, cmd *exec.Cmd, dir string) (pid int) {
 		b.Fatal(err)
 	}
 	b.Cleanup(func() { _ = errors.Join(cmd.Process.Signal(syscall.SIGTERM), cmd.Wait()) })
-	c := agent.NewClient(dir)
+	c := client.New(dir)
 	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(10 * time.Millisecond) {
 		if _, err := c.Report(b.Context()); err == nil {
 			return cmd.Process.Pid // nsenter has become the agent

@@ -17,6 +17,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"tsoagent/agent"
+	"tsoagent/agent/client"
 	"tsoagent/agent/doctor"
 	"tsoagent/agent/flows"
 	"tsoagent/agent/netns"
@@ -86,8 +87,8 @@ func showFlows(c *cli.Context) error {
 
 // eachFlow asks the agent, or reads the kernel where none runs.
 func eachFlow(ctx context.Context, cfg agent.Config, ns string, f flows.Filter, fn func(*flows.Flow) error) (*flows.Result, error) {
-	r, err := agent.NewClient(cfg.RunDir).FlowsIn(ctx, ns, f, fn)
-	if errors.Is(err, agent.ErrNoAgent) {
+	r, err := client.New(cfg.RunDir).FlowsIn(ctx, ns, f, fn)
+	if errors.Is(err, client.ErrNoAgent) {
 		return agent.FlowsIn(ctx, cmp.Or(ns, netns.Host), cfg, logAbove(slog.LevelError), version(), f, fn)
 	}
 	return r, err

@@ -23,6 +23,7 @@ import (
 	"go.yaml.in/yaml/v3"
 
 	"tsoagent/agent"
+	"tsoagent/agent/client"
 	"tsoagent/agent/netns"
 )
 
@@ -41,6 +42,10 @@ func run(args []string) int {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
 	defer stop()
 	app := newApp()
+	if len(args) > 1 && args[1] == completeCommand {
+		complete(app, args[2:], os.Stdout)
+		return 0
+	}
 	err := app.RunContext(ctx, flagsFirst(app, args))
 	if err == nil {
 		return 0
@@ -60,7 +65,7 @@ func exitCode(err error) int {
 	switch {
 	case errors.As(err, &coder):
 		return coder.ExitCode()
-	case errors.Is(err, agent.ErrNoAgent):
+	case errors.Is(err, client.ErrNoAgent):
 		return exitNoAgent
 	}
 	return exitFailed
@@ -168,15 +173,14 @@ func takesValue(cmd *cli.Command, arg string) bool {
 
 func newApp() *cli.App {
 	app := &cli.App{
-		Name:                 "tsoctl",
-		Usage:                "see and undo what tsoagent does",
-		Version:              version(),
-		HideHelpCommand:      true,
-		EnableBashCompletion: true,
-		ExitErrHandler:       func(*cli.Context, error) {}, // main prints
-		OnUsageError:         usage,
+		Name:            "tsoctl",
+		Usage:           "see and undo what tsoagent does",
+		Version:         version(),
+		HideHelpCommand: true,
+		ExitErrHandler:  func(*cli.Context, error) {}, // main prints
+		OnUsageError:    usage,
 		Description: "Exit codes: 0 done, 1 failed, 2 wrong usage, 3 degraded (something is contested,\n" +
-			"refused or stale, or the doctor has a finding), 4 no agent is running.",
+			"refused, stale or paused, or the doctor has a finding), 4 no agent is running.",
 		Flags: common(true),
 		Commands: []*cli.Command{
 			{Name: "status", Usage: "what is covered, held off and locked; exit 3 if a person should look", OnUsageError: usage, Action: status},
@@ -202,6 +206,13 @@ func newApp() *cli.App {
 			probeCommand(),
 			flowsCommand(),
 			doctorCommand(),
+			devicesCommand(),
+			locksCommand(),
+			eventsCommand(),
+			pauseCommand(),
+			resumeCommand(),
+			completionCommand(),
+			manCommand(),
 		},
 		Action: func(c *cli.Context) error {
 			if c.Args().Present() {
@@ -210,7 +221,7 @@ func newApp() *cli.App {
 			return cli.ShowAppHelp(c)
 		},
 	}
-	for _, name := range []string{"status", "plan", "explain", "restore", "flows", "doctor"} {
+	for _, name := range []string{"status", "plan", "explain", "restore", "flows", "doctor", "devices", "locks", "events", "pause", "resume"} {
 		cmd := app.Command(name)
 		cmd.Flags = append(cmd.Flags, netnsFlag())
 	}
@@ -305,12 +316,9 @@ func status(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	r, err := agent.NewClient(cfg.RunDir).ReportIn(c.Context, ns)
-	if errors.Is(err, agent.ErrNoAgent) {
-		return cli.Exit(fmt.Sprintf("%v; %s", err, nextWithout(cfg.RunDir)), exitNoAgent)
-	}
+	r, err := client.New(cfg.RunDir).ReportIn(c.Context, ns)
 	if err != nil {
-		return err
+		return withoutAgent(err, cfg.RunDir)
 	}
 	if err := show(c, r, func(p page) { statusTable(p, r) }); err != nil {
 		return err
@@ -360,8 +368,8 @@ func showPlan(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	r, err := agent.NewClient(cfg.RunDir).ReportIn(c.Context, ns)
-	if errors.Is(err, agent.ErrNoAgent) {
+	r, err := client.New(cfg.RunDir).ReportIn(c.Context, ns)
+	if errors.Is(err, client.ErrNoAgent) {
 		r, err = agent.LookIn(c.Context, cmp.Or(ns, netns.Host), cfg, logAbove(slog.LevelError), version(), nil)
 	}
 	if err != nil {
@@ -383,8 +391,8 @@ func explain(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	e, err := agent.NewClient(cfg.RunDir).ExplainIn(c.Context, ns, q)
-	if errors.Is(err, agent.ErrNoAgent) {
+	e, err := client.New(cfg.RunDir).ExplainIn(c.Context, ns, q)
+	if errors.Is(err, client.ErrNoAgent) {
 		_, err = agent.LookIn(c.Context, cmp.Or(ns, netns.Host), cfg, logAbove(slog.LevelError), version(), func(ask func(agent.Question) (*agent.Explanation, error)) error {
 			e, err = ask(q)
 			return err

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"fmt"
 	"io"
 	"net/netip"
@@ -9,7 +10,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"text/tabwriter"
 	"time"
 	"unicode/utf8"
 
@@ -34,6 +34,9 @@ func pageOf(w io.Writer) page {
 	const most = 100 // wider lines are hard to read
 	if f, ok := w.(*os.File); ok {
 		if size, err := unix.IoctlGetWinsize(int(f.Fd()), unix.TIOCGWINSZ); err == nil {
+			if os.Getenv("NO_COLOR") == "" && os.Getenv("TERM") != "dumb" {
+				w = &painter{w: w}
+			}
 			return page{plain{w}, min(int(size.Col), most)}
 		}
 	}
@@ -72,7 +75,7 @@ func (p page) text(indent int, format string, args ...any) {
 	for word := range strings.SplitSeq(fmt.Sprintf(format, args...), " ") {
 		switch {
 		case fresh:
-		case p.width > 0 && len(line)+1+len(word) > p.width:
+		case p.width > 0 && utf8.RuneCountInString(line)+1+utf8.RuneCountInString(word) > p.width:
 			fmt.Fprintln(p, line)
 			line = strings.Repeat(" ", indent+2)
 		default:
@@ -84,15 +87,59 @@ func (p page) text(indent int, format string, args ...any) {
 	fmt.Fprintln(p, line)
 }
 
-// table prints rows in columns, the first one being their heads, after an empty line.
+// table prints rows in columns, the first one being their heads, after an empty line. On a terminal the last column is
+// wrapped to the width.
 func (p page) table(rows [][]string) {
-	fmt.Fprintln(p)
-	t := tabwriter.NewWriter(p, 0, 8, 2, ' ', 0)
+	wide := make([]int, len(rows[0]))
 	for _, cells := range rows {
-		// No blanks at the end of a line.
-		fmt.Fprintln(t, strings.TrimRight(strings.Join(cells, "\t"), "\t"))
+		for i, c := range cells {
+			wide[i] = max(wide[i], utf8.RuneCountInString(c))
+		}
 	}
-	_ = t.Flush() // as with Fprintln, nothing helps where stdout is gone
+	last := len(wide) - 1
+	at := 0 // where the last column begins
+	for _, w := range wide[:last] {
+		at += w + len(gap)
+	}
+	const least = 12 // columns, else wrapping makes it no better
+	room := p.width - at
+	if p.width == 0 || room < least {
+		room = 1 << 30
+	}
+	var b []byte
+	b = append(b, '\n')
+	for _, cells := range rows {
+		var line []byte
+		for i, c := range cells[:last] {
+			line = append(line, c...)
+			line = append(line, strings.Repeat(" ", wide[i]-utf8.RuneCountInString(c)+len(gap))...)
+		}
+		for i, text := range wrap(cells[last], room) {
+			if i > 0 {
+				line = []byte(strings.Repeat(" ", at))
+			}
+			// No blanks at the end of a line.
+			b = append(append(b, bytes.TrimRight(append(line, text...), " ")...), '\n')
+		}
+	}
+	_, _ = p.Write(b) // as with Fprintln, nothing helps where stdout is gone
+}
+
+// wrap cuts text between words into lines of up to so many columns. There is at least one.
+func wrap(text string, columns int) []string {
+	var out []string
+	line := ""
+	for word := range strings.SplitSeq(text, " ") {
+		if line != "" && utf8.RuneCountInString(line)+1+utf8.RuneCountInString(word) > columns {
+			out, line = append(out, line), word
+			continue
+		}
+		if line != "" {
+			line += " "
+		}
+		line += word
+	}
+	return append(out, line)
 }
 
 const nothingCovered = "nothing is covered: no output policy asks for ESP or AH."
@@ -107,6 +154,9 @@ func nothingText(r *agent.Report) string {
 
 func statusTable(p page, r *agent.Report) {
 	p.text(0, "mode %s, since %s, pid %d", r.Mode, r.Since.Format(time.DateTime), r.PID)
+	if r.Paused != nil {
+		p.text(0, "! %s", pausedText(r.Paused))
+	}
 	if r.NotFollowed {
 		namespaceTable(p, r)
 		findings(p, r)
@@ -123,7 +173,7 @@ func statusTable(p page, r *agent.Report) {
 		p.text(0, "%s, see `tsoctl plan`", count(len(r.Coverages), "coverage", "coverages"))
 	}
 	observing(p, r)
-	holdTable(p, r)
+	heldTable(p, r)
 	laneTable(p, r)
 	shown := shorten(r)
 	lockTable(p, shown)
@@ -224,10 +274,56 @@ func holdTable(p page, r *agent.Report) {
 		rows = append(rows, []string{h.Device, h.Feature, h.State, because})
 	}
 	p.table(rows)
+	why(p, r)
+}
+
+// heldTable has a line for the features of a device that are alike, and no more than fit a screen.
+func heldTable(p page, r *agent.Report) {
+	type group struct{ device, state, because string }
+	var order []group
+	features := map[group][]string{}
+	for _, h := range r.Holds {
+		g := group{h.Device, h.State, cmp.Or(short(h.Because), h.Why)}
+		if features[g] == nil {
+			order = append(order, g)
+		}
+		features[g] = append(features[g], h.Feature)
+	}
+	rows := [][]string{{"DEVICE", "HELD OFF", "STATE", "BECAUSE"}}
+	for i, g := range order {
+		if i < screen || g.state == agent.StateContested || g.state == agent.StateRefused {
+			rows = append(rows, []string{g.device, few(features[g]), g.state, g.because})
+		}
+	}
+	if len(order) == 0 {
+		return
+	}
+	p.table(rows)
+	if n := len(order) - len(rows) + 1; n > 0 {
+		p.text(0, "and %s, see `tsoctl devices`", count(n, "more line", "more lines"))
+	}
+	why(p, r)
+}
+
+// few are features in as few words as fit a column.
+func few(features []string) string {
+	if len(features) == 1 {
+		return features[0]
+	}
+	return fmt.Sprintf("%d: %s …", len(features), slices.MinFunc(features, func(a, b string) int { return cmp.Compare(len(a), len(b)) }))
+}
+
+// why says why features that are wanted off are on.
+func why(p page, r *agent.Report) {
+	told := false
 	for _, h := range r.Holds {
 		if h.State == agent.StateContested || h.State == agent.StateRefused {
 			p.text(0, "! %s %s: %s", h.Device, h.Feature, h.Why)
+			told = true
 		}
+	}
+	if told {
+		p.text(0, "`tsoctl events` says when that was, `tsoctl devices` what else the device does")
 	}
 }
 

@@ -10,12 +10,14 @@ import (
 	"strings"
 	"testing"
 	"time"
+	"unicode/utf8"
 
 	"github.com/google/go-cmp/cmp"
 	"go.yaml.in/yaml/v3"
 	"golang.org/x/tools/txtar"
 
 	"tsoagent/agent"
+	"tsoagent/agent/api"
 )
 
 var update = flag.Bool("update", false, "write what is rendered to testdata/tables.txtar")
@@ -185,13 +187,38 @@ func TestTables(t *testing.T) {
 		{"flows, trouble", 80, drawFlows(nil, troubled())},
 		{"doctor", 80, drawDoctor(&agent.Diagnosis{Collateral: troubled().Collateral, MoreCollateral: 3, Unreadable: "sockbpf: no BTF of the kernel"})},
 		{"doctor, nothing", 80, drawDoctor(&agent.Diagnosis{Connections: 7})},
+		{"status, paused", 80, func(p page) {
+			r := covered()
+			r.Paused = &api.Paused{Since: r.Since, Until: r.Since.Add(10 * time.Minute), By: api.Peer{PID: 4711, Process: "tsoctl", Login: "alice"}, Waiting: 2}
+			statusTable(p, r)
+		}},
+		{"devices", 80, func(p page) { devicesTable(p, someDevices()) }},
+		{"devices, none", 80, func(p page) { devicesTable(p, &api.DeviceList{Live: true}) }},
+		{"locks", 80, func(p page) { locksTable(p, someLocks()) }},
+		{"locks, not on a terminal", 0, func(p page) { locksTable(p, someLocks()) }},
+		{"locks, none", 80, func(p page) { locksTable(p, api.LocksOf(&agent.Report{Netns: "blue"})) }},
+		{"events", 80, func(p page) { eventsTable(p, someEvents()) }},
+		{"events, not on a terminal", 0, func(p page) { eventsTable(p, someEvents()) }},
+		{"events, a hole", 80, func(p page) { eventLine(p, api.EventLine{Lost: 17}) }},
+		{"events, none", 80, func(p page) { eventsTable(p, &api.EventList{Since: covered().Since, Netns: "blue"}) }},
+		{"pause", 80, func(p page) {
+			pauseTable(p, &api.PauseAnswer{Namespaces: []api.PausedNamespace{
+				{Name: "host", Paused: &api.Paused{Since: covered().Since, By: api.Peer{PID: 7, Process: "tsoctl"}}},
+				{Name: "blue", Paused: &api.Paused{Since: covered().Since, Restore: true, Left: 2, By: api.Peer{UID: 0}}},
+				{Name: "green", Why: "the agent of this namespace has ended"},
+			}})
+		}},
+		{"pause, given back", 80, func(p page) {
+			pauseTable(p, &api.PauseAnswer{Namespaces: []api.PausedNamespace{{Name: "host", Paused: &api.Paused{Since: covered().Since, Restore: true}}}})
+		}},
+		{"resume", 80, func(p page) { pauseTable(p, &api.PauseAnswer{Namespaces: []api.PausedNamespace{{Name: "host"}}}) }},
 		{"restore --stale, nothing", 80, func(p page) { restoreTable(p, &agent.Restored{}, true) }},
 	} {
 		var b bytes.Buffer
 		tt.table(page{&b, tt.width})
 		for line := range strings.Lines(b.String()) {
 			line = strings.TrimSuffix(line, "\n")
-			if tt.width > 0 && len(line) > tt.width {
+			if tt.width > 0 && utf8.RuneCountInString(line) > tt.width {
 				t.Errorf("%s: wider than %d columns: %q", tt.name, tt.width, line)
 			}
 			if strings.TrimRight(line, " ") != line {

@@ -1,0 +1,188 @@
+package agent
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"time"
+
+	"tsoagent/agent/api"
+	"tsoagent/agent/netns"
+	"tsoagent/agent/plan"
+)
+
+// A pause takes the loop's hands off. It goes on to follow the kernel and to plan, so that reports and events say
+// what it would do.
+//
+//	POST /v1/pause ── halt ──> between two writes, the loop stops writing
+//	       └── order ── inbox ──> obey: paused; with restore everything is given back first
+//	                                └── the round's end ──> answer: from here on nothing is written
+//
+// What a write that was under way overwrites of an owner's is still mended, before the answer.
+//
+// A pause is the process's: a restart protects again, as nobody would look for what an earlier process was told.
+// A stop ends it, too: on_stop says what becomes of holds and locks, and rules and clones go in any case, which
+// nobody would follow.
+
+// An order is a pause, or nil to go on. The answer comes when it is in force.
+type order struct {
+	paused *api.Paused
+	answer chan<- *api.Paused // has room for it
+}
+
+// restoreWithin bounds how long the answer to a pause waits until everything is given back.
+const restoreWithin = 20 * time.Second
+
+// order has the loop pause, or go on with nil, and waits until that is in force. What it returns says so.
+func (a *Agent) order(ctx context.Context, p *api.Paused) (*api.Paused, error) {
+	answer := make(chan *api.Paused, 1)
+	if p != nil {
+		a.halt.Store(true)
+	}
+	if !a.inbox.post(batch{orders: []order{{p, answer}}}) {
+		return nil, errEndedAgent
+	}
+	late := time.NewTimer(restoreWithin)
+	defer late.Stop()
+	select {
+	case now := <-answer:
+		return now, nil
+	case <-late.C:
+		if r := a.Report(); r != nil && r.Paused != nil && p != nil && p.Restore {
+			return r.Paused, nil // it says how much is left
+		}
+		return nil, fmt.Errorf("it is not done within %s: see `tsoctl status`", restoreWithin)
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	case <-a.ended:
+		return nil, errEndedAgent
+	}
+}
+
+// orderAll gives several namespaces the same order, at the same time.
+func orderAll(ctx context.Context, agents map[string]*Agent, p *api.Paused) []api.PausedNamespace {
+	type said struct {
+		name string
+		now  *api.Paused
+		err  error
+	}
+	answers := make(chan said, len(agents))
+	for name, a := range agents {
+		go func() {
+			now, err := a.order(ctx, p)
+			answers <- said{name, now, err}
+		}()
+	}
+	out := []api.PausedNamespace{}
+	for range agents {
+		s := <-answers
+		n := api.PausedNamespace{Name: s.name, Paused: s.now}
+		if s.err != nil {
+			n.Why = s.err.Error()
+		}
+		out = append(out, n)
+	}
+	return out
+}
+
+// writes reports whether the loop may write to the kernel.
+func (a *Agent) writes() bool {
+	return a.cfg.Mode == Enforce && (a.st.paused == nil || a.goal != protect)
+}
+
+// obey does what was ordered since the last round, and ends a pause that is over.
+func (a *Agent) obey(now time.Time) {
+	for _, o := range a.st.orders {
+		a.st.obeyed = append(a.st.obeyed, o)
+		switch {
+		case o.paused != nil && a.once:
+			// It stops already, and writes only to give back.
+		case o.paused != nil:
+			a.pauseNow(*o.paused, now)
+		case a.st.paused != nil:
+			a.resumeNow("resumed")
+		}
+		a.halt.Store(false)
+	}
+	clear(a.st.orders)
+	a.st.orders = a.st.orders[:0]
+	if p := a.st.paused; p != nil && !p.Until.IsZero() && !now.Before(p.Until) {
+		a.resumeNow("the pause is over")
+	}
+}
+
+func (a *Agent) pauseNow(p api.Paused, now time.Time) {
+	if p.Since.IsZero() {
+		p.Since = now
+	}
+	if old := a.st.paused; old != nil {
+		p.Since = old.Since
+	}
+	a.st.paused = &p
+	a.goal = protect
+	if p.Restore && a.cfg.Mode == Enforce {
+		a.goal = restoreAll
+	}
+	// What waits to be given back waits anew afterwards.
+	clear(a.st.release)
+	clear(a.st.lanes.release)
+	args := []any{"by", p.By.String(), "restore", p.Restore}
+	if !p.Until.IsZero() {
+		args = append(args, "until", p.Until.Format(time.DateTime))
+	}
+	a.log.Warn("paused: nothing is written until it is resumed", args...)
+	a.event(api.EventState, "paused", args...)
+	a.st.causes.order = "paused by " + p.By.String()
+}
+
+func (a *Agent) resumeNow(what string) {
+	if a.st.paused.Restore {
+		clear(a.st.lingering) // what they held is given back: they would be protected anew, for a moment
+	}
+	a.st.paused = nil
+	a.goal = protect
+	for k := range a.st.holds {
+		// Who turned it on did so while nobody was to overrule him.
+		a.st.unsure[k] = true
+	}
+	a.st.lanes.check = true
+	a.st.clamps.changed.Store(true)
+	a.says(what)
+	a.st.causes.order = what
+}
+
+// answerOrders tells those whose order is in force. With all, also those who wait for everything to be given back.
+func (a *Agent) answerOrders(all bool) {
+	a.st.obeyed = slices.DeleteFunc(a.st.obeyed, func(o order) bool {
+		if !all && a.st.paused != nil && a.goal == restoreAll && o.paused != nil && o.paused.Restore {
+			return false
+		}
+		o.answer <- a.st.paused
+		return true
+	})
+}
+
+// pausedReport is the pause with what is left to give back, or what waits for its end.
+func (a *Agent) pausedReport(s *plan.Steps) *api.Paused {
+	if a.st.paused == nil {
+		return nil
+	}
+	p := *a.st.paused
+	p.Left, p.Waiting = 0, 0
+	if a.goal == restoreAll {
+		p.Left = a.claims() + len(s.DropRules) + len(s.DropClones)
+	} else if a.cfg.Mode == Enforce {
+		p.Waiting = len(s.Clones) + len(s.AddRules) + len(s.Locks) + len(s.Holds) + len(s.Retaken) +
+			len(s.DropRules) + len(s.DropClones) + len(s.Unlocks) + len(s.Unholds)
+	}
+	a.st.paused = &p
+	return &p
+}
+
+// ordered pauses one agent alone, for served.
+func (a *Agent) ordered(ctx context.Context, name string, p *api.Paused) ([]api.PausedNamespace, error) {
+	if _, err := a.agentOf(name); err != nil {
+		return nil, err
+	}
+	return orderAll(ctx, map[string]*Agent{netns.Host: a}, p), nil
+}
