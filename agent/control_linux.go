@@ -28,6 +28,8 @@ import (
 //	                           can't be read, 503 while others read theirs; see flows.Filter
 //	                           for the query
 //	GET /v1/diagnosis          a Diagnosis of the connections that is some seconds old at most
+//	GET /v1/world              what packets are sorted by (tsoctl verify), a line of JSON for each piece of it:
+//	                           {"world": …}, then policies and SAs in lists, then {"end": true}
 //	GET /v1/namespaces         all that are followed, or are to be, a list of NamespaceReport
 //
 // With netns=NAME all but the last are about that namespace; 404 if it is not followed.
@@ -68,7 +70,7 @@ func serve(ctx context.Context, path string, h http.Handler) error {
 }
 
 // paths are what the control API has.
-var paths = []string{"/v1/report", "/v1/explain", "/v1/flows", "/v1/diagnosis", "/v1/namespaces"}
+var paths = []string{"/v1/report", "/v1/explain", "/v1/flows", "/v1/diagnosis", "/v1/world", "/v1/namespaces"}
 
 func handler(s served) http.Handler {
 	mux := http.NewServeMux()
@@ -114,6 +116,7 @@ func handler(s served) http.Handler {
 	})
 	mux.HandleFunc("GET /v1/flows", func(w http.ResponseWriter, r *http.Request) { serveFlows(s, w, r) })
 	mux.HandleFunc("GET /v1/diagnosis", func(w http.ResponseWriter, r *http.Request) { serveDiagnosis(s, w, r) })
+	mux.HandleFunc("GET /v1/world", func(w http.ResponseWriter, r *http.Request) { serveWorld(s, w, r) })
 	for _, path := range paths {
 		mux.HandleFunc(path, func(w http.ResponseWriter, r *http.Request) {
 			w.Header().Set("Allow", "GET, HEAD")

@@ -197,6 +197,7 @@ func newApp() *cli.App {
 			},
 			probeCommand(),
 			flowsCommand(),
+			verifyCommand(),
 			doctorCommand(),
 		},
 		Action: func(c *cli.Context) error {
@@ -206,7 +207,7 @@ func newApp() *cli.App {
 			return cli.ShowAppHelp(c)
 		},
 	}
-	for _, name := range []string{"status", "plan", "explain", "restore", "flows", "doctor"} {
+	for _, name := range []string{"status", "plan", "explain", "restore", "flows", "verify", "doctor"} {
 		cmd := app.Command(name)
 		cmd.Flags = append(cmd.Flags, netnsFlag())
 	}

@@ -16,6 +16,7 @@ import (
 	"golang.org/x/tools/txtar"
 
 	"tsoagent/agent"
+	"tsoagent/agent/verify"
 )
 
 var update = flag.Bool("update", false, "write what is rendered to testdata/tables.txtar")
@@ -185,6 +186,12 @@ func TestTables(t *testing.T) {
 		{"flows, trouble", 80, drawFlows(nil, troubled())},
 		{"doctor", 80, drawDoctor(&agent.Diagnosis{Collateral: troubled().Collateral, MoreCollateral: 3, Unreadable: "sockbpf: no BTF of the kernel"})},
 		{"doctor, nothing", 80, drawDoctor(&agent.Diagnosis{Connections: 7})},
+		{"verify", 80, func(p page) { verifyTable(p, right()) }},
+		{"verify, trouble", 80, func(p page) { verifyTable(p, wrong()) }},
+		{"verify, not on a terminal", 0, func(p page) { verifyTable(p, wrong()) }},
+		{"verify, nothing to look at", 80, func(p page) {
+			verifyTable(p, &verify.Result{OK: true, Live: true, Says: nothingToLookAt})
+		}},
 		{"restore --stale, nothing", 80, func(p page) { restoreTable(p, &agent.Restored{}, true) }},
 	} {
 		var b bytes.Buffer
@@ -218,7 +225,7 @@ func TestTables(t *testing.T) {
 
 // TestJSONAndYAMLHaveTheSameNames reads both back.
 func TestJSONAndYAMLHaveTheSameNames(t *testing.T) {
-	for name, v := range map[string]any{"report": covered(), "explanation": nested(), "restored": &agent.Restored{Holds: 1, Findings: []string{"a: b", "1", "true", ""}}} {
+	for name, v := range map[string]any{"report": covered(), "explanation": nested(), "verify": wrong(), "restored": &agent.Restored{Holds: 1, Findings: []string{"a: b", "1", "true", ""}}} {
 		t.Run(name, func(t *testing.T) {
 			asJSON, err := json.Marshal(v)
 			if err != nil {
