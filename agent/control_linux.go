@@ -101,6 +101,7 @@ func handler(s served, stopped <-chan struct{}) http.Handler {
 		"events":     c.events,
 		"flows":      func(w http.ResponseWriter, r *http.Request) { serveFlows(s, w, r) },
 		"diagnosis":  func(w http.ResponseWriter, r *http.Request) { serveDiagnosis(s, w, r) },
+		"world":      func(w http.ResponseWriter, r *http.Request) { serveWorld(s, w, r) },
 		"pause":      c.pause,
 		"resume":     c.resume,
 	}

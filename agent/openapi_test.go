@@ -162,6 +162,7 @@ func TestAnswersAreAsDescribed(t *testing.T) {
 		{"GET", "/v1/events", "", 200}, {"GET", "/v1/events?since=2", "", 200}, {"GET", "/v1/events?since=x", "", 400},
 		{"GET", "/v1/events?follow=true&since=1", "", 200},
 		{"GET", "/v1/flows?state=x", "", 400}, {"GET", "/v1/flows?netns=blue", "", 404},
+		{"GET", "/v1/world", "", 200}, {"GET", "/v1/world?netns=blue", "", 404},
 		{"POST", "/v1/pause", `{"for":"10m","restore":true}`, 200}, {"GET", "/v1/report", "", 200}, {"GET", "/v1/namespaces", "", 200},
 		{"POST", "/v1/pause", `{"for":"x"}`, 400}, {"POST", "/v1/pause?netns=blue", `{}`, 404}, {"POST", "/v1/pause", "", 415},
 		{"POST", "/v1/pause", strings.Repeat(" ", maxBody+1), 413}, {"GET", "/v1/pause", "", 405},

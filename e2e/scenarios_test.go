@@ -20,7 +20,7 @@ import (
 const deadline = 5 * time.Minute
 
 // kernelPackages are those with tests that want the test kernel: tests with Kernel in their name.
-var kernelPackages = []string{"xfrmwatch", "routes", "ethtool", "sockopt", "lane", "l2tp", "agent"}
+var kernelPackages = []string{"xfrmwatch", "routes", "ethtool", "sockopt", "lane", "l2tp", "wire", "agent"}
 
 // bench is what all machines share.
 type bench struct {

@@ -74,7 +74,7 @@ func TestStockKernels(t *testing.T) {
 
 // stockPackages are those whose tests run on stock kernels, too: all of their tests, since the host's kernel may lack what they are about.
 // User-mode Linux has no BPF tracing, and not every guest lets its kernel's functions be traced.
-var stockPackages = []string{"sockopt/sockbpf"}
+var stockPackages = []string{"sockopt/sockbpf", "wire"}
 
 // TestPackagesInStockKernels runs packages' tests on stock kernels, and reports each of them under its name.
 func TestPackagesInStockKernels(t *testing.T) {

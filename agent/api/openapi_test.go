@@ -8,7 +8,9 @@ import (
 	"go/parser"
 	"go/token"
 	"net/http"
+	"net/netip"
 	"os"
+	"path"
 	"reflect"
 	"slices"
 	"strings"
@@ -26,7 +28,7 @@ const description = "../../docs/openapi.yaml"
 
 // TestDescriptionIsThatOfTheTypes makes docs/openapi.yaml of Operations, the types and their comments.
 func TestDescriptionIsThatOfTheTypes(t *testing.T) {
-	d := &describer{docs: comments(t, ".", "../flows"), schemas: map[string]*yaml.Node{}}
+	d := &describer{docs: comments(t, ".", "../flows", "../verify", "../../xfrmwatch"), schemas: map[string]*yaml.Node{}, types: map[string]reflect.Type{}}
 	var b bytes.Buffer
 	b.WriteString("# The control API. It is made of package agent/api: go test ./agent/api -update writes it.\n")
 	enc := yaml.NewEncoder(&b)
@@ -82,7 +84,7 @@ func TestOperationsAreOfOneKindEach(t *testing.T) {
 	}
 }
 
-// comments are those of all types and fields of packages, as TYPE and TYPE.FIELD.
+// comments are those of all types and fields of packages, as PACKAGE.TYPE and PACKAGE.TYPE.FIELD.
 func comments(t *testing.T, dirs ...string) map[string]string {
 	t.Helper()
 	out := map[string]string{}
@@ -106,7 +108,8 @@ func comments(t *testing.T, dirs ...string) map[string]string {
 				}
 				for _, spec := range gen.Specs {
 					typ := spec.(*ast.TypeSpec)
-					out[typ.Name.Name] = sentence(gen.Doc.Text())
+					called := f.Name.Name + "." + typ.Name.Name
+					out[called] = sentence(gen.Doc.Text())
 					fields, ok := typ.Type.(*ast.StructType)
 					if !ok {
 						continue
@@ -117,7 +120,7 @@ func comments(t *testing.T, dirs ...string) map[string]string {
 							if line := sentence(field.Comment.Text()); line != "" {
 								text = strings.TrimSpace(text + " " + line)
 							}
-							out[typ.Name.Name+"."+name.Name] = text
+							out[called+"."+name.Name] = text
 						}
 					}
 				}
@@ -134,6 +137,7 @@ func sentence(s string) string { return strings.Join(strings.Fields(s), " ") }
 type describer struct {
 	docs    map[string]string
 	schemas map[string]*yaml.Node
+	types   map[string]reflect.Type // by their names in schemas
 	silent  []string
 }
 
@@ -243,6 +247,8 @@ func (d *describer) schema(t reflect.Type) *yaml.Node {
 	switch {
 	case t == reflect.TypeFor[time.Time]():
 		return object("type", "string", "format", "date-time")
+	case t == reflect.TypeFor[netip.Addr](), t == reflect.TypeFor[netip.Prefix]():
+		return object("type", "string")
 	case t == reflect.TypeFor[Mode]():
 		return object("type", "string", "enum", list(text(string(Enforce)), text(string(Observe))))
 	}
@@ -270,11 +276,20 @@ func (d *describer) schema(t reflect.Type) *yaml.Node {
 	panic("no schema for " + t.String())
 }
 
+// comment is that of a type, or of a field of one.
+func (d *describer) comment(t reflect.Type, field string) string {
+	return d.docs[strings.Join(slices.DeleteFunc([]string{path.Base(t.PkgPath()), t.Name(), field}, func(s string) bool { return s == "" }), ".")]
+}
+
 func (d *describer) structure(t reflect.Type) {
+	if have := d.types[t.Name()]; have != nil && have != t {
+		panic(fmt.Sprintf("%v and %v have the same name", have, t))
+	}
 	if d.schemas[t.Name()] != nil {
 		return
 	}
-	about := d.docs[t.Name()]
+	d.types[t.Name()] = t
+	about := d.comment(t, "")
 	if about == "" {
 		d.silent = append(d.silent, t.Name())
 	}
@@ -306,7 +321,7 @@ func (d *describer) fields(t reflect.Type, always bool, props, required *yaml.No
 			continue
 		}
 		s := d.schema(f.Type)
-		if about := d.docs[t.Name()+"."+f.Name]; about != "" {
+		if about := d.comment(t, f.Name); about != "" {
 			if s.Content[0].Value == "$ref" { // beside which there can't be anything
 				s = object("allOf", list(s), "description", about)
 			} else {

@@ -4,6 +4,7 @@ import (
 	"net/http"
 
 	"tsoagent/agent/flows"
+	"tsoagent/agent/verify"
 )
 
 // NDJSON is the media type of answers that come line by line.
@@ -105,6 +106,12 @@ var Operations = []Operation{
 		Summary: "A diagnosis of the connections that is some seconds old at most.", Query: []Parameter{inNetns},
 	},
 	{
+		Name: "world", Method: http.MethodGet, Path: "/v1/world", Line: WorldPiece{},
+		Errors:  []int{http.StatusNotFound, http.StatusInternalServerError, http.StatusServiceUnavailable},
+		Summary: "What `tsoctl verify` sorts packets by: first the devices, then policies and SAs, bit by bit; without a last line that says `end` it broke off.",
+		Query:   []Parameter{inNetns},
+	},
+	{
 		Name: "pause", Method: http.MethodPost, Path: "/v1/pause", Body: PauseRequest{}, Answer: PauseAnswer{}, Errors: rootErrors,
 		Summary: "Nothing is written to the kernel from the answer on, until it is resumed; what is in place stays, or is given back first.",
 		Query:   []Parameter{ofNetns},
@@ -122,4 +129,13 @@ type FlowLine struct {
 	flows.Flow
 	Result *flows.Result `json:"result,omitempty"`
 	Error  string        `json:"error,omitempty"`
+}
+
+// WorldPiece is one line of what packets are sorted by: first the world without its policies and SAs, then those, and
+// an end.
+type WorldPiece struct {
+	World    *verify.World   `json:"world,omitempty"`
+	Policies []verify.Policy `json:"policies,omitempty"`
+	SAs      []verify.SA     `json:"sas,omitempty"`
+	End      bool            `json:"end,omitempty"`
 }

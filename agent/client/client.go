@@ -19,6 +19,7 @@ import (
 
 	"tsoagent/agent/api"
 	"tsoagent/agent/flows"
+	"tsoagent/agent/verify"
 )
 
 // ErrNoAgent is matched (errors.Is) when nobody answers on the control socket.
@@ -199,6 +200,31 @@ func (c *Client) FlowsIn(ctx context.Context, netns string, f flows.Filter, fn f
 		if err := fn(&line.Flow); err != nil {
 			return nil, err
 		}
+	}
+}
+
+// WorldIn asks for what packets are sorted by in a namespace, by any of the names that the agent knows.
+func (c *Client) WorldIn(ctx context.Context, netns string) (*verify.World, error) {
+	body, err := c.open(ctx, http.MethodGet, "/v1/world", inNetns(url.Values{}, netns), nil)
+	if err != nil {
+		return nil, err
+	}
+	defer body.Close()
+	var w *verify.World
+	for dec := json.NewDecoder(body); ; {
+		var p api.WorldPiece
+		if err := dec.Decode(&p); err != nil {
+			return nil, fmt.Errorf("agent: read the answer to /v1/world: it ended early: the agent stopped, or was too busy; try again: %w", err)
+		}
+		switch {
+		case p.World != nil:
+			w = p.World
+		case w == nil:
+			return nil, errors.New("agent: read the answer to /v1/world: it has no beginning")
+		case p.End:
+			return w, nil
+		}
+		w.Policies, w.SAs = append(w.Policies, p.Policies...), append(w.SAs, p.SAs...)
 	}
 }
 

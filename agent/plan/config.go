@@ -167,8 +167,8 @@ func (c Config) dedicated(name string) Choice {
 	return c.Dedicated
 }
 
-// shared is the mode for a shared device.
-func (c Config) shared(name string) SharedMode {
+// SharedMode is the mode for a shared device.
+func (c Config) SharedMode(name string) SharedMode {
 	d, ok := c.device(name, func(d DeviceConfig) bool { return d.SharedNICs != "" })
 	if ok {
 		return d.SharedNICs

@@ -262,7 +262,7 @@ func diffHolds(s *Steps, in Input, pl *Plan, held Held, stale bool) {
 	}
 	for k := range held.Holds {
 		l := in.FIB.Link(routes.Ifindex(k.Index))
-		if wanted[k] || stale || l != nil && in.KeysStale && in.Config.shared(l.Name) != SharedKeep {
+		if wanted[k] || stale || l != nil && in.KeysStale && in.Config.SharedMode(l.Name) != SharedKeep {
 			continue
 		}
 		st, ok := in.Features[routes.Ifindex(k.Index)].Get(k.Feature)

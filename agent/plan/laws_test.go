@@ -266,7 +266,7 @@ func holdsOnlyWhatIsCovered(w *world, pl *Plan) error {
 			continue // it is nobody's but ESP's
 		}
 		// A shared NIC may be held where the configuration says so.
-		held[i] = w.cfg.WithDefaults().shared(h.Device.Name) != SharedOff
+		held[i] = w.cfg.WithDefaults().SharedMode(h.Device.Name) != SharedOff
 		st, ok := w.features[i].Get(h.Feature)
 		if !ok || !st.Changeable {
 			return fmt.Errorf("hold on %s %s, which is %s", h.Device.Name, h.Feature, st)

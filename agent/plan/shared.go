@@ -26,7 +26,7 @@ func (p *planner) share() {
 			continue
 		}
 		for _, l := range p.nics(c) {
-			switch p.Config.shared(l.Name) {
+			switch p.Config.SharedMode(l.Name) {
 			case SharedOff:
 				p.holdShared(c, l)
 			case SharedLane:
@@ -157,7 +157,7 @@ func (p *planner) laneBelow(l *routes.Link, takes func(*routes.Link) bool) (lane
 			lanes = append(lanes, deeper...)
 		case takes(low):
 			lanes = append(lanes, low)
-		case p.Config.shared(low.Name) != SharedLane:
+		case p.Config.SharedMode(low.Name) != SharedLane:
 			without = append(without, low)
 		default:
 			can = append(can, low)

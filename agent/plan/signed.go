@@ -35,7 +35,7 @@ func (p *planner) shareSigned() []laneWanted {
 			continue // nor is it looked where its packets go, as there can be many of them
 		}
 		for _, l := range p.signedNICs(s) {
-			switch p.Config.shared(l.Name) {
+			switch p.Config.SharedMode(l.Name) {
 			case SharedOff:
 				p.holdSigned(s, l)
 			case SharedLane:

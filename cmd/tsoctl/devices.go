@@ -56,7 +56,7 @@ func showDevices(c *cli.Context) error {
 	if len(names) > 0 {
 		for _, name := range names {
 			if !slices.ContainsFunc(d.Devices, func(d api.DeviceReport) bool { return d.Device == name }) {
-				return cli.Exit(fmt.Sprintf("there is no device %q", name), exitFailed)
+				return cli.Exit(fmt.Sprintf("%v %q", errNoDevice, name), exitUsage)
 			}
 		}
 		d.Devices = slices.DeleteFunc(d.Devices, func(d api.DeviceReport) bool { return !slices.Contains(names, d.Device) })

@@ -18,6 +18,7 @@ import (
 	"tsoagent/agent"
 	"tsoagent/agent/doctor"
 	"tsoagent/agent/flows"
+	"tsoagent/agent/verify"
 )
 
 // someFlows has a row of each kind.
@@ -211,6 +212,7 @@ func TestFieldsAreDocumented(t *testing.T) {
 	}
 	walk(reflect.TypeFor[flowsDocument]())
 	walk(reflect.TypeFor[doctor.Checkup]())
+	walk(reflect.TypeFor[verify.Result]())
 	if len(names) < 40 {
 		t.Fatalf("found %d names only: %v", len(names), names)
 	}

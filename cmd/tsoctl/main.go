@@ -205,6 +205,7 @@ func newApp() *cli.App {
 			},
 			probeCommand(),
 			flowsCommand(),
+			verifyCommand(),
 			doctorCommand(),
 			devicesCommand(),
 			locksCommand(),
@@ -221,7 +222,7 @@ func newApp() *cli.App {
 			return cli.ShowAppHelp(c)
 		},
 	}
-	for _, name := range []string{"status", "plan", "explain", "restore", "flows", "doctor", "devices", "locks", "events", "pause", "resume"} {
+	for _, name := range []string{"status", "plan", "explain", "restore", "flows", "verify", "doctor", "devices", "locks", "events", "pause", "resume"} {
 		cmd := app.Command(name)
 		cmd.Flags = append(cmd.Flags, netnsFlag())
 	}

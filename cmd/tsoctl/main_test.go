@@ -157,6 +157,7 @@ func TestUnprivileged(t *testing.T) {
 		{"plan", []string{"--run-dir", filepath.Join(dir, "none"), "plan"}, "tsoctl: CAP_NET_ADMIN is missing and you are not root"},
 		{"restore", []string{"--run-dir", filepath.Join(dir, "none"), "restore"}, "tsoctl: CAP_NET_ADMIN is missing and you are not root"},
 		{"flows", []string{"--run-dir", filepath.Join(dir, "none"), "flows"}, "tsoctl: CAP_NET_ADMIN is missing and you are not root: run it as root"},
+		{"verify", []string{"--run-dir", filepath.Join(dir, "none"), "verify"}, "tsoctl: CAP_NET_ADMIN is missing and you are not root"},
 		{"doctor", []string{"--run-dir", filepath.Join(dir, "none"), "doctor"}, "tsoctl: CAP_NET_ADMIN is missing and you are not root"},
 		{"flows of somebody else's agent", []string{"--run-dir", closed, "flows"}, "is not yours to open: run it as root"},
 		{"closed run directory", []string{"--run-dir", closed, "status"}, "is not yours to open: run it as root"},

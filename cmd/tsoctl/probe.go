@@ -93,15 +93,20 @@ func progressOn(f *os.File) *progress {
 
 func (b *progress) tell(p probe.Progress) {
 	if b.width > 0 {
-		const cells = 20
-		full := cells * p.Done / p.Total
-		line := fmt.Sprintf("[%s%s] %d/%d %s", strings.Repeat("#", full), strings.Repeat(".", cells-full), p.Done, p.Total, p.Next)
-		fmt.Fprintf(b.w, "\r%-*s", b.width-1, line[:min(len(line), b.width-1)])
+		b.bar(p.Done, p.Total, fmt.Sprintf("%d/%d %s", p.Done, p.Total, p.Next))
 		return
 	}
 	if c := p.Case; c != nil {
 		fmt.Fprintf(b.w, "%d/%d %s %s %s: %s\n", p.Done, p.Total, c.Kind, c.Outer, c.Mode, c.Verdict)
 	}
+}
+
+// bar draws how much is done of a whole.
+func (b *progress) bar(done, of int, text string) {
+	const cells = 20
+	full := cells * done / of
+	line := fmt.Sprintf("[%s%s] %s", strings.Repeat("#", full), strings.Repeat(".", cells-full), text)
+	fmt.Fprintf(b.w, "\r%-*s", b.width-1, line[:min(len(line), b.width-1)])
 }
 
 // end takes the bar away.

@@ -18,6 +18,7 @@ import (
 
 	"tsoagent/agent"
 	"tsoagent/agent/api"
+	"tsoagent/agent/verify"
 )
 
 var update = flag.Bool("update", false, "write what is rendered to testdata/tables.txtar")
@@ -212,6 +213,12 @@ func TestTables(t *testing.T) {
 			pauseTable(p, &api.PauseAnswer{Namespaces: []api.PausedNamespace{{Name: "host", Paused: &api.Paused{Since: covered().Since, Restore: true}}}})
 		}},
 		{"resume", 80, func(p page) { pauseTable(p, &api.PauseAnswer{Namespaces: []api.PausedNamespace{{Name: "host"}}}) }},
+		{"verify", 80, func(p page) { verifyTable(p, right()) }},
+		{"verify, trouble", 80, func(p page) { verifyTable(p, wrong()) }},
+		{"verify, not on a terminal", 0, func(p page) { verifyTable(p, wrong()) }},
+		{"verify, nothing to look at", 80, func(p page) {
+			verifyTable(p, &verify.Result{OK: true, Live: true, Says: nothingToLookAt})
+		}},
 		{"restore --stale, nothing", 80, func(p page) { restoreTable(p, &agent.Restored{}, true) }},
 	} {
 		var b bytes.Buffer
@@ -245,7 +252,7 @@ func TestTables(t *testing.T) {
 
 // TestJSONAndYAMLHaveTheSameNames reads both back.
 func TestJSONAndYAMLHaveTheSameNames(t *testing.T) {
-	for name, v := range map[string]any{"report": covered(), "explanation": nested(), "restored": &agent.Restored{Holds: 1, Findings: []string{"a: b", "1", "true", ""}}} {
+	for name, v := range map[string]any{"report": covered(), "explanation": nested(), "verify": wrong(), "restored": &agent.Restored{Holds: 1, Findings: []string{"a: b", "1", "true", ""}}} {
 		t.Run(name, func(t *testing.T) {
 			asJSON, err := json.Marshal(v)
 			if err != nil {
