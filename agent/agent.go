@@ -87,6 +87,9 @@ type Agent struct {
 	// diagnosis is the newest one, nil for none.
 	diagnosis *Diagnosis
 	stats     Counters
+	tally     Tally
+	since     time.Time        // of the oldest event that no round has seen
+	clock     func() time.Time // for how long things take; when they are due comes with each step
 	// dropped counts the rules and clones that were taken away.
 	dropped struct{ rules, clones int }
 }
@@ -112,6 +115,7 @@ type book interface {
 	Put(entries ...journal.Entry) error
 	Remove(ids ...string) error
 	Entries() []journal.Entry
+	Len() int
 }
 
 var (
@@ -239,7 +243,7 @@ func newAgent(cfg Config, log *slog.Logger, version string) *Agent {
 	cfg = cfg.WithDefaults()
 	return &Agent{
 		cfg: cfg, dir: cfg.RunDir, log: log, version: version, started: time.Now(),
-		inbox: newInbox(), calls: make(chan func()), ended: make(chan struct{}), st: newState(), conns: newConnections(),
+		clock: time.Now, inbox: newInbox(), calls: make(chan func()), ended: make(chan struct{}), st: newState(), conns: newConnections(),
 		trust: newKeyTrust(cfg.TCPKeysTrust),
 	}
 }
@@ -401,6 +405,9 @@ func (a *Agent) resyncIn() time.Duration {
 // again without an event, 0 for not; reached says that the goal is reached.
 func (a *Agent) step(now time.Time) (next time.Duration, reached bool) {
 	for _, b := range a.inbox.take() {
+		if a.since.IsZero() || !b.at.IsZero() && b.at.Before(a.since) {
+			a.since = b.at
+		}
 		a.apply(b)
 	}
 	if a.lastP == nil {

@@ -90,6 +90,8 @@ func (w *world) restart(cfg Config) {
 		w.a.cfg.Plan.SourceLess = "off"
 	}
 	w.a.started = w.now
+	w.a.clock = func() time.Time { return w.now }
+	w.a.inbox.clock = w.a.clock
 	w.a.rt, w.a.et, w.a.journal = w, w, (*fakeBook)(w)
 	w.queue, w.ops = nil, nil
 }

@@ -46,6 +46,9 @@ type Fleet struct {
 	watcher *netns.Watcher
 	errs    []error // of members that ended
 	hooked  hooked  // how keys are known
+	// configured is when the configuration was taken over, reloadErr why a newer one was not.
+	configured time.Time
+	reloadErr  string
 
 	openHook func() (keyHook, error)
 	openAO   func() (keyLister, error)
@@ -75,7 +78,7 @@ func newFleet(ctx context.Context, cfg Config, log *slog.Logger, version string,
 		return nil, fmt.Errorf("agent: %w", err)
 	}
 	f := &Fleet{
-		cfg: cfg, log: log, version: version, started: time.Now(), host: host, look: make(chan struct{}, 1), grace: grace,
+		cfg: cfg, log: log, version: version, started: time.Now(), configured: time.Now(), host: host, look: make(chan struct{}, 1), grace: grace,
 		members: map[netns.ID]*member{}, waiting: map[string]string{}, dead: map[string]bool{},
 		openHook: openKeyHook, openAO: openAO,
 	}

@@ -167,6 +167,24 @@ func (f *Fleet) Reports() []*Report {
 	return out
 }
 
+// FleetStatus is what is true of all namespaces together.
+type FleetStatus struct {
+	Since      time.Time // the start
+	Configured time.Time // when the configuration in use was taken over
+	// ReloadError is why the newest configuration is not in use, empty if it is.
+	ReloadError string
+	Namespaces  []NamespaceReport
+}
+
+// Status is what is true of all namespaces together.
+func (f *Fleet) Status() FleetStatus {
+	s := FleetStatus{Namespaces: f.namespaces()}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	s.Since, s.Configured, s.ReloadError = f.started, f.configured, f.reloadErr
+	return s
+}
+
 func (f *Fleet) reportOf(name string) (*Report, error) {
 	host := name == "" || name == netns.Host
 	if host && !f.cfg.Namespaces.host() {

@@ -2,6 +2,7 @@ package agent
 
 import (
 	"sync"
+	"time"
 
 	"tsoagent/ethtool"
 	"tsoagent/l2tp"
@@ -21,6 +22,8 @@ type batch struct {
 	arrivals []arrival
 	handed   []handed
 	offer    bool // a namespace is followed that was not
+	// at is when the source delivered it, for how long it takes until the effect.
+	at time.Time
 }
 
 func (b batch) len() int {
@@ -31,6 +34,7 @@ func (b batch) len() int {
 // full waits, and further events wait in the kernel's own buffer. It is safe for concurrent use.
 type inbox struct {
 	signal chan struct{} // holds one token while there is something pending
+	clock  func() time.Time
 
 	mu      sync.Mutex
 	room    sync.Cond
@@ -43,7 +47,7 @@ type inbox struct {
 const maxPending = 1 << 16
 
 func newInbox() *inbox {
-	b := &inbox{signal: make(chan struct{}, 1)}
+	b := &inbox{signal: make(chan struct{}, 1), clock: time.Now}
 	b.room.L = &b.mu
 	return b
 }
@@ -52,6 +56,7 @@ func (b *inbox) put(x batch) {
 	if x.len() == 0 {
 		return
 	}
+	x.at = b.clock() // the time for which it waits counts, too
 	b.mu.Lock()
 	for b.size >= maxPending && !b.closed {
 		b.room.Wait()

@@ -29,6 +29,9 @@ func (s *sources) dialKeys() error {
 		return fmt.Errorf("agent: %w", err)
 	}
 	w.Hooked(s.hooked.all)
+	if s.keys != nil {
+		s.keep(s.keyStats())
+	}
 	s.keys = w
 	return nil
 }

@@ -281,11 +281,13 @@ func (a *Agent) round(now time.Time) (next time.Duration, reached bool) {
 		}
 		a.enforce(pl, &steps, now)
 		a.dropMore(pl, &more, now)
+		a.reacted(a.stats.Actions != actions)
 		wrote = a.stats.Actions != actions || a.again && !a.once
 	} else {
 		a.lookAtMore(now)
 	}
 	first := a.lastP == nil
+	a.since = time.Time{}
 	a.lastP, a.lastIn = pl, in
 	a.publish(pl, &steps, now)
 	if first && a.goal == protect && !a.once {

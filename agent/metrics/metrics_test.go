@@ -29,20 +29,73 @@ import (
 
 var update = flag.Bool("update", false, "write the metrics page to testdata")
 
-func reports() []*agent.Report {
-	at := time.Unix(1800000000, 500_000_000)
-	return []*agent.Report{
-		{Sources: []agent.SourceReport{{Source: "xfrm", Dumps: 1}, {Source: "sockopt", Dumps: 12, Seconds: 0.25, Sockets: 90}}, Diagnosis: &agent.Diagnosis{
-			At: at, Connections: 40, Lost: 9, MoreCollateral: 3,
-			Collateral: []flows.Collateral{
-				{Listener: "0.0.0.0:179", Port: 179, Lost: 2}, {Listener: "[::]:179", Port: 179, Lost: 1}, {Listener: "0.0.0.0:646", Port: 646, Lost: 1}, {Lost: 2},
-			},
-		}},
-		{Netns: "blue", Diagnosis: &agent.Diagnosis{At: at, Unreadable: "no BTF"}},
-		{Netns: "green", Diagnosis: &agent.Diagnosis{At: at, Connections: 7}},
-		{Netns: "young", Sources: []agent.SourceReport{{Source: "sockopt", Dumps: 1, Seconds: 0.004}}},
+// fixture is a Source with a value for each metric.
+type fixture struct{}
+
+func (fixture) Status() agent.FleetStatus {
+	return agent.FleetStatus{
+		Since: time.Unix(1790000000, 0), Configured: time.Unix(1790000100, 250_000_000), ReloadError: "a.yaml:1: wrong",
+		Namespaces: []agent.NamespaceReport{
+			{Name: "host", State: agent.NetnsFollowed}, {Name: "blue", State: agent.NetnsFollowed}, {Name: "red", State: agent.NetnsWaiting},
+		},
 	}
 }
+
+func (fixture) Reports() []*agent.Report {
+	at := time.Unix(1800000000, 500_000_000)
+	policy := func(cut string, mtu int) agent.CoverageReport { return agent.CoverageReport{Cut: cut, MTU: mtu} }
+	maybe, gone := policy("none", 1446), policy("device", 1446)
+	maybe.Maybe, gone.Gone = true, true
+	var busy agent.Tally
+	busy.Actions[agent.ActHold] = [2]uint64{6, 1}
+	busy.Actions[agent.ActUnlock][agent.Done] = 2
+	busy.Reactions[2], busy.Reactions[len(agent.ReactionBounds)], busy.ReactionSum = 3, 1, 12500*time.Millisecond
+	return []*agent.Report{
+		{
+			Mode: agent.Enforce, Links: 7, Routes: 35, Policies: 8, SAs: 6, Findings: []string{"look"}, Stale: []string{"xfrm"},
+			Coverages: []agent.CoverageReport{
+				policy("device", 1446), policy("device", 1438), policy("socket", 1446), policy("none", 0), maybe, gone,
+				{Key: "tcp-md5", Cut: "none"}, {Key: "tcp-ao", Cut: "none"},
+			},
+			Holds: []agent.HoldReport{
+				{Device: "ipsec1", Feature: "tx-tcp-segmentation", State: agent.StateInPlace},
+				{Device: "ipsec1", Feature: "tx-tcp6-segmentation", State: agent.StateContested, Active: true},
+				{Device: "ipsec2", Feature: "tx-tcp-segmentation", State: agent.StateReleasing},
+			},
+			Locks: []agent.LockReport{
+				{Route: "10.2.0.0/16", MTU: 1446, Devices: []string{"ipsec1"}, State: agent.StateInPlace},
+				{Route: "10.4.0.0/16", MTU: 1438, Devices: []string{"ipsec1", "ipsec2"}, State: agent.StateInPlace},
+			},
+			Clones: []agent.CloneReport{
+				{Dst: "10.3.0.0/16", MTU: 1422, Devices: []string{"nic1"}, State: agent.StateInPlace},
+				{Dst: "10.3.7.0/24", Throw: true, State: agent.StateInPlace},
+			},
+			Rules:          []agent.RuleReport{{Family: "ipv4", State: agent.StateInPlace}},
+			Lanes:          []agent.LaneReport{{Device: "nic1", State: agent.StateReleasing}},
+			Clamps:         []agent.ClampReport{{Dst: "10.3.0.0/16", State: agent.StateInPlace}},
+			DeviceMTUs:     []agent.DeviceMTUReport{{Device: "ipsec1", State: agent.StateContested}},
+			JournalEntries: 11, RestingLocks: 1, WithdrawnLocks: 2, StuckRestores: 1, ContestedClamp: true,
+			Counters: agent.Counters{Rounds: 99, Repairs: 3}, Tally: busy,
+			Sources: []agent.SourceReport{
+				{Source: "xfrm", Events: 1000, Dumps: 2, Overruns: 1, Undecodable: 1},
+				{Source: "sockopt", Dumps: 12, Seconds: 0.25, Sockets: 90},
+			},
+			Diagnosis: &agent.Diagnosis{
+				At: at, Connections: 40, Lost: 9, MoreCollateral: 3,
+				Collateral: []flows.Collateral{
+					{Listener: "0.0.0.0:179", Port: 179, Lost: 2}, {Listener: "[::]:179", Port: 179, Lost: 1}, {Listener: "0.0.0.0:646", Port: 646, Lost: 1}, {Lost: 2},
+				},
+			},
+		},
+		{Netns: "blue", Mode: agent.Observe, Diagnosis: &agent.Diagnosis{At: at, Unreadable: "no BTF"}},
+	}
+}
+
+// only is a Source of one report.
+type only agent.Report
+
+func (only) Status() agent.FleetStatus  { return agent.FleetStatus{} }
+func (o only) Reports() []*agent.Report { return []*agent.Report{(*agent.Report)(&o)} }
 
 // scrape serves the collector on a port of the kernel's choice, and reads a page.
 func scrape(t *testing.T, c prometheus.Collector) string {
@@ -83,7 +136,7 @@ func scrape(t *testing.T, c prometheus.Collector) string {
 
 func TestPageGolden(t *testing.T) {
 	const golden = "testdata/page.prom"
-	got := scrape(t, NewCollector("v1.2.3", reports))
+	got := scrape(t, NewCollector("v1.2.3", fixture{}))
 	got = strings.ReplaceAll(got, runtime.Version(), "GOVERSION")
 	if *update {
 		if err := os.WriteFile(golden, []byte(got), 0o644); err != nil {
@@ -100,13 +153,13 @@ func TestPageGolden(t *testing.T) {
 }
 
 func TestNamesAndLint(t *testing.T) {
-	c := NewCollector("v1", reports)
-	problems, err := testutil.CollectAndLint(c)
+	c := NewCollector("v1", fixture{})
+	reg := prometheus.NewPedanticRegistry()
+	reg.MustRegister(c)
+	problems, err := testutil.GatherAndLint(reg)
 	if err != nil || len(problems) > 0 {
 		t.Errorf("%v, %v", problems, err)
 	}
-	reg := prometheus.NewPedanticRegistry()
-	reg.MustRegister(c)
 	families, err := reg.Gather()
 	if err != nil {
 		t.Fatal(err)
@@ -120,20 +173,93 @@ func TestNamesAndLint(t *testing.T) {
 	}
 }
 
-// TestDocument holds docs/metrics.md to the names, both ways.
+// TestLabelsAreBounded has a namespace with more devices, MTUs and whatever else than a label may have.
+func TestLabelsAreBounded(t *testing.T) {
+	var r agent.Report
+	for i := range 500 {
+		dev := fmt.Sprintf("dev%03d", i)
+		r.Coverages = append(r.Coverages, agent.CoverageReport{MTU: 1000 + i, Src: dev, Dst: dev, Cut: "device"})
+		r.Holds = append(r.Holds, agent.HoldReport{Device: dev, Feature: "tx-tcp-segmentation", State: agent.StateInPlace})
+		r.Locks = append(r.Locks, agent.LockReport{Route: dev, Devices: []string{dev, "l" + dev}, MTU: uint32(1000 + i), State: agent.StateInPlace})
+		r.Clones = append(r.Clones, agent.CloneReport{Dst: dev, Devices: []string{"c" + dev}, MTU: 1400, State: agent.StateInPlace})
+		r.Rules = append(r.Rules, agent.RuleReport{Text: dev, State: agent.StateInPlace})
+	}
+	reg := prometheus.NewPedanticRegistry()
+	reg.MustRegister(NewCollector("v1", only(r)))
+	families, err := reg.Gather()
+	if err != nil {
+		t.Fatal(err)
+	}
+	sums := map[string]float64{}
+	for _, f := range families {
+		if n := len(f.GetMetric()); n > MaxDevices+1 {
+			t.Errorf("%s has %d series", f.GetName(), n)
+		}
+		for _, m := range f.GetMetric() {
+			sums[f.GetName()] += m.GetGauge().GetValue()
+		}
+	}
+	// None is lost. A lock is one on each of its devices.
+	want := map[string]float64{CoverageMTUs: 500, Coverages: 500, Holds: 500, Locks: 1000, Clones: 500, FeatureActive: 0}
+	for name, n := range want {
+		if sums[name] != n {
+			t.Errorf("%s: %v in all, want %v", name, sums[name], n)
+		}
+	}
+}
+
+// TestNothingThatIsCoveredIsNamed has addresses, selectors and keys in a report: none may be on the page.
+func TestNothingThatIsCoveredIsNamed(t *testing.T) {
+	page := scrape(t, NewCollector("v1.2.3", fixture{}))
+	for _, secret := range []string{"10.2.0.0", "10.3.0.0", "0.0.0.0", "a.yaml", "no BTF", "look\""} {
+		if strings.Contains(page, secret) {
+			t.Errorf("%q is on the page", secret)
+		}
+	}
+}
+
+// TestDocument holds docs/metrics.md to the names and their labels, both ways.
 func TestDocument(t *testing.T) {
 	b, err := os.ReadFile("../../docs/metrics.md")
 	if err != nil {
 		t.Fatal(err)
 	}
-	if d := cmp.Diff(slices.Sorted(slices.Values(Names)), named(string(b))); d != "" {
+	documented := map[string][]string{}
+	words := func(cell string) (out []string) {
+		for _, m := range regexp.MustCompile("`([^`]+)`").FindAllStringSubmatch(cell, -1) {
+			out = append(out, m[1])
+		}
+		return out
+	}
+	for _, row := range regexp.MustCompile("(?m)^\\| (`tsoagent_[^|]*)\\|([^|]*)\\|").FindAllStringSubmatch(string(b), -1) {
+		for _, name := range words(row[1]) {
+			documented[name] = words(row[2])
+		}
+	}
+	defined := map[string][]string{}
+	for _, name := range Names {
+		defined[name] = metrics[name].labels
+	}
+	if d := cmp.Diff(defined, documented); d != "" {
 		t.Errorf("docs/metrics.md (-code +document):\n%s", d)
+	}
+	for _, name := range named(string(b)) {
+		if !slices.Contains(Names, name) && name != "tsoagent_connections" {
+			t.Errorf("docs/metrics.md names %s, which is no metric", name)
+		}
 	}
 }
 
-// named are the metrics that a text names.
+// named are the metrics that a text names. Of a histogram the series are its own.
 func named(text string) []string {
-	found := regexp.MustCompile(`tsoagent_\w+`).FindAllString(text, -1)
+	found := regexp.MustCompile(`\btsoagent_\w+`).FindAllString(text, -1)
+	for i, name := range found {
+		if base, ok := strings.CutSuffix(name, "_bucket"); ok {
+			found[i] = base
+		} else if base, ok := strings.CutSuffix(name, "_count"); ok {
+			found[i] = base
+		}
+	}
 	slices.Sort(found)
 	return slices.Compact(found)
 }
@@ -217,7 +343,7 @@ func TestWhatCannotBeServedIsSaid(t *testing.T) {
 	if err := CheckWebConfig(file); err == nil {
 		t.Error("a password in the clear is taken for a hash")
 	}
-	if err := Serve(t.Context(), l, file, NewCollector("", reports), slog.New(slog.DiscardHandler)); err == nil || errors.Is(err, http.ErrServerClosed) {
+	if err := Serve(t.Context(), l, file, NewCollector("", fixture{}), slog.New(slog.DiscardHandler)); err == nil || errors.Is(err, http.ErrServerClosed) {
 		t.Errorf("served with a wrong web configuration: %v", err)
 	}
 	if err := CheckWebConfig(""); err != nil {
@@ -238,7 +364,7 @@ func TestWebConfigIsObeyed(t *testing.T) {
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	served := make(chan error, 1)
-	go func() { served <- Serve(ctx, l, file, NewCollector("v1", reports), slog.New(slog.DiscardHandler)) }()
+	go func() { served <- Serve(ctx, l, file, NewCollector("v1", fixture{}), slog.New(slog.DiscardHandler)) }()
 	for password, want := range map[string]int{"secret": http.StatusOK, "wrong": http.StatusUnauthorized, "": http.StatusUnauthorized} {
 		req, err := http.NewRequestWithContext(ctx, http.MethodGet, fmt.Sprintf("http://%s/metrics", l.Addr()), nil)
 		if err != nil {

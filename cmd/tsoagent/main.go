@@ -200,7 +200,7 @@ func serveMetrics(ctx context.Context, cfg agent.Config, f *agent.Fleet, log *sl
 	}
 	l, err := metrics.Listen(ctx, cfg.Metrics)
 	if err == nil {
-		err = metrics.Serve(ctx, l, cfg.MetricsWebConfig, metrics.NewCollector(version(), f.Reports), log)
+		err = metrics.Serve(ctx, l, cfg.MetricsWebConfig, metrics.NewCollector(version(), f), log)
 	}
 	if err != nil && ctx.Err() == nil {
 		log.Warn("metrics are not served", "err", err, "do", "set another address as metrics in the configuration, or off")
