@@ -88,6 +88,7 @@ type Agent struct {
 	diagnosis *Diagnosis
 	stats     Counters
 	tally     Tally
+	figures   atomic.Pointer[Figures]
 	since     time.Time        // of the oldest event that no round has seen
 	clock     func() time.Time // for how long things take; when they are due comes with each step
 	// dropped counts the rules and clones that were taken away.

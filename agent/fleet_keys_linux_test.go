@@ -151,8 +151,8 @@ func TestKeysArePolledWithoutAHook(t *testing.T) {
 			return !s.hooked.on() && s.hooked.why == tt.why
 		})
 		netnstest.Within(t, "looks that find nothing new in the counters, without a report", func() bool {
-			list := s.Reports()
-			return len(list) == 1 && looks(list[0]) > looks(s.report(tt.ns))+2
+			list := s.Observations()
+			return len(list) == 1 && looks(list[0].Report) > looks(s.report(tt.ns))+2
 		})
 		s.stop()
 	}

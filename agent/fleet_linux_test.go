@@ -752,7 +752,7 @@ func TestControlInNamespaces(t *testing.T) {
 		t.Errorf("list: %+v, %v", list, err)
 	}
 	flowsIn(t, c, cfg)
-	if list := s.Reports(); len(list) != 2 || list[0].Netns != "" || list[1].Netns != "a" || len(list[1].Coverages) != 1 {
+	if list := s.Observations(); len(list) != 2 || list[0].Netns != "" || list[1].Netns != "a" || len(list[1].Coverages) != 1 {
 		t.Errorf("reports: %+v", list)
 	}
 	_, err = c.ReportIn(ctx, "b")

@@ -148,10 +148,16 @@ func (f *Fleet) Report() *Report {
 	return r
 }
 
-// Reports are the newest reports of all namespaces that are followed and have been read, in the order of
+// Observation is what metrics say of a namespace.
+type Observation struct {
+	*Report
+	Figures *Figures
+}
+
+// Observations are the newest reports of all namespaces that are followed and have been read, in the order of
 // their names. The counters of their sources are those of now: a look that finds nothing new makes no report.
-func (f *Fleet) Reports() []*Report {
-	var out []*Report
+func (f *Fleet) Observations() []Observation {
+	var out []Observation
 	for _, n := range f.namespaces() {
 		if a, err := f.agentOf(n.Name); err == nil && a.Report() != nil {
 			r := *a.Report()
@@ -161,7 +167,7 @@ func (f *Fleet) Reports() []*Report {
 			if a.sources != nil {
 				r.Sources = a.sources.stats()
 			}
-			out = append(out, &r)
+			out = append(out, Observation{&r, a.figures.Load()})
 		}
 	}
 	return out

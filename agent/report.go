@@ -41,18 +41,7 @@ type Report struct {
 	Clones    []CloneReport    `json:"clones"`
 	Findings  []string         `json:"findings"`
 	Counters  Counters         `json:"counters"`
-	// JournalEntries are what the journal holds. RestingLocks are routes that did not keep their lock,
-	// WithdrawnLocks selectors whose rules the kernel's own lookup refuted, StuckRestores routes that
-	// could not be given back yet.
-	JournalEntries int `json:"journal_entries"`
-	RestingLocks   int `json:"resting_locks"`
-	WithdrawnLocks int `json:"withdrawn_locks"`
-	StuckRestores  int `json:"stuck_restores"`
-	// ContestedClamp says that the table of the clamp is, or was made, somebody else's.
-	ContestedClamp bool `json:"contested_clamp,omitempty"`
-	// Tally is for metrics.
-	Tally   Tally          `json:"-"`
-	Sources []SourceReport `json:"sources"`
+	Sources   []SourceReport   `json:"sources"`
 	// Lanes are the NICs whose covered flows take a lane (shared_nics: lane).
 	Lanes []LaneReport `json:"lanes,omitempty"`
 	// Clamps are the destinations of forwarded connections with a smaller MSS (partial: clamp).
@@ -127,12 +116,10 @@ const (
 
 // HoldReport is one feature on one device.
 type HoldReport struct {
-	Device  string `json:"device"`
-	Index   int32  `json:"ifindex"`
-	Feature string `json:"feature"`
-	State   string `json:"state"`
-	// Active says that the kernel has it on now.
-	Active  bool     `json:"active"`
+	Device  string   `json:"device"`
+	Index   int32    `json:"ifindex"`
+	Feature string   `json:"feature"`
+	State   string   `json:"state"`
 	Why     string   `json:"why,omitempty"`
 	Because []string `json:"because"`
 }
@@ -180,13 +167,6 @@ func (a *Agent) publish(pl *plan.Plan, s *plan.Steps, now time.Time) {
 		Findings: list(slices.Concat(a.findings, a.movedFindings(), a.probeFindings(), a.conflicts(now), a.clampConflicts(now), a.keyFindings())), Counters: a.stats,
 		Rules: []RuleReport{}, Clones: []CloneReport{}, Sources: []SourceReport{},
 		Clamps: a.clampReports(pl), Lanes: a.laneReports(pl, now), DeviceMTUs: a.mtuReports(pl), Diagnosis: a.diagnosis,
-		JournalEntries: a.journal.Len(), WithdrawnLocks: len(a.st.withheld), StuckRestores: len(a.st.stuck), Tally: a.tally,
-	}
-	r.ContestedClamp = len(a.clampConflicts(now)) > 0
-	for _, f := range a.st.fights {
-		if now.Before(f.until) {
-			r.RestingLocks++
-		}
 	}
 	if a.sources != nil {
 		r.Sources = a.sources.stats()
@@ -194,6 +174,7 @@ func (a *Agent) publish(pl *plan.Plan, s *plan.Steps, now time.Time) {
 	noteHolds(r)
 	noteLanes(r)
 	a.tableReports(r, pl, s)
+	a.figures.Store(a.figuresOf(r, now))
 	a.report.Store(r)
 }
 
@@ -334,7 +315,6 @@ func (a *Agent) holdReports(pl *plan.Plan) []HoldReport {
 		r := HoldReport{Device: h.Device.Name, Index: int32(k.Index), Feature: string(k.Feature), State: StateWanted, Why: h.Why, Because: []string{}}
 		r.Because = causeList(h.Because, h.Keys)
 		st, _ := a.st.features[routes.Ifindex(k.Index)].Get(k.Feature)
-		r.Active = st.Active
 		_, ours := a.st.holds[k]
 		switch {
 		case a.st.contested[k] != "":
@@ -350,9 +330,7 @@ func (a *Agent) holdReports(pl *plan.Plan) []HoldReport {
 	}
 	for k, c := range a.st.holds {
 		if !wanted[k] {
-			st, _ := a.st.features[routes.Ifindex(k.Index)].Get(k.Feature)
 			out = append(out, HoldReport{
-				Active: st.Active,
 				Device: c.Device.Name, Index: int32(k.Index), Feature: string(k.Feature),
 				State: StateReleasing, Why: "its cause is gone; given back when it has been quiet", Because: []string{},
 			})

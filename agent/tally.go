@@ -1,6 +1,11 @@
 package agent
 
-import "time"
+import (
+	"time"
+
+	"tsoagent/ethtool"
+	"tsoagent/routes"
+)
 
 // Action is what the loop does to the kernel or to the journal, as metrics count it.
 type Action uint8
@@ -113,6 +118,44 @@ type Tally struct {
 	Reactions [len(ReactionBounds) + 1]uint64
 	// ReactionSum is how long all of them took together.
 	ReactionSum time.Duration
+}
+
+// Figures are what metrics say of a namespace beyond its report. They are immutable.
+type Figures struct {
+	Tally
+	// Features are those that are held, or are to be.
+	Features []ManagedFeature
+	// JournalEntries are what the journal holds.
+	JournalEntries int
+	// RestingLocks are routes that did not keep their lock, WithdrawnLocks selectors whose rules the kernel's
+	// own lookup refuted, StuckRestores routes that could not be given back yet.
+	RestingLocks, WithdrawnLocks, StuckRestores int
+	// ContestedClamp says that the table of the clamp is, or was made, somebody else's.
+	ContestedClamp bool
+}
+
+// ManagedFeature is a feature that is held, or is to be.
+type ManagedFeature struct {
+	Device  string
+	Feature string
+	Active  bool // the kernel has it on now
+}
+
+func (a *Agent) figuresOf(r *Report, now time.Time) *Figures {
+	f := &Figures{
+		Tally: a.tally, JournalEntries: a.journal.Len(), WithdrawnLocks: len(a.st.withheld), StuckRestores: len(a.st.stuck),
+		ContestedClamp: len(a.clampConflicts(now)) > 0, Features: make([]ManagedFeature, 0, len(r.Holds)),
+	}
+	for _, x := range a.st.fights {
+		if now.Before(x.until) {
+			f.RestingLocks++
+		}
+	}
+	for _, h := range r.Holds {
+		s, _ := a.st.features[routes.Ifindex(h.Index)].Get(ethtool.Feature(h.Feature))
+		f.Features = append(f.Features, ManagedFeature{h.Device, h.Feature, s.Active})
+	}
+	return f
 }
 
 // count counts an action, which the log calls what.

@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"tsoagent/ethtool"
 	"tsoagent/xfrmwatch"
 )
 
@@ -134,8 +135,12 @@ func TestReactionsAreMeasuredFromTheEvent(t *testing.T) {
 	if ReactionBounds[6] != .05 || w.a.tally.Reactions[6] != 1 {
 		t.Errorf("classes %v, want one up to 0.05 s", w.a.tally.Reactions)
 	}
-	if w.a.Report().Tally != w.a.tally {
-		t.Error("the report doesn't have it")
+	f := w.a.figures.Load()
+	if f.Tally != w.a.tally || f.JournalEntries != len(w.book) || f.JournalEntries == 0 {
+		t.Errorf("the figures %+v don't have it", f)
+	}
+	if len(f.Features) != 6 || f.Features[0] != (ManagedFeature{"ipsec1", string(ethtool.TCPECNSegmentation), false}) {
+		t.Errorf("features %+v", f.Features)
 	}
 	// What a timer asks for answers no event.
 	w.xfrm(gone(tunnelPolicy), saGone(tunnelSA))

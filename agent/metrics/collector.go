@@ -17,8 +17,8 @@ import (
 
 // Source is what metrics are made of. All of it is safe for concurrent use, and cheap (agent.Fleet).
 type Source interface {
-	// Reports are the newest reports of all namespaces that have been read.
-	Reports() []*agent.Report
+	// Observations are the newest reports of all namespaces that have been read.
+	Observations() []agent.Observation
 	// Status is what is true of the whole agent.
 	Status() agent.FleetStatus
 }
@@ -133,15 +133,15 @@ func (c *Collector) Collect(ch chan<- prometheus.Metric) {
 		states.add(1, n.State)
 	}
 	states.send(Namespaces, send)
-	for _, r := range c.source.Reports() {
-		p := page{report: r, netns: cmp.Or(r.Netns, netns.Host), out: send}
+	for _, o := range c.source.Observations() {
+		p := page{report: o.Report, figures: o.Figures, netns: cmp.Or(o.Netns, netns.Host), out: send}
 		p.kernel()
 		p.coverages()
 		p.changes()
 		p.trouble()
 		p.loop()
 		p.connections()
-		ch <- c.reactions(p.netns, &r.Tally)
+		ch <- c.reactions(p.netns, &o.Figures.Tally)
 	}
 }
 
@@ -168,9 +168,10 @@ func oneIf(b bool) float64 {
 
 // A page is what one namespace's report says.
 type page struct {
-	report *agent.Report
-	netns  string
-	out    func(name string, value float64, labels ...string)
+	report  *agent.Report
+	figures *agent.Figures
+	netns   string
+	out     func(name string, value float64, labels ...string)
 }
 
 func (p *page) send(name string, value float64, labels ...string) {
@@ -262,8 +263,10 @@ func (p *page) changes() {
 	active := tally{}
 	for _, h := range r.Holds {
 		holds.add(1, label(h.Device), h.State)
-		if names[h.Device] { // others can't be told apart
-			active[[2]string{h.Device, h.Feature}] = max(oneIf(h.Active), active[[2]string{h.Device, h.Feature}])
+	}
+	for _, f := range p.figures.Features {
+		if names[f.Device] { // others can't be told apart
+			active[[2]string{f.Device, f.Feature}] = oneIf(f.Active)
 		}
 	}
 	least, most := map[string]float64{}, map[string]float64{}
@@ -346,18 +349,18 @@ func (p *page) devices() map[string]bool {
 }
 
 func (p *page) trouble() {
-	r := p.report
+	r, f := p.report, p.figures
 	contested := tally{}
 	contested.add(0, "feature")
 	contested.add(0, "device-mtu")
-	contested.add(float64(r.RestingLocks), "route")
-	contested.add(float64(r.WithdrawnLocks), "rule")
-	contested.add(oneIf(r.ContestedClamp), "clamp")
+	contested.add(float64(f.RestingLocks), "route")
+	contested.add(float64(f.WithdrawnLocks), "rule")
+	contested.add(oneIf(f.ContestedClamp), "clamp")
 	pending := tally{}
 	pending.add(0, "coverage")
 	pending.add(0, "feature")
 	pending.add(0, "lane")
-	pending.add(float64(r.StuckRestores), "route")
+	pending.add(float64(f.StuckRestores), "route")
 	for _, h := range r.Holds {
 		switch h.State {
 		case agent.StateContested:
@@ -383,11 +386,11 @@ func (p *page) trouble() {
 	}
 	contested.send(Contested, p.send)
 	pending.send(RestoresPending, p.send)
-	p.send(JournalEntries, float64(r.JournalEntries))
+	p.send(JournalEntries, float64(f.JournalEntries))
 }
 
 func (p *page) loop() {
-	t := &p.report.Tally
+	t := &p.figures.Tally
 	for a, name := range agent.Actions {
 		for res, result := range agent.Results {
 			if agent.Action(a) != agent.ActOther {

@@ -42,7 +42,7 @@ func (fixture) Status() agent.FleetStatus {
 	}
 }
 
-func (fixture) Reports() []*agent.Report {
+func (fixture) Observations() []agent.Observation {
 	at := time.Unix(1800000000, 500_000_000)
 	policy := func(cut string, mtu int) agent.CoverageReport { return agent.CoverageReport{Cut: cut, MTU: mtu} }
 	maybe, gone := policy("none", 1446), policy("device", 1446)
@@ -51,8 +51,8 @@ func (fixture) Reports() []*agent.Report {
 	busy.Actions[agent.ActHold] = [2]uint64{6, 1}
 	busy.Actions[agent.ActUnlock][agent.Done] = 2
 	busy.Reactions[2], busy.Reactions[len(agent.ReactionBounds)], busy.ReactionSum = 3, 1, 12500*time.Millisecond
-	return []*agent.Report{
-		{
+	return []agent.Observation{
+		{Report: &agent.Report{
 			Mode: agent.Enforce, Links: 7, Routes: 35, Policies: 8, SAs: 6, Findings: []string{"look"}, Stale: []string{"xfrm"},
 			Coverages: []agent.CoverageReport{
 				policy("device", 1446), policy("device", 1438), policy("socket", 1446), policy("none", 0), maybe, gone,
@@ -60,7 +60,7 @@ func (fixture) Reports() []*agent.Report {
 			},
 			Holds: []agent.HoldReport{
 				{Device: "ipsec1", Feature: "tx-tcp-segmentation", State: agent.StateInPlace},
-				{Device: "ipsec1", Feature: "tx-tcp6-segmentation", State: agent.StateContested, Active: true},
+				{Device: "ipsec1", Feature: "tx-tcp6-segmentation", State: agent.StateContested},
 				{Device: "ipsec2", Feature: "tx-tcp-segmentation", State: agent.StateReleasing},
 			},
 			Locks: []agent.LockReport{
@@ -71,12 +71,11 @@ func (fixture) Reports() []*agent.Report {
 				{Dst: "10.3.0.0/16", MTU: 1422, Devices: []string{"nic1"}, State: agent.StateInPlace},
 				{Dst: "10.3.7.0/24", Throw: true, State: agent.StateInPlace},
 			},
-			Rules:          []agent.RuleReport{{Family: "ipv4", State: agent.StateInPlace}},
-			Lanes:          []agent.LaneReport{{Device: "nic1", State: agent.StateReleasing}},
-			Clamps:         []agent.ClampReport{{Dst: "10.3.0.0/16", State: agent.StateInPlace}},
-			DeviceMTUs:     []agent.DeviceMTUReport{{Device: "ipsec1", State: agent.StateContested}},
-			JournalEntries: 11, RestingLocks: 1, WithdrawnLocks: 2, StuckRestores: 1, ContestedClamp: true,
-			Counters: agent.Counters{Rounds: 99, Repairs: 3}, Tally: busy,
+			Rules:      []agent.RuleReport{{Family: "ipv4", State: agent.StateInPlace}},
+			Lanes:      []agent.LaneReport{{Device: "nic1", State: agent.StateReleasing}},
+			Clamps:     []agent.ClampReport{{Dst: "10.3.0.0/16", State: agent.StateInPlace}},
+			DeviceMTUs: []agent.DeviceMTUReport{{Device: "ipsec1", State: agent.StateContested}},
+			Counters:   agent.Counters{Rounds: 99, Repairs: 3},
 			Sources: []agent.SourceReport{
 				{Source: "xfrm", Events: 1000, Dumps: 2, Overruns: 1, Undecodable: 1},
 				{Source: "sockopt", Dumps: 12, Seconds: 0.25, Sockets: 90},
@@ -87,16 +86,22 @@ func (fixture) Reports() []*agent.Report {
 					{Listener: "0.0.0.0:179", Port: 179, Lost: 2}, {Listener: "[::]:179", Port: 179, Lost: 1}, {Listener: "0.0.0.0:646", Port: 646, Lost: 1}, {Lost: 2},
 				},
 			},
+		}, Figures: &agent.Figures{
+			Tally: busy, JournalEntries: 11, RestingLocks: 1, WithdrawnLocks: 2, StuckRestores: 1, ContestedClamp: true,
+			Features: []agent.ManagedFeature{{Device: "ipsec1", Feature: "tx-tcp-segmentation"}, {Device: "ipsec1", Feature: "tx-tcp6-segmentation", Active: true}},
+		}},
+		{
+			Report:  &agent.Report{Netns: "blue", Mode: agent.Observe, Diagnosis: &agent.Diagnosis{At: at, Unreadable: "no BTF"}},
+			Figures: &agent.Figures{},
 		},
-		{Netns: "blue", Mode: agent.Observe, Diagnosis: &agent.Diagnosis{At: at, Unreadable: "no BTF"}},
 	}
 }
 
 // only is a Source of one report.
-type only agent.Report
+type only agent.Observation
 
-func (only) Status() agent.FleetStatus  { return agent.FleetStatus{} }
-func (o only) Reports() []*agent.Report { return []*agent.Report{(*agent.Report)(&o)} }
+func (only) Status() agent.FleetStatus           { return agent.FleetStatus{} }
+func (o only) Observations() []agent.Observation { return []agent.Observation{agent.Observation(o)} }
 
 // scrape serves the collector on a port of the kernel's choice, and reads a page.
 func scrape(t *testing.T, c prometheus.Collector) string {
@@ -177,16 +182,18 @@ func TestNamesAndLint(t *testing.T) {
 // TestLabelsAreBounded has a namespace with more devices, MTUs and whatever else than a label may have.
 func TestLabelsAreBounded(t *testing.T) {
 	var r agent.Report
+	var f agent.Figures
 	for i := range 500 {
 		dev := fmt.Sprintf("dev%03d", i)
 		r.Coverages = append(r.Coverages, agent.CoverageReport{MTU: 1000 + i, Src: dev, Dst: dev, Cut: "device"})
 		r.Holds = append(r.Holds, agent.HoldReport{Device: dev, Feature: "tx-tcp-segmentation", State: agent.StateInPlace})
+		f.Features = append(f.Features, agent.ManagedFeature{Device: dev, Feature: "tx-tcp-segmentation", Active: true})
 		r.Locks = append(r.Locks, agent.LockReport{Route: dev, Devices: []string{dev, "l" + dev}, MTU: uint32(1000 + i), State: agent.StateInPlace})
 		r.Clones = append(r.Clones, agent.CloneReport{Dst: dev, Devices: []string{"c" + dev}, MTU: 1400, State: agent.StateInPlace})
 		r.Rules = append(r.Rules, agent.RuleReport{Text: dev, State: agent.StateInPlace})
 	}
 	reg := prometheus.NewPedanticRegistry()
-	reg.MustRegister(NewCollector("v1", only(r)))
+	reg.MustRegister(NewCollector("v1", only{&r, &f}))
 	families, err := reg.Gather()
 	if err != nil {
 		t.Fatal(err)
@@ -201,7 +208,7 @@ func TestLabelsAreBounded(t *testing.T) {
 		}
 	}
 	// None is lost. A lock is one on each of its devices.
-	want := map[string]float64{CoverageMTUs: 500, Coverages: 500, Holds: 500, Locks: 1000, Clones: 500, FeatureActive: 0}
+	want := map[string]float64{CoverageMTUs: 500, Coverages: 500, Holds: 500, Locks: 1000, Clones: 500, FeatureActive: MaxDevices}
 	for name, n := range want {
 		if sums[name] != n {
 			t.Errorf("%s: %v in all, want %v", name, sums[name], n)
