@@ -78,12 +78,15 @@ type Agent struct {
 	// probeFinding is why a probe's result can't be used, empty if it can or there is none.
 	probeFinding string
 
-	goal   goal
-	once   bool // stop when the goal is reached
-	again  bool // something has to be looked at once more
-	st     *state
-	lastP  *plan.Plan
-	lastIn plan.Input // what lastP follows from
+	goal goal
+	once bool // stop when the goal is reached
+	heir bool // it took over what another one of this process has left
+	// onReady is called when the first plan is in place, nil for nothing.
+	onReady func()
+	again   bool // something has to be looked at once more
+	st      *state
+	lastP   *plan.Plan
+	lastIn  plan.Input // what lastP follows from
 	// diagnosis is the newest one, nil for none.
 	diagnosis *Diagnosis
 	stats     Counters
@@ -345,8 +348,12 @@ func (a *Agent) loop(ctx context.Context, failed <-chan error) error {
 			if a.once || a.cfg.Mode == Observe || a.goal != protect {
 				return a.stopped(ctx)
 			}
-			letGo := errors.Is(context.Cause(ctx), errLetGo)
-			if a.lastP == nil && !letGo {
+			cause := context.Cause(ctx)
+			back := errors.Is(cause, errLetGo) || errors.Is(cause, errRenewBack)
+			if errors.Is(cause, errRenew) && !back {
+				return nil // another agent takes over
+			}
+			if a.lastP == nil && !back && !a.heir {
 				// Not even read yet: this run has written nothing.
 				if n := a.claims(); n > 0 {
 					return fmt.Errorf("agent: stopped before the kernel's state was read: %d changes of an earlier run are still in place; run `tsoctl restore`", n)
@@ -354,7 +361,7 @@ func (a *Agent) loop(ctx context.Context, failed <-chan error) error {
 				return nil
 			}
 			a.goal, a.once = restoreAll, true
-			if a.cfg.OnStop == KeepOnStop && !letGo {
+			if a.cfg.OnStop == KeepOnStop && !back {
 				// Nobody follows the rules and clones from now on; holds and in-place locks don't go stale.
 				a.goal = restoreStale
 			}

@@ -27,7 +27,7 @@ import (
 // everything is given back in it, as processes may still live there, and all is closed.
 // It is safe for concurrent use.
 type Fleet struct {
-	cfg     Config
+	cfg     Config // of the start
 	log     *slog.Logger
 	version string
 	started time.Time
@@ -35,6 +35,10 @@ type Fleet struct {
 	lock    *journal.Journal // of the run directory where the host is not followed, else nil
 	look    chan struct{}    // has a token when namespaces may have come or gone
 	grace   time.Duration    // stopWithin
+	reloads chan reload
+	pings   chan chan<- struct{}
+	ready   chan struct{}
+	over    chan struct{} // closed when Run ends
 
 	wg      sync.WaitGroup
 	mu      sync.Mutex
@@ -46,6 +50,11 @@ type Fleet struct {
 	watcher *netns.Watcher
 	errs    []error // of members that ended
 	hooked  hooked  // how keys are known
+	live    Config  // in use
+	before  Config  // the one before it
+	// generation counts the configurations, and renewal is why agents with an older one end.
+	generation uint64
+	renewal    error
 	// configured is when the configuration was taken over, reloadErr why a newer one was not.
 	configured time.Time
 	reloadErr  string
@@ -61,7 +70,11 @@ type member struct {
 	agent   *Agent   // nil while it starts and when it ended
 	why     string   // why there is no agent, empty while it starts
 	leaving bool
-	cancel  context.CancelCauseFunc
+	// again ends the agent for one with another configuration, nil while none runs. The agent has the
+	// configuration of the generation.
+	again      context.CancelCauseFunc
+	generation uint64
+	cancel     context.CancelCauseFunc
 }
 
 // NewFleet opens the host's namespace, which is that of the calling thread, as New does. What
@@ -80,11 +93,13 @@ func newFleet(ctx context.Context, cfg Config, log *slog.Logger, version string,
 	f := &Fleet{
 		cfg: cfg, log: log, version: version, started: time.Now(), configured: time.Now(), host: host, look: make(chan struct{}, 1), grace: grace,
 		members: map[netns.ID]*member{}, waiting: map[string]string{}, dead: map[string]bool{},
+		reloads: make(chan reload), pings: make(chan chan<- struct{}), ready: make(chan struct{}, 1), over: make(chan struct{}),
 		openHook: openKeyHook, openAO: openAO,
 	}
 	if !cfg.Namespaces.host() && slices.ContainsFunc(cfg.Namespaces, f.isHost) {
 		f.cfg.Namespaces = append(slices.Clone(cfg.Namespaces), netns.Host)
 	}
+	f.live = f.cfg
 	if f.cfg.Namespaces.host() {
 		a, err := New(cfg, log, version)
 		if err != nil {
@@ -159,24 +174,31 @@ func (f *Fleet) Run(ctx context.Context) error {
 	if m := f.members[f.host.ID()]; m != nil {
 		f.wg.Go(func() {
 			defer close(ended)
-			err := m.agent.Run(members)
+			err := f.runHost(members, m)
 			f.mu.Lock()
 			defer f.mu.Unlock()
-			f.errs = append(f.errs, err, m.agent.Close())
-			m.agent = nil
+			f.errs = append(f.errs, err)
 		})
+	} else {
+		f.tellReady()
 	}
 	f.mu.Unlock()
 	var watching sync.WaitGroup
 	watch, blind := context.WithCancel(members)
 	watching.Go(func() { f.watchKeys(watch) })
 	f.sweep(members)
-	if slices.ContainsFunc(f.cfg.Namespaces, func(s string) bool { return s != netns.Host }) {
-		watching.Go(func() { f.watch(watch) })
-		f.poke()
+	watched := false
+	watchOthers := func(cfg Config) {
+		if !watched && slices.ContainsFunc(cfg.Namespaces, func(s string) bool { return s != netns.Host }) {
+			watched = true
+			watching.Go(func() { f.watch(watch) })
+			f.poke()
+		}
 	}
+	watchOthers(f.cfg)
 	again := time.NewTicker(time.Duration(f.cfg.ResyncEvery)) // a process can change its namespace in silence
 	defer again.Stop()
+	defer close(f.over)
 	for run := true; run; {
 		select {
 		case <-ctx.Done():
@@ -187,6 +209,16 @@ func (f *Fleet) Run(ctx context.Context) error {
 			f.reconcile(members)
 		case <-again.C:
 			f.poke()
+		case answer := <-f.pings:
+			close(answer)
+		case r := <-f.reloads:
+			err := f.takeOver(members, r.cfg)
+			if err == nil {
+				cfg := f.Config()
+				watchOthers(cfg)
+				again.Reset(time.Duration(cfg.ResyncEvery))
+			}
+			r.done <- err
 		}
 	}
 	blind()
@@ -277,10 +309,10 @@ func (m *member) rename(log *slog.Logger, names []string) {
 // resolve finds out where all names lead, and has those places watched. The caller holds the
 // lock.
 func (f *Fleet) resolve() map[netns.ID][]string {
-	specs := slices.Clone(f.cfg.Namespaces)
+	specs := slices.Clone(f.live.Namespaces)
 	dirs := map[string]bool{}
 	waiting := map[string]string{}
-	if f.cfg.Namespaces.all() {
+	if f.live.Namespaces.all() {
 		specs = slices.DeleteFunc(specs, func(s string) bool { return s == netns.All })
 		names, err := netns.Names()
 		if err != nil {
@@ -307,7 +339,7 @@ func (f *Fleet) resolve() map[netns.ID][]string {
 			dirs[dir] = true
 		}
 		id, err := f.lookUp(spec, path)
-		if err == nil && id == f.host.ID() && !f.cfg.Namespaces.host() {
+		if err == nil && id == f.host.ID() && !f.live.Namespaces.host() {
 			err = errOwn
 		}
 		if err != nil {

@@ -193,9 +193,9 @@ func (f *Fleet) Status() FleetStatus {
 
 func (f *Fleet) reportOf(name string) (*Report, error) {
 	host := name == "" || name == netns.Host
-	if host && !f.cfg.Namespaces.host() {
+	if cfg := f.Config(); host && !cfg.Namespaces.host() {
 		r := &Report{
-			Version: ReportVersion, Program: f.version, PID: os.Getpid(), Mode: f.cfg.Mode, Live: true, NotFollowed: true,
+			Version: ReportVersion, Program: f.version, PID: os.Getpid(), Mode: cfg.Mode, Live: true, NotFollowed: true,
 			Since: f.started, Now: time.Now(), Stale: []string{}, Coverages: []CoverageReport{}, Holds: []HoldReport{}, Locks: []LockReport{},
 			Rules: []RuleReport{}, Clones: []CloneReport{}, Findings: []string{}, Sources: []SourceReport{},
 		}

@@ -292,6 +292,9 @@ func (a *Agent) round(now time.Time) (next time.Duration, reached bool) {
 	a.publish(pl, &steps, now)
 	if first && a.goal == protect && !a.once {
 		a.ready(a.Report())
+		if a.onReady != nil {
+			a.onReady()
+		}
 	}
 	if a.goal != protect && steps.Empty() && a.cfg.Mode == Enforce {
 		a.closeBooks()
