@@ -240,7 +240,9 @@ func TestStopWhileAReloadReads(t *testing.T) {
 	cover(t, "")
 	cover(t, "a")
 	cfg := fleetConfig(t, netns.Host, "a")
-	s := sail(t, cfg)
+	s := sailBy(t, cfg, func(f *Fleet) { // nothing holds the stop up
+		f.openHook = func() (keyHook, error) { return nil, errors.New("not here") }
+	})
 	locked(t, "", "a")
 	cfg.Plan.PresumeMTU = 1380
 	if err := s.Reload(t.Context(), cfg); err != nil {
@@ -250,6 +252,33 @@ func TestStopWhileAReloadReads(t *testing.T) {
 	bare(t, "", "a")
 	if err := s.Reload(t.Context(), cfg); !errors.Is(err, errEndedAgent) {
 		t.Errorf("a reload after the end: %v", err)
+	}
+}
+
+// TestAnHeirGivesBackAlsoUnread is what TestStopWhileAReloadReads may have no time for: the agent that is to take over
+// is told to stop ahead of everything that it could read. Any other one leaves what it has found, and says so.
+func TestAnHeirGivesBackAlsoUnread(t *testing.T) {
+	ns := newNS(t)
+	ns.wholeRoute()
+	cfg := hostConfig(t)
+	stopped, cancel := context.WithCancel(t.Context())
+	cancel()
+	for _, heir := range []bool{false, true} {
+		a := ns.start(cfg)
+		ns.shows("route show 10.2.0.0/16", "mtu lock 1400")
+		a.crash()
+		next, err := New(cfg, discard(), "test")
+		if err != nil {
+			t.Fatal(err)
+		}
+		next.heir = heir
+		err = errors.Join(next.Run(stopped), next.Close())
+		if (err == nil) != heir {
+			t.Errorf("heir %v: %v", heir, err)
+		}
+		if locked := strings.Contains(ns.show("route show 10.2.0.0/16"), "mtu lock 1400"); locked == heir {
+			t.Errorf("heir %v: locked %v", heir, locked)
+		}
 	}
 }
 
