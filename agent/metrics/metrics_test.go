@@ -9,6 +9,7 @@ import (
 	"io"
 	"log/slog"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -21,6 +22,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
 	"github.com/prometheus/client_golang/prometheus/testutil"
 	"go.yaml.in/yaml/v3"
 
@@ -129,8 +131,10 @@ func scrape(t *testing.T, c prometheus.Collector) string {
 	if code != http.StatusOK {
 		t.Errorf("%d: %s", code, page)
 	}
-	if code, _ := get("/debug/pprof/"); code != http.StatusNotFound {
-		t.Errorf("there is more than metrics: %d", code)
+	for _, path := range []string{"/debug/pprof/", "/page/index.html", "/index.html", "/v1/report"} {
+		if code, _ := get(path); code != http.StatusNotFound {
+			t.Errorf("there is more than metrics and the page: %s: %d", path, code)
+		}
 	}
 	http.DefaultClient.CloseIdleConnections()
 	cancel()
@@ -493,6 +497,69 @@ func TestPromtool(t *testing.T) {
 		cmd.Stdin = page
 		if out, err := cmd.CombinedOutput(); err != nil {
 			t.Errorf("promtool %s: %v\n%s", strings.Join(args, " "), err, out)
+		}
+	}
+}
+
+// TestAClientThatGoesAwayIsNoError has one hang up in the middle of the page.
+func TestAClientThatGoesAwayIsNoError(t *testing.T) {
+	var logged strings.Builder
+	log := slog.New(warnings{slog.NewTextHandler(&logged, &slog.HandlerOptions{Level: slog.LevelDebug})})
+	reg := prometheus.NewPedanticRegistry()
+	reg.MustRegister(NewCollector("v1", fixture{}))
+	h := promhttp.HandlerFor(reg, promhttp.HandlerOpts{ErrorLog: gathering{log}})
+	w := &goneAway{ResponseRecorder: httptest.NewRecorder()}
+	h.ServeHTTP(w, httptest.NewRequest(http.MethodGet, "/metrics", nil))
+	if w.writes == 0 || logged.Len() > 0 {
+		t.Errorf("%d writes; logged: %s", w.writes, logged.String())
+	}
+	gathering{log}.Println("error gathering metrics:", errors.New("two of a kind"))
+	if got := logged.String(); !strings.Contains(got, `level=ERROR msg="metrics can't be sent" err="error gathering metrics: two of a kind"`) {
+		t.Errorf("a mistake of ours is logged as %q", got)
+	}
+}
+
+// goneAway is a client that does not read.
+type goneAway struct {
+	*httptest.ResponseRecorder
+	writes int
+}
+
+func (g *goneAway) Write([]byte) (int, error) {
+	g.writes++
+	return 0, errors.New("broken pipe")
+}
+
+// TestPageLoadsNothingFromElsewhere reads the page's files: no address of another host, and no way for text to become markup.
+func TestPageLoadsNothingFromElsewhere(t *testing.T) {
+	used := map[string]bool{}
+	for name, kind := range map[string]string{"/": "text/html; charset=utf-8", "/status.js": "text/javascript; charset=utf-8", "/status.css": "text/css; charset=utf-8"} {
+		w := httptest.NewRecorder()
+		file := strings.TrimPrefix(name, "/")
+		if file == "" {
+			file = "index.html"
+		}
+		pageHandler(file).ServeHTTP(w, httptest.NewRequest(http.MethodGet, name, nil))
+		body := w.Body.String()
+		if w.Code != http.StatusOK || w.Header().Get("Content-Type") != kind || !strings.HasPrefix(w.Header().Get("Content-Security-Policy"), "default-src 'none'; ") {
+			t.Errorf("%s: %d %v", name, w.Code, w.Header())
+		}
+		for _, bad := range []string{"http:", "https:", "//cdn", "@import", "innerHTML", "insertAdjacentHTML", "document.write", "eval(", " onload=", " style="} {
+			if strings.Contains(body, bad) {
+				t.Errorf("%s has %q", name, bad)
+			}
+		}
+		for _, m := range regexp.MustCompile(`"([a-z_]+)"`).FindAllStringSubmatch(body, -1) {
+			used["tsoagent_"+m[1]] = true
+		}
+	}
+	// What it shows exists, and it shows what matters.
+	for _, name := range []string{
+		BuildInfo, StartTimestamp, ReloadSuccess, Namespaces, Enforcing, Degraded, Findings, SourceStale, SourceEvents, SourceOverruns, Coverages,
+		CoverageMTUs, Holds, FeatureActive, Locks, Clones, LockMTUMin, LockMTUMax, Contested, RestoresPending, Actions, Connections, ConnectionsLostOffload,
+	} {
+		if !used[name] {
+			t.Errorf("the page doesn't show %s", name)
 		}
 	}
 }
