@@ -104,7 +104,10 @@ func run(t *testing.T, args ...string) *agent {
 		}
 	})
 	within(t, "the agent is ready", func() bool { return strings.Contains(a.log.String(), "msg=ready") })
-	within(t, "its page is there", func() bool { res, err := http.Get("http://" + a.address + "/metrics"); return err == nil && res.Body.Close() == nil })
+	within(t, "its page is there", func() bool {
+		res, err := http.Get("http://" + a.address + "/metrics")
+		return err == nil && res.Body.Close() == nil
+	})
 	return a
 }
 

@@ -115,7 +115,9 @@ func TestPrometheusScrapesAnAgent(t *testing.T) {
 	is(`tsoagent_journal_entries`, "1") // of our tables
 
 	// Each rule is evaluated without an error, and none fires.
-	type group struct{ Rules []struct{ Name, Health, LastError, State string } }
+	type group struct {
+		Rules []struct{ Name, Health, LastError, State string }
+	}
 	var groups struct{ Groups []group }
 	within(t, "all rules are evaluated", func() bool {
 		groups.Groups = nil

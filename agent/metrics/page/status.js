@@ -88,7 +88,7 @@ function cards(v, rates) {
 		card("Cut at", list(v.by("cut", "coverages"), (k) => k) || "–", list(v.by("cut", "coverages"))),
 		card("Features held off", number(v.sum("holds", { state: "in place" })), list(v.by("state", "holds"))),
 		card("Routes with an MTU", number(v.sum("locks") + v.sum("clones")), plural(v.sum("locks"), "in place", "in place") + ", " + plural(v.sum("clones"), "clone")),
-		card("Inner MTU", list(v.by("mtu", "coverages_by_mtu").slice(0, 3), (k) => k) || "–", list(v.by("mtu", "coverages_by_mtu"), (k, n) => k + ": " + number(n))),
+		card("Inner MTU", list(v.by("mtu", "coverages_by_mtu").slice(0, 3), (k) => k) || "–", list(v.by("mtu", "coverages_by_mtu"), (k, n) => number(n) + " at " + k)),
 		card("Reactions", reactions ? "≤ " + duration(v.quantile(0.99)) : "–", reactions ? plural(reactions, "reaction") + ", half within " + duration(v.quantile(0.5)) : "none yet"),
 		card("Contested", number(contested), list(v.by("kind", "contested")), contested ? "bad" : ""),
 		card("Not given back yet", number(pending), list(v.by("kind", "restores_pending")), pending ? "warn" : ""),
