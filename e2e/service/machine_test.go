@@ -189,6 +189,12 @@ func (m *machine) log(args ...string) string {
 	return m.run(append([]string{"journalctl", "--no-pager", "-u", "tsoagent.service"}, args...)...)
 }
 
+// dropIn changes the unit, from its next start on.
+func (m *machine) dropIn(name, text string) {
+	m.t.Helper()
+	m.run("sh", "-c", `mkdir -p /run/units/tsoagent.service.d && printf %s "$2" >"/run/units/tsoagent.service.d/$1" && systemctl daemon-reload`, "sh", name, text)
+}
+
 // locked waits until the policy's flows have an MTU.
 func (m *machine) locked(mtu string) {
 	m.t.Helper()

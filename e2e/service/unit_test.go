@@ -117,9 +117,7 @@ func TestUnitUnderSystemd(t *testing.T) {
 	})
 
 	t.Run("is killed and started again when a loop hangs", func(t *testing.T) {
-		m.run("mkdir", "-p", "/run/units/tsoagent.service.d")
-		m.run("sh", "-c", `printf '[Service]\nWatchdogSec=3\nTimeoutAbortSec=1\n' >/run/units/tsoagent.service.d/quick.conf`)
-		m.run("systemctl", "daemon-reload")
+		m.dropIn("quick.conf", "[Service]\nWatchdogSec=3\nTimeoutAbortSec=1\n")
 		m.run("systemctl", "restart", "tsoagent.service")
 		fed := m.property("WatchdogTimestampMonotonic")
 		within(t, "the watchdog is fed more than once", func() bool { return m.property("WatchdogTimestampMonotonic") != fed })
@@ -133,6 +131,53 @@ func TestUnitUnderSystemd(t *testing.T) {
 			t.Errorf("the watchdog wasn't why:\n%s", log)
 		}
 		m.locked("1380")
+	})
+
+	t.Run("follows other namespaces with the drop-in of the documentation", func(t *testing.T) {
+		m.dropIn("netns.conf", dropIn(t, "CAP_SYS_ADMIN"))
+		m.run("sh", "-c", "mkdir -p /etc/default && echo TSOAGENT_NETNS=all >/etc/default/tsoagent")
+		m.run("systemctl", "restart", "tsoagent.service")
+		m.run("ip", "netns", "add", "blue")
+		for _, line := range []string{
+			"link set lo up", "link add n0 type veth peer name n1", "link set n0 up", "link set n1 up", "addr add 192.0.2.1/24 dev n0", "route add default via 192.0.2.254",
+			"xfrm policy add src 192.0.2.1/32 dst 10.3.0.0/16 dir out tmpl src 192.0.2.1 dst 192.0.2.2 proto esp reqid 1 mode tunnel",
+		} {
+			m.run(append([]string{"ip", "-n", "blue"}, strings.Fields(line)...)...)
+		}
+		within(t, "the lock in blue", func() bool {
+			out, _ := m.try("ip", "-n", "blue", "route", "show", "table", "5450")
+			return strings.Contains(out, "mtu lock 1380")
+		})
+		m.locked("1380")
+		m.run("rm", "/etc/default/tsoagent")
+	})
+
+	t.Run("names processes of other users with the drop-in of the documentation", func(t *testing.T) {
+		client := m.command("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "bash", "-c", "exec 3<>/dev/tcp/127.0.0.1/5301; read -r -u 3")
+		server := m.command("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "perl", "-MIO::Socket::INET", "-e",
+			`my $s = IO::Socket::INET->new(LocalAddr => "127.0.0.1:5301", Listen => 1, ReuseAddr => 1) or die; my $c = $s->accept; <STDIN>`)
+		in, err := server.StdinPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer in.Close()
+		if err := server.Start(); err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = in.Close(); _ = server.Wait() }()
+		within(t, "somebody listens", func() bool { out, _ := m.try("ss", "-Hltn"); return strings.Contains(out, ":5301") })
+		if err := client.Start(); err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = client.Process.Kill(); _ = client.Wait() }()
+		named := func() string { out, _ := m.try("tsoctl", "flows", "--processes"); return out }
+		within(t, "the connection", func() bool { return strings.Contains(named(), ":5301") })
+		if out := named(); strings.Contains(out, "perl") {
+			t.Errorf("the drop-in is not needed:\n%s", out)
+		}
+		m.dropIn("processes.conf", dropIn(t, "CAP_SYS_PTRACE"))
+		m.run("systemctl", "restart", "tsoagent.service")
+		within(t, "the process's name", func() bool { return strings.Contains(named(), "perl") })
 	})
 
 	t.Run("gives everything back when it is stopped, and keeps its directory", func(t *testing.T) {
@@ -158,6 +203,22 @@ func TestUnitUnderSystemd(t *testing.T) {
 			t.Errorf("log:\n%s", log)
 		}
 	})
+}
+
+// dropIn is the one of docs/service.md that has a word.
+func dropIn(t *testing.T, word string) string {
+	t.Helper()
+	b, err := os.ReadFile("../../docs/service.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, m := range regexp.MustCompile("(?s)```\n(.*?)```").FindAllStringSubmatch(string(b), -1) {
+		if strings.Contains(m[1], "[Service]") && strings.Contains(m[1], word) {
+			return m[1]
+		}
+	}
+	t.Fatalf("docs/service.md has no drop-in with %s", word)
+	return ""
 }
 
 // TestUnitIsRight has systemd look at the files without running them.

@@ -52,6 +52,8 @@ for unit in sysinit.target basic.target multi-user.target shutdown.target umount
 done
 mkdir /run/units/multi-user.target.wants
 ln -s ../systemd-journald.service /run/units/multi-user.target.wants/
+# As a machine that is no container has it: what is mounted later, namespaces' names for one, services see, too.
+mount --make-rshared /
 export SYSTEMD_UNIT_PATH=/run/units container=tsoagent-test PATH=/usr/sbin:/usr/bin:/sbin:/bin
 unset NOTIFY_SOCKET
 exec /lib/systemd/systemd --system --unit=multi-user.target --log-target=journal --log-level=info --show-status=no
