@@ -312,7 +312,7 @@ func FuzzReadConfig(f *testing.F) {
 func TestSetIsAsTheFile(t *testing.T) {
 	values := map[string][]string{
 		"mode": {"observe"}, "run_dir": {"/a"}, "state_dir": {"/b"}, "restore_after": {"5s"}, "on_stop": {"keep"}, "resync_every": {"2m"},
-		"tcp_keys_every": {"1s"}, "namespaces": {"host", "a"}, "metrics": {"off"}, "metrics_web_config": {"/c"}, "dedicated": {"off"},
+		"tcp_keys_every": {"1s"}, "tcp_keys_trust": {"root", "998"}, "namespaces": {"host", "a"}, "metrics": {"off"}, "metrics_web_config": {"/c"}, "dedicated": {"off"},
 		"shared_nics": {"lane"}, "features": {"tx-tcp-segmentation", "tx-udp-segmentation"}, "mtu": {"advise"}, "presume_mtu": {"1400"},
 		"partial": {"clamp"}, "carrier_mtu": {"device"}, "source_less_lookups": {"off"}, "table": {"7000"}, "protocol": {"99"},
 		"max_clones_per_coverage": {"5"}, "max_clones": {"10"},

@@ -335,10 +335,6 @@ func TestAliveFailsWhereALoopHangs(t *testing.T) {
 	named(t, "a")
 	s := sail(t, fleetConfig(t, netns.Host, "a"))
 	s.state("a", NetnsFollowed)
-	before, err := s.reportOf("a")
-	if err != nil {
-		t.Fatal(err)
-	}
 	if err := s.Alive(t.Context()); err != nil {
 		t.Error(err)
 	}
@@ -357,8 +353,5 @@ func TestAliveFailsWhereALoopHangs(t *testing.T) {
 	close(hang)
 	if err := s.Alive(t.Context()); err != nil {
 		t.Errorf("it goes on, and yet: %v", err)
-	}
-	if after, err := s.reportOf("a"); err != nil || after.Counters.Rounds != before.Counters.Rounds {
-		t.Errorf("to ask costs rounds: %d, then %d", before.Counters.Rounds, after.Counters.Rounds)
 	}
 }

@@ -27,6 +27,7 @@ var keyUsage = map[string]string{
 	"on_stop":                 "when told to stop, restore or keep holds and locks: `WHAT`",
 	"resync_every":            "read the kernel's whole state again every `TIME`",
 	"tcp_keys_every":          "look at the keys of TCP sockets every `TIME`",
+	"tcp_keys_trust":          "keys of this `USER` count on shared NICs, besides root's; may be repeated",
 	"namespaces":              "follow the network namespace `NAME`: host, all, a name in /run/netns, a path or pid:N; may be repeated",
 	"metrics":                 "let Prometheus scrape at `ADDRESS:PORT`, or off",
 	"metrics_web_config":      "serve metrics with TLS and users as this `FILE` says",
