@@ -333,7 +333,11 @@ func TestHostCountersOfASourceNeverFall(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	defer s.close()
+	defer func() {
+		if err := s.close(); err != nil {
+			t.Error(err)
+		}
+	}()
 	if d := cmp.Diff(before, counts()); d != "" {
 		t.Errorf("after they were dialled again (-before +after):\n%s", d)
 	}

@@ -441,7 +441,7 @@ func TestDashboard(t *testing.T) {
 			exprs = append(exprs, target.Expr)
 			for _, m := range regexp.MustCompile(`{{(\w+)}}`).FindAllStringSubmatch(target.LegendFormat, -1) {
 				by := regexp.MustCompile(`by \(([^)]*)\)`).FindStringSubmatch(target.Expr)
-				if by != nil && !slices.Contains(strings.Split(by[1], ", "), m[1]) {
+				if len(by) > 1 && !slices.Contains(strings.Split(by[1], ", "), m[1]) {
 					t.Errorf("%s: the legend has {{%s}}, and %s doesn't keep it", p.Title, m[1], target.Expr)
 				}
 			}

@@ -83,7 +83,7 @@ func run(t *testing.T, args ...string) *agent {
 	needPrograms(t, map[string]string{"setpriv": "util-linux"})
 	a := &agent{t: t, dir: filepath.Join(t.TempDir(), "run"), address: "127.0.0.1:15450", log: new(log)}
 	cmd := exec.Command("setpriv", append([]string{
-		capabilities, "--no-new-privs", filepath.Join(mustStage(t), "usr/sbin/tsoagent"), "run",
+		capabilities, "--no-new-privs", mustStage(t) + "/usr/sbin/tsoagent", "run",
 		"--run-dir", a.dir, "--presume-mtu", "1400", "--restore-after", "100ms",
 	}, args...)...)
 	cmd.Stdout, cmd.Stderr = a.log, a.log
@@ -109,12 +109,6 @@ func run(t *testing.T, args ...string) *agent {
 		return err == nil && res.Body.Close() == nil
 	})
 	return a
-}
-
-// tsoctl is what it prints, with its exit code.
-func (a *agent) tsoctl(args ...string) (string, error) {
-	out, err := exec.Command(filepath.Join(mustStage(a.t), "usr/bin/tsoctl"), append([]string{"--run-dir", a.dir}, args...)...).CombinedOutput()
-	return string(out), err
 }
 
 // get is a page, and its status.
@@ -147,14 +141,14 @@ func TestCapabilitiesOfTheUnitAreNeeded(t *testing.T) {
 		out, err := exec.Command("setpriv", append([]string{"--bounding-set=-all," + left, "--no-new-privs"}, args...)...).CombinedOutput()
 		return string(out), err
 	}
-	out, err := without("+bpf,+perfmon", filepath.Join(staged, "usr/sbin/tsoagent"), "run", "--run-dir", filepath.Join(t.TempDir(), "run"))
+	out, err := without("+bpf,+perfmon", staged+"/usr/sbin/tsoagent", "run", "--run-dir", filepath.Join(t.TempDir(), "run"))
 	if err == nil || !strings.Contains(out, "CAP_NET_ADMIN is missing") {
 		t.Errorf("without CAP_NET_ADMIN: %v %s", err, out)
 	}
 	if _, err := os.Stat("/sys/kernel/btf/vmlinux"); err != nil {
 		t.Skipf("needs the kernel's BTF, CONFIG_DEBUG_INFO_BTF: %v", err)
 	}
-	tsoctl := filepath.Join(staged, "usr/bin/tsoctl")
+	tsoctl := staged + "/usr/bin/tsoctl"
 	flows := []string{tsoctl, "--run-dir", filepath.Join(t.TempDir(), "none"), "flows"}
 	if out, err := without("+net_admin,+bpf,+perfmon", flows...); err != nil {
 		t.Errorf("with all of them: %v %s", err, out)

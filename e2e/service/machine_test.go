@@ -17,9 +17,8 @@ import (
 
 // machine is a systemd that is the first process of namespaces of its own, on this host's kernel (testdata/boot.sh).
 type machine struct {
-	t       *testing.T
-	pid     int    // of systemd, here
-	console string // what systemd said, once it is known
+	t   *testing.T
+	pid int // of systemd, here
 }
 
 // boot starts a machine with the tree as it would be installed. It ends with the test.
@@ -46,8 +45,9 @@ func boot(t *testing.T) *machine {
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	ended := make(chan error, 1)
-	go func() { ended <- cmd.Wait() }()
+	var gone error
+	ended := make(chan struct{})
+	go func() { defer close(ended); gone = cmd.Wait() }()
 	m := &machine{t: t}
 	t.Cleanup(func() {
 		if t.Failed() {
@@ -58,12 +58,11 @@ func boot(t *testing.T) *machine {
 	})
 	within(t, "the machine is up", func() bool {
 		select {
-		case err := <-ended:
-			ended <- err
+		case <-ended:
 			if unable := unableTo(out.String()); unable != "" {
 				t.Skip(unable)
 			}
-			t.Fatalf("the machine has ended: %v\n%s", err, out.String())
+			t.Fatalf("the machine has ended: %v\n%s", gone, out.String())
 		default:
 		}
 		if m.pid == 0 {
