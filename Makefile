@@ -3,6 +3,7 @@
 # make test-kernels       scenarios on Debian's stock kernels in QEMU, with real drivers and two processors (about 9 minutes; root)
 # make demo               the whole story in the test kernel, as a timeline
 # make build              bin/tsoagent and bin/tsoctl
+# make install            into DESTDIR (/): the commands, the unit, its group and directories, and the documentation
 # make testkernel         the test kernel, if it isn't in the cache (about 5 minutes on 2 processors)
 # make lint               golangci-lint and govulncheck
 # make fuzz               every fuzz target for FUZZTIME
@@ -15,10 +16,19 @@ FUZZTIME ?= 10s
 # belongs to somebody else.
 VCS := $(shell git status >/dev/null 2>&1 && echo auto || echo false)
 
-.PHONY: build run test test-kernels testkernel demo scenario lint fuzz setup
+.PHONY: build install run test test-kernels testkernel demo scenario lint fuzz setup
 
 build:
 	CGO_ENABLED=0 go build -buildvcs=$(VCS) -o bin/ ./cmd/...
+
+install: build
+	install -D -m 755 bin/tsoagent $(DESTDIR)/usr/sbin/tsoagent
+	install -D -m 755 bin/tsoctl $(DESTDIR)/usr/bin/tsoctl
+	install -D -m 644 packaging/systemd/tsoagent.service $(DESTDIR)/usr/lib/systemd/system/tsoagent.service
+	install -D -m 644 packaging/sysusers.d/tsoagent.conf $(DESTDIR)/usr/lib/sysusers.d/tsoagent.conf
+	install -D -m 644 packaging/tmpfiles.d/tsoagent.conf $(DESTDIR)/usr/lib/tmpfiles.d/tsoagent.conf
+	install -D -m 644 -t $(DESTDIR)/usr/share/doc/tsoagent README.md LICENSE docs/*.md docs/tsoagent.yaml
+	install -D -m 644 -t $(DESTDIR)/usr/share/doc/tsoagent/dashboards dashboards/*
 
 run: build
 	@if [ "$$(id -u)" -ne 0 ]; then echo "make run: needs root (sudo may hide go: use a root shell)" >&2; exit 1; fi

@@ -60,8 +60,8 @@ type Agent struct {
 	ended    chan struct{} // closed when Run returns
 	report   atomic.Pointer[Report]
 	ring     *ring
-	clock    func() time.Time // of events
-	halt     atomic.Bool      // an order to pause is on its way: stop writing
+	ringGoes bool // it is handed on to another agent, and does not end with this one's Run
+	halt     atomic.Bool // an order to pause is on its way: stop writing
 	sources  *sources
 	forwards *forwarding
 	conns    *connections
@@ -83,15 +83,22 @@ type Agent struct {
 	// probeFinding is why a probe's result can't be used, empty if it can or there is none.
 	probeFinding string
 
-	goal   goal
-	once   bool // stop when the goal is reached
-	again  bool // something has to be looked at once more
-	st     *state
-	lastP  *plan.Plan
-	lastIn plan.Input // what lastP follows from
+	goal goal
+	once bool // stop when the goal is reached
+	heir bool // it took over what another one of this process has left
+	// onReady is called when the first plan is in place, nil for nothing.
+	onReady func()
+	again   bool // something has to be looked at once more
+	st      *state
+	lastP   *plan.Plan
+	lastIn  plan.Input // what lastP follows from
 	// diagnosis is the newest one, nil for none.
 	diagnosis *Diagnosis
 	stats     Counters
+	tally     Tally
+	figures   atomic.Pointer[Figures]
+	since     time.Time        // of the oldest event that no round has seen
+	clock     func() time.Time // of events, and for how long things take; when they are due comes with each step
 	// dropped counts the rules and clones that were taken away.
 	dropped struct{ rules, clones int }
 }
@@ -117,6 +124,7 @@ type book interface {
 	Put(entries ...journal.Entry) error
 	Remove(ids ...string) error
 	Entries() []journal.Entry
+	Len() int
 }
 
 var (
@@ -310,7 +318,12 @@ func (a *Agent) Run(ctx context.Context) error {
 	watch, cancel := context.WithCancel(context.Background())
 	var wg sync.WaitGroup
 	defer wg.Wait()
-	defer close(a.ended)
+	defer func() {
+		close(a.ended)
+		if !a.ringGoes {
+			a.ring.end()
+		}
+	}()
 	defer a.end()
 	defer cancel()
 	failed := make(chan error, 1)
@@ -341,11 +354,19 @@ func (a *Agent) loop(ctx context.Context, failed <-chan error) error {
 		select {
 		case <-done:
 			done = nil
+			cause := context.Cause(ctx)
+			renewed := errors.Is(cause, errRenew)
+			if renewed {
+				a.event(api.EventState, takenOver)
+			}
 			if a.once || a.cfg.Mode == Observe {
 				return a.stopped(ctx)
 			}
-			letGo := errors.Is(context.Cause(ctx), errLetGo)
-			if a.lastP == nil && !letGo {
+			back := errors.Is(cause, errLetGo) || errors.Is(cause, errRenewBack)
+			if renewed && !back {
+				return nil // another agent takes over
+			}
+			if a.lastP == nil && !back && !a.heir {
 				// Not even read yet: this run has written nothing.
 				if n := a.claims(); n > 0 {
 					return fmt.Errorf("agent: stopped before the kernel's state was read: %d changes of an earlier run are still in place; run `tsoctl restore`", n)
@@ -353,12 +374,16 @@ func (a *Agent) loop(ctx context.Context, failed <-chan error) error {
 				return nil
 			}
 			a.goal, a.once, a.st.paused = restoreAll, true, nil
-			if a.cfg.OnStop == KeepOnStop && !letGo {
+			if a.cfg.OnStop == KeepOnStop && !back {
 				// Nobody follows the rules and clones from now on; holds and in-place locks don't go stale.
 				a.goal = restoreStale
 			}
-			a.says("stopping", "on_stop", a.cfg.OnStop, "holds", len(a.st.holds), "locks", len(a.st.locks))
-			a.st.causes.order = "the agent stops"
+			says, order := "stopping", "the agent stops"
+			if renewed {
+				says, order = "giving everything back for another configuration", takenOver
+			}
+			a.says(says, "on_stop", a.cfg.OnStop, "holds", len(a.st.holds), "locks", len(a.st.locks))
+			a.st.causes.order = order
 			deadline = time.After(stopWithin)
 			timer.Reset(0)
 		case <-deadline:
@@ -406,6 +431,9 @@ func (a *Agent) resyncIn() time.Duration {
 // again without an event, 0 for not; reached says that the goal is reached.
 func (a *Agent) step(now time.Time) (next time.Duration, reached bool) {
 	for _, b := range a.inbox.take() {
+		if a.since.IsZero() || !b.at.IsZero() && b.at.Before(a.since) {
+			a.since = b.at
+		}
 		a.apply(b)
 	}
 	a.obey(now)

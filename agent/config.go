@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"os"
 	"path"
+	"reflect"
 	"regexp"
 	"slices"
 	"sort"
@@ -136,6 +137,51 @@ func (c *Config) SetNumbers(table, protocol uint) {
 	if protocol != 0 {
 		c.Plan.Protocol = routes.Protocol(protocol)
 	}
+}
+
+// Keys are the configuration's keys that a flag or an environment variable can set: all but devices. Those of lists
+// are with true.
+func Keys() map[string]bool {
+	out := map[string]bool{}
+	var collect func(reflect.Type)
+	collect = func(t reflect.Type) {
+		for f := range t.Fields() {
+			name, opts, _ := strings.Cut(f.Tag.Get("yaml"), ",")
+			switch {
+			case opts == "inline":
+				collect(f.Type)
+			case name == "" || name == "-":
+			case f.Type.Kind() != reflect.Slice:
+				out[name] = false
+			case f.Type.Elem().Kind() == reflect.String:
+				out[name] = true
+			}
+		}
+	}
+	collect(reflect.TypeFor[Config]())
+	return out
+}
+
+// Set sets a key as the file would, of a list with all of its values. The error is a *Mistake.
+func (c *Config) Set(key string, values ...string) error {
+	value := &yaml.Node{Kind: yaml.SequenceNode}
+	for _, v := range values {
+		value.Content = append(value.Content, &yaml.Node{Kind: yaml.ScalarNode, Value: v})
+	}
+	list, known := Keys()[key]
+	if !known {
+		return &Mistake{Text: fmt.Sprintf("unknown key %q", key)}
+	}
+	if !list && len(values) == 1 {
+		value = value.Content[0]
+	}
+	root := &yaml.Node{Kind: yaml.MappingNode, Content: []*yaml.Node{{Kind: yaml.ScalarNode, Value: key}, value}}
+	if err := root.Decode(c); err != nil {
+		m := mistakes("", err)[0]
+		m.Line = 0
+		return m
+	}
+	return nil
 }
 
 // Mistake is one thing that is wrong in a configuration, with its place.

@@ -2,6 +2,7 @@ package agent
 
 import (
 	"errors"
+	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -305,4 +306,49 @@ func FuzzReadConfig(f *testing.F) {
 			checkPrintable(t, line)
 		}
 	})
+}
+
+// TestSetIsAsTheFile sets each key once as a flag does, and reads the same from a file.
+func TestSetIsAsTheFile(t *testing.T) {
+	values := map[string][]string{
+		"mode": {"observe"}, "run_dir": {"/a"}, "state_dir": {"/b"}, "restore_after": {"5s"}, "on_stop": {"keep"}, "resync_every": {"2m"},
+		"tcp_keys_every": {"1s"}, "tcp_keys_trust": {"root", "998"}, "namespaces": {"host", "a"}, "metrics": {"off"}, "metrics_web_config": {"/c"}, "dedicated": {"off"},
+		"shared_nics": {"lane"}, "features": {"tx-tcp-segmentation", "tx-udp-segmentation"}, "mtu": {"advise"}, "presume_mtu": {"1400"},
+		"partial": {"clamp"}, "carrier_mtu": {"device"}, "source_less_lookups": {"off"}, "table": {"7000"}, "protocol": {"99"},
+		"max_clones_per_coverage": {"5"}, "max_clones": {"10"},
+	}
+	var c Config
+	var file strings.Builder
+	for key, list := range Keys() {
+		v := values[key]
+		if len(v) == 0 {
+			t.Errorf("no value for %s in this test", key)
+			continue
+		}
+		if err := c.Set(key, v...); err != nil {
+			t.Errorf("%s: %v", key, err)
+		}
+		if list {
+			fmt.Fprintf(&file, "%s: [%s]\n", key, strings.Join(v, ", "))
+		} else {
+			fmt.Fprintf(&file, "%s: %s\n", key, v[0])
+		}
+	}
+	want, err := ReadConfig(strings.NewReader(file.String()), "x")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if d := cmp.Diff(want, c); d != "" {
+		t.Errorf("(-file +set):\n%s", d)
+	}
+	for key, v := range map[string]string{"restore_after": "5", "table": "-1", "nope": "x", "devices": "x"} {
+		before := c
+		var m *Mistake
+		if err := c.Set(key, v); !errors.As(err, &m) || m.Line != 0 {
+			t.Errorf("%s: %s gives %v", key, v, err)
+		}
+		if d := cmp.Diff(before, c); d != "" {
+			t.Errorf("%s: refused, and yet (-before +after):\n%s", key, d)
+		}
+	}
 }

@@ -104,6 +104,7 @@ func handler(s served, stopped <-chan struct{}) http.Handler {
 		"world":      func(w http.ResponseWriter, r *http.Request) { serveWorld(s, w, r) },
 		"pause":      c.pause,
 		"resume":     c.resume,
+		"reload":     c.reload,
 	}
 	mux := http.NewServeMux()
 	var paths []string
@@ -266,7 +267,7 @@ const (
 	followPatience = 30 * time.Second
 )
 
-// followEvents writes events as they happen, until the client goes or the agent ends. A client that does not
+// followEvents writes events as they happen, until the client goes or the agent ends, and no other one takes its place. A client that does not
 // read for followPatience is cut off; what it has missed meanwhile is told to one that reads slowly.
 func (a *Agent) followEvents(w http.ResponseWriter, r *http.Request, since uint64, stopped <-chan struct{}) {
 	rc := http.NewResponseController(w)
@@ -303,7 +304,7 @@ func (a *Agent) followEvents(w http.ResponseWriter, r *http.Request, since uint6
 			continue
 		case <-r.Context().Done():
 			return
-		case <-a.ended:
+		case <-a.ring.ended:
 		case <-stopped:
 		}
 		if buf, _, _ = a.ring.after(since, 1, buf[:0]); len(buf) == 0 {
@@ -342,6 +343,24 @@ func (c *control) giveOrder(w http.ResponseWriter, r *http.Request, p *api.Pause
 		return
 	}
 	answerJSON(w, http.StatusOK, api.PauseAnswer{Version: api.Version, Namespaces: list})
+}
+
+func (c *control) reload(w http.ResponseWriter, r *http.Request) {
+	if !readBody(w, r, &api.ReloadRequest{}) {
+		return
+	}
+	a, err := c.reloaded(r.Context(), peerOf(r))
+	var refused *refusedError
+	switch {
+	case err == nil:
+		answerJSON(w, http.StatusOK, a)
+	case errors.As(err, &refused):
+		answerError(w, http.StatusConflict, err)
+	case errors.Is(err, errNoFile):
+		answerError(w, http.StatusNotImplemented, err)
+	default:
+		answerError(w, http.StatusServiceUnavailable, err)
+	}
 }
 
 // maxBody bounds what a request may bring, in bytes.

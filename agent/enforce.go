@@ -44,13 +44,13 @@ const echoPatience = 500 * time.Millisecond
 
 // did counts a write, and logs it with its cause.
 func (a *Agent) did(what string, args ...any) {
-	a.stats.Actions++
+	a.count(what, Done)
 	a.log.Info(what, args...)
 	a.event(api.EventDone, what, args...)
 }
 
 func (a *Agent) failed(what string, err error, args ...any) {
-	a.stats.Failed++
+	a.count(what, Failed)
 	args = append(args, "err", err)
 	a.log.Warn(what, args...)
 	a.event(api.EventFailed, what, args...)

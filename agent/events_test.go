@@ -290,7 +290,7 @@ func TestFollowerEndsWithTheAgent(t *testing.T) {
 	s := follower(t, w.serve(), "/v1/events?follow=true")
 	nextLine(t, s)
 	w.a.ring.add(api.Event{Text: "the last"})
-	close(w.a.ended)
+	w.a.ring.end()
 	if line := nextLine(t, s); line.Text != "the last" {
 		t.Errorf("the last line is %+v", line)
 	}

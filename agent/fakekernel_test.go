@@ -223,6 +223,8 @@ func (b *fakeBook) Entries() []journal.Entry {
 	return slices.SortedFunc(maps.Values(b.book), func(x, y journal.Entry) int { return cmp.Compare(x.ID, y.ID) })
 }
 
+func (b *fakeBook) Len() int { return len(b.book) }
+
 // found is what a restarted agent finds in the journal.
 func (w *world) found() *journal.Recovery {
 	return &journal.Recovery{Entries: (*fakeBook)(w).Entries()}

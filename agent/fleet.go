@@ -28,7 +28,7 @@ import (
 // everything is given back in it, as processes may still live there, and all is closed.
 // It is safe for concurrent use.
 type Fleet struct {
-	cfg     Config
+	cfg     Config // of the start
 	log     *slog.Logger
 	version string
 	started time.Time
@@ -36,6 +36,11 @@ type Fleet struct {
 	lock    *journal.Journal // of the run directory where the host is not followed, else nil
 	look    chan struct{}    // has a token when namespaces may have come or gone
 	grace   time.Duration    // stopWithin
+	reloads chan reload
+	pings   chan chan<- struct{}
+	ready   chan struct{}
+	readied chan struct{} // closed and made anew with each token of ready
+	over    chan struct{} // closed when Run ends
 
 	wg      sync.WaitGroup
 	mu      sync.Mutex
@@ -54,6 +59,16 @@ type Fleet struct {
 	errs                             []error     // of members that ended
 	hooked                           hooked      // how keys are known
 	paused                           *api.Paused // all are, and those that come; nil for not
+	live, before                     Config      // the configuration in use, and the one before it
+	// generation counts the configurations, and renewal is why agents with an older one end.
+	generation uint64
+	renewal    error
+	// configured is when the configuration was taken over, reloadErr why a newer one was not.
+	configured time.Time
+	reloadErr  string
+	// readyFor is the generation for which ready had a token last. reloader reads the configuration again, nil where there is none to read.
+	readyFor uint64
+	reloader func(context.Context) error
 
 	openHook func() (keyHook, error)
 	openAO   func() (keyLister, error)
@@ -67,7 +82,12 @@ type member struct {
 	why     string   // why there is no agent, empty while it starts
 	leaving bool
 	paused  *api.Paused // for an agent that starts, nil for none
-	cancel  context.CancelCauseFunc
+	ring    *ring       // of all its agents, one after the other
+	// again ends the agent for one with another configuration, nil while none runs. The agent has the
+	// configuration of the generation.
+	again      context.CancelCauseFunc
+	generation uint64
+	cancel     context.CancelCauseFunc
 }
 
 // NewFleet opens the host's namespace, which is that of the calling thread, as New does. What
@@ -84,20 +104,24 @@ func newFleet(ctx context.Context, cfg Config, log *slog.Logger, version string,
 		return nil, fmt.Errorf("agent: %w", err)
 	}
 	f := &Fleet{
-		cfg: cfg, log: log, version: version, started: time.Now(), host: host, look: make(chan struct{}, 1), grace: grace,
+		cfg: cfg, log: log, version: version, started: time.Now(), configured: time.Now(), host: host, look: make(chan struct{}, 1), grace: grace,
 		members: map[netns.ID]*member{}, waiting: map[string]string{}, dead: map[string]bool{}, strays: map[uint64]stray{},
+		reloads: make(chan reload), pings: make(chan chan<- struct{}), ready: make(chan struct{}, 1), readied: make(chan struct{}), over: make(chan struct{}),
 		openHook: openKeyHook, openAO: openAO,
 	}
 	if !cfg.Namespaces.host() && slices.ContainsFunc(cfg.Namespaces, f.isHost) {
 		f.cfg.Namespaces = append(slices.Clone(cfg.Namespaces), netns.Host)
 	}
+	f.live = f.cfg
 	if f.cfg.Namespaces.host() {
 		a, err := New(cfg, log, version)
 		if err != nil {
 			return nil, errors.Join(err, host.Close())
 		}
 		a.others = f
-		f.members[host.ID()] = &member{id: host.ID(), names: []string{netns.Host}, agent: a, cancel: func(error) {}}
+		m := &member{id: host.ID(), names: []string{netns.Host}, agent: a, cancel: func(error) {}}
+		m.handOn(a)
+		f.members[host.ID()] = m
 		return f, nil
 	}
 	if err := f.lockRunDir(ctx); err != nil {
@@ -157,24 +181,31 @@ func (f *Fleet) Run(ctx context.Context) error {
 	if m := f.members[f.host.ID()]; m != nil {
 		f.wg.Go(func() {
 			defer close(ended)
-			err := m.agent.Run(members)
+			err := f.runHost(members, m)
 			f.mu.Lock()
 			defer f.mu.Unlock()
-			f.errs = append(f.errs, err, m.agent.Close())
-			m.agent = nil
+			f.errs = append(f.errs, err)
 		})
+	} else {
+		f.tellReady(0)
 	}
 	f.mu.Unlock()
 	var watching sync.WaitGroup
 	watch, blind := context.WithCancel(members)
 	watching.Go(func() { f.watchKeys(watch) })
 	f.sweep(members)
-	if slices.ContainsFunc(f.cfg.Namespaces, func(s string) bool { return s != netns.Host }) {
-		watching.Go(func() { f.watch(watch) })
-		f.poke()
+	watched := false
+	watchOthers := func(cfg Config) {
+		if !watched && slices.ContainsFunc(cfg.Namespaces, func(s string) bool { return s != netns.Host }) {
+			watched = true
+			watching.Go(func() { f.watch(watch) })
+			f.poke()
+		}
 	}
+	watchOthers(f.cfg)
 	again := time.NewTicker(time.Duration(f.cfg.ResyncEvery)) // a process can change its namespace in silence
 	defer again.Stop()
+	defer close(f.over)
 	for run := true; run; {
 		select {
 		case <-ctx.Done():
@@ -189,6 +220,16 @@ func (f *Fleet) Run(ctx context.Context) error {
 			f.recallDue, f.recallTick = true, true
 			f.mu.Unlock()
 			f.poke()
+		case answer := <-f.pings:
+			close(answer)
+		case r := <-f.reloads:
+			err := f.takeOver(members, r.cfg)
+			if err == nil {
+				cfg := f.Config()
+				watchOthers(cfg)
+				again.Reset(time.Duration(cfg.ResyncEvery))
+			}
+			r.done <- err
 		}
 	}
 	blind()
@@ -259,7 +300,7 @@ func (f *Fleet) reconcile(ctx context.Context) {
 		if f.members[id] != nil {
 			continue // one that leaves comes back when it has left
 		}
-		m := &member{id: id, names: names, paused: f.paused}
+		m := &member{id: id, names: names, paused: lasting(f.paused)}
 		var mine context.Context
 		mine, m.cancel = context.WithCancelCause(ctx)
 		f.members[id] = m
@@ -280,10 +321,10 @@ func (m *member) rename(log *slog.Logger, names []string) {
 // resolve finds out where all names lead, and has those places watched. The caller holds the
 // lock.
 func (f *Fleet) resolve() map[netns.ID][]string {
-	specs := slices.Clone(f.cfg.Namespaces)
+	specs := slices.Clone(f.live.Namespaces)
 	dirs := map[string]bool{}
 	waiting := map[string]string{}
-	if f.cfg.Namespaces.all() {
+	if f.live.Namespaces.all() {
 		specs = slices.DeleteFunc(specs, func(s string) bool { return s == netns.All })
 		names, err := netns.Names()
 		if err != nil {
@@ -310,7 +351,7 @@ func (f *Fleet) resolve() map[netns.ID][]string {
 			dirs[dir] = true
 		}
 		id, err := f.lookUp(spec, path)
-		if err == nil && id == f.host.ID() && !f.cfg.Namespaces.host() {
+		if err == nil && id == f.host.ID() && !f.live.Namespaces.host() {
 			err = errOwn
 		}
 		if err != nil {

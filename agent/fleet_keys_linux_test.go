@@ -198,8 +198,8 @@ func TestKeysAreSeenWhenTheirSocketStarts(t *testing.T) {
 	looked := func(n uint64) {
 		t.Helper()
 		netnstest.Within(t, "a look", func() bool {
-			list := s.Reports()
-			return len(list) == 1 && looks(list[0]) >= n
+			list := s.Observations()
+			return len(list) == 1 && looks(list[0].Report) >= n
 		})
 	}
 	// The first look, the one that following asks for, and a second one after that; the hook asks for the same two. Then nothing looks
@@ -334,11 +334,11 @@ func TestManyKeysAreLookedAtOnce(t *testing.T) {
 	looked := func(one, two uint64) {
 		t.Helper()
 		netnstest.Within(t, "looks", func() bool {
-			list := s.Reports()
-			return len(list) == 2 && looks(list[0]) >= one && looks(list[1]) >= two
+			list := s.Observations()
+			return len(list) == 2 && looks(list[0].Report) >= one && looks(list[1].Report) >= two
 		})
-		if list := s.Reports(); looks(list[0]) != one || looks(list[1]) != two {
-			t.Errorf("looks: %d and %d, want %d and %d", looks(list[0]), looks(list[1]), one, two)
+		if list := s.Observations(); looks(list[0].Report) != one || looks(list[1].Report) != two {
+			t.Errorf("looks: %d and %d, want %d and %d", looks(list[0].Report), looks(list[1].Report), one, two)
 		}
 	}
 	looked(3, 3) // as in TestKeysAreSeenWhenTheirSocketStarts
@@ -428,8 +428,8 @@ func TestKeysArePolledWithoutAHook(t *testing.T) {
 			return !s.hooked.on() && s.hooked.why == tt.why
 		})
 		netnstest.Within(t, "looks that find nothing new in the counters, without a report", func() bool {
-			list := s.Reports()
-			return len(list) == 1 && looks(list[0]) > looks(s.report(tt.ns))+2
+			list := s.Observations()
+			return len(list) == 1 && looks(list[0].Report) > looks(s.report(tt.ns))+2
 		})
 		s.stop()
 	}

@@ -140,12 +140,20 @@ func (s *sailing) stop() {
 func (s *sailing) crash() {
 	s.t.Helper()
 	s.end.Do(func() {
-		s.mu.Lock()
 		var agents []*Agent
-		for _, m := range s.members {
-			agents = append(agents, m.agent)
-		}
-		s.mu.Unlock()
+		netnstest.Within(s.t, "no agent is about to start", func() bool {
+			s.mu.Lock()
+			defer s.mu.Unlock()
+			agents = nil
+			for _, m := range s.members {
+				if m.agent != nil {
+					agents = append(agents, m.agent)
+				} else if m.why == "" {
+					return false
+				}
+			}
+			return true
+		})
 		for _, a := range agents {
 			// One that only looks gives nothing back, whatever events come before it ends.
 			if err := a.call(s.t.Context(), func() { a.cfg.Mode = Observe }); err != nil {
@@ -755,7 +763,7 @@ func TestControlInNamespaces(t *testing.T) {
 		t.Errorf("list: %+v, %v", list, err)
 	}
 	flowsIn(t, c, cfg)
-	if list := s.Reports(); len(list) != 2 || list[0].Netns != "" || list[1].Netns != "a" || len(list[1].Coverages) != 1 {
+	if list := s.Observations(); len(list) != 2 || list[0].Netns != "" || list[1].Netns != "a" || len(list[1].Coverages) != 1 {
 		t.Errorf("reports: %+v", list)
 	}
 	_, err = c.ReportIn(ctx, "b")

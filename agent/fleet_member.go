@@ -26,28 +26,41 @@ var errMoved = errors.New("the name leads to another namespace now")
 // follow runs a member's agent until the context ends.
 func (f *Fleet) follow(ctx context.Context, m *member) {
 	defer f.left(m)
-	for wait := firstRetry; ctx.Err() == nil; wait = min(2*wait, lastRetry) {
-		a, err := f.open(m)
+	defer m.endRing(f)
+	heir := false // what is in place is left to the next agent
+	for wait := firstRetry; ctx.Err() == nil || heir; wait = min(2*wait, lastRetry) {
+		a, generation, err := f.open(m)
 		if errors.Is(err, errMoved) {
 			return // whoever looks again finds out what is there now
 		}
 		if err == nil {
 			f.mu.Lock()
 			m.agent, m.why = a, ""
-			if p := m.paused; p != nil {
-				// Ahead of all else that the loop hears.
-				a.inbox.post(batch{orders: []order{{p, make(chan *api.Paused, 1)}}})
-			}
+			m.handOn(a)
+			a.heir, heir = heir, false
 			a.sources.setHooked(f.hooked)
+			run := f.begin(ctx, m, generation)
 			f.mu.Unlock()
 			f.announce()
-			err = a.Run(ctx)
+			err = a.Run(run)
 			f.mu.Lock()
-			m.agent = nil
+			m.agent, m.again = nil, nil
 			f.mu.Unlock()
+			if renewed(run) {
+				if err = errors.Join(err, a.Close()); err != nil {
+					a.log.Warn("not everything was given back for another configuration", "err", err)
+				}
+				heir, wait = true, firstRetry
+				continue
+			}
 			err = f.closeMember(ctx, m, a, err)
 		}
 		if ctx.Err() != nil {
+			if heir {
+				f.mu.Lock()
+				f.errs = append(f.errs, fmt.Errorf("namespace %s: what is in place there was not given back; run `tsoctl restore`: %w", m.names[0], err))
+				f.mu.Unlock()
+			}
 			return
 		}
 		f.mu.Lock()
@@ -62,10 +75,40 @@ func (f *Fleet) follow(ctx context.Context, m *member) {
 	}
 }
 
-// open opens a member's agent by the first of its names that leads there.
-func (f *Fleet) open(m *member) (a *Agent, err error) {
+// handOn gives an agent what outlives the one before it: the events, and a pause that is not over. The caller holds the
+// Fleet's lock.
+func (m *member) handOn(a *Agent) {
+	if m.ring == nil {
+		m.ring = a.ring
+	}
+	a.ring, a.ringGoes = m.ring, true
+	if m.paused = lasting(m.paused); m.paused != nil {
+		// Ahead of all else that the loop hears.
+		a.inbox.post(batch{orders: []order{{m.paused, make(chan *api.Paused, 1)}}})
+	}
+}
+
+// lasting is the pause unless its time is over.
+func lasting(p *api.Paused) *api.Paused {
+	if p != nil && !p.Until.IsZero() && !time.Now().Before(p.Until) {
+		return nil
+	}
+	return p
+}
+
+// endRing lets those go who follow the member's events.
+func (m *member) endRing(f *Fleet) {
 	f.mu.Lock()
-	names := m.names
+	defer f.mu.Unlock()
+	if m.ring != nil {
+		m.ring.end()
+	}
+}
+
+// open opens a member's agent by the first of its names that leads there.
+func (f *Fleet) open(m *member) (a *Agent, generation uint64, err error) {
+	f.mu.Lock()
+	names, cfg, generation := m.names, f.live, f.generation
 	f.mu.Unlock()
 	log := slog.New(&memberHandler{f.log.Handler(), func() string {
 		f.mu.Lock()
@@ -76,7 +119,7 @@ func (f *Fleet) open(m *member) (a *Agent, err error) {
 	for _, name := range names {
 		// The host is the namespace of the thread that made the Fleet.
 		err = f.host.Do(func() (err error) {
-			a, err = newAgentIn(name, f.cfg, log, f.version, func(a *Agent) error {
+			a, err = newAgentIn(name, cfg, log, f.version, func(a *Agent) error {
 				if a.ns.ID() != m.id {
 					return errMoved
 				}
@@ -86,13 +129,13 @@ func (f *Fleet) open(m *member) (a *Agent, err error) {
 			return err
 		})
 		if !errors.Is(err, errMoved) && !errors.Is(err, os.ErrNotExist) {
-			return a, err
+			return a, generation, err
 		}
 	}
 	if errors.Is(err, os.ErrNotExist) {
 		err = errMoved
 	}
-	return nil, err
+	return nil, generation, err
 }
 
 // closeMember closes a member's agent after its Run, which has returned err. A namespace that is

@@ -28,6 +28,8 @@ func notFollowed(name, follows string) error {
 
 // served is what the control API answers for.
 type served interface {
+	// reloaded has the configuration read again and taken over. The error is a refusedError if that is not possible, and errNoFile.
+	reloaded(ctx context.Context, by api.Peer) (*api.ReloadAnswer, error)
 	// agentOf is the agent of a namespace, by any of its names. The error is an AbsentError, errNotReady, or why it can't be followed.
 	agentOf(name string) (*Agent, error)
 	// reportOf is the newest report of a namespace.
@@ -119,10 +121,16 @@ func (f *Fleet) Report() *Report {
 	return r
 }
 
-// Reports are the newest reports of all namespaces that are followed and have been read, in the order of
+// Observation is what metrics say of a namespace.
+type Observation struct {
+	*Report
+	Figures *Figures
+}
+
+// Observations are the newest reports of all namespaces that are followed and have been read, in the order of
 // their names. The counters of their sources are those of now: a look that finds nothing new makes no report.
-func (f *Fleet) Reports() []*Report {
-	var out []*Report
+func (f *Fleet) Observations() []Observation {
+	var out []Observation
 	for _, n := range f.namespaces() {
 		if a, err := f.agentOf(n.Name); err == nil && a.Report() != nil {
 			r := *a.Report()
@@ -132,17 +140,35 @@ func (f *Fleet) Reports() []*Report {
 			if a.sources != nil {
 				r.Sources = a.sources.stats()
 			}
-			out = append(out, &r)
+			out = append(out, Observation{&r, a.figures.Load()})
 		}
 	}
 	return out
 }
 
+// FleetStatus is what is true of all namespaces together.
+type FleetStatus struct {
+	Since      time.Time // the start
+	Configured time.Time // when the configuration in use was taken over
+	// ReloadError is why the newest configuration is not in use, empty if it is.
+	ReloadError string
+	Namespaces  []NamespaceReport
+}
+
+// Status is what is true of all namespaces together.
+func (f *Fleet) Status() FleetStatus {
+	s := FleetStatus{Namespaces: f.namespaces()}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	s.Since, s.Configured, s.ReloadError = f.started, f.configured, f.reloadErr
+	return s
+}
+
 func (f *Fleet) reportOf(name string) (*Report, error) {
 	host := name == "" || name == netns.Host
-	if host && !f.cfg.Namespaces.host() {
+	if cfg := f.Config(); host && !cfg.Namespaces.host() {
 		r := &Report{
-			Version: ReportVersion, Program: f.version, PID: os.Getpid(), Mode: f.cfg.Mode, Live: true, NotFollowed: true,
+			Version: ReportVersion, Program: f.version, PID: os.Getpid(), Mode: cfg.Mode, Live: true, NotFollowed: true,
 			Since: f.started, Now: time.Now(), Stale: []string{}, Coverages: []CoverageReport{}, Holds: []HoldReport{}, Locks: []LockReport{},
 			Rules: []RuleReport{}, Clones: []CloneReport{}, Findings: []string{}, Sources: []SourceReport{},
 		}
@@ -174,12 +200,20 @@ func (f *Fleet) reportOf(name string) (*Report, error) {
 func (f *Fleet) ordered(ctx context.Context, name string, p *api.Paused) ([]api.PausedNamespace, error) {
 	agents := map[string]*Agent{}
 	out := []api.PausedNamespace{}
+	if p != nil {
+		now := *p
+		now.Since = time.Now()
+		p = &now
+	}
 	to := func(m *member) {
+		old := lasting(m.paused)
 		m.paused = nil
 		if p != nil {
-			since := *p
-			since.Since = time.Now()
-			m.paused = &since
+			mine := *p
+			if old != nil {
+				mine.Since = old.Since // as its loop has it
+			}
+			m.paused = &mine
 		}
 		if m.agent != nil {
 			agents[m.names[0]] = m.agent

@@ -82,7 +82,7 @@ func (f *Fleet) strayFindings() []string {
 func (f *Fleet) giveBackIn(ctx context.Context, spec string, open func(*Agent) error) (*Restored, error) {
 	ctx, cancel := graceful(ctx, f.grace)
 	defer cancel()
-	r, err := restoreWith(ctx, spec, f.cfg, f.log.With("netns", spec), f.version, false, f, open)
+	r, err := restoreWith(ctx, spec, f.Config(), f.log.With("netns", spec), f.version, false, f, open)
 	if err != nil {
 		f.log.Warn("what an earlier run left in a namespace can't be given back", "netns", spec, "err", err)
 		return nil, err
@@ -98,6 +98,9 @@ func (f *Fleet) recall(ctx context.Context) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	missed := slices.ContainsFunc(slices.Collect(maps.Values(f.strays)), func(s stray) bool { return s.moved > 0 })
+	if f.live.Mode != Enforce || lasting(f.paused) != nil {
+		return // nothing is written now; it stays due
+	}
 	if !f.recallDue || f.recalling || !missed && len(f.ghosts) == 0 {
 		return
 	}
@@ -125,7 +128,7 @@ func (f *Fleet) recallStrays(ctx context.Context) {
 	var followed, others map[uint64]string
 	var gone []uint64
 	err := f.host.Do(func() (err error) {
-		followed, others, gone, err = leftBehind(f.cfg.RunDir, f.cfg.Namespaces)
+		followed, others, gone, err = leftBehind(f.cfg.RunDir, f.Config().Namespaces)
 		return err
 	})
 	if _, is := strays[f.hostCookie]; is {
@@ -281,7 +284,7 @@ func (g *ghost) bury() error { return errors.Join(g.forgetDir(), g.Close()) }
 
 // raise takes care of a namespace that is gone. It reports whether something is missed that is looked for from now on.
 func (f *Fleet) raise(cookie uint64) (more bool, err error) {
-	g, err := raiseGhost(f.cfg, f.log, f.version, cookie, f)
+	g, err := raiseGhost(f.Config(), f.log, f.version, cookie, f)
 	if g == nil || err != nil {
 		return false, err
 	}

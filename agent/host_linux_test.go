@@ -309,3 +309,36 @@ func (ns *testNS) encoded(dst string) []byte {
 	}
 	return msg
 }
+
+// TestHostCountersOfASourceNeverFall dials each watcher again, as after its socket ended.
+func TestHostCountersOfASourceNeverFall(t *testing.T) {
+	ns := newNS(t)
+	a := ns.start(hostConfig(t))
+	s := a.sources
+	counts := func() map[string]SourceReport {
+		out := map[string]SourceReport{}
+		for _, r := range s.stats() {
+			out[r.Source] = SourceReport{Source: r.Source, Events: r.Events, Dumps: r.Dumps, Overruns: r.Overruns, Undecodable: r.Undecodable}
+		}
+		return out
+	}
+	before := counts()
+	if len(before) < 4 || before["routes"].Dumps == 0 || before["ethtool"].Dumps == 0 {
+		t.Fatalf("sources: %+v", before)
+	}
+	a.stop()
+	before = counts()
+	for _, dial := range []func() error{s.dialXFRM, s.dialRoutes, s.dialFeatures, s.dialL2TP, s.dialKeys} {
+		if err := dial(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	defer func() {
+		if err := s.close(); err != nil {
+			t.Error(err)
+		}
+	}()
+	if d := cmp.Diff(before, counts()); d != "" {
+		t.Errorf("after they were dialled again (-before +after):\n%s", d)
+	}
+}

@@ -361,10 +361,16 @@ func TestPauseSaysWhoAsked(t *testing.T) {
 // serveAgent runs an agent's control socket until the test ends.
 func serveAgent(t *testing.T, a *Agent) *client.Client {
 	t.Helper()
+	return serveIn(t, a.cfg.RunDir, a.Serve)
+}
+
+// serveIn has somebody serve the socket of a run directory.
+func serveIn(t *testing.T, dir string, serve func(context.Context) error) *client.Client {
+	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
 	served := make(chan error, 1)
-	go func() { served <- a.Serve(ctx) }()
-	c := client.New(a.cfg.RunDir)
+	go func() { served <- serve(ctx) }()
+	c := client.New(dir)
 	t.Cleanup(func() {
 		c.Close()
 		cancel()

@@ -25,7 +25,8 @@ type batch struct {
 	resync   bool // with offer: it is time to look again
 	orders   []order
 
-	at time.Time // when it was put
+	// at is when the source delivered it, for how long it takes until the effect; zero for messages.
+	at time.Time
 }
 
 func (b batch) len() int {
@@ -58,11 +59,11 @@ func (b *inbox) put(x batch) {
 	if x.len() == 0 {
 		return
 	}
+	x.at = b.clock() // the time for which it waits counts, too
 	b.mu.Lock()
 	for b.size >= maxPending && !b.closed {
 		b.room.Wait()
 	}
-	x.at = b.clock()
 	b.pending = append(b.pending, x)
 	b.size += x.len()
 	b.mu.Unlock()

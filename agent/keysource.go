@@ -39,6 +39,9 @@ func (s *sources) takeKeys(w *sockopt.Watcher, err error) (first bool) {
 	first = s.keys == nil
 	if err == nil {
 		w.Hooked(s.hooked.all)
+		if s.keys != nil {
+			s.keep(s.keyStats())
+		}
 		s.keys = w
 	} else if first && errors.Is(err, unix.EPROTONOSUPPORT) {
 		s.noKeys = err.Error()

@@ -182,7 +182,7 @@ func (a *Agent) setLane(want lane.Lane, because string, now time.Time) {
 		err = fmt.Errorf("what was made does not read back: %v", s.seen[want.Index].Problems)
 	}
 	if err != nil {
-		a.stats.Failed++
+		a.count(laneRefused, Failed)
 		a.refuseLane(want, err.Error())
 		if _, there := s.seen[want.Index]; !there {
 			a.unbookLane(want.Index)
@@ -199,9 +199,12 @@ func (a *Agent) setLane(want lane.Lane, because string, now time.Time) {
 	a.did(what, "device", want.Name, "ifb", lane.IFBName(want.Index), "matches", len(want.Matches), "because", because)
 }
 
+// laneRefused is what failed where a NIC can't have a lane.
+const laneRefused = "no lane: the NIC keeps its offloads for all"
+
 func (a *Agent) refuseLane(want lane.Lane, why string) {
 	a.st.lanes.refused[want.Index] = laneRefusal{want, why}
-	a.notice("no lane: the NIC keeps its offloads for all", "device", want.Name, "why", why)
+	a.notice(laneRefused, "device", want.Name, "why", why)
 }
 
 func (a *Agent) bookLane(l lane.Lane) bool {

@@ -32,7 +32,7 @@ func twoWorlds(t *testing.T) (f *Fleet, from, to *world, nic movedDevice) {
 	t.Cleanup(func() { _ = host.Close() })
 	from, to = newWorld(t, Config{RunDir: t.TempDir()}), newWorld(t, Config{})
 	f = &Fleet{
-		cfg: from.a.cfg, log: discard(), host: host, look: make(chan struct{}, 1), strays: map[uint64]stray{},
+		cfg: from.a.cfg, live: from.a.cfg, log: discard(), host: host, look: make(chan struct{}, 1), strays: map[uint64]stray{},
 		members: map[netns.ID]*member{host.ID(): {id: host.ID(), agent: from.a}, {Ino: 2}: {agent: to.a}},
 	}
 	from.a.others, to.a.others = f, f

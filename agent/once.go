@@ -109,6 +109,9 @@ func (readOnly) Remove(...string) error { return nil }
 // Entries is empty.
 func (readOnly) Entries() []journal.Entry { return nil }
 
+// Len is 0.
+func (readOnly) Len() int { return 0 }
+
 // Left is what the journals in a run directory remember, in all namespaces together.
 type Left struct {
 	Holds, Locks, DeviceMTUs, Lanes int

@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"mime"
@@ -166,7 +167,7 @@ func TestAnswersAreAsDescribed(t *testing.T) {
 		{"POST", "/v1/pause", `{"for":"10m","restore":true}`, 200}, {"GET", "/v1/report", "", 200}, {"GET", "/v1/namespaces", "", 200},
 		{"POST", "/v1/pause", `{"for":"x"}`, 400}, {"POST", "/v1/pause?netns=blue", `{}`, 404}, {"POST", "/v1/pause", "", 415},
 		{"POST", "/v1/pause", strings.Repeat(" ", maxBody+1), 413}, {"GET", "/v1/pause", "", 405},
-		{"POST", "/v1/resume", `{}`, 200}, {"POST", "/v1/resume", `{"x":1}`, 400},
+		{"POST", "/v1/resume", `{}`, 200}, {"POST", "/v1/resume", `{"x":1}`, 400}, {"POST", "/v1/reload", `{}`, 501}, {"POST", "/v1/reload", `{"x":1}`, 400},
 	} {
 		d.ask(t, c, x.method, x.path, x.body, x.want)
 	}
@@ -182,6 +183,17 @@ func TestAnswersAreAsDescribed(t *testing.T) {
 			d.asked["flows "+api.NDJSON] = true
 		}
 	}
+	for _, x := range []struct {
+		err  error
+		want int
+	}{{nil, 200}, {&refusedError{errors.New("tsoagent.yaml:2: mtu: no")}, 409}, {errEndedAgent, 503}} {
+		dir := runDir(t)
+		c := serveIn(t, dir, func(ctx context.Context) error {
+			return serve(ctx, SocketPath(dir), handler(reloading{w.a, x.err}, ctx.Done()), discard())
+		})
+		within(t, 5*time.Second, "the socket answers", func() bool { _, err := c.Namespaces(t.Context()); return err == nil })
+		d.ask(t, c, "POST", "/v1/reload", "{}", x.want)
+	}
 	for i := range api.Operations {
 		op := &api.Operations[i]
 		if op.Answer != nil && !d.asked[op.Name+" application/json"] || op.Line != nil && !d.asked[op.Name+" "+api.NDJSON] {
@@ -192,6 +204,19 @@ func TestAnswersAreAsDescribed(t *testing.T) {
 	if err := <-ended; err != nil {
 		t.Error(err)
 	}
+}
+
+// reloading is an agent that has something to read again.
+type reloading struct {
+	*Agent
+	err error
+}
+
+func (r reloading) reloaded(context.Context, api.Peer) (*api.ReloadAnswer, error) {
+	if r.err != nil {
+		return nil, r.err
+	}
+	return &api.ReloadAnswer{Version: api.Version, Changed: true, Configured: time.Now()}, nil
 }
 
 // Each operation has a handler, and the paths take nothing else.

@@ -33,6 +33,7 @@ func (a *Agent) publish(pl *plan.Plan, s *plan.Steps, now time.Time) {
 	noteHolds(r)
 	noteLanes(r)
 	a.tableReports(r, pl, s)
+	a.figures.Store(a.figuresOf(r, now))
 	a.report.Store(r)
 }
 

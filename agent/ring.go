@@ -10,10 +10,11 @@ import (
 // maxEvents is how many events a ring keeps: some hundred bytes each.
 const maxEvents = 2048
 
-// ring keeps the newest events of a namespace. Who reads it has a number, and no place of his own in memory: one
+// ring keeps the newest events of a namespace, also those of the agents before this one, whose places it took. Who reads it has a number, and no place of his own in memory: one
 // who reads too slowly finds that some are gone, and nobody waits for him. It is safe for concurrent use.
 type ring struct {
 	since time.Time
+	ended chan struct{} // closed when nobody adds to it any more
 
 	mu     sync.Mutex
 	events []api.Event   // in the order of their numbers, but for where it wraps: number n is at n-1 modulo maxEvents
@@ -21,7 +22,18 @@ type ring struct {
 	wake   chan struct{} // closed by the next event, nil while nobody waits for it
 }
 
-func newRing(since time.Time) *ring { return &ring{since: since} }
+func newRing(since time.Time) *ring { return &ring{since: since, ended: make(chan struct{})} }
+
+// end says that no event will come any more.
+func (r *ring) end() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	select {
+	case <-r.ended:
+	default:
+		close(r.ended)
+	}
+}
 
 // add numbers an event and keeps it.
 func (r *ring) add(e api.Event) {

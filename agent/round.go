@@ -268,6 +268,9 @@ func pathOf(rt routeTable, fib *routes.FIB, q routes.Query) plan.Path {
 func (a *Agent) round(now time.Time) (next time.Duration, reached bool) {
 	if a.lastP == nil && !a.once {
 		a.st.causes.order = "the agent started"
+		if a.heir {
+			a.st.causes.order = takenOver
+		}
 	}
 	a.st.linger(now, time.Duration(a.cfg.RestoreAfter))
 	a.st.forwarding = a.forwards.read()
@@ -301,15 +304,20 @@ func (a *Agent) round(now time.Time) (next time.Duration, reached bool) {
 		if !a.halt.Load() {
 			a.dropMore(act, &more, now)
 		}
+		a.reacted(a.stats.Actions != actions)
 		wrote = a.stats.Actions != actions || a.again && !a.once
 	} else {
 		a.lookAtMore(now)
 	}
 	first := a.lastP == nil
+	a.since = time.Time{}
 	a.lastP, a.lastIn = pl, in
 	a.publish(pl, &steps, now)
-	if first && a.goal == protect && !a.once {
+	if first && !a.once && (a.goal == protect || a.st.paused != nil) {
 		a.ready(a.Report())
+		if a.onReady != nil {
+			a.onReady()
+		}
 	}
 	if a.goal != protect && steps.Empty() && a.cfg.Mode == Enforce {
 		a.closeBooks()

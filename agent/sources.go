@@ -34,6 +34,8 @@ type sources struct {
 	keys   *sockopt.Watcher // nil where the kernel has no keys, or can't show them for the reason noKeys
 	noKeys string
 	hooked hooked
+	// past are the counters of watchers that were dialled again, by source: none may fall.
+	past map[string]SourceReport
 }
 
 func dialSources(log *slog.Logger, in func(func() error) error, cfg Config, trust *keyTrust) (*sources, error) {
@@ -57,6 +59,9 @@ func (s *sources) dialXFRM() error {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.xfrm != nil {
+		s.keep(s.xfrmStats())
+	}
 	s.xfrm = w
 	return nil
 }
@@ -68,6 +73,9 @@ func (s *sources) dialRoutes() error {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.routes != nil {
+		s.keep(s.routesStats())
+	}
 	s.routes = w
 	return nil
 }
@@ -79,6 +87,9 @@ func (s *sources) dialFeatures() error {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.eth != nil {
+		s.keep(s.ethStats())
+	}
 	s.eth = w
 	return nil
 }
@@ -90,6 +101,9 @@ func (s *sources) dialL2TP() error {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.l2tp != nil {
+		s.keep(s.l2tpStats())
+	}
 	s.l2tp = w
 	return nil
 }
@@ -137,24 +151,58 @@ func (s *sources) resyncRoutes(scope routes.Scope) {
 	s.routes.Resync(scope)
 }
 
-// stats are the counters of each source since it was dialled.
+// stats are the counters of each source since the start.
 func (s *sources) stats() []SourceReport {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	var out []SourceReport
 	if s.xfrm != nil {
-		st := s.xfrm.Stats()
-		out = append(out, SourceReport{Source: "xfrm", Events: st.Events, Dumps: st.Dumps, Overruns: st.Overruns, Undecodable: st.Undecodable})
+		out = append(out, s.xfrmStats())
 	}
-	r, e, l := s.routes.Stats(), s.eth.Stats(), s.l2tp.Stats()
-	out = append(out,
-		SourceReport{Source: "routes", Events: r.Messages, Dumps: r.Dumps, Overruns: r.Overruns, Undecodable: r.Undecodable},
-		SourceReport{Source: "ethtool", Events: e.Notifications, Dumps: e.Dumps, Overruns: e.Overruns, Undecodable: e.Undecodable},
-		SourceReport{Source: "l2tp", Events: l.Notifications, Dumps: l.Dumps, Overruns: l.Overruns, Undecodable: l.Undecodable})
+	out = append(out, s.routesStats(), s.ethStats(), s.l2tpStats())
 	if s.keys != nil {
 		out = append(out, s.keyStats())
 	}
+	for i := range out {
+		addPast(&out[i], s.past[out[i].Source])
+	}
 	return out
+}
+
+// keep remembers the counters of a watcher whose place another one takes. The lock is held.
+func (s *sources) keep(r SourceReport) {
+	if s.past == nil {
+		s.past = map[string]SourceReport{}
+	}
+	addPast(&r, s.past[r.Source])
+	s.past[r.Source] = r
+}
+
+func addPast(r *SourceReport, past SourceReport) {
+	r.Events, r.Dumps, r.Overruns = r.Events+past.Events, r.Dumps+past.Dumps, r.Overruns+past.Overruns
+	r.Undecodable, r.Seconds = r.Undecodable+past.Undecodable, r.Seconds+past.Seconds
+}
+
+// The counters of each watcher, which is there. The lock is held.
+
+func (s *sources) xfrmStats() SourceReport {
+	st := s.xfrm.Stats()
+	return SourceReport{Source: "xfrm", Events: st.Events, Dumps: st.Dumps, Overruns: st.Overruns, Undecodable: st.Undecodable}
+}
+
+func (s *sources) routesStats() SourceReport {
+	st := s.routes.Stats()
+	return SourceReport{Source: "routes", Events: st.Messages, Dumps: st.Dumps, Overruns: st.Overruns, Undecodable: st.Undecodable}
+}
+
+func (s *sources) ethStats() SourceReport {
+	st := s.eth.Stats()
+	return SourceReport{Source: "ethtool", Events: st.Notifications, Dumps: st.Dumps, Overruns: st.Overruns, Undecodable: st.Undecodable}
+}
+
+func (s *sources) l2tpStats() SourceReport {
+	st := s.l2tp.Stats()
+	return SourceReport{Source: "l2tp", Events: st.Notifications, Dumps: st.Dumps, Overruns: st.Overruns, Undecodable: st.Undecodable}
 }
 
 // look has the features of a device read again.

@@ -253,7 +253,7 @@ func (a *Agent) moved(ev routes.Event) {
 
 // withhold takes the rules of a shape away and keeps it from being tried again for a while.
 func (a *Agent) withhold(sh *plan.Shape, why string, now time.Time) {
-	a.notice("lock withdrawn", "shape", sh.ID.String(), "why", why)
+	a.notice(lockWithdrawn, "shape", sh.ID.String(), "why", why)
 	a.st.withheld[sh.ID] = withheldShape{why: why, until: now.Add(withholdFor)}
 	for _, r := range sh.Rules {
 		if err := a.rt.DeleteRule(r); err != nil && !errors.Is(err, unix.ENOENT) {
@@ -263,8 +263,11 @@ func (a *Agent) withhold(sh *plan.Shape, why string, now time.Time) {
 		rule := r
 		a.st.fib.Own(routes.RuleGone{Rule: &rule})
 	}
-	a.stats.Actions++
+	a.count(lockWithdrawn, Done)
 }
+
+// lockWithdrawn is the action of taking rules away that the kernel's lookup refuted.
+const lockWithdrawn = "lock withdrawn"
 
 const withholdFor = time.Minute
 

@@ -20,7 +20,7 @@ func SocketPath(runDir string) string { return filepath.Join(runDir, "tsoagent.s
 
 // Error is the answer of every request that is not served. Its status says the kind: 400 for a wrong request,
 // 403 where only root may ask, 404 for a namespace that is not followed, a device and a path that there is not, 405 for
-// another method, 413 and 415 for a wrong body, 500 where the kernel failed, 501 for what this kernel can't tell, 503 for try again.
+// another method, 409 for a configuration that is refused, 413 and 415 for a wrong body, 500 where the kernel failed, 501 for what this kernel can't tell, 503 for try again.
 type Error struct {
 	Text string `json:"error"`
 	// Absent is the parameter, dev or netns, whose value names what isn't there; missing where it is something else.

@@ -121,6 +121,14 @@ var Operations = []Operation{
 		Summary: "The agent goes on, and what is missing is in place when the answer comes, or on its way.",
 		Query:   []Parameter{ofNetns},
 	},
+	{
+		Name: "reload", Method: http.MethodPost, Path: "/v1/reload", Body: ReloadRequest{}, Answer: ReloadAnswer{},
+		Errors: []int{
+			http.StatusBadRequest, http.StatusForbidden, http.StatusConflict, http.StatusRequestEntityTooLarge, http.StatusUnsupportedMediaType,
+			http.StatusNotImplemented, http.StatusServiceUnavailable,
+		},
+		Summary: "The configuration is read again, and taken over if it is right and takes no restart; else the one before it stays in use, and the error has a line for each mistake.",
+	},
 }
 
 // FlowLine is one line of the list of flows: a flow, or, as the last one, the result or what went wrong in the

@@ -53,7 +53,7 @@ type Report struct {
 	Namespaces []NamespaceReport `json:"namespaces,omitempty"`
 }
 
-// SourceReport counts what a source of events brought since it was dialled.
+// SourceReport counts what a source of events brought since the start.
 type SourceReport struct {
 	Source      string `json:"source"` // xfrm, routes, ethtool, l2tp or sockopt
 	Events      uint64 `json:"events"`

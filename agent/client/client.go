@@ -161,6 +161,13 @@ func (c *Client) Resume(ctx context.Context, netns string) (*api.PauseAnswer, er
 	return c.post(ctx, "/v1/resume", netns, api.ResumeRequest{})
 }
 
+// Reload has the agent read its configuration again, and waits until it is in use. The error is an Error with the status 409 where it is
+// refused, and ErrPermission unless root asks.
+func (c *Client) Reload(ctx context.Context) (*api.ReloadAnswer, error) {
+	a := new(api.ReloadAnswer)
+	return a, c.ask(ctx, http.MethodPost, "/v1/reload", nil, []byte("{}"), a)
+}
+
 // maxFlowLine bounds a line: 64 listeners with the processes that are named of each are the longest.
 const maxFlowLine = 1 << 20
 

@@ -109,6 +109,7 @@ type Journal struct {
 	// size is the length of the file, live that of the header and of the lines of entries.
 	size, live int64
 	entries    map[key]stored
+	foreign    int // entries of other namespaces, which stay as they are
 	// suspect is set after a failed write: what the end of the file looks like is not known,
 	// so it is written anew before anything else is.
 	suspect error
@@ -162,6 +163,11 @@ func (j *Journal) open() (recovery *Recovery, err error) {
 	recovery = p.recovery(j.scope)
 	j.entries = p.entries
 	maps.DeleteFunc(j.entries, func(k key, _ stored) bool { return k.Scope.BootID != j.scope.BootID })
+	for k := range j.entries {
+		if k.Scope != j.scope {
+			j.foreign++
+		}
+	}
 
 	if len(p.problems) > 0 {
 		if err := j.dir.keepDamaged(); err != nil {
@@ -295,6 +301,13 @@ func (j *Journal) Entries() []Entry {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	return parsed{entries: j.entries}.recovery(j.scope).Entries
+}
+
+// Len is how many entries there are of this boot and namespace. It is cheap.
+func (j *Journal) Len() int {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return len(j.entries) - j.foreign
 }
 
 // Close closes the journal and gives up the lock. The entries stay.

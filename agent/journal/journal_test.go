@@ -179,11 +179,20 @@ func TestForeignEntriesAreNotOurs(t *testing.T) {
 	if !slices.Contains(scopes, otherNS) || slices.Contains(scopes, here) {
 		t.Errorf("foreign: %v", scopes)
 	}
+	if n := j.Len(); n != 1 {
+		t.Errorf("Len is %d, want 1", n)
+	}
 	if err := j.Remove("feature/7/tso"); err != nil {
 		t.Fatal(err)
 	}
+	if n := j.Len(); n != 0 || len(j.Entries()) != 0 {
+		t.Errorf("Len is %d and Entries %v, want none", n, j.Entries())
+	}
 	for i := range 20 {
 		put(t, j, entry("x", fmt.Sprint(i)))
+	}
+	if n := j.Len(); n != 1 {
+		t.Errorf("Len after compactions is %d, want 1", n)
 	}
 	closeJournal(t, j)
 	r, err := Read(dir, otherNS)

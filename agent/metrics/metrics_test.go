@@ -2,12 +2,14 @@ package metrics
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
 	"io"
 	"log/slog"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -20,6 +22,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
 	"github.com/prometheus/client_golang/prometheus/testutil"
 	"go.yaml.in/yaml/v3"
 
@@ -29,20 +32,78 @@ import (
 
 var update = flag.Bool("update", false, "write the metrics page to testdata")
 
-func reports() []*agent.Report {
-	at := time.Unix(1800000000, 500_000_000)
-	return []*agent.Report{
-		{Sources: []agent.SourceReport{{Source: "xfrm", Dumps: 1}, {Source: "sockopt", Dumps: 12, Seconds: 0.25, Sockets: 90}}, Diagnosis: &agent.Diagnosis{
-			At: at, Connections: 40, Lost: 9, MoreCollateral: 3,
-			Collateral: []flows.Collateral{
-				{Listener: "0.0.0.0:179", Port: 179, Lost: 2}, {Listener: "[::]:179", Port: 179, Lost: 1}, {Listener: "0.0.0.0:646", Port: 646, Lost: 1}, {Lost: 2},
-			},
-		}},
-		{Netns: "blue", Diagnosis: &agent.Diagnosis{At: at, Unreadable: "no BTF"}},
-		{Netns: "green", Diagnosis: &agent.Diagnosis{At: at, Connections: 7}},
-		{Netns: "young", Sources: []agent.SourceReport{{Source: "sockopt", Dumps: 1, Seconds: 0.004}}},
+// fixture is a Source with a value for each metric.
+type fixture struct{}
+
+func (fixture) Status() agent.FleetStatus {
+	return agent.FleetStatus{
+		Since: time.Unix(1790000000, 0), Configured: time.Unix(1790000100, 250_000_000), ReloadError: "a.yaml:1: wrong",
+		Namespaces: []agent.NamespaceReport{
+			{Name: "host", State: agent.NetnsFollowed}, {Name: "blue", State: agent.NetnsFollowed}, {Name: "red", State: agent.NetnsWaiting},
+		},
 	}
 }
+
+func (fixture) Observations() []agent.Observation {
+	at := time.Unix(1800000000, 500_000_000)
+	policy := func(cut string, mtu int) agent.CoverageReport { return agent.CoverageReport{Cut: cut, MTU: mtu} }
+	maybe, gone := policy("none", 1446), policy("device", 1446)
+	maybe.Maybe, gone.Gone = true, true
+	var busy agent.Tally
+	busy.Actions[agent.ActHold] = [2]uint64{6, 1}
+	busy.Actions[agent.ActUnlock][agent.Done] = 2
+	busy.Reactions[2], busy.Reactions[len(agent.ReactionBounds)], busy.ReactionSum = 3, 1, 12500*time.Millisecond
+	return []agent.Observation{
+		{Report: &agent.Report{
+			Mode: agent.Enforce, Links: 7, Routes: 35, Policies: 8, SAs: 6, Findings: []string{"look"}, Stale: []string{"xfrm"},
+			Coverages: []agent.CoverageReport{
+				policy("device", 1446), policy("device", 1438), policy("socket", 1446), policy("none", 0), maybe, gone,
+				{Key: "tcp-md5", Cut: "none"}, {Key: "tcp-ao", Cut: "none"},
+			},
+			Holds: []agent.HoldReport{
+				{Device: "ipsec1", Feature: "tx-tcp-segmentation", State: agent.StateInPlace},
+				{Device: "ipsec1", Feature: "tx-tcp6-segmentation", State: agent.StateContested},
+				{Device: "ipsec2", Feature: "tx-tcp-segmentation", State: agent.StateReleasing},
+			},
+			Locks: []agent.LockReport{
+				{Route: "10.2.0.0/16", MTU: 1446, Devices: []string{"ipsec1"}, State: agent.StateInPlace},
+				{Route: "10.4.0.0/16", MTU: 1438, Devices: []string{"ipsec1", "ipsec2"}, State: agent.StateInPlace},
+			},
+			Clones: []agent.CloneReport{
+				{Dst: "10.3.0.0/16", MTU: 1422, Devices: []string{"nic1"}, State: agent.StateInPlace},
+				{Dst: "10.3.7.0/24", Throw: true, State: agent.StateInPlace},
+			},
+			Rules:      []agent.RuleReport{{Family: "ipv4", State: agent.StateInPlace}},
+			Lanes:      []agent.LaneReport{{Device: "nic1", State: agent.StateReleasing}},
+			Clamps:     []agent.ClampReport{{Dst: "10.3.0.0/16", State: agent.StateInPlace}},
+			DeviceMTUs: []agent.DeviceMTUReport{{Device: "ipsec1", State: agent.StateContested}},
+			Counters:   agent.Counters{Rounds: 99, Repairs: 3},
+			Sources: []agent.SourceReport{
+				{Source: "xfrm", Events: 1000, Dumps: 2, Overruns: 1, Undecodable: 1},
+				{Source: "sockopt", Dumps: 12, Seconds: 0.25, Sockets: 90},
+			},
+			Diagnosis: &agent.Diagnosis{
+				At: at, Connections: 40, Lost: 9, MoreCollateral: 3,
+				Collateral: []flows.Collateral{
+					{Listener: "0.0.0.0:179", Port: 179, Lost: 2}, {Listener: "[::]:179", Port: 179, Lost: 1}, {Listener: "0.0.0.0:646", Port: 646, Lost: 1}, {Lost: 2},
+				},
+			},
+		}, Figures: &agent.Figures{
+			Tally: busy, JournalEntries: 11, RestingLocks: 1, WithdrawnLocks: 2, StuckRestores: 1, ContestedClamp: true,
+			Features: []agent.ManagedFeature{{Device: "ipsec1", Feature: "tx-tcp-segmentation"}, {Device: "ipsec1", Feature: "tx-tcp6-segmentation", Active: true}},
+		}},
+		{
+			Report:  &agent.Report{Netns: "blue", Mode: agent.Observe, Diagnosis: &agent.Diagnosis{At: at, Unreadable: "no BTF"}},
+			Figures: &agent.Figures{},
+		},
+	}
+}
+
+// only is a Source of one report.
+type only agent.Observation
+
+func (only) Status() agent.FleetStatus           { return agent.FleetStatus{} }
+func (o only) Observations() []agent.Observation { return []agent.Observation{agent.Observation(o)} }
 
 // scrape serves the collector on a port of the kernel's choice, and reads a page.
 func scrape(t *testing.T, c prometheus.Collector) string {
@@ -70,8 +131,10 @@ func scrape(t *testing.T, c prometheus.Collector) string {
 	if code != http.StatusOK {
 		t.Errorf("%d: %s", code, page)
 	}
-	if code, _ := get("/debug/pprof/"); code != http.StatusNotFound {
-		t.Errorf("there is more than metrics: %d", code)
+	for _, path := range []string{"/debug/pprof/", "/page/index.html", "/index.html", "/v1/report"} {
+		if code, _ := get(path); code != http.StatusNotFound {
+			t.Errorf("there is more than metrics and the page: %s: %d", path, code)
+		}
 	}
 	http.DefaultClient.CloseIdleConnections()
 	cancel()
@@ -83,7 +146,7 @@ func scrape(t *testing.T, c prometheus.Collector) string {
 
 func TestPageGolden(t *testing.T) {
 	const golden = "testdata/page.prom"
-	got := scrape(t, NewCollector("v1.2.3", reports))
+	got := scrape(t, NewCollector("v1.2.3", fixture{}))
 	got = strings.ReplaceAll(got, runtime.Version(), "GOVERSION")
 	if *update {
 		if err := os.WriteFile(golden, []byte(got), 0o644); err != nil {
@@ -100,13 +163,13 @@ func TestPageGolden(t *testing.T) {
 }
 
 func TestNamesAndLint(t *testing.T) {
-	c := NewCollector("v1", reports)
-	problems, err := testutil.CollectAndLint(c)
+	c := NewCollector("v1", fixture{})
+	reg := prometheus.NewPedanticRegistry()
+	reg.MustRegister(c)
+	problems, err := testutil.GatherAndLint(reg)
 	if err != nil || len(problems) > 0 {
 		t.Errorf("%v, %v", problems, err)
 	}
-	reg := prometheus.NewPedanticRegistry()
-	reg.MustRegister(c)
 	families, err := reg.Gather()
 	if err != nil {
 		t.Fatal(err)
@@ -120,27 +183,112 @@ func TestNamesAndLint(t *testing.T) {
 	}
 }
 
-// TestDocument holds docs/metrics.md to the names, both ways.
+// TestLabelsAreBounded has a namespace with more devices, MTUs and whatever else than a label may have.
+func TestLabelsAreBounded(t *testing.T) {
+	var r agent.Report
+	var f agent.Figures
+	for i := range 500 {
+		dev := fmt.Sprintf("dev%03d", i)
+		r.Coverages = append(r.Coverages, agent.CoverageReport{MTU: 1000 + i, Src: dev, Dst: dev, Cut: "device"})
+		r.Holds = append(r.Holds, agent.HoldReport{Device: dev, Feature: "tx-tcp-segmentation", State: agent.StateInPlace})
+		f.Features = append(f.Features, agent.ManagedFeature{Device: dev, Feature: "tx-tcp-segmentation", Active: true})
+		r.Locks = append(r.Locks, agent.LockReport{Route: dev, Devices: []string{dev, "l" + dev}, MTU: uint32(1000 + i), State: agent.StateInPlace})
+		r.Clones = append(r.Clones, agent.CloneReport{Dst: dev, Devices: []string{"c" + dev}, MTU: 1400, State: agent.StateInPlace})
+		r.Rules = append(r.Rules, agent.RuleReport{Text: dev, State: agent.StateInPlace})
+	}
+	reg := prometheus.NewPedanticRegistry()
+	reg.MustRegister(NewCollector("v1", only{&r, &f}))
+	families, err := reg.Gather()
+	if err != nil {
+		t.Fatal(err)
+	}
+	sums := map[string]float64{}
+	for _, f := range families {
+		if n := len(f.GetMetric()); n > MaxDevices+1 {
+			t.Errorf("%s has %d series", f.GetName(), n)
+		}
+		for _, m := range f.GetMetric() {
+			sums[f.GetName()] += m.GetGauge().GetValue()
+		}
+	}
+	// None is lost. A lock is one on each of its devices.
+	want := map[string]float64{CoverageMTUs: 500, Coverages: 500, Holds: 500, Locks: 1000, Clones: 500, FeatureActive: MaxDevices}
+	for name, n := range want {
+		if sums[name] != n {
+			t.Errorf("%s: %v in all, want %v", name, sums[name], n)
+		}
+	}
+}
+
+// TestNothingThatIsCoveredIsNamed has addresses, selectors and keys in a report: none may be on the page.
+func TestNothingThatIsCoveredIsNamed(t *testing.T) {
+	page := scrape(t, NewCollector("v1.2.3", fixture{}))
+	for _, secret := range []string{"10.2.0.0", "10.3.0.0", "0.0.0.0", "a.yaml", "no BTF", "look\""} {
+		if strings.Contains(page, secret) {
+			t.Errorf("%q is on the page", secret)
+		}
+	}
+}
+
+// TestDocument holds docs/metrics.md to the names and their labels, both ways.
 func TestDocument(t *testing.T) {
 	b, err := os.ReadFile("../../docs/metrics.md")
 	if err != nil {
 		t.Fatal(err)
 	}
-	if d := cmp.Diff(slices.Sorted(slices.Values(Names)), named(string(b))); d != "" {
+	documented := map[string][]string{}
+	words := func(cell string) (out []string) {
+		for _, m := range regexp.MustCompile("`([^`]+)`").FindAllStringSubmatch(cell, -1) {
+			out = append(out, m[1])
+		}
+		return out
+	}
+	for _, row := range regexp.MustCompile("(?m)^\\| (`tsoagent_[^|]*)\\|([^|]*)\\|").FindAllStringSubmatch(string(b), -1) {
+		for _, name := range words(row[1]) {
+			documented[name] = words(row[2])
+		}
+	}
+	defined := map[string][]string{}
+	for _, name := range Names {
+		defined[name] = metrics[name].labels
+	}
+	if d := cmp.Diff(defined, documented); d != "" {
 		t.Errorf("docs/metrics.md (-code +document):\n%s", d)
+	}
+	for _, name := range named(string(b)) {
+		if !slices.Contains(Names, name) && name != "tsoagent_connections" {
+			t.Errorf("docs/metrics.md names %s, which is no metric", name)
+		}
 	}
 }
 
-// named are the metrics that a text names.
+// named are the metrics that a text names. Of a histogram the series are its own.
 func named(text string) []string {
-	found := regexp.MustCompile(`tsoagent_\w+`).FindAllString(text, -1)
+	found := regexp.MustCompile(`\btsoagent_\w+`).FindAllString(text, -1)
+	for i, name := range found {
+		if base, ok := strings.CutSuffix(name, "_bucket"); ok {
+			found[i] = base
+		} else if base, ok := strings.CutSuffix(name, "_count"); ok {
+			found[i] = base
+		}
+	}
 	slices.Sort(found)
 	return slices.Compact(found)
 }
 
-const alerts = "../../dashboards/alerts.yml"
+const (
+	alerts    = "../../dashboards/alerts.yml"
+	dashboard = "../../dashboards/tsoagent.json"
+)
 
-func TestAlertsNameMetricsThatExist(t *testing.T) {
+// rule is a recording or an alerting rule.
+type rule struct {
+	Record, Alert, Expr, For string
+	Labels, Annotations      map[string]string
+}
+
+func rules(t *testing.T) (out []rule) {
+	t.Helper()
 	b, err := os.ReadFile(alerts)
 	if err != nil {
 		t.Fatal(err)
@@ -148,10 +296,7 @@ func TestAlertsNameMetricsThatExist(t *testing.T) {
 	var file struct {
 		Groups []struct {
 			Name  string
-			Rules []struct {
-				Alert, Expr, For    string
-				Labels, Annotations map[string]string
-			}
+			Rules []rule
 		}
 	}
 	dec := yaml.NewDecoder(strings.NewReader(string(b)))
@@ -159,32 +304,189 @@ func TestAlertsNameMetricsThatExist(t *testing.T) {
 	if err := dec.Decode(&file); err != nil {
 		t.Fatal(err)
 	}
-	n := 0
 	for _, g := range file.Groups {
-		for _, r := range g.Rules {
-			n++
-			names := named(r.Expr)
-			if len(names) == 0 || r.Alert == "" || r.Annotations["summary"] == "" || r.Annotations["description"] == "" || r.Labels["severity"] == "" {
-				t.Errorf("rule %+v is not whole", r)
+		out = append(out, g.Rules...)
+	}
+	if len(out) == 0 {
+		t.Fatal("there is no rule")
+	}
+	return out
+}
+
+// mustExist fails if an expression uses a metric, a record or a label that is not there.
+func mustExist(t *testing.T, where, expr string, records []string) {
+	t.Helper()
+	names := named(expr)
+	for _, name := range names {
+		if !slices.Contains(Names, name) {
+			t.Errorf("%s names %s, which is no metric", where, name)
+		}
+	}
+	for _, record := range regexp.MustCompile(`\w+:\w+:\w+`).FindAllString(expr, -1) {
+		if names = append(names, record); !slices.Contains(records, record) {
+			t.Errorf("%s names %s, which no rule records", where, record)
+		}
+	}
+	if len(names) == 0 && !strings.Contains(expr, "up{") {
+		t.Errorf("%s has nothing of ours: %s", where, expr)
+	}
+	known := []string{"instance", "job", "le", "__name__"}
+	for _, name := range names {
+		known = append(known, metrics[name].labels...)
+	}
+	var used []string
+	for _, m := range regexp.MustCompile(`by \(([^)]*)\)`).FindAllStringSubmatch(expr, -1) {
+		used = append(used, strings.Split(m[1], ", ")...)
+	}
+	for _, m := range regexp.MustCompile(`(\w+)(?:=~|!=|!~|=)"`).FindAllStringSubmatch(expr, -1) {
+		used = append(used, m[1])
+	}
+	for _, label := range used {
+		if !slices.Contains(known, label) {
+			t.Errorf("%s uses the label %s, which none of %v has", where, label, names)
+		}
+	}
+}
+
+func recorded(list []rule) (out []string) {
+	for _, r := range list {
+		if r.Record != "" {
+			out = append(out, r.Record)
+		}
+	}
+	return out
+}
+
+func TestAlertsNameMetricsThatExist(t *testing.T) {
+	list := rules(t)
+	b, err := os.ReadFile("testdata/alerts_test.yml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	tests := string(b)
+	for _, r := range list {
+		if r.Record != "" {
+			mustExist(t, r.Record, r.Expr, recorded(list))
+			if !strings.Contains(tests, r.Record) {
+				t.Errorf("%s has no test in testdata/alerts_test.yml", r.Record)
 			}
-			for _, name := range names {
-				if !slices.Contains(Names, name) {
-					t.Errorf("alert %s names %s, which is no metric", r.Alert, name)
+			continue
+		}
+		if r.Alert == "" || r.Annotations["summary"] == "" || r.Annotations["description"] == "" || r.Labels["severity"] == "" {
+			t.Errorf("rule %+v is not whole", r)
+		}
+		mustExist(t, r.Alert, r.Expr, recorded(list))
+		// Once it is to be silent, and once to fire.
+		if n := strings.Count(tests, "alertname: "+r.Alert+"\n"); n < 2 {
+			t.Errorf("%s has %d tests in testdata/alerts_test.yml", r.Alert, n)
+		}
+	}
+}
+
+// TestDashboard holds Grafana's dashboard to the metrics. What a legend names has to be in its expression.
+func TestDashboard(t *testing.T) {
+	b, err := os.ReadFile(dashboard)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var d struct {
+		Title, UID string
+		Panels     []struct {
+			ID                       int
+			Type, Title, Description string
+			Datasource               struct{ UID string }
+			GridPos                  struct{ X, Y, W, H int }
+			Targets                  []struct{ Expr, LegendFormat, RefID string }
+		}
+		Templating struct {
+			List []struct{ Name, Type, Definition string }
+		}
+	}
+	if err := json.Unmarshal(b, &d); err != nil {
+		t.Fatal(err)
+	}
+	variables := []string{"__rate_interval"}
+	for _, v := range d.Templating.List {
+		variables = append(variables, v.Name)
+		for _, name := range named(v.Definition) {
+			if !slices.Contains(Names, name) {
+				t.Errorf("the variable %s is of %s, which is no metric", v.Name, name)
+			}
+		}
+	}
+	ids, taken := map[int]bool{}, map[[2]int]string{}
+	var shown, exprs []string
+	for _, p := range d.Panels {
+		if ids[p.ID] {
+			t.Errorf("two panels have the id %d", p.ID)
+		}
+		ids[p.ID] = true
+		for x := p.GridPos.X; x < p.GridPos.X+p.GridPos.W; x++ {
+			for y := p.GridPos.Y; y < p.GridPos.Y+p.GridPos.H; y++ {
+				if other := taken[[2]int{x, y}]; other != "" || x >= 24 {
+					t.Fatalf("%q lies over %q, or beyond the edge", p.Title, other)
+				}
+				taken[[2]int{x, y}] = p.Title
+			}
+		}
+		if p.Type == "row" {
+			continue
+		}
+		if p.Title == "" || p.Description == "" || p.Datasource.UID != "${datasource}" || len(p.Targets) == 0 {
+			t.Errorf("panel %d (%q) is not whole", p.ID, p.Title)
+		}
+		for _, target := range p.Targets {
+			mustExist(t, p.Title, target.Expr, recorded(rules(t)))
+			shown = append(shown, named(target.Expr)...)
+			exprs = append(exprs, target.Expr)
+			for _, m := range regexp.MustCompile(`{{(\w+)}}`).FindAllStringSubmatch(target.LegendFormat, -1) {
+				by := regexp.MustCompile(`by \(([^)]*)\)`).FindStringSubmatch(target.Expr)
+				if len(by) > 1 && !slices.Contains(strings.Split(by[1], ", "), m[1]) {
+					t.Errorf("%s: the legend has {{%s}}, and %s doesn't keep it", p.Title, m[1], target.Expr)
+				}
+			}
+			for _, m := range regexp.MustCompile(`\$(\w+)`).FindAllStringSubmatch(target.Expr, -1) {
+				if !slices.Contains(variables, m[1]) {
+					t.Errorf("%s: there is no variable $%s", p.Title, m[1])
 				}
 			}
 		}
 	}
-	if n == 0 {
-		t.Error("there is no rule")
+	for _, name := range []string{
+		Coverages, CoverageMTUs, Holds, FeatureActive, Locks, Clones, LockMTUMin, LockMTUMax, Reaction, Contested, RestoresPending,
+		ConnectionsLostOffload, Degraded, Actions, SourceEvents, SourceOverruns, SourceResyncs,
+	} {
+		if !slices.Contains(shown, name) {
+			t.Errorf("no panel shows %s", name)
+		}
+	}
+	promtool := needPromtool(t)
+	file := filepath.Join(t.TempDir(), "rules.yml")
+	var text strings.Builder
+	text.WriteString("groups:\n  - name: dashboard\n    rules:\n")
+	for i, e := range exprs {
+		fmt.Fprintf(&text, "      - record: r%d\n        expr: %q\n", i, strings.ReplaceAll(e, "$__rate_interval", "5m"))
+	}
+	if err := os.WriteFile(file, []byte(text.String()), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if out, err := exec.CommandContext(t.Context(), promtool, "check", "rules", file).CombinedOutput(); err != nil {
+		t.Errorf("promtool doesn't like the expressions: %v\n%s", err, out)
 	}
 }
 
-// TestPromtool has Prometheus itself look at the page and at the rules, which also have to fire.
-func TestPromtool(t *testing.T) {
+func needPromtool(t *testing.T) string {
+	t.Helper()
 	promtool, err := exec.LookPath("promtool")
 	if err != nil {
 		t.Skip("promtool is missing (package prometheus)")
 	}
+	return promtool
+}
+
+// TestPromtool has Prometheus itself look at the page and at the rules, which also have to fire.
+func TestPromtool(t *testing.T) {
+	promtool := needPromtool(t)
 	page, err := os.Open("testdata/page.prom")
 	if err != nil {
 		t.Fatal(err)
@@ -195,6 +497,69 @@ func TestPromtool(t *testing.T) {
 		cmd.Stdin = page
 		if out, err := cmd.CombinedOutput(); err != nil {
 			t.Errorf("promtool %s: %v\n%s", strings.Join(args, " "), err, out)
+		}
+	}
+}
+
+// TestAClientThatGoesAwayIsNoError has one hang up in the middle of the page.
+func TestAClientThatGoesAwayIsNoError(t *testing.T) {
+	var logged strings.Builder
+	log := slog.New(warnings{slog.NewTextHandler(&logged, &slog.HandlerOptions{Level: slog.LevelDebug})})
+	reg := prometheus.NewPedanticRegistry()
+	reg.MustRegister(NewCollector("v1", fixture{}))
+	h := promhttp.HandlerFor(reg, promhttp.HandlerOpts{ErrorLog: gathering{log}})
+	w := &goneAway{ResponseRecorder: httptest.NewRecorder()}
+	h.ServeHTTP(w, httptest.NewRequest(http.MethodGet, "/metrics", nil))
+	if w.writes == 0 || logged.Len() > 0 {
+		t.Errorf("%d writes; logged: %s", w.writes, logged.String())
+	}
+	gathering{log}.Println("error gathering metrics:", errors.New("two of a kind"))
+	if got := logged.String(); !strings.Contains(got, `level=ERROR msg="metrics can't be sent" err="error gathering metrics: two of a kind"`) {
+		t.Errorf("a mistake of ours is logged as %q", got)
+	}
+}
+
+// goneAway is a client that does not read.
+type goneAway struct {
+	*httptest.ResponseRecorder
+	writes int
+}
+
+func (g *goneAway) Write([]byte) (int, error) {
+	g.writes++
+	return 0, errors.New("broken pipe")
+}
+
+// TestPageLoadsNothingFromElsewhere reads the page's files: no address of another host, and no way for text to become markup.
+func TestPageLoadsNothingFromElsewhere(t *testing.T) {
+	used := map[string]bool{}
+	for name, kind := range map[string]string{"/": "text/html; charset=utf-8", "/status.js": "text/javascript; charset=utf-8", "/status.css": "text/css; charset=utf-8"} {
+		w := httptest.NewRecorder()
+		file := strings.TrimPrefix(name, "/")
+		if file == "" {
+			file = "index.html"
+		}
+		pageHandler(file).ServeHTTP(w, httptest.NewRequest(http.MethodGet, name, nil))
+		body := w.Body.String()
+		if w.Code != http.StatusOK || w.Header().Get("Content-Type") != kind || !strings.HasPrefix(w.Header().Get("Content-Security-Policy"), "default-src 'none'; ") {
+			t.Errorf("%s: %d %v", name, w.Code, w.Header())
+		}
+		for _, bad := range []string{"http:", "https:", "//cdn", "@import", "innerHTML", "insertAdjacentHTML", "document.write", "eval(", " onload=", " style="} {
+			if strings.Contains(body, bad) {
+				t.Errorf("%s has %q", name, bad)
+			}
+		}
+		for _, m := range regexp.MustCompile(`"([a-z_]+)"`).FindAllStringSubmatch(body, -1) {
+			used["tsoagent_"+m[1]] = true
+		}
+	}
+	// What it shows exists, and it shows what matters.
+	for _, name := range []string{
+		BuildInfo, StartTimestamp, ReloadSuccess, Namespaces, Enforcing, Degraded, Findings, SourceStale, SourceEvents, SourceOverruns, Coverages,
+		CoverageMTUs, Holds, FeatureActive, Locks, Clones, LockMTUMin, LockMTUMax, Contested, RestoresPending, Actions, Connections, ConnectionsLostOffload,
+	} {
+		if !used[name] {
+			t.Errorf("the page doesn't show %s", name)
 		}
 	}
 }
@@ -217,7 +582,7 @@ func TestWhatCannotBeServedIsSaid(t *testing.T) {
 	if err := CheckWebConfig(file); err == nil {
 		t.Error("a password in the clear is taken for a hash")
 	}
-	if err := Serve(t.Context(), l, file, NewCollector("", reports), slog.New(slog.DiscardHandler)); err == nil || errors.Is(err, http.ErrServerClosed) {
+	if err := Serve(t.Context(), l, file, NewCollector("", fixture{}), slog.New(slog.DiscardHandler)); err == nil || errors.Is(err, http.ErrServerClosed) {
 		t.Errorf("served with a wrong web configuration: %v", err)
 	}
 	if err := CheckWebConfig(""); err != nil {
@@ -238,7 +603,7 @@ func TestWebConfigIsObeyed(t *testing.T) {
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	served := make(chan error, 1)
-	go func() { served <- Serve(ctx, l, file, NewCollector("v1", reports), slog.New(slog.DiscardHandler)) }()
+	go func() { served <- Serve(ctx, l, file, NewCollector("v1", fixture{}), slog.New(slog.DiscardHandler)) }()
 	for password, want := range map[string]int{"secret": http.StatusOK, "wrong": http.StatusUnauthorized, "": http.StatusUnauthorized} {
 		req, err := http.NewRequestWithContext(ctx, http.MethodGet, fmt.Sprintf("http://%s/metrics", l.Addr()), nil)
 		if err != nil {

@@ -2,11 +2,14 @@ package metrics
 
 import (
 	"context"
+	"embed"
 	"errors"
 	"fmt"
 	"log/slog"
 	"net"
 	"net/http"
+	"path"
+	"strings"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -32,7 +35,41 @@ func Listen(ctx context.Context, address string) (net.Listener, error) {
 	return l, nil
 }
 
-// Serve answers scrapes of /metrics until the context ends. webConfig is the name of a web configuration
+// The status page is a program of its own that reads /metrics, so it can show nothing that these don't.
+//
+//go:embed page
+var files embed.FS
+
+// pageHandler serves one file of the page, which may load nothing from anywhere else.
+func pageHandler(name string) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		h := w.Header()
+		h.Set("Content-Security-Policy", "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "+
+			"base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+		h.Set("X-Content-Type-Options", "nosniff")
+		h.Set("Referrer-Policy", "no-referrer")
+		h.Set("Cache-Control", "no-cache")
+		http.ServeFileFS(w, r, files, path.Join("page", name))
+	})
+}
+
+// gathering logs what goes wrong while metrics are made. That a client went away before it had read them all is its own
+// affair.
+type gathering struct{ log *slog.Logger }
+
+var _ promhttp.Logger = gathering{}
+
+// Println logs one mistake.
+func (g gathering) Println(v ...any) {
+	text := strings.TrimSpace(fmt.Sprintln(v...))
+	level := slog.LevelError
+	if strings.HasPrefix(text, "error encoding and sending metric family") {
+		level = slog.LevelDebug
+	}
+	g.log.Log(context.Background(), level, "metrics can't be sent", "err", text)
+}
+
+// Serve answers scrapes of /metrics, and has a status page, until the context ends. webConfig is the name of a web configuration
 // file of the exporter toolkit, or empty.
 func Serve(ctx context.Context, l net.Listener, webConfig string, c prometheus.Collector, log *slog.Logger) error {
 	reg := prometheus.NewPedanticRegistry()
@@ -43,8 +80,11 @@ func Serve(ctx context.Context, l net.Listener, webConfig string, c prometheus.C
 	errorLog := slog.NewLogLogger(loud.Handler(), slog.LevelDebug) // what clients do wrong is their own affair
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", promhttp.HandlerFor(reg, promhttp.HandlerOpts{
-		ErrorLog: slog.NewLogLogger(loud.Handler(), slog.LevelError), MaxRequestsInFlight: 4, Timeout: 10 * time.Second,
+		ErrorLog: gathering{loud}, MaxRequestsInFlight: 4, Timeout: 10 * time.Second,
 	}))
+	mux.Handle("GET /{$}", pageHandler("index.html"))
+	mux.Handle("GET /status.js", pageHandler("status.js"))
+	mux.Handle("GET /status.css", pageHandler("status.css"))
 	srv := &http.Server{
 		Handler: mux, ErrorLog: errorLog, ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 10 * time.Second,
 		WriteTimeout: 30 * time.Second, IdleTimeout: 2 * time.Minute, MaxHeaderBytes: 16 << 10,

@@ -69,6 +69,26 @@ func TestEveryKeyIsDocumented(t *testing.T) {
 	}
 }
 
+// TestEveryKeyHasAFlag holds the flags to the configuration, both ways.
+func TestEveryKeyHasAFlag(t *testing.T) {
+	known := agent.Keys()
+	for key := range known {
+		if keyUsage[key] == "" {
+			t.Errorf("%s has no usage in keyUsage", key)
+		}
+	}
+	for key := range keyUsage {
+		if _, ok := known[key]; !ok {
+			t.Errorf("%s is in keyUsage, and is no key", key)
+		}
+	}
+	for _, name := range keys(reflect.TypeFor[agent.Config]()) {
+		if _, ok := known[name]; !ok && name != "devices" && name != "match" {
+			t.Errorf("%s is no key that can be set", name)
+		}
+	}
+}
+
 func TestEveryFlagIsDocumented(t *testing.T) {
 	text := document(t, "commands.md")
 	app := newApp()

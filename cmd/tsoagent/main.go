@@ -11,9 +11,9 @@ import (
 	"os"
 	"os/signal"
 	"runtime/debug"
-	"strings"
 	"syscall"
 
+	"github.com/coreos/go-systemd/v22/daemon"
 	"github.com/urfave/cli/v2"
 	"golang.org/x/sync/errgroup"
 
@@ -52,14 +52,16 @@ func newApp() *cli.App {
 			{
 				Name: "run", Usage: "follow the kernel, hold features and lock route MTUs until told to stop",
 				OnUsageError: usage, Action: run,
-				Flags: []cli.Flag{
+				Flags: append([]cli.Flag{
 					config,
-					&cli.StringFlag{Name: "mode", Usage: "enforce, or observe to compute and report and change nothing: `MODE`", EnvVars: []string{"TSOAGENT_MODE"}},
-					&cli.StringFlag{Name: "run-dir", Usage: "keep journal and control socket in `DIR`", EnvVars: []string{"TSOAGENT_RUN_DIR"}},
-					&cli.StringSliceFlag{Name: "netns", Usage: "follow the network namespace `NAME`: host, all, a name in /run/netns, a path or pid:N; may be repeated", EnvVars: []string{"TSOAGENT_NETNS"}},
 					&cli.StringFlag{Name: "log-format", Value: "text", Usage: "log on stderr as text or json: `FORMAT`", EnvVars: []string{"TSOAGENT_LOG_FORMAT"}},
 					&cli.BoolFlag{Name: "debug", Usage: "log events too", EnvVars: []string{"TSOAGENT_DEBUG"}},
-				},
+				}, keyFlags()...),
+			},
+			{
+				Name: "init", Usage: "write a minimal configuration to " + defaultConfig + " or FILE, where there is none",
+				ArgsUsage: "[FILE]", OnUsageError: usage, Action: initialise,
+				Flags: []cli.Flag{&cli.StringFlag{Name: "mode", Value: string(agent.Enforce), Usage: "write this `MODE`: enforce, or observe to look first"}},
 			},
 			{
 				Name: "check", Usage: "validate a configuration; exit 2 and a line for each mistake if it is wrong",
@@ -97,31 +99,21 @@ func load(c *cli.Context) (agent.Config, error) {
 			return cfg, configError(file, err)
 		}
 	}
-	if v := c.String("mode"); v != "" {
-		cfg.Mode = agent.Mode(v)
-	}
-	if v := c.String("run-dir"); v != "" {
-		cfg.RunDir = v
-	}
-	if v := c.StringSlice("netns"); len(v) > 0 {
-		cfg.Namespaces = v
+	if err := setKeys(&cfg, c); err != nil {
+		return cfg, cli.Exit(err.Error(), exitUsage)
 	}
 	if err := metrics.CheckWebConfig(cfg.MetricsWebConfig); err != nil {
 		return cfg, cli.Exit(err.Error(), exitUsage)
 	}
 	if wrong := cfg.Validate(); len(wrong) > 0 {
-		flag := strings.ReplaceAll(wrong[0].Key, "_", "-")
-		if flag == "namespaces" {
-			flag = "netns"
-		}
-		return cfg, cli.Exit(fmt.Sprintf("--%s: %s", flag, wrong[0].Text), exitUsage)
+		return cfg, cli.Exit(fmt.Sprintf("--%s: %s", flagOf(wrong[0].Key), wrong[0].Text), exitUsage)
 	}
 	return cfg, nil
 }
 
 func configError(file string, err error) error {
 	if errors.Is(err, fs.ErrNotExist) {
-		return cli.Exit(fmt.Sprintf("there is no configuration file %s", file), exitUsage)
+		return cli.Exit(fmt.Sprintf("there is no configuration file %s; `tsoagent init %s` writes one", file, file), exitUsage)
 	}
 	return cli.Exit(err.Error(), exitUsage)
 }
@@ -146,18 +138,15 @@ func check(c *cli.Context) error {
 }
 
 func logger(c *cli.Context) (*slog.Logger, error) {
-	opts := &slog.HandlerOptions{Level: slog.LevelInfo}
+	level := slog.LevelInfo
 	if c.Bool("debug") {
-		opts.Level = slog.LevelDebug
+		level = slog.LevelDebug
 	}
-	switch f := c.String("log-format"); f {
-	case "text":
-		return slog.New(slog.NewTextHandler(os.Stderr, opts)), nil
-	case "json":
-		return slog.New(slog.NewJSONHandler(os.Stderr, opts)), nil
-	default:
-		return nil, cli.Exit(fmt.Sprintf("--log-format: %q is not one of text, json", f), exitUsage)
+	h, err := newHandler(os.Stderr, c.String("log-format"), level, toJournal(os.Stderr, os.Getenv("JOURNAL_STREAM")))
+	if err != nil {
+		return nil, cli.Exit(err.Error(), exitUsage)
 	}
+	return slog.New(h), nil
 }
 
 func run(c *cli.Context) error {
@@ -172,37 +161,33 @@ func run(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
+	watchdog, err := daemon.SdWatchdogEnabled(false)
+	if err != nil {
+		log.Warn("the watchdog's environment makes no sense: it is not fed", "err", err)
+	}
+	hup := make(chan os.Signal, 1)
+	signal.Notify(hup, syscall.SIGHUP)
+	defer signal.Stop(hup)
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
 	defer stop()
-	a, err := agent.NewFleet(ctx, cfg, log, version())
+	f, err := agent.NewFleet(ctx, cfg, log, version())
 	if err != nil {
 		return err
 	}
+	s := &service{
+		fleet: f, log: log, load: func() (agent.Config, error) { return load(c) }, hup: hup, asks: make(chan chan<- error), notify: notifySystemd, watchdog: watchdog,
+		metrics: metricsServer{collector: metrics.NewCollector(version(), f), log: log},
+	}
 	g, serving := errgroup.WithContext(context.Background())
 	serving, done := context.WithCancel(serving)
-	g.Go(func() error { defer done(); return a.Run(ctx) })
-	g.Go(func() error { serveMetrics(serving, cfg.WithDefaults(), a, log); return nil })
+	g.Go(func() error { defer done(); return f.Run(ctx) })
+	g.Go(func() error { s.run(ctx, serving, cfg.WithDefaults()); return nil })
 	g.Go(func() error {
-		err := a.Serve(serving)
+		err := f.Serve(serving)
 		if err != nil {
 			stop()
 		}
 		return err
 	})
-	return errors.Join(g.Wait(), a.Close())
-}
-
-// serveMetrics lets Prometheus scrape until the context ends. Whatever goes wrong with that is no reason
-// to leave the network alone.
-func serveMetrics(ctx context.Context, cfg agent.Config, f *agent.Fleet, log *slog.Logger) {
-	if cfg.Metrics == agent.MetricsOff {
-		return
-	}
-	l, err := metrics.Listen(ctx, cfg.Metrics)
-	if err == nil {
-		err = metrics.Serve(ctx, l, cfg.MetricsWebConfig, metrics.NewCollector(version(), f.Reports), log)
-	}
-	if err != nil && ctx.Err() == nil {
-		log.Warn("metrics are not served", "err", err, "do", "set another address as metrics in the configuration, or off")
-	}
+	return errors.Join(g.Wait(), f.Close())
 }

@@ -96,7 +96,7 @@ func TestCompletions(t *testing.T) {
 	}
 	for line, want := range map[string]string{
 		"st":                          "status",
-		"re":                          "restore resume",
+		"re":                          "restore resume reload",
 		"nope ":                       "",
 		"-o ":                         "table json yaml",
 		"-o j":                        "json",

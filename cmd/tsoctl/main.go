@@ -212,6 +212,7 @@ func newApp() *cli.App {
 			eventsCommand(),
 			pauseCommand(),
 			resumeCommand(),
+			reloadCommand(),
 			completionCommand(),
 			manCommand(),
 		},

@@ -1,0 +1,535 @@
+package agent
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"net/http"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"tsoagent/agent/api"
+	"tsoagent/agent/client"
+	"tsoagent/agent/netns"
+	"tsoagent/agent/netns/netnstest"
+)
+
+// own makes in the process's own namespace what named makes in others.
+func own(t *testing.T) {
+	t.Helper()
+	netnstest.IP(t, `link set lo up
+link add n0 type veth peer name n1
+link set n0 up
+link set n1 up
+addr add 192.0.2.1/24 dev n0
+addr add 10.1.0.1/16 dev n0
+route add default via 192.0.2.254`)
+}
+
+// lockedAt waits until what is locked in some namespaces has another MTU.
+func lockedAt(t *testing.T, mtu string, namespaces ...string) {
+	t.Helper()
+	for _, ns := range namespaces {
+		netnstest.Within(t, "mtu "+mtu+" in "+ns, func() bool { return strings.Contains(ours(t, ns), "mtu lock "+mtu) })
+	}
+}
+
+// monitor collects what changes in a namespace's rules until it is called.
+func monitor(t *testing.T, ns string) (stop func() string) {
+	t.Helper()
+	cmd := exec.CommandContext(t.Context(), "ip", append(strings.Fields(inside(ns)), "monitor", "rule")...)
+	out := new(lockedBuffer)
+	cmd.Stdout, cmd.Stderr = out, out
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	// It listens once it tells of this.
+	netnstest.Within(t, "ip monitor listens", func() bool {
+		netnstest.IP(t, inside(ns)+"rule add to 203.0.113.9 lookup 99\n"+inside(ns)+"rule del to 203.0.113.9 lookup 99")
+		return strings.Contains(out.String(), "203.0.113.9")
+	})
+	return func() string {
+		// All that came before this has been told when this is.
+		netnstest.IP(t, inside(ns)+"rule add to 203.0.113.10 lookup 99\n"+inside(ns)+"rule del to 203.0.113.10 lookup 99")
+		netnstest.Within(t, "ip monitor has told all", func() bool { return strings.Count(out.String(), "203.0.113.10") == 2 })
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+		var b bytes.Buffer
+		for line := range strings.Lines(out.String()) {
+			if !strings.Contains(line, "203.0.113.") {
+				b.WriteString(line)
+			}
+		}
+		return b.String()
+	}
+}
+
+func (s *sailing) reload(cfg Config) {
+	s.t.Helper()
+	select { // of the start, or of an earlier one
+	case <-s.Ready():
+	default:
+	}
+	if err := s.Reload(s.t.Context(), cfg); err != nil {
+		s.t.Fatal(err)
+	}
+	select {
+	case <-s.Ready():
+	case <-time.After(20 * time.Second):
+		s.t.Fatal("not ready after the reload")
+	}
+}
+
+// TestReloadTakesEffectAndNothingIsBareInBetween changes an MTU in two namespaces.
+func TestReloadTakesEffectAndNothingIsBareInBetween(t *testing.T) {
+	if !netnstest.Private(t) {
+		return
+	}
+	checkLeaks(t)
+	own(t)
+	named(t, "a")
+	cover(t, "")
+	cover(t, "a")
+	cfg := fleetConfig(t, netns.Host, "a")
+	s := sail(t, cfg)
+	locked(t, "", "a")
+	host, a := monitor(t, ""), monitor(t, "a")
+	cfg.Plan.PresumeMTU = 1380
+	s.reload(cfg)
+	lockedAt(t, "1380", "", "a")
+	if got := host() + a(); got != "" {
+		t.Errorf("rules came or went:\n%s", got)
+	}
+	if st := s.Status(); st.ReloadError != "" || st.Configured.Before(st.Since) {
+		t.Errorf("status %+v", st)
+	}
+	// The same once more is no reload.
+	before, err := s.reportOf("")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.reload(cfg)
+	if after, err := s.reportOf(""); err != nil || after.Since != before.Since {
+		t.Errorf("another agent for the same configuration: %v, %v", after, err)
+	}
+	// What the new ones hold is given back as ever.
+	netnstest.IP(t, "xfrm policy flush\n-n a xfrm policy flush")
+	netnstest.Within(t, "all is given back", func() bool { return ours(t, "")+ours(t, "a") == "" })
+	cover(t, "a")
+	lockedAt(t, "1380", "a")
+	s.stop()
+	bare(t, "", "a")
+}
+
+// TestReloadToObserveAndToOtherNumbers gives back what nobody would follow.
+func TestReloadToObserveAndToOtherNumbers(t *testing.T) {
+	if !netnstest.Private(t) {
+		return
+	}
+	checkLeaks(t)
+	own(t)
+	named(t, "a")
+	cover(t, "")
+	cover(t, "a")
+	cfg := fleetConfig(t, netns.Host, "a")
+	s := sail(t, cfg)
+	locked(t, "", "a")
+	observe := cfg
+	observe.Mode = Observe
+	s.reload(observe)
+	bare(t, "") // ahead of Ready
+	netnstest.Within(t, "a is bare", func() bool { return ours(t, "a") == "" })
+	if r, err := s.reportOf(""); err != nil || r.Mode != Observe || len(r.Coverages) != 1 {
+		t.Errorf("report %+v, %v", r, err)
+	}
+	s.reload(cfg)
+	locked(t, "", "a")
+	moved := cfg
+	moved.Plan.Table = 6000
+	s.reload(moved)
+	if got := netnstest.Show(t, "rule show"); strings.Contains(got, "5450") {
+		t.Errorf("the rules of the old table are left:\n%s", got)
+	}
+	netnstest.Within(t, "the other table", func() bool {
+		return strings.Contains(netnstest.Show(t, "rule show"), "lookup 6000") && strings.Contains(netnstest.Show(t, "-n a rule show"), "lookup 6000")
+	})
+	s.stop()
+	if got := netnstest.Show(t, "rule show") + netnstest.Show(t, "-n a rule show"); strings.Contains(got, "proto 84") {
+		t.Errorf("left:\n%s", got)
+	}
+}
+
+// TestReloadFollowsOtherNamespaces lets one go and takes another one on.
+func TestReloadFollowsOtherNamespaces(t *testing.T) {
+	if !netnstest.Private(t) {
+		return
+	}
+	checkLeaks(t)
+	own(t)
+	cover(t, "")
+	cfg := fleetConfig(t, netns.Host)
+	s := sail(t, cfg) // nothing watches names yet
+	locked(t, "")
+	named(t, "a", "b")
+	cover(t, "a")
+	cover(t, "b")
+	cfg.Namespaces = Namespaces{netns.Host, "a"}
+	s.reload(cfg)
+	locked(t, "", "a")
+	bare(t, "b")
+	cfg.Namespaces = Namespaces{netns.Host, "b"}
+	s.reload(cfg)
+	locked(t, "", "b")
+	netnstest.Within(t, "a is let go", func() bool { return ours(t, "a") == "" })
+	cfg.Namespaces = Namespaces{netns.Host, "b", "later"}
+	s.reload(cfg)
+	s.state("later", NetnsWaiting)
+	named(t, "later")
+	cover(t, "later")
+	locked(t, "later")
+	s.stop()
+	bare(t, "", "a", "b", "later")
+}
+
+// TestReloadRefusesWhatTakesARestart changes nothing then.
+func TestReloadRefusesWhatTakesARestart(t *testing.T) {
+	if !netnstest.Private(t) {
+		return
+	}
+	checkLeaks(t)
+	own(t)
+	cover(t, "")
+	cfg := fleetConfig(t, netns.Host)
+	s := sail(t, cfg)
+	locked(t, "")
+	for what, change := range map[string]func(*Config){
+		"run_dir":             func(c *Config) { c.RunDir = filepath.Join(c.RunDir, "other") },
+		"namespaces has host": func(c *Config) { c.Namespaces = Namespaces{"a"} },
+	} {
+		next := cfg
+		next.Plan.PresumeMTU = 1300
+		change(&next)
+		err := s.Reload(t.Context(), next)
+		if !errors.Is(err, ErrNeedsRestart) || !strings.Contains(err.Error(), what) {
+			t.Errorf("%s: %v", what, err)
+		}
+		if got := s.Status().ReloadError; err == nil || got != err.Error() {
+			t.Errorf("%s: the status says %q", what, got)
+		}
+	}
+	s.RefuseReload(errors.New("no YAML"))
+	if got := s.Status().ReloadError; got != "no YAML" {
+		t.Errorf("the status says %q", got)
+	}
+	lockedAt(t, "1400", "")
+	s.reload(cfg)
+	if got := s.Status().ReloadError; got != "" {
+		t.Errorf("after a good one the status says %q", got)
+	}
+}
+
+// TestStopWhileAReloadReads comes before the next agents have read anything: what the ones before it left is
+// given back all the same.
+func TestStopWhileAReloadReads(t *testing.T) {
+	if !netnstest.Private(t) {
+		return
+	}
+	checkLeaks(t)
+	own(t)
+	named(t, "a")
+	cover(t, "")
+	cover(t, "a")
+	cfg := fleetConfig(t, netns.Host, "a")
+	s := sailBy(t, cfg, func(f *Fleet) { // nothing holds the stop up
+		f.openHook = func() (keyHook, error) { return nil, errors.New("not here") }
+	})
+	locked(t, "", "a")
+	cfg.Plan.PresumeMTU = 1380
+	if err := s.Reload(t.Context(), cfg); err != nil {
+		t.Fatal(err)
+	}
+	s.stop()
+	bare(t, "", "a")
+	if err := s.Reload(t.Context(), cfg); !errors.Is(err, errEndedAgent) {
+		t.Errorf("a reload after the end: %v", err)
+	}
+}
+
+// TestAnHeirGivesBackAlsoUnread is what TestStopWhileAReloadReads may have no time for: the agent that is to take over
+// is told to stop ahead of everything that it could read. Any other one leaves what it has found, and says so.
+func TestAnHeirGivesBackAlsoUnread(t *testing.T) {
+	ns := newNS(t)
+	ns.wholeRoute()
+	cfg := hostConfig(t)
+	stopped, cancel := context.WithCancel(t.Context())
+	cancel()
+	for _, heir := range []bool{false, true} {
+		a := ns.start(cfg)
+		ns.shows("route show 10.2.0.0/16", "mtu lock 1400")
+		a.crash()
+		next, err := New(cfg, discard(), "test")
+		if err != nil {
+			t.Fatal(err)
+		}
+		next.heir = heir
+		err = errors.Join(next.Run(stopped), next.Close())
+		if (err == nil) != heir {
+			t.Errorf("heir %v: %v", heir, err)
+		}
+		if locked := strings.Contains(ns.show("route show 10.2.0.0/16"), "mtu lock 1400"); locked == heir {
+			t.Errorf("heir %v: locked %v", heir, locked)
+		}
+	}
+}
+
+// TestReloadThatCannotBeTakenOver keeps the configuration before it.
+func TestReloadThatCannotBeTakenOver(t *testing.T) {
+	if !netnstest.Private(t) {
+		return
+	}
+	checkLeaks(t)
+	own(t)
+	named(t, "a")
+	cover(t, "")
+	cover(t, "a")
+	cfg := fleetConfig(t, netns.Host, "a")
+	s := sail(t, cfg)
+	locked(t, "", "a")
+	// Somebody's claim on other numbers in the journal, which a start refuses.
+	s.mu.Lock()
+	host := s.members[s.host.ID()].agent
+	s.mu.Unlock()
+	odd := ownTables{Table: 7000, Protocol: 84}
+	if err := host.call(t.Context(), func() {
+		if err := host.journal.Put(entry("tables", kindTables, odd)); err != nil {
+			t.Error(err)
+		}
+	}); err != nil {
+		t.Fatal(err)
+	}
+	next := cfg
+	next.Plan.PresumeMTU = 1380
+	if err := s.Reload(t.Context(), next); err != nil {
+		t.Fatal(err)
+	}
+	// With either configuration it can't be opened: the agent ends, and says what helps.
+	err := <-s.done
+	s.end.Do(func() {})
+	if err == nil || !strings.Contains(err.Error(), "tsoctl restore --table 7000") {
+		t.Errorf("Run: %v", err)
+	}
+	if got := s.Status().ReloadError; !strings.Contains(got, "7000") || s.Config().Plan.PresumeMTU != 1400 {
+		t.Errorf("the status says %q, presume_mtu is %d", got, s.Config().Plan.PresumeMTU)
+	}
+	if err := s.Close(); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestAliveFailsWhereALoopHangs has a loop hang for a while.
+func TestAliveFailsWhereALoopHangs(t *testing.T) {
+	if !netnstest.Private(t) {
+		return
+	}
+	checkLeaks(t)
+	named(t, "a")
+	s := sail(t, fleetConfig(t, netns.Host, "a"))
+	s.state("a", NetnsFollowed)
+	if err := s.Alive(t.Context()); err != nil {
+		t.Error(err)
+	}
+	a, err := s.agentOf("a")
+	if err != nil {
+		t.Fatal(err)
+	}
+	hang, hangs := make(chan struct{}), make(chan struct{})
+	go func() { _ = a.call(context.Background(), func() { close(hangs); <-hang }) }()
+	<-hangs
+	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	defer cancel()
+	if err := s.Alive(ctx); !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), "namespace a ") {
+		t.Errorf("a loop hangs, and yet: %v", err)
+	}
+	close(hang)
+	if err := s.Alive(t.Context()); err != nil {
+		t.Errorf("it goes on, and yet: %v", err)
+	}
+}
+
+// TestReloadKeepsPausesAndEvents has a pause and those who follow events outlast other configurations, in the agent's own namespace and in
+// others.
+func TestReloadKeepsPausesAndEvents(t *testing.T) {
+	if !netnstest.Private(t) {
+		return
+	}
+	checkLeaks(t)
+	own(t)
+	named(t, "a")
+	cover(t, "")
+	cover(t, "a")
+	cfg := fleetConfig(t, netns.Host, "a")
+	s := sail(t, cfg)
+	locked(t, "", "a")
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	c := serveIn(t, cfg.RunDir, func(served context.Context) error { return s.Serve(served) })
+	netnstest.Within(t, "the socket answers", func() bool { _, err := c.Namespaces(ctx); return err == nil })
+	followed := make(chan error, 2)
+	told := make(chan string, 2*maxEvents)
+	for _, name := range []string{"", "a"} {
+		go func() {
+			followed <- c.Follow(ctx, name, 0, func(e api.EventLine) error { told <- name + ":" + e.Text; return nil })
+		}()
+	}
+	hear := func(want ...string) {
+		t.Helper()
+		late := time.After(20 * time.Second)
+		for len(want) > 0 {
+			select {
+			case text := <-told:
+				want = slices.DeleteFunc(want, func(w string) bool { return w == text })
+			case <-late:
+				t.Fatalf("not told: %q", want)
+			}
+		}
+	}
+	pause := func(name string, p api.PauseRequest) {
+		t.Helper()
+		said, err := c.Pause(ctx, name, p)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, n := range said.Namespaces {
+			if n.Paused == nil || n.Why != "" || n.Paused.Left != 0 {
+				t.Errorf("%+v", n)
+			}
+		}
+	}
+	paused := func(name string) *api.Paused {
+		t.Helper()
+		var p *api.Paused
+		netnstest.Within(t, "a report", func() bool {
+			r, err := c.ReportIn(ctx, name)
+			if err == nil {
+				p = r.Paused
+			}
+			return err == nil
+		})
+		return p
+	}
+	first, err := c.EventsIn(ctx, "a", 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pause("", api.PauseRequest{For: "1h"})
+	was := paused("a")
+	cfg.Plan.PresumeMTU = 1380
+	s.reload(cfg)
+	hear(":"+takenOver, "a:"+takenOver)
+	netnstest.Within(t, "the other one has read all", func() bool { r, err := c.ReportIn(ctx, "a"); return err == nil && r.Since.After(was.Since) })
+	for _, name := range []string{"", "a"} {
+		now := paused(name)
+		if now == nil || !now.Until.Equal(was.Until) || !now.Since.Equal(was.Since) {
+			t.Errorf("%q: %+v, was %+v", name, now, was)
+		}
+	}
+	lockedAt(t, "1400", "", "a")
+	if l, err := c.EventsIn(ctx, "a", 0); err != nil || !l.Since.Equal(first.Since) || l.Last <= first.Last || len(l.Events) != int(l.Last) {
+		t.Errorf("events %+v, %v", l, err)
+	}
+	// What would have everything given back is refused meanwhile.
+	next := cfg
+	next.Plan.Table = 6000
+	if err := s.Reload(ctx, next); err == nil || !strings.Contains(err.Error(), "is paused") || s.Config().Plan.Table != 5450 {
+		t.Errorf("with a pause and another table: %v", err)
+	}
+	if _, err := c.Resume(ctx, ""); err != nil {
+		t.Fatal(err)
+	}
+	lockedAt(t, "1380", "", "a")
+
+	// Where all is given back already there is nothing in its way; a pause that is over is none for the next agent.
+	pause("", api.PauseRequest{Restore: true})
+	bare(t, "", "a")
+	s.mu.Lock()
+	for _, m := range s.members {
+		if m.names[0] == "a" {
+			m.paused.Until = was.Since // long ago; its agent was told of none
+		}
+	}
+	s.mu.Unlock()
+	s.reload(next)
+	bare(t, "")
+	if p := paused(""); p == nil || !p.Restore {
+		t.Errorf("after the reload: %+v", p)
+	}
+	netnstest.Within(t, "a is locked again", func() bool { return strings.Contains(netnstest.Show(t, "-n a rule show"), "lookup 6000") })
+	if p := paused("a"); p != nil {
+		t.Errorf("a pause that was over goes on: %+v", p)
+	}
+	s.stop()
+	for range 2 {
+		if err := <-followed; err != nil {
+			t.Errorf("followed: %v", err)
+		}
+	}
+	hear(":stopping: on stop restore, holds 0, locks 0", "a:stopping: on stop restore, holds 0, locks 0")
+}
+
+// TestReloadOverTheControlSocket says what came of it.
+func TestReloadOverTheControlSocket(t *testing.T) {
+	if !netnstest.Private(t) {
+		return
+	}
+	checkLeaks(t)
+	own(t)
+	cover(t, "")
+	cfg := fleetConfig(t, netns.Host)
+	s := sail(t, cfg)
+	locked(t, "")
+	c := serveIn(t, cfg.RunDir, func(served context.Context) error { return s.Serve(served) })
+	netnstest.Within(t, "the socket answers", func() bool { _, err := c.Namespaces(t.Context()); return err == nil })
+	status := func(err error) int {
+		var e *client.Error
+		if !errors.As(err, &e) {
+			return 0
+		}
+		return e.Status
+	}
+	if _, err := c.Reload(t.Context()); status(err) != http.StatusNotImplemented {
+		t.Errorf("nothing to read: %v", err)
+	}
+	next := cfg
+	var wrong error
+	s.OnReload(func(ctx context.Context) error {
+		if wrong != nil {
+			s.RefuseReload(wrong)
+			return wrong
+		}
+		return s.Reload(ctx, next)
+	})
+	if a, err := c.Reload(t.Context()); err != nil || a.Changed {
+		t.Errorf("the same: %+v, %v", a, err)
+	}
+	next.Plan.PresumeMTU = 1380
+	a, err := c.Reload(t.Context())
+	if err != nil || !a.Changed || !a.Configured.Equal(s.Status().Configured) {
+		t.Errorf("another one: %+v, %v", a, err)
+	}
+	if got := ours(t, ""); !strings.Contains(got, "mtu lock 1380") {
+		t.Errorf("it was in use, and yet:\n%s", got)
+	}
+	wrong = errors.New("x.yaml:7: mtu: no")
+	if _, err := c.Reload(t.Context()); status(err) != http.StatusConflict || !strings.Contains(err.Error(), "stays in use:\nx.yaml:7: mtu: no") {
+		t.Errorf("a wrong one: %v", err)
+	}
+	wrong = nil
+	next.RunDir += "x"
+	if _, err := c.Reload(t.Context()); status(err) != http.StatusConflict || !strings.Contains(err.Error(), "run_dir") {
+		t.Errorf("one that takes a restart: %v", err)
+	}
+}
