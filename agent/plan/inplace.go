@@ -245,7 +245,9 @@ func (p *planner) alike(r routes.Route) (mtu int, by []*coverage, ok bool) {
 			w.tunnel.noteOthers(r, e.cov, fmt.Sprintf("it leaves %d, and others %d", n, mtu))
 			return 0, nil, false
 		}
-		mtu, by = n, union(by, []*coverage{e.cov})
+		if mtu = n; w.vti == nil || !slices.Contains(by, e.cov) { // a vti's are tried twice (applying)
+			by = append(by, e.cov)
+		}
 		if e.all() && routes.Contains(e.sel.Dst, r.Dst) && !p.bypassed(w, e, r.Dst) {
 			return mtu, by, true
 		}
