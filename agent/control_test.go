@@ -334,3 +334,12 @@ func TestSecondAgentIsRefusedWithThePid(t *testing.T) {
 		}
 	}
 }
+
+// TestServeStoppedAtOnce: an agent that is stopped while it starts has not failed.
+func TestServeStoppedAtOnce(t *testing.T) {
+	ctx, stop := context.WithCancel(t.Context())
+	stop()
+	if err := serve(ctx, filepath.Join(t.TempDir(), "control.sock"), http.NewServeMux()); err != nil {
+		t.Errorf("stopped before it listened: %v", err)
+	}
+}
