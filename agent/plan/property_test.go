@@ -274,7 +274,11 @@ func (m *maker) rule() {
 
 func (m *maker) route() {
 	if m.some("special", 8) {
-		m.line("route %s %s table %s", m.of("type", "throw", "blackhole", "unreachable", "local", "prohibit"), m.dst("dst"), m.table())
+		what, table := m.of("type", "throw", "blackhole", "unreachable", "local", "prohibit"), m.table()
+		if table == "5450" { // what ends lookups there hides the way behind it until we have moved to another table
+			what = "throw"
+		}
+		m.line("route %s %s table %s", what, m.dst("dst"), table)
 		return
 	}
 	l := fmt.Sprintf("route %s table %s", m.dst("dst"), m.table())
