@@ -145,6 +145,7 @@ func (p *planner) needs(r routes.Route) (need, room int, by []*coverage, why str
 		}
 		need = n
 	}
+	entered := false // by what a policy takes in transport mode
 	for _, e := range p.applying(w, r.Dst, true) {
 		if e.cov == nil {
 			continue // dropped, or, above a tunnel, covered all the same
@@ -155,6 +156,7 @@ func (p *planner) needs(r routes.Route) (need, room int, by []*coverage, why str
 		case n != 0:
 			agree(n)
 		case w.tunnel != nil && p.leavesToTunnel(e, r):
+			entered = entered || !e.cov.tunnels
 			continue
 		case e.cov.Larval && e.cov.last == 0 && p.Config.PresumeMTU == 0:
 		case p.hasRoom(e.cov, r):
@@ -163,6 +165,9 @@ func (p *planner) needs(r routes.Route) (need, room int, by []*coverage, why str
 			why = cmp.Or(why, no)
 		}
 		if e.all() && routes.Contains(e.sel.Dst, r.Dst) && !p.bypassed(w, e, r.Dst) {
+			if entered {
+				break // some of what the tunnel wraps, ahead of it
+			}
 			return need, room, by, why
 		}
 	}
