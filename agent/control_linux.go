@@ -43,7 +43,10 @@ func serve(ctx context.Context, path string, h http.Handler, log *slog.Logger) e
 		return fmt.Errorf("agent: take over the control socket: %w", err)
 	}
 	l, err := (&net.ListenConfig{}).Listen(ctx, "unix", path)
-	if err != nil {
+	switch {
+	case err != nil && ctx.Err() != nil:
+		return nil // stopped while it started
+	case err != nil:
 		return fmt.Errorf("agent: listen on the control socket: %w", err)
 	}
 	if err := os.Chmod(path, 0o660); err != nil {

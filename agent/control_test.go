@@ -346,3 +346,12 @@ func newRequest(t testing.TB, method, path string) *http.Request {
 	}
 	return req
 }
+
+// TestServeStoppedAtOnce: an agent that is stopped while it starts has not failed.
+func TestServeStoppedAtOnce(t *testing.T) {
+	ctx, stop := context.WithCancel(t.Context())
+	stop()
+	if err := serve(ctx, filepath.Join(t.TempDir(), "control.sock"), http.NewServeMux(), discard()); err != nil {
+		t.Errorf("stopped before it listened: %v", err)
+	}
+}

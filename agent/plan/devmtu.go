@@ -100,11 +100,13 @@ func (p *planner) carrierMTU(l *routes.Link) (want int, covs []*coverage, why st
 	if _, n := p.FIB.DeviceRoutes(l.Index); n > 0 && len(list) == 0 {
 		return 0, nil, ""
 	}
+	room := 0
 	for _, r := range list {
 		if r.Body.Type != routes.Unicast {
 			continue
 		}
-		need, by, no := p.needs(r)
+		need, has, by, no := p.needs(r)
+		room = max(room, has)
 		if _, n := p.FIB.Get(r.Key()); n > 1 {
 			no = "another route has the same key" // r is the first, which may be by another device
 		}
@@ -122,16 +124,20 @@ func (p *planner) carrierMTU(l *routes.Link) (want int, covs []*coverage, why st
 			want = need
 		}
 	}
+	if want != 0 && want < room {
+		why = cmp.Or(why, fmt.Sprintf("its flows have different MTUs left, %d, and room for %d", want, room))
+	}
 	slices.SortFunc(covs, func(a, b *coverage) int { return cmp.Compare(a.entry.order, b.entry.order) })
 	return want, covs, why
 }
 
 // needs is the MTU that all flows on a route agree on, 0 if they have room already, with their
-// coverages; or why they don't agree.
-func (p *planner) needs(r routes.Route) (need int, by []*coverage, why string) {
+// coverages; or why they don't agree. What has room has it for the route's MTU, which a device is not to
+// take from it: room is that MTU, 0 if there is no such coverage.
+func (p *planner) needs(r routes.Route) (need, room int, by []*coverage, why string) {
 	w, ok := p.domain(r.Body)
 	if !ok {
-		return 0, nil, "it leads by ways with different policies"
+		return 0, 0, nil, "it leads by ways with different policies"
 	}
 	agree := func(n int) {
 		if need != 0 && n != need {
@@ -139,6 +145,7 @@ func (p *planner) needs(r routes.Route) (need int, by []*coverage, why string) {
 		}
 		need = n
 	}
+	entered := false // by what a policy takes in transport mode
 	for _, e := range p.applying(w, r.Dst, true) {
 		if e.cov == nil {
 			continue // dropped, or, above a tunnel, covered all the same
@@ -149,17 +156,23 @@ func (p *planner) needs(r routes.Route) (need int, by []*coverage, why string) {
 		case n != 0:
 			agree(n)
 		case w.tunnel != nil && p.leavesToTunnel(e, r):
+			entered = entered || !e.cov.tunnels
 			continue
-		case e.cov.Larval && e.cov.last == 0 && p.Config.PresumeMTU == 0, p.hasRoom(e.cov, r):
+		case e.cov.Larval && e.cov.last == 0 && p.Config.PresumeMTU == 0:
+		case p.hasRoom(e.cov, r):
+			room = p.pathMTU(r)
 		default:
 			why = cmp.Or(why, no)
 		}
 		if e.all() && routes.Contains(e.sel.Dst, r.Dst) && !p.bypassed(w, e, r.Dst) {
-			return need, by, why
+			if entered {
+				break // some of what the tunnel wraps, ahead of it
+			}
+			return need, room, by, why
 		}
 	}
 	if w.tunnel == nil {
-		return need, by, why
+		return need, room, by, why
 	}
 	n, covs, no := p.wrapsAt(r)
 	switch left, _ := p.wraps(w.tunnel); {
@@ -168,7 +181,7 @@ func (p *planner) needs(r routes.Route) (need int, by []*coverage, why string) {
 	case left == 0 || left < p.linkMTU(r):
 		why = cmp.Or(why, no)
 	}
-	return need, append(by, covs...), why
+	return need, room, append(by, covs...), why
 }
 
 // hasRoom reports whether a route's own MTU is small enough for a coverage.

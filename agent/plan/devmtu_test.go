@@ -239,6 +239,13 @@ func deviceLaws(w *mtuWorld, rng *rand.Rand) error {
 			if f.kind != covered {
 				continue
 			}
+			path := w.pathMTU(at.route)
+			if f.left != 0 {
+				path = min(path, f.left)
+			}
+			if !f.wrapped && leavesToPeer(f.cov) && w.leftOf(f.cov, path) == path && mtu < path {
+				return fmt.Errorf("%s\n\thas room for %d, and the device's MTU is %d: %s", p, path, mtu, at)
+			}
 			if left := w.expected(f, at.route, false); left != 0 && left != mtu {
 				return fmt.Errorf("%s\n\thas %d left, and the device's MTU is %d: %s", p, left, mtu, at)
 			}

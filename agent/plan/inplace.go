@@ -224,6 +224,7 @@ func (p *planner) alike(r routes.Route) (mtu int, by []*coverage, ok bool) {
 	if wraps {
 		path = p.pathMTU(r)
 	}
+	entered := false // by what a policy takes in transport mode
 	for _, e := range entries {
 		if e.cov == nil {
 			if w.drops() || w.tunnel != nil || e.block { // what a tunnel wraps is covered all the same
@@ -236,6 +237,7 @@ func (p *planner) alike(r routes.Route) (mtu int, by []*coverage, ok bool) {
 		case n == 0 && e.cov.Larval && w.drops() && e.cov.last == 0:
 			continue // no flow passes before there is an SA
 		case n == 0 && w.tunnel != nil && p.leavesToTunnel(e, r):
+			entered = entered || !e.cov.tunnels
 			continue
 		case n == 0:
 			e.cov.verdict.note(fmt.Sprintf("%s: %s", r.Key(), why))
@@ -245,8 +247,13 @@ func (p *planner) alike(r routes.Route) (mtu int, by []*coverage, ok bool) {
 			w.tunnel.noteOthers(r, e.cov, fmt.Sprintf("it leaves %d, and others %d", n, mtu))
 			return 0, nil, false
 		}
-		mtu, by = n, union(by, []*coverage{e.cov})
+		if mtu = n; w.vti == nil || !slices.Contains(by, e.cov) { // a vti's are tried twice (applying)
+			by = append(by, e.cov)
+		}
 		if e.all() && routes.Contains(e.sel.Dst, r.Dst) && !p.bypassed(w, e, r.Dst) {
+			if entered {
+				break // some of what the tunnel wraps, ahead of it
+			}
 			return mtu, by, true
 		}
 	}

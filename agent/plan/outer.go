@@ -135,7 +135,9 @@ func (o outerFlow) takenBy(e *entry) (all, some bool) {
 		}
 	}
 	switch {
-	case e.mark.Mask == 0 && e.mark.Value == 0:
+	case e.mark.Value&^e.mark.Mask != 0: // matches nothing
+		return false, false
+	case e.mark.Mask == 0:
 	case o.anyMark:
 		all = false
 	case o.mark&e.mark.Mask != e.mark.Value:

@@ -326,6 +326,8 @@ func (p *planner) decide(s *shaped, x netip.Prefix, above *coverage) (Clone, *co
 		p.noteAt(s, x, m, above, "its route is down or for some sources only")
 	case ok && p.locked[r.Key()] && (m.SourceSpecific() || m.TOSSpecific()):
 		p.noteAt(s, x, m, above, "its locked route is not that of every source and TOS value")
+	case ok && r.Body.Type != routes.Unicast && (m.SourceSpecific() || m.TOSSpecific()):
+		p.noteAt(s, x, m, above, "its routes are for some sources or TOS values only")
 	}
 	if !ok || int32(m.Dst.Bits()) <= s.base.SuppressPrefixLen || r.Body.Type != routes.Unicast ||
 		p.locked[r.Key()] || linkLocal(x) || p.loops(r.Body) {

@@ -62,10 +62,10 @@ func (p *planner) wraps(t *tunnel) (int, string) {
 				p.plan.MTU[c.ID] = left
 			}
 		case c.last != 0:
-			left = min(c.last, path)
+			left = min(c.last, behind)
 			c.verdict.note(fmt.Sprintf("%s; the last valid MTU stays", status))
 		case p.Config.PresumeMTU != 0 && !c.Maybe:
-			left = min(p.Config.PresumeMTU, path)
+			left = min(p.Config.PresumeMTU, behind)
 			c.verdict.note(fmt.Sprintf("%s; presume_mtu %d", status, p.Config.PresumeMTU))
 		default:
 			return 0, status.String()

@@ -171,7 +171,10 @@ func run(c *cli.Context) error {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
 	defer stop()
 	f, err := agent.NewFleet(ctx, cfg, log, version())
-	if err != nil {
+	switch {
+	case ctx.Err() != nil && errors.Is(err, context.Canceled):
+		return nil // stopped while it started
+	case err != nil:
 		return err
 	}
 	s := &service{
