@@ -54,6 +54,7 @@ var metrics = map[string]metric{
 	Namespaces:      {gauge, "Network namespaces that are followed, or are to be.", []string{"state"}},
 
 	Enforcing:  {gauge, "Whether the agent changes anything (mode enforce): 1 or 0.", []string{"netns"}},
+	Paused:     {gauge, "Whether the agent was told to keep its hands off for a while (tsoctl pause): 1 or 0.", []string{"netns"}},
 	Degraded:   {gauge, "Whether a person should look at the namespace: 1 or 0.", []string{"netns"}},
 	Findings:   {gauge, "What tsoctl status lists for a person to look at.", []string{"netns"}},
 	LinksSeen:  {gauge, "Network devices.", []string{"netns"}},
@@ -201,6 +202,7 @@ func (t tally) send(name string, send func(string, float64, ...string)) {
 func (p *page) kernel() {
 	r := p.report
 	p.send(Enforcing, oneIf(r.Mode == agent.Enforce))
+	p.send(Paused, oneIf(r.Paused != nil))
 	p.send(Degraded, oneIf(r.Degraded()))
 	p.send(Findings, float64(len(r.Findings)))
 	p.send(LinksSeen, float64(r.Links))

@@ -27,6 +27,7 @@ import (
 	"go.yaml.in/yaml/v3"
 
 	"tsoagent/agent"
+	"tsoagent/agent/api"
 	"tsoagent/agent/flows"
 )
 
@@ -55,7 +56,7 @@ func (fixture) Observations() []agent.Observation {
 	busy.Reactions[2], busy.Reactions[len(agent.ReactionBounds)], busy.ReactionSum = 3, 1, 12500*time.Millisecond
 	return []agent.Observation{
 		{Report: &agent.Report{
-			Mode: agent.Enforce, Links: 7, Routes: 35, Policies: 8, SAs: 6, Findings: []string{"look"}, Stale: []string{"xfrm"},
+			Mode: agent.Enforce, Paused: &api.Paused{}, Links: 7, Routes: 35, Policies: 8, SAs: 6, Findings: []string{"look"}, Stale: []string{"xfrm"},
 			Coverages: []agent.CoverageReport{
 				policy("device", 1446), policy("device", 1438), policy("socket", 1446), policy("none", 0), maybe, gone,
 				{Key: "tcp-md5", Cut: "none"}, {Key: "tcp-ao", Cut: "none"},
@@ -555,7 +556,7 @@ func TestPageLoadsNothingFromElsewhere(t *testing.T) {
 	}
 	// What it shows exists, and it shows what matters.
 	for _, name := range []string{
-		BuildInfo, StartTimestamp, ReloadSuccess, Namespaces, Enforcing, Degraded, Findings, SourceStale, SourceEvents, SourceOverruns, Coverages,
+		BuildInfo, StartTimestamp, ReloadSuccess, Namespaces, Enforcing, Paused, Degraded, Findings, SourceStale, SourceEvents, SourceOverruns, Coverages,
 		CoverageMTUs, Holds, FeatureActive, Locks, Clones, LockMTUMin, LockMTUMax, Contested, RestoresPending, Actions, Connections, ConnectionsLostOffload,
 	} {
 		if !used[name] {

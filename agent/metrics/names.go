@@ -11,6 +11,7 @@ const (
 	Namespaces      = "tsoagent_namespaces"
 
 	Enforcing  = "tsoagent_enforcing"
+	Paused     = "tsoagent_paused"
 	Degraded   = "tsoagent_degraded"
 	Findings   = "tsoagent_findings"
 	LinksSeen  = "tsoagent_links"
@@ -58,7 +59,7 @@ const (
 // Names are all of them.
 var Names = []string{
 	BuildInfo, StartTimestamp, ReloadSuccess, ReloadTimestamp, Namespaces,
-	Enforcing, Degraded, Findings, LinksSeen, RoutesSeen, Policies, SAs,
+	Enforcing, Paused, Degraded, Findings, LinksSeen, RoutesSeen, Policies, SAs,
 	SourceStale, SourceEvents, SourceResyncs, SourceOverruns, SourceUndecodable,
 	Coverages, CoverageMTUs, Holds, FeatureActive, Locks, Clones, Rules, LockMTUMin, LockMTUMax, Lanes, Clamps, DeviceMTUs,
 	Contested, RestoresPending, JournalEntries, Actions, Repairs, Reaction, Rounds,

@@ -150,10 +150,11 @@ function show(all) {
 		(whole.sum("config_last_reload_successful") ? "" : "; the newest configuration was refused: an older one is in use");
 	const sections = names.map((netns) => {
 		const v = new View(all, netns);
-		const mode = v.sum("enforcing") ? "enforce" : "observe";
+		const mode = (v.sum("enforcing") ? "enforce" : "observe") + (v.sum("paused") ? ", paused" : "");
 		const stale = v.samples("source_stale").filter((s) => s.value).map((s) => s.labels.source);
 		const trouble = [];
-		if (v.sum("degraded")) trouble.push(v.sum("findings") ? plural(v.sum("findings"), "finding") : "something needs a look");
+		if (v.sum("paused")) trouble.push("paused: nothing is written");
+		if (v.sum("findings") || (v.sum("degraded") && !v.sum("paused"))) trouble.push(v.sum("findings") ? plural(v.sum("findings"), "finding") : "something needs a look");
 		if (stale.length) trouble.push("reading again: " + stale.join(", "));
 		return element("section", {},
 			element("h2", {}, names.length > 1 ? "Namespace " + netns + ", mode " + mode : "Mode " + mode),
