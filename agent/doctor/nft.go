@@ -127,7 +127,7 @@ func (s *sets) expression(ad *netlink.AttributeDecoder) error {
 					s.exthdr(ad)
 				case "target":
 					s.target(ad)
-				case "lookup", "byteorder":
+				case "lookup", "map", "numgen", "hash": // byteorder, which follows rt, only turns it around
 					s.last = UnknownMSS
 				}
 				return nil
