@@ -31,12 +31,21 @@ type Explanation struct {
 	Losers   []string `json:"losers"`
 	// Costs are the bytes of each transformation, the innermost first.
 	Costs []StepCost `json:"costs"`
-	// MTU is the inner MTU in bytes, 0 while it is not known; MSS what TCP has of it without
-	// options.
+	// MTU is what a packet of the flow may have in bytes, before IPsec, 0 while it is not known, or where none gets through; MSS what
+	// TCP has of it without options.
 	MTU      int             `json:"mtu"`
 	MSS      int             `json:"mss"`
 	Coverage *CoverageReport `json:"coverage,omitempty"`
 	Notes    []string        `json:"notes"`
+	// Live says that an agent answers, and so what is held and locked is in place; without one it is what one would do.
+	Live bool `json:"live"`
+	// Rule is the FIB rule whose table has the route, in the words of `ip rule`, and Route that route; empty where they can't be told.
+	Rule  string `json:"rule,omitempty"`
+	Route string `json:"route,omitempty"`
+	// Segmentation says where super-packets of a local TCP sender are cut, and why there; empty where nothing gets through.
+	Segmentation string `json:"segmentation,omitempty"`
+	// WouldChange is what would change the answer.
+	WouldChange []string `json:"would_change"`
 }
 
 // StepCost is what one transformation takes.
@@ -46,6 +55,8 @@ type StepCost struct {
 	MTU      int        `json:"outer_mtu"` // what it is given, in bytes
 	Items    []CostItem `json:"items"`
 	Inner    int        `json:"inner_mtu"` // what it leaves, in bytes
+	// Losers are other SAs for the same template that the kernel doesn't use now.
+	Losers []string `json:"losers,omitempty"`
 }
 
 // CostItem is one line of a cost.
@@ -56,8 +67,11 @@ type CostItem struct {
 
 // explain answers from the loop's state and the kernel's own route lookup.
 func (a *Agent) explain(q Question) (*Explanation, error) {
-	e := &Explanation{Version: ReportVersion, Dst: q.Dst.String(), Action: "none", Losers: []string{}, Costs: []StepCost{}, Notes: []string{}}
-	ans, err := a.lookup(q)
+	e := &Explanation{
+		Version: ReportVersion, Dst: q.Dst.String(), Action: "none", Losers: []string{}, Costs: []StepCost{}, Notes: []string{},
+		Live: !a.once, WouldChange: []string{},
+	}
+	rq, ans, err := a.lookup(q)
 	if err != nil {
 		return nil, fmt.Errorf("the kernel finds no route to %s: %w", q.Dst, err)
 	}
@@ -76,10 +90,12 @@ func (a *Agent) explain(q Question) (*Explanation, error) {
 	if ans.Gateway.IsValid() {
 		e.Gateway = ans.Gateway.String()
 	}
+	a.explainRoute(e, rq, ans)
 	a.explainKeys(e, q)
+	defer a.explainRest(e, q, ans.Oif)
 	var ifID uint32
 	if l := a.st.fib.Link(ans.Oif); l != nil {
-		e.Device, e.DeviceMTU = l.Name, l.MTU
+		e.Device, e.DeviceMTU = l.Name, l.MTUFor(rq.Family)
 		switch {
 		case l.Kind == "xfrm" && l.External:
 			e.note(l.Name + " is in external mode: each packet, or its route, names the if_id of its policies")
@@ -91,6 +107,7 @@ func (a *Agent) explain(q Question) (*Explanation, error) {
 	}
 	if !src.IsValid() {
 		e.Notes = append(e.Notes, "no source address is known: give one with --from")
+		e.change("a source address (--from): policies select by it")
 		return e, nil
 	}
 	win, losers := a.st.db.Lookup(q.flow(src, ifID, int32(ans.Oif)), xfrmwatch.Out)
@@ -114,22 +131,27 @@ func (a *Agent) explain(q Question) (*Explanation, error) {
 	return e, nil
 }
 
-func (a *Agent) lookup(q Question) (routes.Answer, error) {
-	rq := routes.Query{Family: routes.FamilyOf(q.Dst), Dst: q.Dst, Src: q.From, Mark: q.Mark, IPProto: q.Proto, Dport: q.Port}
+// lookup asks the kernel for the route, and says how.
+func (a *Agent) lookup(q Question) (routes.Query, routes.Answer, error) {
+	rq := routes.Query{Family: routes.FamilyOf(q.Dst), Dst: q.Dst, Src: q.From, Mark: q.Mark}
+	if q.Proto == protoTCP || q.Proto == protoUDP || q.Proto == 0 {
+		// Others can't be asked for (rtm_getroute_parse_ip_proto, net/ipv4/netlink.c).
+		rq.IPProto, rq.Dport = q.Proto, q.Port
+	}
 	ans, err := a.rt.Lookup(rq)
 	if err == nil || !q.From.IsValid() {
-		return ans, err
+		return rq, ans, err
 	}
 	// A source that is not ours comes in by the device that leads back to it.
 	back, berr := a.rt.Lookup(routes.Query{Family: rq.Family, Dst: q.From})
 	if berr != nil {
-		return ans, err
+		return rq, ans, err
 	}
 	rq.Iif = back.Oif
 	if ans, berr = a.rt.Lookup(rq); berr != nil {
-		return ans, fmt.Errorf("%w (from %s it would have to be forwarded: %w)", err, q.From, berr)
+		return rq, ans, fmt.Errorf("%w (from %s it would have to be forwarded: %w)", err, q.From, berr)
 	}
-	return ans, nil
+	return rq, ans, nil
 }
 
 func (a *Agent) explainPolicy(e *Explanation, q Question, p *xfrmwatch.Policy) {
@@ -148,6 +170,7 @@ func (a *Agent) explainPolicy(e *Explanation, q Question, p *xfrmwatch.Policy) {
 			continue
 		}
 		status := a.cost(e, c)
+		a.changeSAs(e, c, status)
 		if e.Coverage = a.verdictOf(c.ID); e.Coverage != nil {
 			for _, n := range e.Coverage.Notes {
 				e.note(n)
@@ -234,10 +257,10 @@ func (e *Explanation) note(text string) {
 // cost itemises the coverage's transformations, and says what they leave of the route.
 func (a *Agent) cost(e *Explanation, c xfrmwatch.Coverage) xfrmwatch.MTUStatus {
 	paths := plan.PathsOf(a.lastIn)
-	mtu, status := c.MTU(paths, e.DeviceMTU)
+	mtu, status := c.MTU(paths, e.path())
 	if status == xfrmwatch.MTUKnown {
 		e.setMTU(mtu, e.Dst)
-		itemise(e, c, e.DeviceMTU, paths)
+		itemise(e, c, e.path(), paths)
 	}
 	return status
 }
@@ -268,6 +291,7 @@ func itemise(e *Explanation, c xfrmwatch.Coverage, path int, paths func(*xfrmwat
 		for _, it := range items {
 			s.Items = append(s.Items, CostItem{it.Name, it.Bytes})
 		}
+		s.Losers = otherSAs(c.Steps[i].SAs, outer)
 		e.Costs = append([]StepCost{s}, e.Costs...)
 		outer = inner
 	}
