@@ -6,8 +6,6 @@ import (
 	"slices"
 	"strings"
 
-	"golang.org/x/sys/unix"
-
 	"tsoagent/agent"
 	"tsoagent/agent/plan"
 	"tsoagent/ethtool"
@@ -54,6 +52,8 @@ func (c *Checkup) tso(p *Patient) {
 		c.tsoOff(p, l, off, needs)
 	}
 }
+
+const protoTCP = 6
 
 const arphrdLoopback = 772 // ARPHRD_LOOPBACK, linux/if_arp.h
 
@@ -133,7 +133,7 @@ func mssOf(v *plan.Verdict) int {
 
 // forwarded reports whether a coverage is of flows that the host forwards, whose MTU is known.
 func (p *Patient) forwarded(v *plan.Verdict) bool {
-	if v.Key != nil || v.Gone || v.MTU == 0 || !p.Input.Forwarding[routes.Family(v.Selector.Family)] || v.Selector.Proto != 0 && v.Selector.Proto != unix.IPPROTO_TCP {
+	if v.Key != nil || v.Gone || v.MTU == 0 || !p.Input.Forwarding[routes.Family(v.Selector.Family)] || v.Selector.Proto != 0 && v.Selector.Proto != protoTCP {
 		return false
 	}
 	src := v.Selector.Src
@@ -484,15 +484,15 @@ func (p *Patient) unlocked(l *routes.Link, mtu int) (netip.Prefix, bool) {
 // needs are capabilities with what does not work without them.
 var needs = []struct {
 	name          string
-	bit           uint
+	bit           uint // linux/capability.h
 	what          string
 	agent, always bool // of the agent alone; without it nothing works
 	elsewhere     bool // only to follow other namespaces
 }{
-	{"CAP_NET_ADMIN", unix.CAP_NET_ADMIN, "nothing can be read or written", false, true, false},
-	{"CAP_BPF", unix.CAP_BPF, "sockets can't be looked at, nor can new TCP keys be seen at once", true, false, false},
-	{"CAP_PERFMON", unix.CAP_PERFMON, "sockets can't be looked at, nor can new TCP keys be seen at once", true, false, false},
-	{"CAP_SYS_ADMIN", unix.CAP_SYS_ADMIN, "other network namespaces can't be entered", true, false, true},
+	{"CAP_NET_ADMIN", 12, "nothing can be read or written", false, true, false},
+	{"CAP_BPF", 39, "sockets can't be looked at, nor can new TCP keys be seen at once", true, false, false},
+	{"CAP_PERFMON", 38, "sockets can't be looked at, nor can new TCP keys be seen at once", true, false, false},
+	{"CAP_SYS_ADMIN", 21, "other network namespaces can't be entered", true, false, true},
 }
 
 // capabilities finds what the agent, or who asks, may not do.

@@ -1,6 +1,7 @@
 package doctor
 
 import (
+	"iter"
 	"net/netip"
 
 	"tsoagent/agent"
@@ -37,6 +38,20 @@ type Patient struct {
 	NotSeen []string
 }
 
+// Destinations yields, where there are clamps, an address for each coverage of flows that the host forwards: that is where a clamp looks.
+func (p *Patient) Destinations() iter.Seq2[xfrmwatch.CoverageID, netip.Addr] {
+	return func(yield func(xfrmwatch.CoverageID, netip.Addr) bool) {
+		if len(p.Clamps) == 0 {
+			return
+		}
+		for i := range p.Plan.Verdicts {
+			if v := &p.Plan.Verdicts[i]; p.forwarded(v) && !yield(v.ID, sample(v.Selector.Dst)) {
+				return
+			}
+		}
+	}
+}
+
 // Clamp is one rule of nftables, or of iptables on top of it, that sets the MSS of TCP connections.
 type Clamp struct {
 	Family string // ip, ip6 or inet
@@ -68,6 +83,16 @@ type Process struct {
 	Caps uint64
 	// Agent says that it is the agent, and Elsewhere that it is to follow other namespaces than its own.
 	Agent, Elsewhere bool
+}
+
+// Networkd is a systemd-networkd that runs, with what its configuration says of what others have set up (networkd.conf(5)).
+type Networkd struct {
+	PID int
+	// Routes and Rules say that it deletes routes and rules that it doesn't know (ManageForeignRoutes=, ManageForeignRoutingPolicyRules=):
+	// its default. Routes of protocol kernel, and rules of that, it leaves alone; ours are of another one.
+	Routes, Rules bool
+	// Source is where that is set, or "the default".
+	Source string
 }
 
 // sample is an address of a prefix that stands for all of it.

@@ -12,6 +12,7 @@ import (
 
 	"tsoagent/agent"
 	"tsoagent/agent/doctor"
+	"tsoagent/agent/doctor/host"
 	"tsoagent/agent/netns"
 )
 
@@ -57,7 +58,7 @@ func patient(ctx context.Context, cfg agent.Config, ns string) (*doctor.Patient,
 		if p.Report, err = client.ReportIn(ctx, ns); err != nil {
 			return nil, err
 		}
-		if proc, err := doctor.ReadProcess("tsoagent", p.Report.PID); err == nil {
+		if proc, err := host.ReadProcess("tsoagent", p.Report.PID); err == nil {
 			proc.Agent, proc.Elsewhere = true, len(p.Report.Namespaces) > 1
 			p.Processes = append(p.Processes, proc)
 		} else {
@@ -70,7 +71,7 @@ func patient(ctx context.Context, cfg agent.Config, ns string) (*doctor.Patient,
 				return err
 			}
 		}
-		return p.Look(ctx, e)
+		return host.Look(ctx, e, p)
 	})
 	if errors.Is(err, agent.ErrPermission) && !alone {
 		p.NotSeen = append(p.NotSeen, fmt.Sprintf("all but the agent's connections and capabilities: %v", err))

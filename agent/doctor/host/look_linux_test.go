@@ -1,4 +1,4 @@
-package doctor
+package host
 
 import (
 	"encoding/binary"
@@ -19,6 +19,7 @@ import (
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 
+	"tsoagent/agent/doctor"
 	"tsoagent/agent/netns/netnstest"
 )
 
@@ -69,11 +70,11 @@ func TestClampsAreRead(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := []Clamp{
+	want := []doctor.Clamp{
 		{Family: "inet", Table: "fw", Chain: "forward", Hook: "forward"},
 		{Family: "inet", Table: "fw", Chain: "small", MSS: 1360},
 		{Family: "ip6", Table: "fw", Chain: "post", MSS: 1300, Hook: "postrouting"},
-		{Family: "ip6", Table: "fw", Chain: "post", MSS: UnknownMSS, Hook: "postrouting"},
+		{Family: "ip6", Table: "fw", Chain: "post", MSS: doctor.UnknownMSS, Hook: "postrouting"},
 	}
 	if d := cmp.Diff(want, got, cmp.FilterPath(func(p cmp.Path) bool { return p.Last().String() == ".Handle" }, cmp.Ignore())); d != "" {
 		t.Errorf("other clamps (-want +got):\n%s", d)
@@ -123,7 +124,7 @@ func TestClampOfIptables(t *testing.T) {
 		t.Fatal(err)
 	}
 	got, err := readClamps()
-	want := []Clamp{
+	want := []doctor.Clamp{
 		{Family: "ip", Table: "mangle", Chain: "FORWARD", Iptables: true, Hook: "forward"},
 		{Family: "ip", Table: "mangle", Chain: "FORWARD", MSS: 1400, Iptables: true, Hook: "forward"},
 	}
@@ -173,7 +174,7 @@ func number(typ uint16, n uint32) netlink.Attribute {
 // messages are rules by what is to be read of them.
 func messages(t testing.TB) map[string]struct {
 	data []byte
-	want Clamp
+	want doctor.Clamp
 	ok   bool
 } {
 	tcpmss := func(mss uint16) []netlink.Attribute {
@@ -182,23 +183,23 @@ func messages(t testing.TB) map[string]struct {
 	}
 	set := expression(t, "exthdr", number(unix.NFTA_EXTHDR_SREG, 8), netlink.Attribute{Type: unix.NFTA_EXTHDR_TYPE, Data: []byte{kindMaxSeg}},
 		number(unix.NFTA_EXTHDR_OP, opTCPOption))
-	rule := Clamp{Family: "ip", Table: "mangle", Chain: "FORWARD", Handle: 9}
-	with := func(mss int, iptables bool) Clamp {
+	rule := doctor.Clamp{Family: "ip", Table: "mangle", Chain: "FORWARD", Handle: 9}
+	with := func(mss int, iptables bool) doctor.Clamp {
 		c := rule
 		c.MSS, c.Iptables = mss, iptables
 		return c
 	}
 	return map[string]struct {
 		data []byte
-		want Clamp
+		want doctor.Clamp
 		ok   bool
 	}{
 		"iptables to the path mtu": {message(t, unix.NFPROTO_IPV4, tcpmss(0xffff)), with(0, true), true},
 		"iptables to a number":     {message(t, unix.NFPROTO_IPV4, tcpmss(1400)), with(1400, true), true},
 		"rt mtu":                   {message(t, unix.NFPROTO_IPV4, expression(t, "rt", number(unix.NFTA_RT_KEY, unix.NFT_RT_TCPMSS)), expression(t, "byteorder"), set), with(0, false), true},
-		"a map":                    {message(t, unix.NFPROTO_IPV4, expression(t, "lookup"), set), with(UnknownMSS, false), true},
+		"a map":                    {message(t, unix.NFPROTO_IPV4, expression(t, "lookup"), set), with(doctor.UnknownMSS, false), true},
 		"another target":           {message(t, unix.NFPROTO_IPV4, expression(t, "target", netlink.Attribute{Type: unix.NFTA_TARGET_NAME, Data: []byte("MARK\x00")})), rule, false},
-		"a bridge's":               {message(t, unix.NFPROTO_BRIDGE, tcpmss(1400)), Clamp{}, false},
+		"a bridge's":               {message(t, unix.NFPROTO_BRIDGE, tcpmss(1400)), doctor.Clamp{}, false},
 	}
 }
 
@@ -228,16 +229,16 @@ func TestReadNetworkd(t *testing.T) {
 	file := func(text string) *fstest.MapFile { return &fstest.MapFile{Data: []byte(text)} }
 	for name, tt := range map[string]struct {
 		files fstest.MapFS
-		want  Networkd
+		want  doctor.Networkd
 	}{
-		"nothing": {fstest.MapFS{}, Networkd{Routes: true, Rules: true, Source: "the default"}},
+		"nothing": {fstest.MapFS{}, doctor.Networkd{Routes: true, Rules: true, Source: "the default"}},
 		"in the file": {
 			fstest.MapFS{"etc/systemd/networkd.conf": file("# all\n[Network]\n ManageForeignRoutes = off\n;ManageForeignRoutingPolicyRules=no\n[DHCPv4]\nManageForeignRoutingPolicyRules=no\n")},
-			Networkd{Rules: true, Source: "/etc/systemd/networkd.conf"},
+			doctor.Networkd{Rules: true, Source: "/etc/systemd/networkd.conf"},
 		},
 		"only the first file counts": {
 			fstest.MapFS{"run/systemd/networkd.conf": file("[Network]\nSpeedMeter=yes\n"), "usr/lib/systemd/networkd.conf": file("[Network]\nManageForeignRoutes=no\n")},
-			Networkd{Routes: true, Rules: true, Source: "the default"},
+			doctor.Networkd{Routes: true, Rules: true, Source: "the default"},
 		},
 		"drop-ins in the order of their names": {
 			fstest.MapFS{
@@ -246,14 +247,14 @@ func TestReadNetworkd(t *testing.T) {
 				"run/systemd/networkd.conf.d/40-b.conf":        file("[Network]\nManageForeignRoutes=0\n"),
 				"etc/systemd/networkd.conf.d/60-c.conf.backup": file("[Network]\nManageForeignRoutes=no\n"),
 			},
-			Networkd{Routes: true, Source: "/usr/lib/systemd/networkd.conf.d/50-a.conf"},
+			doctor.Networkd{Routes: true, Source: "/usr/lib/systemd/networkd.conf.d/50-a.conf"},
 		},
 		"a drop-in hides its namesake": {
 			fstest.MapFS{
 				"usr/lib/systemd/networkd.conf.d/50-a.conf":       file("[Network]\nManageForeignRoutes=no\nManageForeignRoutingPolicyRules=no\n"),
 				"usr/local/lib/systemd/networkd.conf.d/50-a.conf": file("[Network]\nManageForeignRoutingPolicyRules=maybe\n"),
 			},
-			Networkd{Routes: true, Rules: true, Source: "the default"},
+			doctor.Networkd{Routes: true, Rules: true, Source: "the default"},
 		},
 	} {
 		got, err := readNetworkd(tt.files)
@@ -268,7 +269,7 @@ func TestNetworkdIsFound(t *testing.T) {
 	if !netnstest.Private(t) {
 		return
 	}
-	var p Patient
+	p := look{&doctor.Patient{}}
 	if err := p.findNetworkd(); err != nil || p.Networkd != nil {
 		t.Fatalf("found %+v, %v before there is any", p.Networkd, err)
 	}
@@ -316,7 +317,7 @@ func write(t *testing.T, file, text string) {
 func TestParseModules(t *testing.T) {
 	got := parseModules("esp6_offload 12288 - - Live 0x0000000000000000\nesp4 32768 2 esp4_offload, Live 0x0000000000000000\n" +
 		"esp4_offload 16384 3 - Live 0x0000000000000000\nx\n")
-	if d := cmp.Diff(map[string]Module{"esp4_offload": {3}, "esp6_offload": {-1}}, got); d != "" {
+	if d := cmp.Diff(map[string]doctor.Module{"esp4_offload": {Refs: 3}, "esp6_offload": {Refs: -1}}, got); d != "" {
 		t.Errorf("-want +got:\n%s", d)
 	}
 }

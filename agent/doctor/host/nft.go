@@ -1,4 +1,4 @@
-package doctor
+package host
 
 import (
 	"bytes"
@@ -7,6 +7,8 @@ import (
 
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
+
+	"tsoagent/agent/doctor"
 )
 
 // google/nftables can't read a rule with `rt mtu` ("not yet implemented"), so rules are decoded here, and nothing of them but what sets an MSS.
@@ -60,7 +62,7 @@ func parseChain(data []byte) (chain nftChain, hook string, ok bool, err error) {
 }
 
 // parseRule reads an NFT_MSG_NEWRULE. ok is false for one that sets no MSS.
-func parseRule(data []byte) (c Clamp, ok bool, err error) {
+func parseRule(data []byte) (c doctor.Clamp, ok bool, err error) {
 	ad, family, err := nftAttributes(data)
 	if err != nil || family == "" {
 		return c, false, err
@@ -128,7 +130,7 @@ func (s *sets) expression(ad *netlink.AttributeDecoder) error {
 				case "target":
 					s.target(ad)
 				case "lookup", "map", "numgen", "hash": // byteorder, which follows rt, only turns it around
-					s.last = UnknownMSS
+					s.last = doctor.UnknownMSS
 				}
 				return nil
 			})

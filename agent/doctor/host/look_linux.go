@@ -1,4 +1,5 @@
-package doctor
+// Package host looks at what the doctor judges besides the agent's own state: rules that set an MSS, systemd-networkd, modules, capabilities.
+package host
 
 import (
 	"context"
@@ -12,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"tsoagent/agent"
+	"tsoagent/agent/doctor"
 	"tsoagent/routes"
 	"tsoagent/xfrmwatch"
 )
@@ -19,15 +21,19 @@ import (
 // maxSourceLess bounds for how many coverages the kernel is asked.
 const maxSourceLess = 1000
 
+// look is under way.
+type look struct{ *doctor.Patient }
+
 // Look takes what one look at a namespace found into the patient, and looks at the rest: rules that set an MSS, systemd-networkd, modules. What
 // can't be looked at is told (NotSeen).
-func (p *Patient) Look(ctx context.Context, e *agent.Examination) error {
+func Look(ctx context.Context, e *agent.Examination, p *doctor.Patient) error {
+	l := look{p}
 	p.Looked, p.Input, p.Plan = true, e.Input, e.Plan
 	var err error
 	if p.LostBy, err = e.LostBy(ctx); err != nil {
 		return err
 	}
-	p.notSeen("modules", func() error {
+	l.notSeen("modules", func() error {
 		b, err := os.ReadFile("/proc/modules")
 		if errors.Is(err, os.ErrNotExist) {
 			return nil // a kernel without modules
@@ -36,37 +42,33 @@ func (p *Patient) Look(ctx context.Context, e *agent.Examination) error {
 		return err
 	})
 	err = e.InNamespace(func() error {
-		p.notSeen("rules of nftables", func() (err error) {
+		l.notSeen("rules of nftables", func() (err error) {
 			p.Clamps, err = readClamps()
 			return err
 		})
-		p.legacyTables()
-		p.notSeen("systemd-networkd", p.findNetworkd)
+		l.legacyTables()
+		l.notSeen("systemd-networkd", l.findNetworkd)
 		return nil
 	})
-	p.askSourceLess(e)
+	l.askSourceLess(e)
 	return err
 }
 
-func (p *Patient) notSeen(what string, look func() error) {
+func (p look) notSeen(what string, look func() error) {
 	if err := look(); err != nil {
 		p.NotSeen = append(p.NotSeen, fmt.Sprintf("%s: %s", what, strings.ReplaceAll(err.Error(), "\n", "; ")))
 	}
 }
 
 // askSourceLess asks the kernel for the routes that a clamp to the path MTU looks at.
-func (p *Patient) askSourceLess(e *agent.Examination) {
+func (p look) askSourceLess(e *agent.Examination) {
 	p.SourceLess = map[xfrmwatch.CoverageID]int{}
-	for i := range p.Plan.Verdicts {
-		v := &p.Plan.Verdicts[i]
-		if len(p.Clamps) == 0 || len(p.SourceLess) == maxSourceLess {
+	for id, dst := range p.Destinations() {
+		if len(p.SourceLess) == maxSourceLess {
 			return
 		}
-		if !p.forwarded(v) {
-			continue
-		}
-		f := routes.Family(v.Selector.Family)
-		ans, err := e.Lookup(routes.Query{Family: f, Dst: sample(v.Selector.Dst)})
+		f := routes.FamilyOf(dst)
+		ans, err := e.Lookup(routes.Query{Family: f, Dst: dst})
 		if err != nil {
 			continue // no route: nothing is forwarded there
 		}
@@ -79,12 +81,12 @@ func (p *Patient) askSourceLess(e *agent.Examination) {
 				mtu = int(m)
 			}
 		}
-		p.SourceLess[v.ID] = mtu
+		p.SourceLess[id] = mtu
 	}
 }
 
 // readClamps reads the rules that set an MSS in the namespace of the calling thread. It is empty where the kernel has no nftables.
-func readClamps() ([]Clamp, error) {
+func readClamps() ([]doctor.Clamp, error) {
 	c, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
 	if errors.Is(err, unix.EPROTONOSUPPORT) {
 		return nil, nil
@@ -93,7 +95,7 @@ func readClamps() ([]Clamp, error) {
 		return nil, err
 	}
 	defer c.Close()
-	var out []Clamp
+	var out []doctor.Clamp
 	msgs, err := dumpNFT(c, unix.NFT_MSG_GETRULE)
 	if err != nil {
 		return nil, err
@@ -149,17 +151,17 @@ func dumpNFT(c *netlink.Conn, msg uint16) ([]netlink.Message, error) {
 }
 
 // legacyTables says which tables of iptables-legacy there are: their rules can't be read by netlink.
-func (p *Patient) legacyTables() {
+func (p look) legacyTables() {
 	for _, f := range []struct{ file, tool string }{{"ip_tables_names", "iptables-legacy-save"}, {"ip6_tables_names", "ip6tables-legacy-save"}} {
 		b, err := os.ReadFile("/proc/thread-self/net/" + f.file)
 		if names := strings.Fields(string(b)); err == nil && len(names) > 0 {
-			p.NotSeen = append(p.NotSeen, fmt.Sprintf("rules of iptables-legacy (tables %s): look for TCPMSS in `%s`", strings.Join(names, ", "), f.tool))
+			p.NotSeen = append(p.NotSeen, fmt.Sprintf("rules of iptables-legacy (tables %s): %s shows those with TCPMSS", strings.Join(names, ", "), f.tool))
 		}
 	}
 }
 
 // findNetworkd finds a systemd-networkd in the namespace of the calling thread, and reads its configuration as it sees it.
-func (p *Patient) findNetworkd() error {
+func (p look) findNetworkd() error {
 	own, err := os.Readlink("/proc/thread-self/ns/net")
 	if err != nil {
 		return err
@@ -189,13 +191,13 @@ func (p *Patient) findNetworkd() error {
 }
 
 // ReadProcess reads the effective capabilities of a process (CapEff in /proc/PID/status).
-func ReadProcess(name string, pid int) (Process, error) {
+func ReadProcess(name string, pid int) (doctor.Process, error) {
 	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
 	if err != nil {
-		return Process{}, err
+		return doctor.Process{}, err
 	}
 	caps, err := parseStatus(string(b))
-	return Process{Name: name, PID: pid, Caps: caps}, err
+	return doctor.Process{Name: name, PID: pid, Caps: caps}, err
 }
 
 func parseStatus(text string) (uint64, error) {

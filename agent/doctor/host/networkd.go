@@ -1,4 +1,4 @@
-package doctor
+package host
 
 import (
 	"errors"
@@ -6,25 +6,17 @@ import (
 	"path"
 	"slices"
 	"strings"
-)
 
-// Networkd is a systemd-networkd that runs, with what its configuration says of what others have set up (networkd.conf(5)).
-type Networkd struct {
-	PID int
-	// Routes and Rules say that it deletes routes and rules that it doesn't know (ManageForeignRoutes=, ManageForeignRoutingPolicyRules=):
-	// its default. Routes of protocol kernel, and rules of that, it leaves alone; ours are of another one.
-	Routes, Rules bool
-	// Source is where that is set, or "the default".
-	Source string
-}
+	"tsoagent/agent/doctor"
+)
 
 // networkdDirs are where its configuration is, the first one counting most.
 var networkdDirs = []string{"etc/systemd", "run/systemd", "usr/local/lib/systemd", "usr/lib/systemd"}
 
 // readNetworkd reads the configuration below a root: the first networkd.conf that there is, and then all drop-ins in the order of their names,
 // of those with the same name the first (CONFIGURATION DIRECTORIES AND PRECEDENCE in networkd.conf(5)).
-func readNetworkd(root fs.FS) (Networkd, error) {
-	n := Networkd{Routes: true, Rules: true, Source: "the default"}
+func readNetworkd(root fs.FS) (doctor.Networkd, error) {
+	n := doctor.Networkd{Routes: true, Rules: true, Source: "the default"}
 	var errs []error
 	dropins := map[string]string{} // names to paths
 	main := ""
@@ -60,13 +52,13 @@ func readNetworkd(root fs.FS) (Networkd, error) {
 			errs = append(errs, err)
 			continue
 		}
-		n.apply("/"+file, string(b))
+		apply(&n, "/"+file, string(b))
 	}
 	return n, errors.Join(errs...)
 }
 
 // apply takes what one file says.
-func (n *Networkd) apply(file, text string) {
+func apply(n *doctor.Networkd, file, text string) {
 	section := ""
 	for line := range strings.Lines(text) {
 		line = strings.TrimSpace(line)
