@@ -138,6 +138,7 @@ var sick = []struct {
 		w.route(5450, "10.3.0.0/16", nic, 1446, routes.ProtoTSOAgent)
 		w.rule(routes.Rule{Family: routes.IPv4, Priority: 100, Table: 77})
 		w.route(77, "10.4.0.0/16", nic, 0, routes.ProtoStatic)
+		w.route(routes.TableLocal, "10.3.0.9/32", nic, 0, routes.ProtoKernel)
 		w.rule(routes.Rule{Family: routes.IPv4, Priority: 101, Src: netip.MustParsePrefix("10.8.0.0/24"), Table: 78})
 		w.route(78, "0.0.0.0/0", nic, 0, routes.ProtoStatic)
 	}, nil},
@@ -229,6 +230,11 @@ var sick = []struct {
 		w.transport(false)
 		w.route(routes.TableMain, "10.2.0.0/16", tunnel, 1442, routes.ProtoStatic)
 		w.route(routes.TableMain, "10.2.0.0/30", tunnel, 0, routes.ProtoKernel)
+	}, nil},
+	{"a tunnel above ESP that leads to its own net alone, with an MTU that fits", func(w *world) {
+		w.link(gre(1476, false), nil)
+		w.transport(false)
+		w.route(routes.TableMain, "10.2.0.0/30", tunnel, 1442, routes.ProtoKernel)
 	}, nil},
 	{"a tunnel above ESP whose MTU fits", func(w *world) {
 		w.link(gre(1440, false), nil)
