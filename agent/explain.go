@@ -11,8 +11,11 @@ import (
 
 // explain answers from the loop's state and the kernel's own route lookup.
 func (a *Agent) explain(q Question) (*Explanation, error) {
-	e := &Explanation{Version: ReportVersion, Dst: q.Dst.String(), Action: "none", Losers: []string{}, Costs: []StepCost{}, Notes: []string{}}
-	ans, err := a.lookup(q)
+	e := &Explanation{
+		Version: ReportVersion, Dst: q.Dst.String(), Action: "none", Losers: []string{}, Costs: []StepCost{}, Notes: []string{},
+		Live: !a.once, WouldChange: []string{},
+	}
+	rq, ans, err := a.lookup(q)
 	if err != nil {
 		return nil, fmt.Errorf("the kernel finds no route to %s: %w", q.Dst, err)
 	}
@@ -31,10 +34,12 @@ func (a *Agent) explain(q Question) (*Explanation, error) {
 	if ans.Gateway.IsValid() {
 		e.Gateway = ans.Gateway.String()
 	}
+	a.explainRoute(e, rq, ans)
 	a.explainKeys(e, q)
+	defer a.explainRest(e, q, ans.Oif)
 	var ifID uint32
 	if l := a.st.fib.Link(ans.Oif); l != nil {
-		e.Device, e.DeviceMTU = l.Name, l.MTU
+		e.Device, e.DeviceMTU = l.Name, l.MTUFor(rq.Family)
 		switch {
 		case l.Kind == "xfrm" && l.External:
 			e.AddNote(l.Name + " is in external mode: each packet, or its route, names the if_id of its policies")
@@ -46,6 +51,7 @@ func (a *Agent) explain(q Question) (*Explanation, error) {
 	}
 	if !src.IsValid() {
 		e.Notes = append(e.Notes, "no source address is known: give one with --from")
+		e.AddChange("a source address (--from): policies select by it")
 		return e, nil
 	}
 	win, losers := a.st.db.Lookup(flowOf(q, src, ifID, int32(ans.Oif)), xfrmwatch.Out)
@@ -69,22 +75,27 @@ func (a *Agent) explain(q Question) (*Explanation, error) {
 	return e, nil
 }
 
-func (a *Agent) lookup(q Question) (routes.Answer, error) {
-	rq := routes.Query{Family: routes.FamilyOf(q.Dst), Dst: q.Dst, Src: q.From, Mark: q.Mark, IPProto: q.Proto, Dport: q.Port}
+// lookup asks the kernel for the route, and says how.
+func (a *Agent) lookup(q Question) (routes.Query, routes.Answer, error) {
+	rq := routes.Query{Family: routes.FamilyOf(q.Dst), Dst: q.Dst, Src: q.From, Mark: q.Mark}
+	if q.Proto == protoTCP || q.Proto == protoUDP || q.Proto == 0 {
+		// Others can't be asked for (rtm_getroute_parse_ip_proto, net/ipv4/netlink.c).
+		rq.IPProto, rq.Dport = q.Proto, q.Port
+	}
 	ans, err := a.rt.Lookup(rq)
 	if err == nil || !q.From.IsValid() {
-		return ans, err
+		return rq, ans, err
 	}
 	// A source that is not ours comes in by the device that leads back to it.
 	back, berr := a.rt.Lookup(routes.Query{Family: rq.Family, Dst: q.From})
 	if berr != nil {
-		return ans, err
+		return rq, ans, err
 	}
 	rq.Iif = back.Oif
 	if ans, berr = a.rt.Lookup(rq); berr != nil {
-		return ans, fmt.Errorf("%w (from %s it would have to be forwarded: %w)", err, q.From, berr)
+		return rq, ans, fmt.Errorf("%w (from %s it would have to be forwarded: %w)", err, q.From, berr)
 	}
-	return ans, nil
+	return rq, ans, nil
 }
 
 func (a *Agent) explainPolicy(e *Explanation, q Question, p *xfrmwatch.Policy) {
@@ -103,6 +114,7 @@ func (a *Agent) explainPolicy(e *Explanation, q Question, p *xfrmwatch.Policy) {
 			continue
 		}
 		status := a.cost(e, c)
+		a.changeSAs(e, c, status)
 		if e.Coverage = a.verdictOf(c.ID); e.Coverage != nil {
 			for _, n := range e.Coverage.Notes {
 				e.AddNote(n)
@@ -173,10 +185,10 @@ func (a *Agent) verdictOf(id xfrmwatch.CoverageID) *CoverageReport {
 // cost itemises the coverage's transformations, and says what they leave of the route.
 func (a *Agent) cost(e *Explanation, c xfrmwatch.Coverage) xfrmwatch.MTUStatus {
 	paths := plan.PathsOf(a.lastIn)
-	mtu, status := c.MTU(paths, e.DeviceMTU)
+	mtu, status := c.MTU(paths, e.PathMTU())
 	if status == xfrmwatch.MTUKnown {
 		e.SetMTU(mtu, e.Dst)
-		itemise(e, c, e.DeviceMTU, paths)
+		itemise(e, c, e.PathMTU(), paths)
 	}
 	return status
 }
@@ -207,6 +219,7 @@ func itemise(e *Explanation, c xfrmwatch.Coverage, path int, paths func(*xfrmwat
 		for _, it := range items {
 			s.Items = append(s.Items, CostItem{Name: it.Name, Bytes: it.Bytes})
 		}
+		s.Losers = otherSAs(c.Steps[i].SAs, outer)
 		e.Costs = append([]StepCost{s}, e.Costs...)
 		outer = inner
 	}

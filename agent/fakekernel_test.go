@@ -121,7 +121,7 @@ func (w *world) Lookup(q routes.Query) (routes.Answer, error) {
 		n := first.Body.Nexthops[0]
 		return routes.Answer{
 			Type: first.Body.Type, Table: r.Table, Oif: n.Oif, Gateway: n.Gateway,
-			PrefSrc: netip.MustParseAddr("10.1.0.1"), MTU: mm.MTU, MTULocked: mm.Locked,
+			PrefSrc: netip.MustParseAddr("10.1.0.1"), MTU: mm.MTU, MTULocked: mm.Locked, Route: first,
 		}, nil
 	}
 	return routes.Answer{}, fmt.Errorf("%w: %w", routes.ErrUnreachable, unix.ENETUNREACH)

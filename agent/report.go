@@ -231,6 +231,9 @@ func (a *Agent) lockReports(pl *plan.Plan, s *plan.Steps) []LockReport {
 	return out
 }
 
+// Withdrawn is in the finding for a lock that the kernel's own lookup refuted.
+const Withdrawn = "withdrawn:"
+
 // conflicts are what a person should look at, apart from the journal's findings.
 func (a *Agent) conflicts(now time.Time) []string {
 	out := []string{}
@@ -241,7 +244,7 @@ func (a *Agent) conflicts(now time.Time) []string {
 	}
 	var withdrawn []string
 	for id, w := range a.st.withheld {
-		withdrawn = append(withdrawn, fmt.Sprintf("lock for %s withdrawn: %s", id, w.why))
+		withdrawn = append(withdrawn, fmt.Sprintf("lock for %s %s %s", id, Withdrawn, w.why))
 	}
 	slices.Sort(withdrawn)
 	return append(out, withdrawn...)

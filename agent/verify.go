@@ -115,7 +115,7 @@ func (a *Agent) verifyCarriers() []string {
 			return
 		}
 		asked++
-		if ans, err := a.lookup(Question{Dst: dst, From: src}); err == nil {
+		if _, ans, err := a.lookup(Question{Dst: dst, From: src}); err == nil {
 			found[ans.Oif] = true
 		}
 	}

@@ -31,12 +31,21 @@ type Explanation struct {
 	Losers   []string `json:"losers"`
 	// Costs are the bytes of each transformation, the innermost first.
 	Costs []StepCost `json:"costs"`
-	// MTU is the inner MTU in bytes, 0 while it is not known; MSS what TCP has of it without
-	// options.
+	// MTU is what a packet of the flow may have in bytes, before IPsec, 0 while it is not known, or where none gets through; MSS what
+	// TCP has of it without options.
 	MTU      int             `json:"mtu"`
 	MSS      int             `json:"mss"`
 	Coverage *CoverageReport `json:"coverage,omitempty"`
 	Notes    []string        `json:"notes"`
+	// Live says that an agent answers, and so what is held and locked is in place; without one it is what one would do.
+	Live bool `json:"live"`
+	// Rule is the FIB rule whose table has the route, in the words of `ip rule`, and Route that route; empty where they can't be told.
+	Rule  string `json:"rule,omitempty"`
+	Route string `json:"route,omitempty"`
+	// Segmentation says where super-packets of a local TCP sender are cut, and why there; empty where nothing gets through.
+	Segmentation string `json:"segmentation,omitempty"`
+	// WouldChange is what would change the answer.
+	WouldChange []string `json:"would_change"`
 }
 
 // StepCost is what one transformation takes.
@@ -46,6 +55,8 @@ type StepCost struct {
 	MTU      int        `json:"outer_mtu"` // what it is given, in bytes
 	Items    []CostItem `json:"items"`
 	Inner    int        `json:"inner_mtu"` // what it leaves, in bytes
+	// Losers are other SAs for the same template that the kernel doesn't use now.
+	Losers []string `json:"losers,omitempty"`
 }
 
 // CostItem is one line of a cost.
@@ -135,5 +146,20 @@ func (e *Explanation) SetMTU(mtu int, dst string) {
 func (e *Explanation) AddNote(text string) {
 	if !slices.Contains(e.Notes, text) {
 		e.Notes = append(e.Notes, text)
+	}
+}
+
+// PathMTU is the smaller of the route's own MTU and its device's, in bytes.
+func (e *Explanation) PathMTU() int {
+	if e.RouteMTU != 0 && (e.DeviceMTU == 0 || int(e.RouteMTU) < e.DeviceMTU) {
+		return int(e.RouteMTU)
+	}
+	return e.DeviceMTU
+}
+
+// AddChange adds what would change the answer, once.
+func (e *Explanation) AddChange(text string) {
+	if !slices.Contains(e.WouldChange, text) {
+		e.WouldChange = append(e.WouldChange, text)
 	}
 }

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"strings"
 
-	"tsoagent/agent"
 	"tsoagent/agent/flows"
 )
 
@@ -18,10 +17,30 @@ type Code string
 
 // The codes.
 const (
+	// TSOOff is a device whose flows are not covered, and that has its segmentation offload off all the same.
+	TSOOff Code = "tso-off"
+	// ClampInVain is an MSS clamp that doesn't know of IPsec.
+	ClampInVain Code = "clamp-in-vain"
+	// LockDefeated is a lock that a rule of somebody else's keeps from what it is for.
+	LockDefeated Code = "lock-defeated"
+	// NetworkdForeign is that systemd-networkd deletes routes and rules that it doesn't know.
+	NetworkdForeign Code = "networkd-foreign"
+	// ESPOffloadLate is SAs that are older than the module that would offload them.
+	ESPOffloadLate Code = "esp-offload-late"
+	// BondOffers is a bond, bridge or team that offers an offload of ESP that its ports lack.
+	BondOffers Code = "bond-offers"
+	// OffloadNotDone is an SA that is bound to an offload that is not done.
+	OffloadNotDone Code = "offload-not-done"
+	// LarvalSA is an SA that is asked for, and not there yet.
+	LarvalSA Code = "larval-sa"
+	// TunnelMTU is a tunnel whose MTU is larger than what is left to what it wraps.
+	TunnelMTU Code = "tunnel-mtu"
 	// KeyCollateral is connections that lost offload as their listener holds a key for others.
 	KeyCollateral Code = "key-collateral"
 	// Unreadable is that the kernel does not let its sockets be read.
 	Unreadable Code = "connections-unreadable"
+	// MissingCapability is a capability that the agent, or who asks, lacks.
+	MissingCapability Code = "missing-capability"
 )
 
 // Kind is what all findings with a code have in common.
@@ -34,6 +53,45 @@ type Kind struct {
 // Kinds are all that can be found, in the order in which they are told.
 var Kinds = []Kind{
 	{
+		TSOOff, "segmentation offload is off on a device that needs it on",
+		"Turn it on: covered flows lose nothing by it, as the kernel cuts them at their sockets, and the others send 1.5 to 2 times as much for " +
+			"the same CPU.",
+	},
+	{
+		ClampInVain, "an MSS clamp can't know what IPsec leaves",
+		"Clamp to a number instead, in both directions, or give the route the MTU, as the agent's locks do: a clamp to the path MTU asks for the " +
+			"route without a source address, and without IPsec.",
+	},
+	{
+		LockDefeated, "a rule of somebody else's keeps flows from their lock",
+		"An agent that runs places its rules anew; where none runs, take away what one has left. Where there can be no lock, give that rule " +
+			"another priority, or selectors that leave the covered flows alone.",
+	},
+	{
+		NetworkdForeign, "systemd-networkd deletes the agent's routes and rules when it starts, or configures a device",
+		"Tell it to leave alone what it doesn't know.",
+	},
+	{
+		ESPOffloadLate, "SAs are older than the module that would offload them",
+		"Rekey them: what an SA can do is settled when it is added. Have the modules loaded at boot, before the first SA.",
+	},
+	{
+		BondOffers, "a device offers an offload of ESP that the ports it sends by can't do",
+		"Turn the offer off before the next SA is added, or let the agent do it: SAs keep what they were bound to.",
+	},
+	{
+		OffloadNotDone, "an SA is bound to an offload that is not done",
+		"Rekey it, so that the next one is bound to nothing, or to a device that does it.",
+	},
+	{
+		LarvalSA, "an SA is asked for and not there: what it is for is dropped",
+		"If it stays for more than some seconds, nobody negotiates, or the peer doesn't answer: see whether the IKE daemon runs and what it logs.",
+	},
+	{
+		TunnelMTU, "a tunnel's MTU is larger than what IPsec leaves",
+		"Set the device's MTU, or let the agent lock its routes (or set it: carrier_mtu: device).",
+	},
+	{
 		KeyCollateral, "a key on a listener takes offload from connections that are not signed",
 		"Give the signed peers a listener of their own: another address or port, or another process. Then have the other connections " +
 			"opened anew. Nothing that could be set from outside cures a live one, and taking the key away doesn't either.",
@@ -41,6 +99,10 @@ var Kinds = []Kind{
 	{
 		Unreadable, "what the kernel's sockets say can't be read, so nobody looks for lost offload",
 		"It takes CAP_BPF and CAP_PERFMON, and a kernel with BTF (CONFIG_DEBUG_INFO_BTF) and BPF iterators. All the rest works without.",
+	},
+	{
+		MissingCapability, "a capability is missing",
+		"Give it to the service, or to the container that it runs in.",
 	},
 }
 
@@ -50,7 +112,9 @@ type Finding struct {
 	Title string `json:"title"`
 	Text  string `json:"text"` // what was found, here and now
 	Do    string `json:"do"`
-	Page  string `json:"page"`
+	// Commands can be pasted into root's shell, one after the other. None is listed where no command is sure to help.
+	Commands []string `json:"commands,omitempty"`
+	Page     string   `json:"page"`
 }
 
 // Checkup is what was found in a namespace.
@@ -58,27 +122,43 @@ type Checkup struct {
 	Version  int       `json:"version"`
 	Netns    string    `json:"netns,omitempty"`
 	Findings []Finding `json:"findings"`
+	// NotSeen is what could not be looked at, and why: no finding there proves nothing.
+	NotSeen []string `json:"not_seen,omitempty"`
 }
 
-// Check looks at a diagnosis.
-func Check(d *agent.Diagnosis) *Checkup {
-	c := &Checkup{Version: Version, Findings: []Finding{}}
-	for i := range d.Collateral {
-		c.found(KeyCollateral, Collateral(&d.Collateral[i]))
+// Check judges all that is known of a namespace. What could not be looked at is not judged.
+func Check(p *Patient) *Checkup {
+	c := &Checkup{Version: Version, Findings: []Finding{}, NotSeen: p.NotSeen}
+	if p.Looked {
+		c.tso(p)
+		c.clamps(p)
+		c.defeated(p)
+		c.networkd(p)
+		c.lateOffload(p)
+		c.offers(p)
+		c.unbound(p)
+		c.larval(p)
+		c.tunnels(p)
 	}
-	if d.MoreCollateral > 0 {
-		c.found(KeyCollateral, fmt.Sprintf("%s of more listeners", count(d.MoreCollateral, "connection", "connections")))
+	if d := p.Diagnosis; d != nil {
+		for i := range d.Collateral {
+			c.found(KeyCollateral, Collateral(&d.Collateral[i]))
+		}
+		if d.MoreCollateral > 0 {
+			c.found(KeyCollateral, fmt.Sprintf("%s of more listeners", count(d.MoreCollateral, "connection", "connections")))
+		}
+		if d.Unreadable != "" {
+			c.found(Unreadable, d.Unreadable)
+		}
 	}
-	if d.Unreadable != "" {
-		c.found(Unreadable, d.Unreadable)
-	}
+	c.capabilities(p)
 	return c
 }
 
-func (c *Checkup) found(code Code, text string) {
+func (c *Checkup) found(code Code, text string, commands ...string) {
 	for _, k := range Kinds {
 		if k.Code == code {
-			c.Findings = append(c.Findings, Finding{code, k.Title, text, k.Do, Page(code)})
+			c.Findings = append(c.Findings, Finding{code, k.Title, text, k.Do, commands, Page(code)})
 		}
 	}
 }

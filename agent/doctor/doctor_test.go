@@ -20,7 +20,7 @@ func TestCheck(t *testing.T) {
 		"more than are listed":    {agent.Diagnosis{Collateral: []flows.Collateral{one, {Lost: 2}}, MoreCollateral: 1}, []Code{KeyCollateral, KeyCollateral, KeyCollateral}},
 		"unreadable":              {agent.Diagnosis{Unreadable: "no BTF"}, []Code{Unreadable}},
 	} {
-		c := Check(&tt.diagnosis)
+		c := Check(&Patient{Diagnosis: &tt.diagnosis})
 		got := []Code{}
 		for _, f := range c.Findings {
 			got = append(got, f.Code)

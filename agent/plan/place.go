@@ -42,7 +42,7 @@ func (p *planner) place(shapes []*shaped) bool {
 		var first, second []ruled
 		for _, s := range group {
 			if len(first) >= room {
-				s.note(fmt.Sprintf("no lock: no free rule priority directly ahead of rule %d, or more than %d rules", base.Priority, MaxRules))
+				s.note(fmt.Sprintf("%s%d, or more than %d rules", noPriority, base.Priority, MaxRules))
 				s.out, all = true, false
 				continue
 			}

@@ -4,13 +4,16 @@ import (
 	"cmp"
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
+	"time"
 
 	"github.com/urfave/cli/v2"
 
 	"tsoagent/agent"
 	"tsoagent/agent/client"
 	"tsoagent/agent/doctor"
+	"tsoagent/agent/doctor/host"
 	"tsoagent/agent/netns"
 )
 
@@ -26,11 +29,11 @@ func runDoctor(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	d, err := diagnose(c.Context, cfg, ns)
+	p, err := patient(c.Context, cfg, ns)
 	if err != nil {
 		return err
 	}
-	checkup := doctor.Check(d)
+	checkup := doctor.Check(p)
 	checkup.Netns = ns
 	if err := show(c, checkup, func(p page) { doctorTable(p, checkup) }); err != nil {
 		return err
@@ -41,13 +44,41 @@ func runDoctor(c *cli.Context) error {
 	return nil
 }
 
-// diagnose asks the agent, or reads the kernel where none runs.
-func diagnose(ctx context.Context, cfg agent.Config, ns string) (*agent.Diagnosis, error) {
-	d, err := client.New(cfg.RunDir).DiagnosisIn(ctx, ns)
-	if errors.Is(err, client.ErrNoAgent) {
-		return agent.DiagnoseIn(ctx, cmp.Or(ns, netns.Host), cfg, logAbove(slog.LevelError), version())
+// patient asks the agent, if one runs, for what it knows best, and looks at the kernel and the rest of the host itself. Who may only ask the
+// agent gets what that says.
+func patient(ctx context.Context, cfg agent.Config, ns string) (*doctor.Patient, error) {
+	p := &doctor.Patient{Now: uint64(time.Now().Unix())}
+	cl := client.New(cfg.RunDir)
+	d, err := cl.DiagnosisIn(ctx, ns)
+	alone := errors.Is(err, client.ErrNoAgent)
+	if err != nil && !alone {
+		return nil, err
 	}
-	return d, err
+	if !alone {
+		p.Diagnosis = d
+		if p.Report, err = cl.ReportIn(ctx, ns); err != nil {
+			return nil, err
+		}
+		if proc, err := host.ReadProcess("tsoagent", p.Report.PID); err == nil {
+			proc.Agent, proc.Elsewhere = true, len(p.Report.Namespaces) > 1
+			p.Processes = append(p.Processes, proc)
+		} else {
+			p.NotSeen = append(p.NotSeen, fmt.Sprintf("the agent's capabilities: %v", err))
+		}
+	}
+	err = agent.ExamineIn(ctx, cmp.Or(ns, netns.Host), cfg, logAbove(slog.LevelError), version(), func(ctx context.Context, e *agent.Examination) (err error) {
+		if alone {
+			if p.Diagnosis, err = e.Diagnose(ctx); err != nil {
+				return err
+			}
+		}
+		return host.Look(ctx, e, p)
+	})
+	if errors.Is(err, agent.ErrPermission) && !alone {
+		p.NotSeen = append(p.NotSeen, fmt.Sprintf("all but the agent's connections and capabilities: %v", err))
+		return p, nil
+	}
+	return p, err
 }
 
 // doctorTable has what was found under its title, and what helps once for all of a kind.
@@ -57,17 +88,23 @@ func doctorTable(p page, c *doctor.Checkup) {
 	}
 	if len(c.Findings) == 0 {
 		p.text(0, "no finding")
-		return
+	} else {
+		p.text(0, "%s", count(len(c.Findings), "finding", "findings"))
 	}
-	p.text(0, "%s", count(len(c.Findings), "finding", "findings"))
 	for i, f := range c.Findings {
 		if i == 0 || c.Findings[i-1].Code != f.Code {
 			p.text(0, "! %s: %s", f.Code, f.Title)
 		}
 		p.text(2, "- %s", f.Text)
+		for _, line := range f.Commands {
+			fmt.Fprintf(p, "      %s\n", line) // in one piece, to be pasted
+		}
 		if i+1 == len(c.Findings) || c.Findings[i+1].Code != f.Code {
 			p.text(2, "%s", f.Do)
 			p.text(2, "more in %s", f.Page)
 		}
+	}
+	for _, n := range c.NotSeen {
+		p.text(0, "not looked at: %s", n)
 	}
 }

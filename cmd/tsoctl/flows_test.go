@@ -87,7 +87,7 @@ func drawFlows(list []flows.Flow, r *flows.Result) func(page) {
 }
 
 func drawDoctor(d *agent.Diagnosis) func(page) {
-	return func(p page) { doctorTable(p, doctor.Check(d)) }
+	return func(p page) { doctorTable(p, doctor.Check(&doctor.Patient{Diagnosis: d})) }
 }
 
 // What is printed before the widths are known and after is the same.

@@ -575,6 +575,12 @@ func explainTable(p page, e *agent.Explanation) {
 		route += ", route mtu " + mtuText(e.RouteMTU, e.RouteMTULocked)
 	}
 	p.text(2, "route: %s", route)
+	if e.Route != "" {
+		p.text(4, "%s", e.Route)
+	}
+	if e.Rule != "" {
+		p.text(4, "by rule %s", e.Rule)
+	}
 	switch e.Action {
 	case "none":
 		p.text(2, "policy: none matches, they leave in the clear")
@@ -592,17 +598,30 @@ func explainTable(p page, e *agent.Explanation) {
 		costTable(p, e.Costs[i])
 	}
 	switch c := e.Coverage; {
+	case e.MTU > 0 && e.Action != "ipsec":
+		p.text(2, "mtu %d, TCP MSS %d without options", e.MTU, e.MSS)
 	case e.MTU > 0:
 		p.text(2, "inner mtu %d, TCP MSS %d without options", e.MTU, e.MSS)
 	case c != nil && c.MTU > 0:
 		p.text(2, "inner mtu %d", c.MTU)
 	}
+	if e.Segmentation != "" {
+		p.text(2, "segments are cut %s", e.Segmentation)
+	}
 	if c := e.Coverage; c != nil {
-		p.text(2, "segments are cut at the %s", cutText(c.Cut))
+		if !e.Live && len(c.Held)+len(c.Locked) > 0 {
+			p.text(2, "no agent runs; one would have this")
+		}
 		coverageActs(p, *c)
 	}
 	for _, n := range e.Notes {
 		p.text(2, "- %s", n)
+	}
+	for i, w := range e.WouldChange {
+		if i == 0 {
+			p.text(2, "what would change this:")
+		}
+		p.text(2, "- %s", w)
 	}
 }
 
@@ -619,6 +638,9 @@ func costTable(p page, s agent.StepCost) {
 		line(it.Name, -it.Bytes)
 	}
 	line("leaves", s.Inner)
+	for _, l := range s.Losers {
+		p.text(4, "not used: SA %s", l)
+	}
 }
 
 // tableText is a routing table as `ip` names it.

@@ -94,7 +94,7 @@ func nested() *agent.Explanation {
 				Items: []agent.CostItem{{Name: "AH header", Bytes: 24}},
 			},
 			{
-				Template: "esp tunnel", SA: "10.1.2.2 spi 0x121 reqid 2", MTU: 1500, Inner: 1438,
+				Template: "esp tunnel", SA: "10.1.2.2 spi 0x121 reqid 2", MTU: 1500, Inner: 1438, Losers: []string{"spi 0x111, older, leaves 1446"},
 				Items: []agent.CostItem{
 					{Name: "outer IP header", Bytes: 20}, {Name: "ESP header", Bytes: 8}, {Name: "IV", Bytes: 16},
 					{Name: "ICV", Bytes: 16}, {Name: "ESP trailer", Bytes: 2},
@@ -102,6 +102,9 @@ func nested() *agent.Explanation {
 			},
 		},
 		MTU: 1414, MSS: 1374, Coverage: &r.Coverages[1], Notes: []string{"a path MTU of 1400 was learnt, for 599 more seconds"},
+		Live: true, Rule: "32766: from all lookup 254", Route: "10.2.0.0/16 dev ipsec2 proto bird",
+		Segmentation: "at the device ipsec2, which nothing but covered flows leave by, and whose TSO is held off",
+		WouldChange:  []string{"the MTU of the way to the peer 10.1.2.2, which is 1500"},
 	}
 }
 
@@ -127,7 +130,10 @@ func TestTables(t *testing.T) {
 	alone := degradedReport()
 	alone.Live = false
 	quiet := &agent.Report{Mode: agent.Observe, Live: true, Since: covered().Since, PID: 1, Links: 1, Routes: 1, Policies: 1}
-	clear := &agent.Explanation{Dst: "10.3.0.1", From: "10.8.0.1", Device: "nic1", Gateway: "10.1.1.2", Table: 254, DeviceMTU: 1500, Action: "none"}
+	clear := &agent.Explanation{
+		Dst: "10.3.0.1", From: "10.8.0.1", Device: "nic1", Gateway: "10.1.1.2", Table: 254, DeviceMTU: 1500, Action: "none",
+		MTU: 1500, MSS: 1460, Segmentation: "by nic1, which gets super-packets (tx-tcp-segmentation on)", WouldChange: []string{"policy 17 takes packets from 10.9.0.0/24"},
+	}
 	bypass := &agent.Explanation{Dst: "10.3.7.1", From: "10.9.0.1", Device: "nic1", Gateway: "10.1.1.2", Table: 100, DeviceMTU: 1500, RouteMTU: 1480, Action: "bypass", Policy: 33, Selector: "src 10.9.0.0/24 dst 10.3.7.0/24"}
 	block := &agent.Explanation{Dst: "fd03::1", From: "fd09::1", Device: "nic1", Table: 254, DeviceMTU: 1500, Action: "block", Policy: 41, Selector: "src fd09::/64 dst fd03::/32"}
 	presumed := &agent.Explanation{
