@@ -24,10 +24,17 @@ build:
 install: build
 	install -D -m 755 bin/tsoagent $(DESTDIR)/usr/sbin/tsoagent
 	install -D -m 755 bin/tsoctl $(DESTDIR)/usr/bin/tsoctl
+	install -d -m 755 $(DESTDIR)/usr/share/man/man8
+	bin/tsoagent man --dir $(DESTDIR)/usr/share/man/man8
+	bin/tsoctl man --dir $(DESTDIR)/usr/share/man/man8
+	install -d -m 755 $(addprefix $(DESTDIR)/usr/share/,bash-completion/completions zsh/vendor-completions fish/vendor_completions.d)
+	bin/tsoctl completion bash >$(DESTDIR)/usr/share/bash-completion/completions/tsoctl
+	bin/tsoctl completion zsh >$(DESTDIR)/usr/share/zsh/vendor-completions/_tsoctl
+	bin/tsoctl completion fish >$(DESTDIR)/usr/share/fish/vendor_completions.d/tsoctl.fish
 	install -D -m 644 packaging/systemd/tsoagent.service $(DESTDIR)/usr/lib/systemd/system/tsoagent.service
 	install -D -m 644 packaging/sysusers.d/tsoagent.conf $(DESTDIR)/usr/lib/sysusers.d/tsoagent.conf
 	install -D -m 644 packaging/tmpfiles.d/tsoagent.conf $(DESTDIR)/usr/lib/tmpfiles.d/tsoagent.conf
-	install -D -m 644 -t $(DESTDIR)/usr/share/doc/tsoagent README.md LICENSE docs/*.md docs/tsoagent.yaml
+	install -D -m 644 -t $(DESTDIR)/usr/share/doc/tsoagent README.md LICENSE docs/*.md docs/tsoagent.yaml docs/openapi.yaml
 	install -D -m 644 -t $(DESTDIR)/usr/share/doc/tsoagent/dashboards dashboards/*
 
 run: build

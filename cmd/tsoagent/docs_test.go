@@ -12,6 +12,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"tsoagent/agent"
+	"tsoagent/cmd/internal/manual/manualtest"
 )
 
 func document(t *testing.T, name string) string {
@@ -100,6 +101,11 @@ func TestEveryFlagIsDocumented(t *testing.T) {
 		flags = append(flags, cmd.Flags...)
 	}
 	checkFlags(t, text, flags)
+}
+
+func TestManualPages(t *testing.T) {
+	manualtest.Written(t, newApp(), "tsoagent.8", "tsoagent-run.8")
+	manualtest.Clean(t, &pages, newApp())
 }
 
 func checkFlags(t *testing.T, text string, flags []cli.Flag) {

@@ -19,6 +19,7 @@ import (
 
 	"tsoagent/agent"
 	"tsoagent/agent/metrics"
+	"tsoagent/cmd/internal/manual"
 )
 
 // Exit codes.
@@ -67,6 +68,7 @@ func newApp() *cli.App {
 				Name: "check", Usage: "validate a configuration; exit 2 and a line for each mistake if it is wrong",
 				ArgsUsage: "[FILE]", OnUsageError: usage, Action: check, Flags: []cli.Flag{config},
 			},
+			pages.Command("tsoagent", usage),
 		},
 		Action: func(c *cli.Context) error {
 			if c.Args().Present() {
@@ -79,6 +81,18 @@ func newApp() *cli.App {
 
 func usage(_ *cli.Context, err error, _ bool) error {
 	return cli.Exit(fmt.Sprintf("%v; see tsoagent --help", err), exitUsage)
+}
+
+// pages are the manual pages.
+var pages = manual.Program{
+	Exits: "0 done or stopped gracefully, 1 failed, 2 wrong usage or configuration.",
+	Files: []manual.File{
+		{Name: defaultConfig, Text: "the service's configuration."},
+		{Name: "/etc/default/tsoagent", Text: "environment variables of the service, which go before the configuration."},
+		{Name: "/run/tsoagent", Text: "the journal of what was changed, and the control socket."},
+		{Name: "/usr/share/doc/tsoagent/configuration.md", Text: "each key of the configuration."},
+	},
+	Also: []string{"tsoctl", "ip-xfrm", "ip-route", "ethtool"},
 }
 
 // version is that of the build, from the version control system.

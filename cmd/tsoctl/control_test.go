@@ -5,7 +5,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -14,6 +13,7 @@ import (
 
 	"tsoagent/agent"
 	"tsoagent/agent/api"
+	"tsoagent/cmd/internal/manual/manualtest"
 )
 
 func someDevices() *api.DeviceList {
@@ -213,60 +213,7 @@ end
 	}
 }
 
-// TestManualPagesAreClean has groff read all of them.
-func TestManualPagesAreClean(t *testing.T) {
-	app := newApp()
-	for _, cmd := range append([]*cli.Command{nil}, app.Commands...) {
-		page := manPage(app, cmd)
-		flags := app.Flags
-		if cmd != nil {
-			flags = cmd.Flags
-		}
-		for _, f := range flags {
-			for _, name := range f.Names() {
-				if !bytes.Contains(page, []byte(roffText("-"+name)+`\fR`)) {
-					t.Errorf("%s: %s is missing", pageName(cmd), name)
-				}
-			}
-		}
-		for _, heading := range []string{"NAME", "SYNOPSIS", "DESCRIPTION", "OPTIONS", "EXIT STATUS", "SEE ALSO"} {
-			if !bytes.Contains(page, []byte(`.SH "`+heading+`"`+"\n")) {
-				t.Errorf("%s: no %s", pageName(cmd), heading)
-			}
-		}
-		groff, err := exec.LookPath("groff")
-		if err != nil {
-			t.Skip("groff is missing (package groff-base)")
-		}
-		run := exec.Command(groff, "-man", "-ww", "-Tutf8")
-		run.Stdin = bytes.NewReader(page)
-		var warnings bytes.Buffer
-		run.Stderr = &warnings
-		out, err := run.Output()
-		if err != nil || warnings.Len() > 0 || len(out) < 500 {
-			t.Errorf("%s: %v\n%s", pageName(cmd), err, warnings.String())
-		}
-	}
-	if got := roffText(`.x \ - a…`); got != `\&.x \e \- a...` {
-		t.Errorf("escaped %q", got)
-	}
-}
-
-func TestManualPagesCanBeWritten(t *testing.T) {
-	dir := t.TempDir()
-	app := newApp()
-	if err := app.Run([]string{"tsoctl", "man", "--dir", dir}); err != nil {
-		t.Fatal(err)
-	}
-	files, err := os.ReadDir(dir)
-	if err != nil {
-		t.Fatal(err)
-	}
-	var names []string
-	for _, f := range files {
-		names = append(names, f.Name())
-	}
-	if len(names) != len(app.Commands)+1 || !slices.Contains(names, "tsoctl.8") || !slices.Contains(names, "tsoctl-pause.8") {
-		t.Errorf("written: %v", names)
-	}
+func TestManualPages(t *testing.T) {
+	manualtest.Written(t, newApp(), "tsoctl.8", "tsoctl-pause.8")
+	manualtest.Clean(t, &pages, newApp())
 }

@@ -214,7 +214,7 @@ func newApp() *cli.App {
 			resumeCommand(),
 			reloadCommand(),
 			completionCommand(),
-			manCommand(),
+			pages.Command("tsoctl", usage),
 		},
 		Action: func(c *cli.Context) error {
 			if c.Args().Present() {
