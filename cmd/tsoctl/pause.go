@@ -83,7 +83,7 @@ func pauseTable(p page, a *api.PauseAnswer) {
 		case n.Why != "":
 			p.text(0, "! %s%s", in, n.Why)
 		case n.Paused == nil:
-			p.text(0, "%snot paused", in)
+			p.text(0, "%snot paused: what waited is done now", in)
 		default:
 			p.text(0, "%s%s", in, pausedText(n.Paused))
 		}
