@@ -60,7 +60,7 @@ type Agent struct {
 	ended    chan struct{} // closed when Run returns
 	report   atomic.Pointer[Report]
 	ring     *ring
-	ringGoes bool // it is handed on to another agent, and does not end with this one's Run
+	ringGoes bool        // it is handed on to another agent, and does not end with this one's Run
 	halt     atomic.Bool // an order to pause is on its way: stop writing
 	sources  *sources
 	forwards *forwarding

@@ -96,7 +96,9 @@ func (f *Fleet) OnReload(fn func(context.Context) error) {
 type refusedError struct{ err error }
 
 // Error says that the one before it stays.
-func (e *refusedError) Error() string { return "the configuration is refused, and the one before it stays in use:\n" + e.err.Error() }
+func (e *refusedError) Error() string {
+	return "the configuration is refused, and the one before it stays in use:\n" + e.err.Error()
+}
 
 // Unwrap is why.
 func (e *refusedError) Unwrap() error { return e.err }
