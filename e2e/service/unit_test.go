@@ -14,6 +14,32 @@ import (
 
 const unit = "../../packaging/systemd/tsoagent.service"
 
+// TestUnitNamesDocumentsThatAreInstalled looks for each of them.
+func TestUnitNamesDocumentsThatAreInstalled(t *testing.T) {
+	need(t, map[string]string{"make": "make"})
+	text, err := os.ReadFile(unit)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, line, _ := strings.Cut(string(text), "\nDocumentation=")
+	line, _, _ = strings.Cut(line, "\n")
+	places := strings.Fields(line)
+	if len(places) != 3 {
+		t.Errorf("it names %q", places)
+	}
+	for _, place := range places {
+		path, isFile := strings.CutPrefix(place, "file://")
+		if page := regexp.MustCompile(`^man:([a-z-]+)\((\d)\)$`).FindStringSubmatch(place); page != nil {
+			path = fmt.Sprintf("/usr/share/man/man%s/%s.%s", page[2], page[1], page[2])
+		} else if !isFile {
+			t.Fatalf("%s is neither a manual page nor a file", place)
+		}
+		if s, err := os.Stat(mustStage(t) + path); err != nil || s.Size() == 0 {
+			t.Errorf("%s: %v", place, err)
+		}
+	}
+}
+
 // TestUnitUnderSystemd runs the unit as it is, from the first start to the end.
 func TestUnitUnderSystemd(t *testing.T) {
 	m := boot(t)
@@ -92,10 +118,18 @@ func TestUnitUnderSystemd(t *testing.T) {
 		m.locked("1380")
 		m.run("sed", "-i", "s/^presume_mtu.*/presume_mtu: 12/", "/etc/tsoagent/tsoagent.yaml")
 		m.run("systemctl", "reload", "tsoagent.service")
-		within(t, "the mistake is logged", func() bool {
-			return strings.Contains(m.log("-p", "3"), `tsoagent.yaml:8: presume_mtu: 12 is less than 576`)
-		})
+		const mistake = `tsoagent.yaml:8: presume_mtu: 12 is less than 576`
+		within(t, "the mistake is logged", func() bool { return strings.Contains(m.log("-p", "3"), mistake) })
+		if _, err := m.try("tsoctl", "reload"); err == nil || !strings.Contains(err.Error(), mistake) {
+			t.Errorf("tsoctl reload: %v", err)
+		}
+		if _, err := m.try("setpriv", "--reuid=65534", "--regid=tsoagent", "--clear-groups", "tsoctl", "reload"); err == nil || !strings.Contains(err.Error(), "only root may do this") {
+			t.Errorf("one of the group reloads: %v", err)
+		}
 		m.run("sed", "-i", "s/^presume_mtu.*/presume_mtu: 1380/", "/etc/tsoagent/tsoagent.yaml")
+		if out := m.run("tsoctl", "reload"); !strings.Contains(out, "the configuration is as it was") {
+			t.Errorf("tsoctl reload: %s", out)
+		}
 		if got := m.property("MainPID"); got != pid {
 			t.Errorf("another process: %s, was %s", got, pid)
 		}
