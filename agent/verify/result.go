@@ -93,7 +93,7 @@ func (s *Sorter) Result(seconds float64, stats []wire.Stats) *Result {
 			one := d.judge(c, t)
 			v.add(d, &one, t)
 			if t.packets == 0 {
-				one.Says = "no traffic of this class in " + period(seconds)
+				one.Says = "no traffic of this class in " + Period(seconds)
 			}
 			out.Classes = append(out.Classes, one)
 			r.OK = r.OK && !one.Wrong
@@ -105,8 +105,8 @@ func (s *Sorter) Result(seconds float64, stats []wire.Stats) *Result {
 	return r
 }
 
-// period is a time in words.
-func period(seconds float64) string { return fmt.Sprintf("%.3g s", seconds) }
+// Period is a time in words.
+func Period(seconds float64) string { return fmt.Sprintf("%.3g s", seconds) }
 
 // expected are the classes of a device in their order: those that were seen, and those that one wants to hear of
 // although they weren't.

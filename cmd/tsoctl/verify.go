@@ -262,6 +262,7 @@ func verifyTable(p page, r *verify.Result) {
 		}
 	}
 	if len(rows) > 1 {
+		p.text(0, "what left in %s", verify.Period(r.Seconds))
 		p.table(rows)
 		fmt.Fprintln(p)
 	}
