@@ -85,7 +85,9 @@ type Agent struct {
 
 	goal goal
 	once bool // stop when the goal is reached
-	heir bool // it took over what another one of this process has left
+	// alone says that this one only looks, beside an agent or without one. It does not change while it runs.
+	alone bool
+	heir  bool // it took over what another one of this process has left
 	// onReady is called when the first plan is in place, nil for nothing.
 	onReady func()
 	again   bool // something has to be looked at once more

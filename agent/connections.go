@@ -252,7 +252,7 @@ func (a *Agent) eachFlow(ctx context.Context, call caller, f flows.Filter, fn fu
 		return nil, err
 	}
 	r := j.Result()
-	r.Netns, r.Live, r.Notes = a.name, !a.once, notes
+	r.Netns, r.Live, r.Notes = a.name, !a.alone, notes
 	nameListeners(r.Collateral)
 	return r, nil
 }
@@ -271,7 +271,7 @@ func (a *Agent) eachConn(ctx context.Context, j *flows.Join, fn func(*flows.Flow
 	return a.in(func() error {
 		it, err := a.conns.open()
 		if err != nil {
-			return &unreadable{err, a.once}
+			return &unreadable{err, a.alone}
 		}
 		var stopped error
 		err = it.Each(func(c sockopt.Conn) bool {
@@ -284,7 +284,7 @@ func (a *Agent) eachConn(ctx context.Context, j *flows.Join, fn func(*flows.Flow
 			return stopped == nil
 		})
 		if err != nil {
-			err = &unreadable{err, a.once}
+			err = &unreadable{err, a.alone}
 		}
 		return errors.Join(err, stopped, it.Close())
 	})

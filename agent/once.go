@@ -65,7 +65,7 @@ func lookIn(ctx context.Context, spec string, cfg Config, log *slog.Logger, vers
 		return nil, err
 	}
 	defer a.Close()
-	a.once = true
+	a.once, a.alone = true, true
 	ctx, cancel := context.WithTimeout(ctx, onceWithin)
 	defer cancel()
 	if err := a.Run(ctx); err != nil {
