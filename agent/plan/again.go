@@ -112,14 +112,14 @@ func (p *planner) leftAgain(c *coverage, path int) (int, string) {
 		return 0, circle
 	case status == xfrmwatch.MTUKnown:
 		if c.tunnels {
-			p.plan.MTU[c.ID], _ = c.MTU(p.peerMTU, anyRoute)
+			p.validMTU(c)
 		}
 	case c.last != 0:
 		mtu = min(c.last, path)
-		c.verdict.note(fmt.Sprintf("%s; the last valid MTU stays", status))
+		p.note(c, fmt.Sprintf("%s; the last valid MTU stays", status))
 	case p.Config.PresumeMTU != 0 && !c.Maybe:
 		mtu = min(p.Config.PresumeMTU, path)
-		c.verdict.note(fmt.Sprintf("%s; presume_mtu %d", status, p.Config.PresumeMTU))
+		p.note(c, fmt.Sprintf("%s; presume_mtu %d", status, p.Config.PresumeMTU))
 	default:
 		return 0, cmp.Or(p.lost(c), status.String())
 	}

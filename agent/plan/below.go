@@ -80,7 +80,7 @@ func (p *planner) noteLoop(t *tunnel) {
 	for _, o := range p.outerFlows(t) {
 		for _, l := range p.lookupsOf(o, way{}) {
 			if _, some := l.flow.takenBy(l.entry); some && l.entry.cov != nil {
-				l.entry.cov.verdict.note(fmt.Sprintf("%s keeps its features, and its routes have no lock for its sake: its outer packets can go into it again", t.link.Name))
+				p.note(l.entry.cov, fmt.Sprintf("%s keeps its features, and its routes have no lock for its sake: its outer packets can go into it again", t.link.Name))
 			}
 		}
 	}
@@ -101,7 +101,7 @@ func (p *planner) noteWays(t *tunnel, o outerFlow, one way) {
 		}
 	}
 	for _, c := range covs {
-		c.verdict.note(fmt.Sprintf("%s keeps its features, and its routes have no lock for its sake: its outer packets can also leave by another way than %s", t.link.Name, p.FIB.Link(t.path.Oif).Name))
+		p.note(c, fmt.Sprintf("%s keeps its features, and its routes have no lock for its sake: its outer packets can also leave by another way than %s", t.link.Name, p.FIB.Link(t.path.Oif).Name))
 	}
 }
 

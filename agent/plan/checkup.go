@@ -2,6 +2,7 @@ package plan
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 
 	"tsoagent/routes"
@@ -50,7 +51,7 @@ func RulesInTheWay(in Input) []InTheWay {
 				add(r, c.ID, "it decides for a part of them, and what it selects by (%s) can't be repeated in a rule of ours", part.Blocked)
 			case part.Blocked == "" && r.Action == routes.RuleToTable && p.Config.OwnTable(r.Table):
 				add(r, c.ID, "it leads to table %d, which is ours, and is not our rule", r.Table)
-			case part.Blocked == "" && c.verdict.crowded(r.Priority):
+			case part.Blocked == "" && c.crowded(r.Priority):
 				add(r, c.ID, "there is no free priority directly ahead of it, or not for so many rules")
 			}
 		}
@@ -61,13 +62,10 @@ func RulesInTheWay(in Input) []InTheWay {
 // noPriority begins the note of a coverage whose rule has no place.
 const noPriority = "no lock: no free rule priority directly ahead of rule "
 
-func (v *Verdict) crowded(priority uint32) bool {
-	for _, n := range v.Notes {
-		if strings.HasPrefix(n, fmt.Sprintf("%s%d,", noPriority, priority)) {
-			return true
-		}
-	}
-	return false
+func (c *coverage) crowded(priority uint32) bool {
+	return slices.ContainsFunc(c.members, func(m *member) bool {
+		return strings.HasPrefix(m.shape.why, fmt.Sprintf("%s%d,", noPriority, priority))
+	})
 }
 
 // UnboundSA is an SA that is bound to an offload that is not done.

@@ -44,13 +44,14 @@ type clamped struct {
 // An MSS is only ever lowered, and moves no packet: where several routes or policies can decide
 // about some flows to a destination, the smallest holds for all of them.
 func (p *planner) clamp() {
+	p.begin(&unit{phase: phasePartial})
 	c := &clamping{planner: p, served: map[*routes.Rule]map[*coverage]bool{}, points: map[netip.Prefix]bool{}}
 	for _, cov := range p.covers {
 		switch {
 		case !cov.tunnels:
 			// What it costs is the socket's own business; judge says so.
 		case cov.Selector.Proto != 0 && cov.Selector.Proto != protoTCP:
-			cov.verdict.note(fmt.Sprintf("no lock: only TCP has an MSS to clamp, and these flows are protocol %d (partial: clamp)", cov.Selector.Proto))
+			c.note(cov, fmt.Sprintf("no lock: only TCP has an MSS to clamp, and these flows are protocol %d (partial: clamp)", cov.Selector.Proto))
 		default:
 			c.serve(cov)
 		}
@@ -68,8 +69,8 @@ func (p *planner) clamp() {
 	p.blameClamps(kept)
 	for _, k := range kept {
 		for _, cov := range k.by {
-			cov.verdict.Locked = append(cov.verdict.Locked, fmt.Sprintf("%s clamp mss %d", k.dst, k.mss))
-			cov.verdict.note("forwarded TCP to and from these destinations gets the smaller MSS, whatever its source and ports; other packets get no lock (partial: clamp)")
+			c.locks(cov, fmt.Sprintf("%s clamp mss %d", k.dst, k.mss))
+			c.note(cov, "forwarded TCP to and from these destinations gets the smaller MSS, whatever its source and ports; other packets get no lock (partial: clamp)")
 		}
 	}
 }
@@ -82,7 +83,7 @@ func (c *clamping) serve(cov *coverage) {
 	for _, part := range c.parts(cov) {
 		base := part.Rule
 		if base.Action == routes.RuleGoto && part.Blocked != "" {
-			cov.verdict.note(fmt.Sprintf("rule %d (%s) decides for a part of the flows: no clamp for what it leads elsewhere", base.Priority, part.Blocked))
+			c.note(cov, fmt.Sprintf("rule %d (%s) decides for a part of the flows: no clamp for what it leads elsewhere", base.Priority, part.Blocked))
 		}
 		if base.Action != routes.RuleToTable || c.Config.OwnTable(base.Table) {
 			continue
@@ -92,7 +93,7 @@ func (c *clamping) serve(cov *coverage) {
 			continue
 		}
 		if fresh := c.fresh(own); len(c.points)+fresh > c.Config.MaxClones {
-			cov.verdict.note(fmt.Sprintf("no clamp: more than %d destinations in all (max_clones)", c.Config.MaxClones))
+			c.note(cov, fmt.Sprintf("no clamp: more than %d destinations in all (max_clones)", c.Config.MaxClones))
 			continue
 		}
 		for _, x := range own {
@@ -129,7 +130,7 @@ func (c *clamping) pointsIn(base *routes.Rule, cov *coverage, dst netip.Prefix) 
 		if len(points) <= c.Config.MaxClonesPerCoverage {
 			return true
 		}
-		cov.verdict.note(fmt.Sprintf("no clamp: more than %d routes and policies inside %s (max_clones_per_coverage)", c.Config.MaxClonesPerCoverage, dst))
+		c.note(cov, fmt.Sprintf("no clamp: more than %d routes and policies inside %s (max_clones_per_coverage)", c.Config.MaxClonesPerCoverage, dst))
 		return false
 	}
 	for _, seed := range c.clampSeeds(base, cov, dst) {
@@ -251,7 +252,7 @@ func (c *clamping) by(base *routes.Rule, x netip.Prefix, r routes.Route, w way) 
 			n, why := c.mtuAt(e.cov, c.linkMTU(r), r.Body.Family)
 			switch {
 			case n == 0:
-				e.cov.verdict.note(fmt.Sprintf("%s: %s", x, why))
+				c.note(e.cov, fmt.Sprintf("%s: %s", x, why))
 			case mtu == 0 || n < mtu:
 				mtu = n
 			}
@@ -312,7 +313,7 @@ func (c *clamping) candidatesAt(base *routes.Rule, x netip.Prefix) []routes.Rout
 func (c *clamping) noteUnclear(base *routes.Rule, x netip.Prefix) {
 	for _, cov := range c.covers {
 		if c.served[base][cov] && routes.Contains(cov.Selector.Dst, x) {
-			cov.verdict.note(fmt.Sprintf("%s: it is not known which policies apply to one way of its route: no clamp for that", x))
+			c.note(cov, fmt.Sprintf("%s: it is not known which policies apply to one way of its route: no clamp for that", x))
 		}
 	}
 }

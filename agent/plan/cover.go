@@ -27,21 +27,30 @@ type coverage struct {
 	xfrmwatch.Coverage
 	entry   *entry
 	flows   routes.Flows
-	inexact string // why the selector can't be repeated in a FIB rule, or empty
-	last    int    // the last valid inner MTU, 0 for none
+	inexact string  // why the selector can't be repeated in a FIB rule, or empty
+	last    int     // the last valid inner MTU, 0 for none
+	units   []*unit // that say something of it
+	// verdict is what the holds say of it so far.
 	verdict *Verdict
 	tunnels bool // the outer packets have a destination of their own
 	gone    bool
 	// again is set while it is worked out what its packets that are IPsec already have left, circles
 	// once they were found to come to it once more.
 	again, circles bool
+	mine           []*unit // those that speak of it alone
+	members        []*member
 }
 
 // planner holds one run of Make.
 type planner struct {
 	Input
 	plan    *Plan
+	at      *unit // at work
 	covers  []*coverage
+	trials  map[routes.Key]*trial
+	shapes  []*shaped
+	base    unit                                   // what the tunnels say
+	held    unit                                   // what the holds say that is no hold's own
 	peers   map[xfrmwatch.PolicyIndex][]netip.Addr // of splits, as remembered
 	byIfID  map[uint32]*bart.Table[[]*entry]
 	outer   bart.Table[[]Peer] // the destinations of outer packets
@@ -64,6 +73,9 @@ func newPlanner(in Input) *planner {
 		Input:   in,
 		plan:    &Plan{MTU: map[xfrmwatch.CoverageID]int{}},
 		byIfID:  map[uint32]*bart.Table[[]*entry]{},
+		trials:  map[routes.Key]*trial{},
+		base:    unit{phase: phaseTunnels},
+		held:    unit{phase: phaseHolds},
 		locked:  map[routes.Key]bool{},
 		serving: map[serves]*shaped{},
 	}
@@ -87,12 +99,12 @@ func Make(in Input) *Plan {
 			p.notePartial()
 		}
 	}
+	p.begin(&p.held)
 	p.hold()
 	p.holdESP()
 	p.share()
 	p.sortHolds()
 	p.judge()
-	p.noteOffloads()
 	return p.plan
 }
 
@@ -109,7 +121,7 @@ func (p *planner) collect() {
 			p.byIfID[e.ifID] = t
 		}
 		have, _ := t.Get(e.sel.Dst)
-		t.Insert(e.sel.Dst, append(slices.Clip(have), e))
+		t.Insert(e.sel.Dst, append(have, e))
 	}
 	for pol := range p.XFRM.Policies() {
 		if pol.Dir != xfrmwatch.Out || pol.Sub {
@@ -419,20 +431,18 @@ func (p *planner) mtuAt(c *coverage, path int, f routes.Family) (int, string) {
 		switch {
 		case c.last != 0:
 			mtu = min(c.last, path)
-			c.verdict.note(fmt.Sprintf("%s; the last valid MTU stays", status))
+			p.note(c, fmt.Sprintf("%s; the last valid MTU stays", status))
 		case p.Config.PresumeMTU != 0 && !c.Maybe:
 			mtu = min(p.Config.PresumeMTU, path)
-			c.verdict.note(fmt.Sprintf("%s; presume_mtu %d", status, p.Config.PresumeMTU))
+			p.note(c, fmt.Sprintf("%s; presume_mtu %d", status, p.Config.PresumeMTU))
 		default:
 			return 0, cmp.Or(p.lost(c), status.String())
 		}
 	} else if c.tunnels {
 		// A smaller MTU of the route itself is not the coverage's: other routes can have a larger one.
-		p.plan.MTU[c.ID], _ = c.MTU(p.peerMTU, anyRoute)
+		p.validMTU(c)
 	}
-	if c.verdict.MTU == 0 || mtu < c.verdict.MTU {
-		c.verdict.MTU = mtu
-	}
+	p.left(c, mtu)
 	switch {
 	case !c.tunnels:
 		// The bundle's path would be the locked route, and its cost be taken twice: 1430 in place

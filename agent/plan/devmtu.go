@@ -54,6 +54,7 @@ func (p *planner) setDevices() {
 	if p.Config.CarrierMTU != CarrierDevice {
 		return
 	}
+	p.begin(&unit{phase: phaseDevices})
 	set := map[routes.Ifindex]bool{}
 	for _, l := range p.FIB.Links() {
 		if t := p.tunnels[l.Index]; (l.Kind != "xfrm" || l.External || l.IfID == 0) && (t == nil || len(t.covs) == 0) {
@@ -71,7 +72,7 @@ func (p *planner) setDevices() {
 		}
 		if why != "" {
 			for _, c := range covs {
-				c.verdict.note(fmt.Sprintf("%s keeps its MTU, and its routes are locked: %s (carrier_mtu: device)", l.Name, why))
+				p.note(c, fmt.Sprintf("%s keeps its MTU, and its routes are locked: %s (carrier_mtu: device)", l.Name, why))
 			}
 			continue
 		}
@@ -79,7 +80,7 @@ func (p *planner) setDevices() {
 		d := DeviceMTU{Device: l, Was: p.ownMTU(l, routes.IPv4), Want: want}
 		for _, c := range covs {
 			d.Because = append(d.Because, c.ID)
-			c.verdict.Locked = append(c.verdict.Locked, fmt.Sprintf("dev %s mtu %d", l.Name, want))
+			p.locks(c, fmt.Sprintf("dev %s mtu %d", l.Name, want))
 		}
 		p.plan.DeviceMTUs = append(p.plan.DeviceMTUs, d)
 	}

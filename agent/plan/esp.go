@@ -125,20 +125,6 @@ func (p *planner) does(i routes.Ifindex, f ethtool.Feature) bool {
 	return l == nil || p.lacks(l, f) == ""
 }
 
-// noteOffloads names, in each verdict, the SAs that are bound to an offload that is not done. What
-// an SA is bound to never changes, so only a new one, by a rekey, helps. It comes after judge.
-func (p *planner) noteOffloads() {
-	for i, c := range p.covers {
-		for _, st := range c.Steps {
-			for _, sa := range st.SAs {
-				if why := p.unbound(sa); why != "" {
-					p.plan.Verdicts[i].note(fmt.Sprintf("SA %#x to %s %s: rekey, so that the next one is not bound to it", uint32(sa.SPI), sa.Dst, why))
-				}
-			}
-		}
-	}
-}
-
 // unbound says why an SA's offload is not done, or is empty.
 func (p *planner) unbound(sa *xfrmwatch.SA) string {
 	if sa.OffloadDev == 0 {

@@ -366,26 +366,13 @@ func (p *planner) whole(dst netip.Prefix) []*coverage {
 
 // judge completes the verdicts: the policies' in the kernel's order, then the TCP keys'.
 func (p *planner) judge() {
+	p.at = nil
 	for _, c := range p.covers {
-		v := c.verdict
-		if v.MTU == 0 {
-			v.MTU = p.bareMTU(c)
+		v, valid := p.judged(c)
+		if valid != 0 {
+			p.plan.MTU[c.ID] = valid
 		}
-		switch {
-		case v.MTU == 0 && c.Larval && c.last == 0:
-			v.note("no valid SA yet: no lock before the first one (presume_mtu sets one)")
-		case len(v.Locked) == 0 && len(v.Notes) == 0 && p.Config.MTU == MTUOff:
-			v.note("no lock (mtu: off)")
-		case len(v.Locked) == 0 && len(v.Notes) == 0:
-			v.note("no route leads to these flows, or another policy takes them first: nothing to lock")
-		}
-		if v.Gone {
-			v.note("the policy went away: kept until it has been quiet for restore_after")
-		}
-		if v.Maybe {
-			v.note("all templates are optional: locked, but never a reason for a hold")
-		}
-		p.plan.Verdicts = append(p.plan.Verdicts, *v)
+		p.plan.Verdicts = append(p.plan.Verdicts, v)
 	}
 	p.judgeSigned()
 }

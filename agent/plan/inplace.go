@@ -14,22 +14,32 @@ import (
 // lockInPlace finds the routes all of whose flows are covered alike and which can be replaced
 // safely.
 func (p *planner) lockInPlace() {
-	seen := map[routes.Key]bool{}
-	for _, c := range p.covers {
-		for _, r := range p.candidates(c) {
-			if k := r.Key(); !seen[k] {
-				seen[k] = true
-				p.tryInPlace(r)
+	try := func(list []routes.Route) {
+		for _, r := range list {
+			if k := r.Key(); p.trials[k] == nil {
+				t := &trial{unit: unit{phase: phaseTrials, key: k}}
+				p.trials[k] = t
+				p.tryInPlace(t, r)
 			}
 		}
 	}
-	for _, r := range p.throughTunnels() {
-		if k := r.Key(); !seen[k] {
-			seen[k] = true
-			p.tryInPlace(r)
+	for _, c := range p.covers {
+		p.begin(c.own(phaseCandidates))
+		try(p.candidates(c))
+	}
+	try(p.throughTunnels())
+	for _, t := range p.trials {
+		if t.lock != nil {
+			p.plan.Locks = append(p.plan.Locks, *t.lock)
 		}
 	}
 	slices.SortFunc(p.plan.Locks, func(a, b Lock) int { return a.Route.Key().Compare(b.Route.Key()) })
+}
+
+// trial is a route that was looked at for a lock in place.
+type trial struct {
+	unit
+	lock *Lock // nil for none
 }
 
 // candidates are the routes that a coverage can fill as a whole: for a policy with an if_id
@@ -69,7 +79,7 @@ func (p *planner) candidates(c *coverage) []routes.Route {
 		for m := range part.Inside {
 			add(m)
 			if len(out) > p.Config.MaxClonesPerCoverage {
-				c.verdict.note(fmt.Sprintf("more than %d routes inside %s: no lock (max_clones_per_coverage)", p.Config.MaxClonesPerCoverage, c.Selector.Dst))
+				p.note(c, fmt.Sprintf("more than %d routes inside %s: no lock (max_clones_per_coverage)", p.Config.MaxClonesPerCoverage, c.Selector.Dst))
 				return nil
 			}
 		}
@@ -178,7 +188,9 @@ func linkLocal(dst netip.Prefix) bool {
 	return a.IsLinkLocalUnicast() && dst.Bits() >= 10 || a.IsMulticast()
 }
 
-func (p *planner) tryInPlace(r routes.Route) {
+func (p *planner) tryInPlace(t *trial, r routes.Route) {
+	p.begin(&t.unit)
+	t.lock = nil
 	if p.locked[r.Key()] {
 		return // its devices have the MTU themselves
 	}
@@ -190,24 +202,24 @@ func (p *planner) tryInPlace(r routes.Route) {
 		// Others have a clone, or hear why not.
 		if w, _ := p.domain(r.Body); w.tunnel != nil {
 			for _, c := range w.tunnel.covs {
-				c.verdict.note(fmt.Sprintf("%s: %s: not locked in place", r.Key(), why))
+				p.note(c, fmt.Sprintf("%s: %s: not locked in place", r.Key(), why))
 			}
 		}
 		return
 	}
 	if why := p.meetsOuter(r); why != "" {
 		for _, c := range by {
-			c.verdict.note(fmt.Sprintf("%s: %s: not locked in place", r.Key(), why))
+			p.note(c, fmt.Sprintf("%s: %s: not locked in place", r.Key(), why))
 		}
 		return
 	}
-	l := Lock{Route: r, Owner: p.owner(r), Want: p.metric(mtu)}
+	l := &Lock{Route: r, Owner: p.owner(r), Want: p.metric(mtu)}
 	for _, c := range by {
 		l.Because = append(l.Because, c.ID)
-		c.verdict.Locked = append(c.verdict.Locked, fmt.Sprintf("%s mtu %d", r.Key(), mtu))
+		p.locks(c, fmt.Sprintf("%s mtu %d", r.Key(), mtu))
 	}
 	p.locked[r.Key()] = true
-	p.plan.Locks = append(p.plan.Locks, l)
+	t.lock = l
 }
 
 // alike reports whether all flows that use the route are covered and have the same MTU left,
@@ -240,11 +252,11 @@ func (p *planner) alike(r routes.Route) (mtu int, by []*coverage, ok bool) {
 			entered = entered || !e.cov.tunnels
 			continue
 		case n == 0:
-			e.cov.verdict.note(fmt.Sprintf("%s: %s", r.Key(), why))
-			w.tunnel.noteOthers(r, e.cov, why)
+			p.note(e.cov, fmt.Sprintf("%s: %s", r.Key(), why))
+			p.noteOthers(w.tunnel, r, e.cov, why)
 			return 0, nil, false
 		case mtu != 0 && n != mtu:
-			w.tunnel.noteOthers(r, e.cov, fmt.Sprintf("it leaves %d, and others %d", n, mtu))
+			p.noteOthers(w.tunnel, r, e.cov, fmt.Sprintf("it leaves %d, and others %d", n, mtu))
 			return 0, nil, false
 		}
 		if mtu = n; w.vti == nil || !slices.Contains(by, e.cov) { // a vti's are tried twice (applying)
@@ -262,11 +274,11 @@ func (p *planner) alike(r routes.Route) (mtu int, by []*coverage, ok bool) {
 		n, covs, why := p.wrapsAt(r)
 		if n == 0 {
 			for _, c := range covs {
-				c.verdict.note(fmt.Sprintf("%s: %s", r.Key(), why))
+				p.note(c, fmt.Sprintf("%s: %s", r.Key(), why))
 			}
 		}
 		if n != 0 && mtu != 0 && n != mtu {
-			w.tunnel.noteOthers(r, by[0], fmt.Sprintf("it leaves %d, and the tunnel %d", mtu, n))
+			p.noteOthers(w.tunnel, r, by[0], fmt.Sprintf("it leaves %d, and the tunnel %d", mtu, n))
 			return 0, nil, false
 		}
 		return n, union(by, covs), n != 0
@@ -292,20 +304,20 @@ func (p *planner) noteUnlike(r routes.Route) {
 			continue
 		}
 		for _, c := range t.covs {
-			c.verdict.note(fmt.Sprintf("%s: it leads by ways with different policies: not locked in place", r.Key()))
+			p.note(c, fmt.Sprintf("%s: it leads by ways with different policies: not locked in place", r.Key()))
 		}
 	}
 }
 
 // noteOthers tells the coverages of a dedicated tunnel, if there is one, that a policy for some of a
 // route's own flows keeps it from being locked in place.
-func (t *tunnel) noteOthers(r routes.Route, by *coverage, why string) {
+func (p *planner) noteOthers(t *tunnel, r routes.Route, by *coverage, why string) {
 	if t == nil {
 		return
 	}
 	for _, c := range t.covs {
 		if c != by {
-			c.verdict.note(fmt.Sprintf("%s: policy %d takes some of its flows: %s: not locked in place", r.Key(), by.ID.Policy, why))
+			p.note(c, fmt.Sprintf("%s: policy %d takes some of its flows: %s: not locked in place", r.Key(), by.ID.Policy, why))
 		}
 	}
 }

@@ -7,7 +7,6 @@ import (
 	"strings"
 
 	"tsoagent/routes"
-	"tsoagent/xfrmwatch"
 )
 
 // place gives each shape its table and its rules their priorities, directly ahead of the rule
@@ -21,8 +20,7 @@ func (p *planner) place(shapes []*shaped) bool {
 	for _, s := range shapes {
 		s.table = p.tableFor(s, taken)
 		if s.table == 0 {
-			s.note("no lock: no free routing table of our own")
-			s.out, all = true, false
+			s.why, all = "no lock: no free routing table of our own", false
 			continue
 		}
 		if byBase[s.base] == nil {
@@ -36,14 +34,13 @@ func (p *planner) place(shapes []*shaped) bool {
 		room := min(p.room(base), MaxRules-used[base.Family])
 		if j := p.jumpTo(base.Family, base.Priority); j != nil {
 			for _, s := range group {
-				s.note(fmt.Sprintf("rule %d jumps to rule %d: no lock for the flows that it sends there", j.Priority, base.Priority))
+				s.toAll = append(s.toAll, fmt.Sprintf("rule %d jumps to rule %d: no lock for the flows that it sends there", j.Priority, base.Priority))
 			}
 		}
 		var first, second []ruled
 		for _, s := range group {
 			if len(first) >= room {
-				s.note(fmt.Sprintf("%s%d, or more than %d rules", noPriority, base.Priority, MaxRules))
-				s.out, all = true, false
+				s.why, all = fmt.Sprintf("%s%d, or more than %d rules", noPriority, base.Priority, MaxRules), false
 				continue
 			}
 			first = append(first, ruled{s, p.rulesOf(s)})
@@ -54,15 +51,15 @@ func (p *planner) place(shapes []*shaped) bool {
 			}
 			first[i].rules = r.rules[:1]
 			if len(first)+len(second) >= room {
-				r.s.noteServed(fmt.Sprintf("lookups without a source are not served: no second free rule priority directly ahead of rule %d, or more than %d rules", base.Priority, MaxRules))
+				r.s.toServed = append(r.s.toServed, fmt.Sprintf("lookups without a source are not served: no second free rule priority directly ahead of rule %d, or more than %d rules", base.Priority, MaxRules))
 				continue
 			}
-			r.s.noteSourceLess()
+			r.s.toServed = append(r.s.toServed, sourceLessServed(base.Family))
 			second = append(second, ruled{r.s, r.rules[1:]})
 		}
 		used[base.Family] += len(first) + len(second)
 		// Lookups without a source match several shapes: the smallest MTU goes first.
-		slices.SortStableFunc(second, func(a, b ruled) int { return a.s.minMTU - b.s.minMTU })
+		slices.SortStableFunc(second, func(a, b ruled) int { return a.s.minMTU() - b.s.minMTU() })
 		placed = append(placed, append(first, second...))
 	}
 	if !all {
@@ -85,7 +82,7 @@ func (p *planner) emit(base *routes.Rule, list []ruled) {
 	for i, r := range list {
 		sh := out[r.s]
 		if sh == nil {
-			sh = &Shape{ID: r.s.id, Base: base, Table: r.s.table, Clones: r.s.clones}
+			sh = &Shape{ID: r.s.id, Base: base, Table: r.s.table, Clones: r.s.sortedClones()}
 			out[r.s] = sh
 			order = append(order, r.s)
 		}
@@ -96,19 +93,6 @@ func (p *planner) emit(base *routes.Rule, list []ruled) {
 	}
 	for _, s := range order {
 		p.plan.Shapes = append(p.plan.Shapes, *out[s])
-		p.noteClones(s)
-	}
-}
-
-func (p *planner) noteClones(s *shaped) {
-	of := make(map[xfrmwatch.CoverageID]*coverage, len(s.members))
-	for _, m := range s.members {
-		of[m.cov.ID] = m.cov
-	}
-	for _, c := range s.clones {
-		if cov := of[c.Because]; cov != nil && !c.Throw {
-			cov.verdict.Locked = append(cov.verdict.Locked, fmt.Sprintf("%s table %d mtu %d", c.Dst, s.table, c.MTU.MTU))
-		}
 	}
 }
 
@@ -141,34 +125,12 @@ func (p *planner) rulesOf(s *shaped) []routes.Rule {
 	return append(rules, r)
 }
 
-// noteSourceLess says that a second rule serves lookups without a source, and whom else.
-func (s *shaped) noteSourceLess() {
-	if s.id.Flows.Family == routes.IPv4 {
-		s.noteServed("lookups without a source are served: the host's own unbound sockets to these destinations have the lock too")
-	} else {
-		s.noteServed("lookups without a source are served: the host's own traffic to these destinations has the lock too")
+// sourceLessServed says that a second rule serves lookups without a source, and whom else.
+func sourceLessServed(f routes.Family) string {
+	if f == routes.IPv4 {
+		return "lookups without a source are served: the host's own unbound sockets to these destinations have the lock too"
 	}
-}
-
-// served are the members that the shape has a clone for.
-func (s *shaped) served() []member {
-	of := map[xfrmwatch.CoverageID]bool{}
-	for _, c := range s.clones {
-		of[c.Because] = of[c.Because] || !c.Throw
-	}
-	var out []member
-	for _, m := range s.members {
-		if of[m.cov.ID] {
-			out = append(out, m)
-		}
-	}
-	return out
-}
-
-func (s *shaped) noteServed(text string) {
-	for _, m := range s.served() {
-		m.cov.verdict.note(text)
-	}
+	return "lookups without a source are served: the host's own traffic to these destinations has the lock too"
 }
 
 // onlyDst is the destination that all members with a clone share, invalid if they differ. A
@@ -176,7 +138,10 @@ func (s *shaped) noteServed(text string) {
 // apart.
 func (s *shaped) onlyDst() netip.Prefix {
 	var only netip.Prefix
-	for _, m := range s.served() {
+	for _, m := range s.members {
+		if m.clones == 0 {
+			continue
+		}
 		if only.IsValid() && m.dst != only {
 			return netip.Prefix{}
 		}
@@ -298,8 +263,9 @@ func (p *planner) basedOn(r *routes.Rule) *routes.Rule {
 // in a table.
 func (p *planner) notePartial() {
 	for _, c := range p.covers {
+		p.at = c.own(phasePartial)
 		if !p.lockedWhole(c) {
-			c.verdict.note("only a part of a route's flows are covered: no lock (partial: off)")
+			p.note(c, "only a part of a route's flows are covered: no lock (partial: off)")
 		}
 	}
 }
@@ -309,7 +275,7 @@ func (p *planner) lockedWhole(c *coverage) bool {
 	if c.Policy.IfID == 0 && p.vtiOf(c) == nil {
 		return !slices.ContainsFunc(p.parts(c), func(part routes.Part) bool { return !p.allLocked(part) })
 	}
-	if len(c.verdict.Locked) == 0 {
+	if !c.anyLocked() {
 		return false
 	}
 	for _, w := range p.waysOf(c.Policy.IfID) {

@@ -15,16 +15,27 @@ import (
 type shaped struct {
 	id      ShapeID
 	base    *routes.Rule
-	members []member
+	members []*member
 	order   int
-	out     bool // there is no room for it
+	// why says why there is no room for it, empty if there is. The shapes behind it serve its flows then.
+	why string
+	// toAll and toServed are what its members hear, all of them or those that it has a clone for.
+	toAll, toServed []string
 
 	// What fill works out.
-	minMTU int
-	clones []Clone
-	points bart.Lite             // the destinations that were looked at
+	clones int                   // how many points have one, throws included
+	mtus   map[int]int           // how many clones have each MTU, in bytes
+	points bart.Table[*point]    // the destinations that were looked at
 	kept   bart.Table[*coverage] // that of a clone, nil for a throw
 	table  routes.TableID
+}
+
+// point is a destination in a shape's table, with what the table holds there.
+type point struct {
+	unit
+	has   bool // the table holds something
+	clone Clone
+	of    *member // nil for a throw
 }
 
 // serves names the shape that serves an entry ahead of a rule.
@@ -35,8 +46,11 @@ type serves struct {
 
 // member is a coverage in a shape, with the part of its destination that the base rule takes.
 type member struct {
-	cov *coverage
-	dst netip.Prefix
+	cov    *coverage
+	shape  *shaped
+	dst    netip.Prefix
+	unit   unit // what it says where there is too much to look at
+	clones int  // how many are because of it
 }
 
 // shape works out the tables of our own: for each shape of selectors, and each rule that
@@ -49,6 +63,7 @@ func (p *planner) shape() {
 			p.serving[serves{m.cov.entry, s.base}] = s
 		}
 	}
+	p.shapes = shapes
 	// A shape without room leaves its flows to the shapes behind it, which then have to look
 	// again.
 	for !p.place(p.fillAll(shapes)) {
@@ -62,32 +77,20 @@ func (p *planner) fillAll(shapes []*shaped) []*shaped {
 	total, used := 0, map[routes.Family]int{}
 	splits := p.splits()
 	for _, s := range shapes {
-		s.clones, s.kept, s.points, s.minMTU, s.table = nil, bart.Table[*coverage]{}, bart.Lite{}, 0, 0
-		if s.out {
-			continue
+		p.empty(s)
+		if s.why == "" {
+			s.why = p.bars(s, splits, used[s.id.Flows.Family])
 		}
-		if why, ok := p.Withheld[s.id]; ok {
-			s.note("no lock in a table of our own: " + why)
-			s.out = true
-			continue
-		}
-		if splits != "" && s.id.Flows.Family == routes.IPv4 {
-			s.note("no lock in a table of our own: " + splits)
-			s.out = true
-			continue
-		}
-		if used[s.id.Flows.Family] == MaxRules {
-			s.note(fmt.Sprintf("no lock: more than %d rules", MaxRules))
-			s.out = true
+		if s.why != "" {
 			continue
 		}
 		p.fill(s)
-		if total+len(s.clones) > p.Config.MaxClones {
-			s.note(fmt.Sprintf("no lock: more than %d clones in all (max_clones)", p.Config.MaxClones))
-			s.out, s.clones, s.kept = true, nil, bart.Table[*coverage]{}
+		if total+s.clones > p.Config.MaxClones {
+			p.empty(s)
+			s.why = fmt.Sprintf("no lock: more than %d clones in all (max_clones)", p.Config.MaxClones)
 		}
-		if len(s.clones) > 0 {
-			total += len(s.clones)
+		if s.clones > 0 {
+			total += s.clones
 			used[s.id.Flows.Family]++
 			filled = append(filled, s)
 		}
@@ -95,10 +98,32 @@ func (p *planner) fillAll(shapes []*shaped) []*shaped {
 	return filled
 }
 
-func (s *shaped) note(text string) {
-	for _, m := range s.members {
-		m.cov.verdict.note(text)
+// bars says why a shape can't have a table at all, or is empty. used is how many of its family have one.
+func (p *planner) bars(s *shaped, splits string, used int) string {
+	why, withheld := p.Withheld[s.id]
+	switch {
+	case withheld:
+		return "no lock in a table of our own: " + why
+	case splits != "" && s.id.Flows.Family == routes.IPv4:
+		return "no lock in a table of our own: " + splits
+	case used == MaxRules:
+		return fmt.Sprintf("no lock: more than %d rules", MaxRules)
 	}
+	return ""
+}
+
+// empty takes back what was worked out for a shape.
+func (p *planner) empty(s *shaped) {
+	for _, at := range s.points.All() {
+		p.takeBack(&at.unit)
+	}
+	for _, m := range s.members {
+		p.takeBack(&m.unit)
+		m.clones = 0
+	}
+	s.clones, s.mtus, s.table = 0, map[int]int{}, 0
+	s.points, s.kept = bart.Table[*point]{}, bart.Table[*coverage]{}
+	s.toAll, s.toServed = nil, nil
 }
 
 // group sorts the coverages into shapes. A coverage whose flows several rules decide for is in
@@ -107,12 +132,13 @@ func (p *planner) group() []*shaped {
 	byID := map[ShapeID]*shaped{}
 	var shapes []*shaped
 	for _, c := range p.covers {
+		p.begin(c.own(phaseGroups))
 		if l := p.vtiOf(c); l != nil {
 			// Its own lookups have the mark, and no packet: what it carries is locked on its routes.
 			continue
 		}
 		if c.inexact != "" {
-			c.verdict.note("no lock where other flows share a route: " + c.inexact)
+			p.note(c, "no lock where other flows share a route: "+c.inexact)
 			continue
 		}
 		for _, part := range p.parts(c) {
@@ -120,14 +146,14 @@ func (p *planner) group() []*shaped {
 				if p.allLocked(part) {
 					continue
 				}
-				c.verdict.note(fmt.Sprintf("rule %d (%s) decides for a part of the flows: no lock there", part.Rule.Priority, part.Blocked))
+				p.note(c, fmt.Sprintf("rule %d (%s) decides for a part of the flows: no lock there", part.Rule.Priority, part.Blocked))
 				continue
 			}
 			if part.Rule.Action != routes.RuleToTable {
 				continue
 			}
 			if p.Config.OwnTable(part.Rule.Table) {
-				c.verdict.note(fmt.Sprintf("rule %d is not ours and leads to table %d, which is: no lock there", part.Rule.Priority, part.Rule.Table))
+				p.note(c, fmt.Sprintf("rule %d is not ours and leads to table %d, which is: no lock there", part.Rule.Priority, part.Rule.Table))
 				continue
 			}
 			id := ShapeID{Flows: part.Flows, Base: part.Rule.Priority, Table: part.Rule.Table}
@@ -138,7 +164,8 @@ func (p *planner) group() []*shaped {
 				byID[id] = s
 				shapes = append(shapes, s)
 			}
-			s.members = append(s.members, member{c, part.Flows.Dst})
+			m := &member{cov: c, shape: s, dst: part.Flows.Dst, unit: unit{phase: phaseMembers, shape: s, key: routes.Key{Dst: part.Flows.Dst}}}
+			s.members, c.members = append(s.members, m), append(c.members, m)
 		}
 	}
 	return shapes
@@ -183,10 +210,11 @@ func (p *planner) noteVRFs() {
 			if c.Policy.IfID != 0 || !c.tunnels {
 				continue
 			}
+			p.at = c.own(phaseVRFs)
 			m, inside := p.FIB.Cover(c.flows.Family, l.VRFTable, c.Selector.Dst)
 			part := routes.Part{Containing: m, Inside: inside}
 			if p.leads(part) && !p.allLocked(part) {
-				c.verdict.note(fmt.Sprintf("VRF %s: flows inside of it have no lock in a table of our own", l.Name))
+				p.note(c, fmt.Sprintf("VRF %s: flows inside of it have no lock in a table of our own", l.Name))
 			}
 		}
 	}
@@ -223,41 +251,76 @@ func (p *planner) fill(s *shaped) {
 	sorted := make([]netip.Prefix, 0, len(points))
 	for x := range points {
 		sorted = append(sorted, x)
-		s.points.Insert(x)
+		s.points.Insert(x, &point{unit: unit{phase: phaseClones, shape: s, key: routes.Key{Dst: x}}})
 	}
 	// Wider ones first, so that a throw finds the clone that it cuts a hole into.
 	slices.SortFunc(sorted, func(a, b netip.Prefix) int {
 		return cmp.Or(cmp.Compare(a.Bits(), b.Bits()), routes.ComparePrefix(a, b))
 	})
 	for _, x := range sorted {
-		var above *coverage // a clone of a wider destination would take what is not taken here
-		if x.Bits() > 0 {
-			above, _ = s.kept.LookupPrefix(netip.PrefixFrom(x.Addr(), x.Bits()-1).Masked())
-		}
-		clone, c := p.decide(s, x, above)
-		if clone.Throw && above == nil {
-			continue
-		}
-		s.kept.Insert(x, c)
-		s.clones = append(s.clones, clone)
+		at, _ := s.points.Get(x)
+		p.settlePoint(s, x, at)
 	}
-	for _, c := range s.clones {
-		if !c.Throw && (s.minMTU == 0 || int(c.MTU.MTU) < s.minMTU) {
-			s.minMTU = int(c.MTU.MTU)
+}
+
+// settlePoint works out what a shape's table holds at one destination, once the wider ones are settled.
+func (p *planner) settlePoint(s *shaped, x netip.Prefix, at *point) {
+	var above *coverage // a clone of a wider destination would take what is not taken here
+	if x.Bits() > 0 {
+		above, _ = s.kept.LookupPrefix(netip.PrefixFrom(x.Addr(), x.Bits()-1).Masked())
+	}
+	p.begin(&at.unit)
+	clone, c := p.decide(s, x, above)
+	if clone.Throw && above == nil {
+		return
+	}
+	s.kept.Insert(x, c)
+	at.has, at.clone = true, clone
+	s.clones++
+	if c == nil {
+		return
+	}
+	s.mtus[int(clone.MTU.MTU)]++
+	for _, m := range c.members {
+		if m.shape == s {
+			at.of = m
+			m.clones++
 		}
 	}
-	slices.SortFunc(s.clones, func(a, b Clone) int { return routes.ComparePrefix(a.Dst, b.Dst) })
+}
+
+// sortedClones are what the shape's table holds, in the order of destinations.
+func (s *shaped) sortedClones() []Clone {
+	out := make([]Clone, 0, s.clones)
+	for _, at := range s.points.AllSorted() {
+		if at.has {
+			out = append(out, at.clone)
+		}
+	}
+	return out
+}
+
+// minMTU is the least MTU of the shape's clones, in bytes.
+func (s *shaped) minMTU() int {
+	least := 0
+	for mtu := range s.mtus {
+		if least == 0 || mtu < least {
+			least = mtu
+		}
+	}
+	return least
 }
 
 // pointsOf are the destinations at which the outcome can differ inside a member's destination:
 // itself, and each route, policy and outer peer inside it.
-func (p *planner) pointsOf(s *shaped, m member) ([]netip.Prefix, bool) {
+func (p *planner) pointsOf(s *shaped, m *member) ([]netip.Prefix, bool) {
+	p.begin(&m.unit)
 	var points []netip.Prefix
 	full := func() bool {
 		if len(points) <= p.Config.MaxClonesPerCoverage {
 			return false
 		}
-		m.cov.verdict.note(fmt.Sprintf("no lock: more than %d routes and policies inside %s (max_clones_per_coverage)", p.Config.MaxClonesPerCoverage, m.dst))
+		p.note(m.cov, fmt.Sprintf("no lock: more than %d routes and policies inside %s (max_clones_per_coverage)", p.Config.MaxClonesPerCoverage, m.dst))
 		return true
 	}
 	for _, seed := range p.seeds(s, m) {
@@ -289,7 +352,7 @@ func (p *planner) pointsOf(s *shaped, m member) ([]netip.Prefix, bool) {
 
 // seeds are the destinations where a member's flows can need a clone: all of its destination,
 // or, for a policy with an if_id, those that routes through its xfrm interfaces leave of it.
-func (p *planner) seeds(s *shaped, m member) []netip.Prefix {
+func (p *planner) seeds(s *shaped, m *member) []netip.Prefix {
 	if m.cov.Policy.IfID == 0 {
 		return []netip.Prefix{m.dst}
 	}
@@ -345,22 +408,22 @@ func (p *planner) decide(s *shaped, x netip.Prefix, above *coverage) (Clone, *co
 	if _, outer := p.outer.Get(x); outer {
 		// A lock that outer packets met would be taken for their path's MTU, and what it costs be
 		// subtracted again, plan after plan.
-		c.verdict.note(fmt.Sprintf("%s: the outer packets to this address use the route too: no lock there", x.Addr()))
+		p.note(c, fmt.Sprintf("%s: the outer packets to this address use the route too: no lock there", x.Addr()))
 		return throw, nil
 	}
 	mtu, why := p.mtuAt(c, p.linkMTU(r), r.Body.Family)
 	if mtu == 0 {
-		c.verdict.note(fmt.Sprintf("%s: %s", x, why))
+		p.note(c, fmt.Sprintf("%s: %s", x, why))
 		return throw, nil
 	}
 	for _, why := range []string{p.follows(m), p.object(r.Body)} {
 		if why != "" {
-			c.verdict.note(fmt.Sprintf("%s: %s: no lock there", x, why))
+			p.note(c, fmt.Sprintf("%s: %s: no lock there", x, why))
 			return throw, nil
 		}
 	}
 	if above != nil && otherWays(m, r) {
-		c.verdict.note(fmt.Sprintf("%s: sockets bound to a device can take another route there: no lock", x))
+		p.note(c, fmt.Sprintf("%s: sockets bound to a device can take another route there: no lock", x))
 		return throw, nil
 	}
 	header := uint32(40)
@@ -442,7 +505,7 @@ func otherWays(m routes.Match, first routes.Route) bool {
 // lock.
 func (p *planner) noteAt(s *shaped, x netip.Prefix, m routes.Match, above *coverage, why string) {
 	if above != nil {
-		above.verdict.note(fmt.Sprintf("%s: %s: no lock there", x, why))
+		p.note(above, fmt.Sprintf("%s: %s: no lock there", x, why))
 	}
 	ways := []way{{}}
 	for _, b := range m.Paths.Bodies() {
@@ -455,7 +518,7 @@ func (p *planner) noteAt(s *shaped, x netip.Prefix, m routes.Match, above *cover
 	}
 	for _, w := range ways {
 		if c := p.winnerAt(s, x, w); c != nil {
-			c.verdict.note(fmt.Sprintf("%s: %s: no lock there", x, why))
+			p.note(c, fmt.Sprintf("%s: %s: no lock there", x, why))
 		}
 	}
 }
@@ -477,17 +540,17 @@ func (p *planner) winnerAt(s *shaped, x netip.Prefix, w way) *coverage {
 			return nil
 		}
 		if p.bypassed(w, e, x) {
-			e.cov.verdict.note(fmt.Sprintf("%s: a bypass with priority over this policy can leave flows to the device's own: no lock there", x))
+			p.note(e.cov, fmt.Sprintf("%s: a bypass with priority over this policy can leave flows to the device's own: no lock there", x))
 			for _, own := range p.applying(w, x, true) {
 				if own.cov != nil && own != e {
-					own.cov.verdict.note(fmt.Sprintf("%s: a bypass can leave it flows past policy %d: no lock there", x, e.cov.ID.Policy))
+					p.note(own.cov, fmt.Sprintf("%s: a bypass can leave it flows past policy %d: no lock there", x, e.cov.ID.Policy))
 				}
 			}
 			return nil
 		}
 		for _, q := range parts {
 			if ahead := p.serving[serves{q, s.base}]; ahead == nil || ahead.order >= s.order || !ahead.takesAll(x, s) {
-				e.cov.verdict.note(fmt.Sprintf("%s: a policy with priority over this one takes a part of the flows: no lock there", x))
+				p.note(e.cov, fmt.Sprintf("%s: a policy with priority over this one takes a part of the flows: no lock there", x))
 				return nil
 			}
 		}
@@ -504,7 +567,7 @@ func (s *shaped) takesAll(x netip.Prefix, behind *shaped) bool {
 	}
 	for y, clone := range s.kept.Subnets(x) {
 		if clone == nil {
-			if at, ok := behind.points.LookupPrefixLPM(y); !ok || at.Bits() <= x.Bits() {
+			if at, _, ok := behind.points.LookupPrefixLPM(y); !ok || at.Bits() <= x.Bits() {
 				return false
 			}
 		}

@@ -82,6 +82,7 @@ func encapOf(l *routes.Link, l2tp map[routes.Ifindex]routes.Encap) (routes.Encap
 
 // findTunnels works out which tunnels are dedicated.
 func (p *planner) findTunnels() {
+	p.begin(&p.base)
 	p.tunnels, p.ports = map[routes.Ifindex]*tunnel{}, p.portsOf()
 	var list []*tunnel
 	for _, l := range p.FIB.Links() {
@@ -259,7 +260,7 @@ func (p *planner) takersOf(t *tunnel, o outerFlow, done map[*tunnel]bool) ([]*co
 		if !t.link.Up { // gre0, tunl0 and their kin are there with their module
 			break
 		}
-		c.verdict.note(fmt.Sprintf("%s keeps its features: only a part of its outer packets is covered by this policy, and %s", t.link.Name, partly))
+		p.note(c, fmt.Sprintf("%s keeps its features: only a part of its outer packets is covered by this policy, and %s", t.link.Name, partly))
 	}
 	if !one {
 		p.noteWays(t, o, answered)

@@ -56,23 +56,19 @@ func (p *planner) wraps(t *tunnel) (int, string) {
 		case t.loops:
 			return 0, fmt.Sprintf("the outer packets of %s go into itself", t.link.Name)
 		case status == xfrmwatch.MTUKnown && c.tunnels:
-			p.plan.MTU[c.ID], _ = c.MTU(p.peerMTU, anyRoute)
+			p.validMTU(c)
 		case status == xfrmwatch.MTUKnown:
-			if have, ok := p.plan.MTU[c.ID]; !ok || left < have {
-				p.plan.MTU[c.ID] = left
-			}
+			p.valid(c, left)
 		case c.last != 0:
 			left = min(c.last, behind)
-			c.verdict.note(fmt.Sprintf("%s; the last valid MTU stays", status))
+			p.note(c, fmt.Sprintf("%s; the last valid MTU stays", status))
 		case p.Config.PresumeMTU != 0 && !c.Maybe:
 			left = min(p.Config.PresumeMTU, behind)
-			c.verdict.note(fmt.Sprintf("%s; presume_mtu %d", status, p.Config.PresumeMTU))
+			p.note(c, fmt.Sprintf("%s; presume_mtu %d", status, p.Config.PresumeMTU))
 		default:
 			return 0, status.String()
 		}
-		if c.verdict.MTU == 0 || left < c.verdict.MTU {
-			c.verdict.MTU = left
-		}
+		p.left(c, left)
 		mtu = min(mtu, left)
 	}
 	return mtu - t.encap.Header, ""

@@ -1,0 +1,108 @@
+package plan
+
+import (
+	"fmt"
+	"slices"
+)
+
+// judged puts a coverage's verdict together from what all units have said of it. valid is the inner MTU by
+// its valid SAs, in bytes, 0 for none.
+func (p *planner) judged(c *coverage) (v Verdict, valid int) {
+	v = Verdict{
+		ID: c.ID, Selector: c.Selector, Priority: c.Policy.Priority, IfID: c.Policy.IfID, Mark: c.Policy.Mark,
+		Maybe: c.Maybe, Gone: c.gone, Cut: c.verdict.Cut, Carriers: c.verdict.Carriers, Held: c.verdict.Held,
+	}
+	shapes := false // whether those have had their say
+	for _, u := range c.sorted() {
+		if u.phase > phaseClones && !shapes {
+			shapes = true
+			c.hearShapes(&v)
+		}
+		s := u.of(c)
+		if s.left != 0 && (v.MTU == 0 || s.left < v.MTU) {
+			v.MTU = s.left
+		}
+		if s.valid != 0 && (valid == 0 || s.valid < valid) {
+			valid = s.valid
+		}
+		for _, n := range s.notes {
+			v.note(n)
+		}
+		v.Locked = append(v.Locked, s.locked...)
+		if u.phase == phaseClones {
+			if at, _ := u.shape.points.Get(u.key.Dst); at.of != nil && at.of.cov == c {
+				v.Locked = append(v.Locked, fmt.Sprintf("%s table %d mtu %d", at.clone.Dst, u.shape.table, at.clone.MTU.MTU))
+			}
+		}
+	}
+	if !shapes {
+		c.hearShapes(&v)
+	}
+	for _, n := range c.verdict.Notes {
+		v.note(n)
+	}
+	if v.MTU == 0 {
+		v.MTU = p.bareMTU(c)
+	}
+	p.noteStanding(c, &v)
+	return v, valid
+}
+
+// hearShapes adds what a coverage's shapes say.
+func (c *coverage) hearShapes(v *Verdict) {
+	for _, m := range c.members {
+		if m.shape.why != "" {
+			v.note(m.shape.why)
+		}
+		for _, n := range m.shape.toAll {
+			v.note(n)
+		}
+		if m.clones > 0 {
+			for _, n := range m.shape.toServed {
+				v.note(n)
+			}
+		}
+	}
+}
+
+// noteStanding adds what a coverage's own standing says, and why there is nothing else to say.
+func (p *planner) noteStanding(c *coverage, v *Verdict) {
+	switch {
+	case v.MTU == 0 && c.Larval && c.last == 0:
+		v.note("no valid SA yet: no lock before the first one (presume_mtu sets one)")
+	case len(v.Locked) == 0 && len(v.Notes) == 0 && p.Config.MTU == MTUOff:
+		v.note("no lock (mtu: off)")
+	case len(v.Locked) == 0 && len(v.Notes) == 0:
+		v.note("no route leads to these flows, or another policy takes them first: nothing to lock")
+	}
+	if v.Gone {
+		v.note("the policy went away: kept until it has been quiet for restore_after")
+	}
+	if v.Maybe {
+		v.note("all templates are optional: locked, but never a reason for a hold")
+	}
+	for _, st := range c.Steps {
+		for _, sa := range st.SAs {
+			if why := p.unbound(sa); why != "" {
+				v.note(fmt.Sprintf("SA %#x to %s %s: rekey, so that the next one is not bound to it", uint32(sa.SPI), sa.Dst, why))
+			}
+		}
+	}
+}
+
+// own is the unit of a phase that speaks of a coverage alone.
+func (c *coverage) own(at phase) *unit {
+	if i := slices.IndexFunc(c.mine, func(u *unit) bool { return u.phase == at }); i >= 0 {
+		return c.mine[i]
+	}
+	u := &unit{phase: at}
+	c.mine = append(c.mine, u)
+	return u
+}
+
+// validMTU notes the inner MTU that a coverage has by its valid SAs. A smaller MTU of a route is not the
+// coverage's: other routes can have a larger one.
+func (p *planner) validMTU(c *coverage) {
+	mtu, _ := c.MTU(p.peerMTU, anyRoute)
+	p.valid(c, mtu)
+}
