@@ -148,6 +148,15 @@ func (db *DB) Policy(index PolicyIndex) (*Policy, bool) {
 	return nil, false
 }
 
+// Age orders the policies of one priority: the kernel looks at the one with the smaller age first. It is 0
+// for a policy that is not there, and another one after a dump.
+func (db *DB) Age(index PolicyIndex) int64 {
+	if n := db.cur.policies.byIndex[index]; n != nil {
+		return n.age
+	}
+	return 0
+}
+
 // PolicyCount is the number of policies.
 func (db *DB) PolicyCount() int { return len(db.cur.policies.byIndex) }
 

@@ -114,8 +114,8 @@ func (p *planner) leftAgain(c *coverage, path int) (int, string) {
 		if c.tunnels {
 			p.validMTU(c)
 		}
-	case c.last != 0:
-		mtu = min(c.last, path)
+	case p.Last[c.ID] != 0:
+		mtu = min(p.Last[c.ID], path)
 		p.note(c, fmt.Sprintf("%s; the last valid MTU stays", status))
 	case p.Config.PresumeMTU != 0 && !c.Maybe:
 		mtu = min(p.Config.PresumeMTU, path)

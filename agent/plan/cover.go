@@ -14,12 +14,31 @@ import (
 
 // entry is one output policy, or one coverage of it, in the kernel's order of precedence.
 type entry struct {
-	order int
+	rank  rank
 	sel   xfrmwatch.Selector
 	mark  xfrmwatch.Mark
 	ifID  uint32
 	block bool // action block
 	cov   *coverage
+}
+
+// rank is a place in the kernel's order of precedence; those that linger come last.
+type rank struct {
+	gone     bool
+	priority uint32
+	age      int64 // of those that linger the policy's index
+	part     int   // of a policy that is split
+	peer     netip.Addr
+}
+
+func (r rank) compare(o rank) int {
+	if r.gone != o.gone {
+		if o.gone {
+			return -1
+		}
+		return 1
+	}
+	return cmp.Or(cmp.Compare(r.priority, o.priority), cmp.Compare(r.age, o.age), cmp.Compare(r.part, o.part), r.peer.Compare(o.peer))
 }
 
 // coverage is a coverage with what the plan works out for it.
@@ -28,7 +47,6 @@ type coverage struct {
 	entry   *entry
 	flows   routes.Flows
 	inexact string  // why the selector can't be repeated in a FIB rule, or empty
-	last    int     // the last valid inner MTU, 0 for none
 	units   []*unit // that say something of it
 	// verdict is what the holds say of it so far.
 	verdict *Verdict
@@ -53,8 +71,8 @@ type planner struct {
 	held    unit                                   // what the holds say that is no hold's own
 	peers   map[xfrmwatch.PolicyIndex][]netip.Addr // of splits, as remembered
 	byIfID  map[uint32]*bart.Table[[]*entry]
-	outer   bart.Table[[]Peer] // the destinations of outer packets
-	ways    map[uint32][]*ways // by if_id
+	outer   bart.Table[peerUses] // the destinations of outer packets
+	ways    map[uint32][]*ways   // by if_id
 	toPeers map[Peer][]routes.Nexthop
 	locked  map[routes.Key]bool // routes that are locked in place
 	serving map[serves]*shaped  // the shapes that serve coverages
@@ -111,36 +129,92 @@ func Make(in Input) *Plan {
 // collect lists all output policies in the order in which the kernel tries them, those that
 // linger last, and indexes them by if_id and destination.
 func (p *planner) collect() {
-	order := 0
-	add := func(e *entry) {
-		e.order = order
-		order++
-		t := p.byIfID[e.ifID]
-		if t == nil {
-			t = new(bart.Table[[]*entry])
-			p.byIfID[e.ifID] = t
-		}
-		have, _ := t.Get(e.sel.Dst)
-		t.Insert(e.sel.Dst, append(have, e))
-	}
 	for pol := range p.XFRM.Policies() {
-		if pol.Dir != xfrmwatch.Out || pol.Sub {
-			continue
-		}
-		covs := p.withRemembered(pol, p.XFRM.Coverage(pol))
-		if len(covs) == 0 {
-			add(&entry{sel: pol.Selector, mark: pol.Mark, ifID: pol.IfID, block: pol.Action == xfrmwatch.Block})
-			continue
-		}
-		for _, c := range covs {
-			add(p.cover(c, false))
+		for _, e := range p.entriesOf(pol) {
+			p.add(e)
 		}
 	}
 	for _, c := range p.Lingering {
 		if _, back := p.XFRM.Policy(c.ID.Policy); !back {
-			add(p.cover(c, true))
+			p.add(p.linger(c))
 		}
 	}
+	p.sortCovers()
+}
+
+// entriesOf are the entries of a policy: one for each of its coverages, one without if it covers nothing.
+func (p *planner) entriesOf(pol *xfrmwatch.Policy) []*entry {
+	if pol.Dir != xfrmwatch.Out || pol.Sub {
+		return nil
+	}
+	at := rank{priority: pol.Priority, age: p.XFRM.Age(pol.Index)}
+	covs := p.withRemembered(pol, p.XFRM.Coverage(pol))
+	if len(covs) == 0 {
+		return []*entry{{rank: at, sel: pol.Selector, mark: pol.Mark, ifID: pol.IfID, block: pol.Action == xfrmwatch.Block}}
+	}
+	out := make([]*entry, 0, len(covs))
+	for i, c := range covs {
+		at.part = i
+		out = append(out, p.cover(c, at))
+	}
+	return out
+}
+
+// linger is the entry of a coverage whose policy went away.
+func (p *planner) linger(c xfrmwatch.Coverage) *entry {
+	return p.cover(c, rank{gone: true, priority: c.Policy.Priority, age: int64(c.ID.Policy), peer: c.ID.Peer})
+}
+
+// add makes an entry one of those that are looked at.
+func (p *planner) add(e *entry) {
+	t := p.byIfID[e.ifID]
+	if t == nil {
+		t = new(bart.Table[[]*entry])
+		p.byIfID[e.ifID] = t
+	}
+	have, _ := t.Get(e.sel.Dst)
+	t.Insert(e.sel.Dst, append(have, e))
+	c := e.cov
+	if c == nil {
+		return
+	}
+	p.covers = append(p.covers, c)
+	for _, t := range c.Policy.Templates {
+		if t.TakesFlow() || !t.Dst.IsValid() || t.Dst.IsUnspecified() {
+			continue
+		}
+		to := netip.PrefixFrom(t.Dst, t.Dst.BitLen())
+		have, _ := p.outer.Get(to)
+		for _, peer := range peersOf(c.Coverage, t) { // thousands of policies can have one peer
+			have = have.use(peer, 1)
+		}
+		p.outer.Insert(to, have)
+	}
+}
+
+// peerUses are the peers at one address, with how many templates use each.
+type peerUses []peerUse
+
+type peerUse struct {
+	Peer
+	n int
+}
+
+// use counts templates that come, or go where by is -1.
+func (u peerUses) use(peer Peer, by int) peerUses {
+	i := slices.IndexFunc(u, func(have peerUse) bool { return have.Peer == peer })
+	if i < 0 {
+		return append(u, peerUse{peer, by})
+	}
+	if u[i].n += by; u[i].n == 0 {
+		return slices.Delete(u, i, i+1)
+	}
+	return u
+}
+
+// sortCovers brings the coverages into the kernel's order.
+func (p *planner) sortCovers() {
+	slices.SortFunc(p.covers, func(a, b *coverage) int { return a.entry.rank.compare(b.entry.rank) })
 }
 
 // withRemembered adds the peers of a split transport policy whose SAs are gone: while the
@@ -177,30 +251,12 @@ func (p *planner) withRemembered(pol *xfrmwatch.Policy, covs []xfrmwatch.Coverag
 	return append(missing, covs...)
 }
 
-func (p *planner) cover(c xfrmwatch.Coverage, gone bool) *entry {
-	cov := &coverage{Coverage: c, last: p.Last[c.ID], gone: gone}
+func (p *planner) cover(c xfrmwatch.Coverage, at rank) *entry {
+	cov := &coverage{Coverage: c, gone: at.gone}
 	cov.flows, cov.inexact = flowsOf(c)
-	cov.verdict = &Verdict{
-		ID: c.ID, Selector: c.Selector, Priority: c.Policy.Priority, IfID: c.Policy.IfID,
-		Mark: c.Policy.Mark, Maybe: c.Maybe, Gone: gone, Cut: CutSocket,
-	}
-	cov.entry = &entry{sel: c.Selector, mark: c.Policy.Mark, ifID: c.Policy.IfID, cov: cov}
-	p.covers = append(p.covers, cov)
-	for _, t := range c.Policy.Templates {
-		if cov.tunnels = cov.tunnels || !t.TakesFlow(); !t.TakesFlow() && t.Dst.IsValid() && !t.Dst.IsUnspecified() {
-			to := netip.PrefixFrom(t.Dst, t.Dst.BitLen())
-			have, _ := p.outer.Get(to)
-			for _, peer := range peersOf(c, t) { // thousands of policies can have one peer
-				if !slices.Contains(have, peer) {
-					have = append(slices.Clip(have), peer)
-				}
-			}
-			p.outer.Insert(to, have)
-		}
-	}
-	if !gone {
-		p.plan.Current = append(p.plan.Current, c)
-	}
+	cov.verdict = &Verdict{Cut: CutSocket}
+	cov.entry = &entry{rank: at, sel: c.Selector, mark: c.Policy.Mark, ifID: c.Policy.IfID, cov: cov}
+	cov.tunnels = slices.ContainsFunc(c.Policy.Templates, func(t xfrmwatch.Template) bool { return !t.TakesFlow() })
 	return cov.entry
 }
 
@@ -292,7 +348,7 @@ func (p *planner) overlapping(ifID uint32, dst netip.Prefix, inside bool) []*ent
 			}
 		}
 	}
-	slices.SortFunc(out, func(a, b *entry) int { return cmp.Compare(a.order, b.order) })
+	slices.SortFunc(out, func(a, b *entry) int { return a.rank.compare(b.rank) })
 	return out
 }
 
@@ -319,7 +375,7 @@ func (p *planner) applying(w way, dst netip.Prefix, inside bool) []*entry {
 // own lookup of an xfrm interface or vti, past the entry.
 func (p *planner) bypassed(w way, e *entry, dst netip.Prefix) bool {
 	return w.drops() && e.ifID == 0 && slices.ContainsFunc(p.overlapping(0, dst, true), func(b *entry) bool {
-		return b.cov == nil && !b.block && b.order < e.order
+		return b.cov == nil && !b.block && b.rank.compare(e.rank) < 0
 	})
 }
 
@@ -429,8 +485,8 @@ func (p *planner) mtuAt(c *coverage, path int, f routes.Family) (int, string) {
 	mtu, status := c.MTU(p.peerMTU, path)
 	if status != xfrmwatch.MTUKnown {
 		switch {
-		case c.last != 0:
-			mtu = min(c.last, path)
+		case p.Last[c.ID] != 0:
+			mtu = min(p.Last[c.ID], path)
 			p.note(c, fmt.Sprintf("%s; the last valid MTU stays", status))
 		case p.Config.PresumeMTU != 0 && !c.Maybe:
 			mtu = min(p.Config.PresumeMTU, path)

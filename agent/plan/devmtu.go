@@ -128,7 +128,7 @@ func (p *planner) carrierMTU(l *routes.Link) (want int, covs []*coverage, why st
 	if want != 0 && want < room {
 		why = cmp.Or(why, fmt.Sprintf("its flows have different MTUs left, %d, and room for %d", want, room))
 	}
-	slices.SortFunc(covs, func(a, b *coverage) int { return cmp.Compare(a.entry.order, b.entry.order) })
+	slices.SortFunc(covs, func(a, b *coverage) int { return a.entry.rank.compare(b.entry.rank) })
 	return want, covs, why
 }
 
@@ -159,7 +159,7 @@ func (p *planner) needs(r routes.Route) (need, room int, by []*coverage, why str
 		case w.tunnel != nil && p.leavesToTunnel(e, r):
 			entered = entered || !e.cov.tunnels
 			continue
-		case e.cov.Larval && e.cov.last == 0 && p.Config.PresumeMTU == 0:
+		case e.cov.Larval && p.Last[e.cov.ID] == 0 && p.Config.PresumeMTU == 0:
 		case p.hasRoom(e.cov, r):
 			room = p.pathMTU(r)
 		default:
@@ -190,7 +190,7 @@ func (p *planner) hasRoom(c *coverage, r routes.Route) bool {
 	path := p.pathMTU(r)
 	mtu, status := c.MTU(p.peerMTU, path)
 	if status != xfrmwatch.MTUKnown {
-		mtu = cmp.Or(c.last, p.Config.PresumeMTU)
+		mtu = cmp.Or(p.Last[c.ID], p.Config.PresumeMTU)
 	}
 	return c.tunnels && path != 0 && mtu >= path
 }

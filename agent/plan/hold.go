@@ -368,6 +368,9 @@ func (p *planner) whole(dst netip.Prefix) []*coverage {
 func (p *planner) judge() {
 	p.at = nil
 	for _, c := range p.covers {
+		if !c.gone {
+			p.plan.Current = append(p.plan.Current, c.Coverage)
+		}
 		v, valid := p.judged(c)
 		if valid != 0 {
 			p.plan.MTU[c.ID] = valid
@@ -385,5 +388,5 @@ func (p *planner) bareMTU(c *coverage) int {
 			return mtu
 		}
 	}
-	return c.last
+	return p.Last[c.ID]
 }

@@ -68,8 +68,12 @@ func (p *planner) candidates(c *coverage) []routes.Route {
 	for _, part := range p.parts(c) {
 		add := func(m routes.Match) {
 			for _, b := range m.Paths.Bodies() {
+				r := routes.Route{Dst: m.Dst, Body: b}
+				if first, _ := p.FIB.Get(r.Key()); first.Body != b {
+					continue // what a replace would hit
+				}
 				if w, ok := p.domain(b); ok && !w.drops() {
-					out = append(out, routes.Route{Dst: m.Dst, Body: b})
+					out = append(out, r)
 				}
 			}
 		}
@@ -246,7 +250,7 @@ func (p *planner) alike(r routes.Route) (mtu int, by []*coverage, ok bool) {
 		}
 		n, why := p.mtuAt(e.cov, path, r.Body.Family)
 		switch {
-		case n == 0 && e.cov.Larval && w.drops() && e.cov.last == 0:
+		case n == 0 && e.cov.Larval && w.drops() && p.Last[e.cov.ID] == 0:
 			continue // no flow passes before there is an SA
 		case n == 0 && w.tunnel != nil && p.leavesToTunnel(e, r):
 			entered = entered || !e.cov.tunnels
@@ -329,7 +333,7 @@ func (p *planner) leavesToTunnel(e *entry, r routes.Route) bool {
 	if !e.cov.tunnels {
 		return true
 	}
-	return (!e.all() || !routes.Contains(e.sel.Dst, r.Dst)) && (e.cov.Larval && e.cov.last == 0 || p.hasRoom(e.cov, r))
+	return (!e.all() || !routes.Contains(e.sel.Dst, r.Dst)) && (e.cov.Larval && p.Last[e.cov.ID] == 0 || p.hasRoom(e.cov, r))
 }
 
 // unsafe says why a route can't be replaced in place, or is empty. The kernel's replace hits
@@ -382,10 +386,10 @@ func (p *planner) sourceDecides(f routes.Family, src netip.Addr) bool {
 // outerBy reports whether outer packets can leave by a route: one of its devices is that of one
 // of the peers, or it isn't known where a peer's packets leave. The kernel answers for those without a
 // TOS; ESP has that of what is inside (xfrm_get_tos, net/xfrm/xfrm_policy.c).
-func (p *planner) outerBy(peers []Peer, r routes.Route) bool {
+func (p *planner) outerBy(peers peerUses, r routes.Route) bool {
 	b := r.Body
-	return slices.ContainsFunc(peers, func(peer Peer) bool {
-		path := p.Peers[peer]
+	return slices.ContainsFunc(peers, func(peer peerUse) bool {
+		path := p.Peers[peer.Peer]
 		if by, ok := p.ownersRouteTo(b.Family, b.Table, peer.Addr, peer.Src); ok && by.Body.Src.IsValid() || path.Table != b.Table && p.sourceDecides(b.Family, peer.Src) {
 			return true // what is asked without the SA's source, as where that is not here yet, goes by others
 		}

@@ -68,7 +68,7 @@ func (c *coverage) hearShapes(v *Verdict) {
 // noteStanding adds what a coverage's own standing says, and why there is nothing else to say.
 func (p *planner) noteStanding(c *coverage, v *Verdict) {
 	switch {
-	case v.MTU == 0 && c.Larval && c.last == 0:
+	case v.MTU == 0 && c.Larval && p.Last[c.ID] == 0:
 		v.note("no valid SA yet: no lock before the first one (presume_mtu sets one)")
 	case len(v.Locked) == 0 && len(v.Notes) == 0 && p.Config.MTU == MTUOff:
 		v.note("no lock (mtu: off)")

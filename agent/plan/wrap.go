@@ -59,8 +59,8 @@ func (p *planner) wraps(t *tunnel) (int, string) {
 			p.validMTU(c)
 		case status == xfrmwatch.MTUKnown:
 			p.valid(c, left)
-		case c.last != 0:
-			left = min(c.last, behind)
+		case p.Last[c.ID] != 0:
+			left = min(p.Last[c.ID], behind)
 			p.note(c, fmt.Sprintf("%s; the last valid MTU stays", status))
 		case p.Config.PresumeMTU != 0 && !c.Maybe:
 			left = min(p.Config.PresumeMTU, behind)
