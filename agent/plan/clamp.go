@@ -162,7 +162,7 @@ func (c *clamping) clampSeeds(base *routes.Rule, cov *coverage, dst netip.Prefix
 	}
 	var seeds []netip.Prefix
 	for _, w := range c.waysOf(cov.Policy.IfID) {
-		for _, k := range w.keys {
+		for k := range w.all() {
 			if x, ok := routes.Intersect(k.Dst, dst); ok && k.Table == base.Table && !c.locked[k] {
 				seeds = append(seeds, x)
 			}

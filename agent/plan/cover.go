@@ -57,6 +57,7 @@ type coverage struct {
 	again, circles bool
 	mine           []*unit // those that speak of it alone
 	members        []*member
+	fills          []routes.Key // the routes that it can fill as a whole
 }
 
 // planner holds one run of Make.
@@ -67,6 +68,7 @@ type planner struct {
 	covers  []*coverage
 	trials  map[routes.Key]*trial
 	shapes  []*shaped
+	byShape map[ShapeID]*shaped
 	base    unit                                   // what the tunnels say
 	held    unit                                   // what the holds say that is no hold's own
 	peers   map[xfrmwatch.PolicyIndex][]netip.Addr // of splits, as remembered
@@ -92,6 +94,7 @@ func newPlanner(in Input) *planner {
 		plan:    &Plan{MTU: map[xfrmwatch.CoverageID]int{}},
 		byIfID:  map[uint32]*bart.Table[[]*entry]{},
 		trials:  map[routes.Key]*trial{},
+		byShape: map[ShapeID]*shaped{},
 		base:    unit{phase: phaseTunnels},
 		held:    unit{phase: phaseHolds},
 		locked:  map[routes.Key]bool{},
@@ -102,6 +105,11 @@ func newPlanner(in Input) *planner {
 // Make works out the plan. It is from scratch: what it costs grows with all that is covered.
 func Make(in Input) *Plan {
 	p := newPlanner(in)
+	p.make()
+	return p.plan
+}
+
+func (p *planner) make() {
 	p.collect()
 	p.readPaths()
 	p.findTunnels()
@@ -123,7 +131,6 @@ func Make(in Input) *Plan {
 	p.share()
 	p.sortHolds()
 	p.judge()
-	return p.plan
 }
 
 // collect lists all output policies in the order in which the kernel tries them, those that

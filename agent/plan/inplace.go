@@ -1,7 +1,9 @@
 package plan
 
 import (
+	"cmp"
 	"fmt"
+	"iter"
 	"net/netip"
 	"slices"
 
@@ -17,17 +19,23 @@ func (p *planner) lockInPlace() {
 	try := func(list []routes.Route) {
 		for _, r := range list {
 			if k := r.Key(); p.trials[k] == nil {
-				t := &trial{unit: unit{phase: phaseTrials, key: k}}
-				p.trials[k] = t
-				p.tryInPlace(t, r)
+				p.tryInPlace(p.trial(k), r)
 			}
 		}
 	}
 	for _, c := range p.covers {
 		p.begin(c.own(phaseCandidates))
-		try(p.candidates(c))
+		list := p.candidates(c)
+		try(list)
+		p.fills(c, list)
 	}
 	try(p.throughTunnels())
+	p.listLocks()
+}
+
+// listLocks puts what was found into the plan.
+func (p *planner) listLocks() {
+	p.plan.Locks = nil
 	for _, t := range p.trials {
 		if t.lock != nil {
 			p.plan.Locks = append(p.plan.Locks, *t.lock)
@@ -36,10 +44,38 @@ func (p *planner) lockInPlace() {
 	slices.SortFunc(p.plan.Locks, func(a, b Lock) int { return a.Route.Key().Compare(b.Route.Key()) })
 }
 
+// trial is that of a route, a new one if there is none.
+func (p *planner) trial(k routes.Key) *trial {
+	t := p.trials[k]
+	if t == nil {
+		t = &trial{unit: unit{phase: phaseTrials, key: k}}
+		p.trials[k] = t
+	}
+	return t
+}
+
+// fills notes which routes a coverage without an if_id can fill.
+func (p *planner) fills(c *coverage, list []routes.Route) {
+	for _, k := range c.fills {
+		p.trials[k].fills--
+	}
+	c.fills = nil
+	if c.Policy.IfID != 0 {
+		return
+	}
+	for _, r := range list {
+		k := r.Key()
+		c.fills = append(c.fills, k)
+		p.trial(k).fills++
+	}
+}
+
 // trial is a route that was looked at for a lock in place.
 type trial struct {
 	unit
 	lock *Lock // nil for none
+	// fills is how many coverages without an if_id have it among the routes that they can fill.
+	fills int
 }
 
 // candidates are the routes that a coverage can fill as a whole: for a policy with an if_id
@@ -53,7 +89,7 @@ func (p *planner) candidates(c *coverage) []routes.Route {
 				continue // whatever the coverage, its routes are judged as a whole
 			}
 			w.tried = true
-			for _, k := range w.keys {
+			for k := range w.all() {
 				if r, n := p.FIB.Get(k); n > 0 {
 					out = append(out, r)
 				}
@@ -119,9 +155,21 @@ func (p *planner) carriers(c *coverage) []*routes.Link {
 // tunnel's flows.
 type ways struct {
 	link  *routes.Link
-	keys  []routes.Key // in order
 	byDst bart.Table[[]routes.Key]
 	tried bool // they were tried for a lock in place
+}
+
+// all are the keys of the routes.
+func (w *ways) all() iter.Seq[routes.Key] {
+	return func(yield func(routes.Key) bool) {
+		for _, keys := range w.byDst.AllSorted() {
+			for _, k := range keys {
+				if !yield(k) {
+					return
+				}
+			}
+		}
+	}
 }
 
 // waysOf are the ways of the xfrm interfaces with an if_id, in the order of the interfaces. One
@@ -132,34 +180,45 @@ func (p *planner) waysOf(ifID uint32) []*ways {
 		for _, l := range p.FIB.Links() {
 			switch {
 			case l.Kind != "xfrm", l.ParentElsewhere:
-			case l.External:
-				ids := map[uint32]bool{}
+			default:
 				for _, r := range p.routesBy(l) {
-					if w, ok := p.domain(r.Body); ok && !ids[w.ifID] {
-						ids[w.ifID] = true
-						p.ways[w.ifID] = append(p.ways[w.ifID], p.waysBy(l, w.ifID))
+					for _, ifID := range ifIDsBy(r.Body, l) {
+						w := p.wayOf(l, ifID)
+						have, _ := w.byDst.Get(r.Dst)
+						w.byDst.Insert(r.Dst, append(have, r.Key()))
 					}
 				}
-			case l.IfID != 0:
-				p.ways[l.IfID] = append(p.ways[l.IfID], p.waysBy(l, l.IfID))
 			}
 		}
 	}
 	return p.ways[ifID]
 }
 
-func (p *planner) waysBy(l *routes.Link, ifID uint32) *ways {
-	w := &ways{link: l}
-	for _, r := range p.routesBy(l) {
-		if l.External && !slices.ContainsFunc(r.Body.Nexthops, func(n routes.Nexthop) bool { return n.Oif == l.Index && n.IfID == ifID }) {
-			continue
+// ifIDsBy are the if_ids of the policies for what leaves by a route through an xfrm interface: its own, or
+// those that the route names.
+func ifIDsBy(b *routes.Body, l *routes.Link) []uint32 {
+	var out []uint32
+	for _, n := range b.Nexthops {
+		id := l.IfID
+		if l.External {
+			id = n.IfID
 		}
-		k := r.Key()
-		w.keys = append(w.keys, k)
-		have, _ := w.byDst.Get(k.Dst)
-		w.byDst.Insert(k.Dst, append(have, k))
+		if n.Oif == l.Index && id != 0 && !slices.Contains(out, id) {
+			out = append(out, id)
+		}
 	}
-	return w
+	return out
+}
+
+// wayOf are the ways of one xfrm interface and if_id, which are none so far if they are not known.
+func (p *planner) wayOf(l *routes.Link, ifID uint32) *ways {
+	list := p.ways[ifID]
+	i, ok := slices.BinarySearchFunc(list, l.Index, func(w *ways, i routes.Ifindex) int { return cmp.Compare(w.link.Index, i) })
+	if !ok {
+		list = slices.Insert(list, i, &ways{link: l})
+		p.ways[ifID] = list
+	}
+	return list[i]
 }
 
 // routesBy are the routes that leave by a device and are not ours, without those of link-local

@@ -279,7 +279,7 @@ func (p *planner) lockedWhole(c *coverage) bool {
 		return false
 	}
 	for _, w := range p.waysOf(c.Policy.IfID) {
-		for _, k := range w.keys {
+		for k := range w.all() {
 			if _, overlap := routes.Intersect(k.Dst, c.Selector.Dst); overlap && !p.locked[k] {
 				return false
 			}

@@ -16,6 +16,7 @@ type shaped struct {
 	id      ShapeID
 	base    *routes.Rule
 	members []*member
+	first   *member
 	order   int
 	// why says why there is no room for it, empty if there is. The shapes behind it serve its flows then.
 	why string
@@ -49,7 +50,10 @@ type member struct {
 	cov    *coverage
 	shape  *shaped
 	dst    netip.Prefix
-	unit   unit // what it says where there is too much to look at
+	nth    int  // of its coverage's members
+	at     int  // where it is among the shape's
+	full   bool // there is too much to look at
+	unit   unit // which says so
 	clones int  // how many are because of it
 }
 
@@ -59,9 +63,6 @@ func (p *planner) shape() {
 	shapes := p.group()
 	for i, s := range shapes {
 		s.order = i
-		for _, m := range s.members {
-			p.serving[serves{m.cov.entry, s.base}] = s
-		}
 	}
 	p.shapes = shapes
 	// A shape without room leaves its flows to the shapes behind it, which then have to look
@@ -129,46 +130,71 @@ func (p *planner) empty(s *shaped) {
 // group sorts the coverages into shapes. A coverage whose flows several rules decide for is in
 // several shapes.
 func (p *planner) group() []*shaped {
-	byID := map[ShapeID]*shaped{}
 	var shapes []*shaped
 	for _, c := range p.covers {
-		p.begin(c.own(phaseGroups))
-		if l := p.vtiOf(c); l != nil {
-			// Its own lookups have the mark, and no packet: what it carries is locked on its routes.
-			continue
-		}
-		if c.inexact != "" {
-			p.note(c, "no lock where other flows share a route: "+c.inexact)
-			continue
-		}
-		for _, part := range p.parts(c) {
-			if part.Blocked != "" {
-				if p.allLocked(part) {
-					continue
-				}
-				p.note(c, fmt.Sprintf("rule %d (%s) decides for a part of the flows: no lock there", part.Rule.Priority, part.Blocked))
-				continue
-			}
-			if part.Rule.Action != routes.RuleToTable {
-				continue
-			}
-			if p.Config.OwnTable(part.Rule.Table) {
-				p.note(c, fmt.Sprintf("rule %d is not ours and leads to table %d, which is: no lock there", part.Rule.Priority, part.Rule.Table))
-				continue
-			}
-			id := ShapeID{Flows: part.Flows, Base: part.Rule.Priority, Table: part.Rule.Table}
-			id.Flows.Dst = part.Flows.Family.Any()
-			s := byID[id]
+		for i, in := range p.shapesOf(c) {
+			s := p.byShape[in.id]
 			if s == nil {
-				s = &shaped{id: id, base: part.Rule}
-				byID[id] = s
+				s = &shaped{id: in.id, base: in.base}
+				p.byShape[in.id] = s
 				shapes = append(shapes, s)
 			}
-			m := &member{cov: c, shape: s, dst: part.Flows.Dst, unit: unit{phase: phaseMembers, shape: s, key: routes.Key{Dst: part.Flows.Dst}}}
-			s.members, c.members = append(s.members, m), append(c.members, m)
+			p.join(s, c, in.dst, i)
 		}
 	}
 	return shapes
+}
+
+// placing says in which shape a part of a coverage's flows is: those to a destination.
+type placing struct {
+	id   ShapeID
+	base *routes.Rule
+	dst  netip.Prefix
+}
+
+// shapesOf are the shapes in which a coverage's flows are.
+func (p *planner) shapesOf(c *coverage) []placing {
+	p.begin(c.own(phaseGroups))
+	if l := p.vtiOf(c); l != nil {
+		// Its own lookups have the mark, and no packet: what it carries is locked on its routes.
+		return nil
+	}
+	if c.inexact != "" {
+		p.note(c, "no lock where other flows share a route: "+c.inexact)
+		return nil
+	}
+	var out []placing
+	for _, part := range p.parts(c) {
+		switch {
+		case part.Blocked != "":
+			if !p.allLocked(part) {
+				p.note(c, fmt.Sprintf("rule %d (%s) decides for a part of the flows: no lock there", part.Rule.Priority, part.Blocked))
+			}
+		case part.Rule.Action != routes.RuleToTable:
+		case p.Config.OwnTable(part.Rule.Table):
+			p.note(c, fmt.Sprintf("rule %d is not ours and leads to table %d, which is: no lock there", part.Rule.Priority, part.Rule.Table))
+		default:
+			id := ShapeID{Flows: part.Flows, Base: part.Rule.Priority, Table: part.Rule.Table}
+			id.Flows.Dst = part.Flows.Family.Any()
+			out = append(out, placing{id, part.Rule, part.Flows.Dst})
+		}
+	}
+	return out
+}
+
+// join makes a coverage a member of a shape. nth tells its shapes apart.
+func (p *planner) join(s *shaped, c *coverage, dst netip.Prefix, nth int) {
+	m := &member{cov: c, shape: s, dst: dst, nth: nth, at: len(s.members), unit: unit{phase: phaseMembers, shape: s, key: routes.Key{Dst: dst}}}
+	s.members, c.members = append(s.members, m), append(c.members, m)
+	p.serving[serves{c.entry, s.base}] = s
+	if s.first == nil || m.ahead(s.first) {
+		s.first = m
+	}
+}
+
+// ahead says which of two members comes first in the kernel's order: a shape comes where its first does.
+func (m *member) ahead(o *member) bool {
+	return cmp.Or(m.cov.entry.rank.compare(o.cov.entry.rank), cmp.Compare(m.nth, o.nth)) < 0
 }
 
 // allLocked reports whether all unicast routes that a part of the flows uses are locked in place,
@@ -315,12 +341,15 @@ func (s *shaped) minMTU() int {
 // itself, and each route, policy and outer peer inside it.
 func (p *planner) pointsOf(s *shaped, m *member) ([]netip.Prefix, bool) {
 	p.begin(&m.unit)
+	m.full = false
+
 	var points []netip.Prefix
 	full := func() bool {
 		if len(points) <= p.Config.MaxClonesPerCoverage {
 			return false
 		}
 		p.note(m.cov, fmt.Sprintf("no lock: more than %d routes and policies inside %s (max_clones_per_coverage)", p.Config.MaxClonesPerCoverage, m.dst))
+		m.full = true
 		return true
 	}
 	for _, seed := range p.seeds(s, m) {
