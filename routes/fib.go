@@ -410,6 +410,24 @@ func (f *FIB) Get(k Key) (first Route, n int) {
 	return first, n
 }
 
+// At returns the routes to exactly one destination, of all tables in no particular order.
+func (f *FIB) At(dst netip.Prefix) iter.Seq[Route] {
+	fam := FamilyOf(dst.Addr())
+	return func(yield func(Route) bool) {
+		for k, t := range f.tables {
+			if k.family != fam {
+				continue
+			}
+			paths, _ := t.Get(dst)
+			for _, b := range paths.Bodies() {
+				if !yield(Route{dst, b}) {
+					return
+				}
+			}
+		}
+	}
+}
+
 // Table returns all routes of one table, in no particular order.
 func (f *FIB) Table(fam Family, id TableID) iter.Seq[Route] {
 	return func(yield func(Route) bool) {

@@ -3,6 +3,7 @@ package xfrmwatch
 import (
 	"cmp"
 	"iter"
+	"net/netip"
 	"slices"
 )
 
@@ -27,7 +28,25 @@ type DB struct {
 	lost    bool
 	version uint64
 	sas     []*SA // in the order of SAs, nil when it must be sorted again
+	tell    func(Change)
 }
+
+// Change says what an event changed, for those who keep something derived from a DB. Only the fields of what
+// changed are set.
+type Change struct {
+	All    bool        // anything may differ
+	Policy PolicyIndex // it came, went, changed or changed places
+	SA     SAPlace     // where one came, went or changed; the zero value for none
+}
+
+// SAPlace is where templates find SAs. Those that take the flow's own addresses find them by the reqid alone.
+type SAPlace struct {
+	Dst   netip.Addr
+	Reqid Reqid
+}
+
+// OnChange has fn called for each change of what the DB holds, from within Apply.
+func (db *DB) OnChange(fn func(Change)) { db.tell = fn }
 
 // NewDB returns an empty DB. It is stale until its first ResyncEnd.
 func NewDB() *DB { return &DB{} }
@@ -71,13 +90,58 @@ func (db *DB) Apply(ev Event) (changed bool) {
 		dumped = ev.Dumped
 	}
 	if db.next == nil {
-		return db.counted(db.apply(&db.cur, ev))
+		return db.counted(db.applied(ev))
 	}
 	if !dumped {
-		changed = db.apply(&db.cur, ev)
+		changed = db.applied(ev)
 	}
 	db.apply(db.next, ev)
 	return db.counted(changed)
+}
+
+// applied puts an event into what readers see, and tells of it.
+func (db *DB) applied(ev Event) (changed bool) {
+	places := db.touched(ev)
+	changed = db.apply(&db.cur, ev)
+	if !changed || db.tell == nil {
+		return changed
+	}
+	for _, at := range append(places, db.touched(ev)...) {
+		db.tell(Change{SA: at})
+	}
+	switch ev := ev.(type) {
+	case PolicySet:
+		db.tell(Change{Policy: ev.Policy.Index})
+	case PolicyGone:
+		db.tell(Change{Policy: ev.Index})
+	case DefaultSet:
+		db.tell(Change{All: true})
+	}
+	return changed
+}
+
+// touched are where the SAs are that an event is about, as they are now.
+func (db *DB) touched(ev Event) []SAPlace {
+	var keys []SAKey
+	switch ev := ev.(type) {
+	case SASet:
+		if ev.SA != nil { // it can take the place of a larval one
+			larval := ev.SA.Key
+			larval.SPI = 0
+			keys = []SAKey{ev.SA.Key, larval}
+		}
+	case SAGone:
+		keys = []SAKey{ev.Key}
+	case SADying:
+		keys = []SAKey{ev.Key}
+	}
+	var out []SAPlace
+	for _, k := range keys {
+		if sa := db.cur.sas.byKey[k]; sa != nil {
+			out = append(out, SAPlace{sa.Dst, sa.Reqid})
+		}
+	}
+	return out
 }
 
 // apply puts an event into one of the two sets.
@@ -134,10 +198,19 @@ func (db *DB) swap() bool {
 		return false
 	}
 	old, fresh := db.cur, *db.next
+	first := !db.loaded
 	db.cur, db.next = fresh, nil
 	db.loaded, db.lost = true, false
 	db.sas = nil
-	return !old.policies.same(&fresh.policies) || old.def != fresh.def || !old.sas.equal(&fresh.sas)
+	changed := true
+	if old.policies.same(&fresh.policies) {
+		db.cur.policies = old.policies // with the ages that are known
+		changed = old.def != fresh.def || !old.sas.equal(&fresh.sas)
+	}
+	if db.tell != nil && (changed || first) {
+		db.tell(Change{All: true})
+	}
+	return changed
 }
 
 // Policy returns the policy with that index.

@@ -15,6 +15,7 @@ import (
 // entry is one output policy, or one coverage of it, in the kernel's order of precedence.
 type entry struct {
 	rank  rank
+	index xfrmwatch.PolicyIndex
 	sel   xfrmwatch.Selector
 	mark  xfrmwatch.Mark
 	ifID  uint32
@@ -63,28 +64,34 @@ type coverage struct {
 // planner holds one run of Make.
 type planner struct {
 	Input
-	plan    *Plan
-	at      *unit // at work
-	covers  []*coverage
-	trials  map[routes.Key]*trial
-	shapes  []*shaped
-	byShape map[ShapeID]*shaped
-	base    unit                                   // what the tunnels say
-	held    unit                                   // what the holds say that is no hold's own
-	peers   map[xfrmwatch.PolicyIndex][]netip.Addr // of splits, as remembered
-	byIfID  map[uint32]*bart.Table[[]*entry]
-	outer   bart.Table[peerUses] // the destinations of outer packets
-	ways    map[uint32][]*ways   // by if_id
-	toPeers map[Peer][]routes.Nexthop
-	locked  map[routes.Key]bool // routes that are locked in place
-	serving map[serves]*shaped  // the shapes that serve coverages
-	tunnels map[routes.Ifindex]*tunnel
-	vtis    []*routes.Link
-	devices map[routes.Ifindex]*dedicated     // the dedicated carriers
-	senders map[routes.Ifindex][]*routes.Link // the ports by which a bond, team or bridge sends now
-	taken   map[HoldKey]*held
-	signed  []*signed
-	ports   map[routes.Ifindex][]*routes.Link // those that have a master, by the master
+	plan   *Plan
+	at     *unit // at work
+	covers []*coverage
+	trials map[routes.Key]*trial
+	counts map[uint32]int // of coverages, by if_id
+	// What is there to follow changes.
+	*follower
+	trialsAt bart.Table[[]routes.Key]
+	waysAt   map[netip.Prefix][]*ways
+	outers   bart.Lite // the destinations of tunnels' outer packets
+	shapes   []*shaped
+	byShape  map[ShapeID]*shaped
+	base     unit                                   // what the tunnels say
+	held     unit                                   // what the holds say that is no hold's own
+	peers    map[xfrmwatch.PolicyIndex][]netip.Addr // of splits, as remembered
+	byIfID   map[uint32]*bart.Table[[]*entry]
+	outer    bart.Table[peerUses] // the destinations of outer packets
+	ways     map[uint32][]*ways   // by if_id
+	toPeers  map[Peer][]routes.Nexthop
+	locked   map[routes.Key]bool // routes that are locked in place
+	serving  map[serves]*shaped  // the shapes that serve coverages
+	tunnels  map[routes.Ifindex]*tunnel
+	vtis     []*routes.Link
+	devices  map[routes.Ifindex]*dedicated     // the dedicated carriers
+	senders  map[routes.Ifindex][]*routes.Link // the ports by which a bond, team or bridge sends now
+	taken    map[HoldKey]*held
+	signed   []*signed
+	ports    map[routes.Ifindex][]*routes.Link // those that have a master, by the master
 }
 
 func newPlanner(in Input) *planner {
@@ -94,6 +101,7 @@ func newPlanner(in Input) *planner {
 		plan:    &Plan{MTU: map[xfrmwatch.CoverageID]int{}},
 		byIfID:  map[uint32]*bart.Table[[]*entry]{},
 		trials:  map[routes.Key]*trial{},
+		counts:  map[uint32]int{},
 		byShape: map[ShapeID]*shaped{},
 		base:    unit{phase: phaseTunnels},
 		held:    unit{phase: phaseHolds},
@@ -157,7 +165,7 @@ func (p *planner) entriesOf(pol *xfrmwatch.Policy) []*entry {
 	at := rank{priority: pol.Priority, age: p.XFRM.Age(pol.Index)}
 	covs := p.withRemembered(pol, p.XFRM.Coverage(pol))
 	if len(covs) == 0 {
-		return []*entry{{rank: at, sel: pol.Selector, mark: pol.Mark, ifID: pol.IfID, block: pol.Action == xfrmwatch.Block}}
+		return []*entry{{rank: at, index: pol.Index, sel: pol.Selector, mark: pol.Mark, ifID: pol.IfID, block: pol.Action == xfrmwatch.Block}}
 	}
 	out := make([]*entry, 0, len(covs))
 	for i, c := range covs {
@@ -172,8 +180,9 @@ func (p *planner) linger(c xfrmwatch.Coverage) *entry {
 	return p.cover(c, rank{gone: true, priority: c.Policy.Priority, age: int64(c.ID.Policy), peer: c.ID.Peer})
 }
 
-// add makes an entry one of those that are looked at.
-func (p *planner) add(e *entry) {
+// add makes an entry one of those that are looked at. It returns the addresses at which there are other
+// peers now.
+func (p *planner) add(e *entry) (peers []netip.Prefix) {
 	t := p.byIfID[e.ifID]
 	if t == nil {
 		t = new(bart.Table[[]*entry])
@@ -183,20 +192,36 @@ func (p *planner) add(e *entry) {
 	t.Insert(e.sel.Dst, append(have, e))
 	c := e.cov
 	if c == nil {
-		return
+		return nil
 	}
+	p.counts[e.ifID]++
 	p.covers = append(p.covers, c)
+	return p.useOuter(c, 1)
+}
+
+// useOuter counts a coverage's peers, when it comes or, where by is -1, goes. It returns the addresses at which
+// there are others now.
+func (p *planner) useOuter(c *coverage, by int) (changed []netip.Prefix) {
 	for _, t := range c.Policy.Templates {
 		if t.TakesFlow() || !t.Dst.IsValid() || t.Dst.IsUnspecified() {
 			continue
 		}
 		to := netip.PrefixFrom(t.Dst, t.Dst.BitLen())
 		have, _ := p.outer.Get(to)
+		n := len(have)
 		for _, peer := range peersOf(c.Coverage, t) { // thousands of policies can have one peer
-			have = have.use(peer, 1)
+			have = have.use(peer, by)
 		}
-		p.outer.Insert(to, have)
+		if len(have) != n {
+			changed = append(changed, to)
+		}
+		if len(have) > 0 {
+			p.outer.Insert(to, have)
+		} else {
+			p.outer.Delete(to)
+		}
 	}
+	return changed
 }
 
 // peerUses are the peers at one address, with how many templates use each.
@@ -262,7 +287,7 @@ func (p *planner) cover(c xfrmwatch.Coverage, at rank) *entry {
 	cov := &coverage{Coverage: c, gone: at.gone}
 	cov.flows, cov.inexact = flowsOf(c)
 	cov.verdict = &Verdict{Cut: CutSocket}
-	cov.entry = &entry{rank: at, sel: c.Selector, mark: c.Policy.Mark, ifID: c.Policy.IfID, cov: cov}
+	cov.entry = &entry{rank: at, index: c.ID.Policy, sel: c.Selector, mark: c.Policy.Mark, ifID: c.Policy.IfID, cov: cov}
 	cov.tunnels = slices.ContainsFunc(c.Policy.Templates, func(t xfrmwatch.Template) bool { return !t.TakesFlow() })
 	return cov.entry
 }

@@ -57,7 +57,7 @@ func (p *planner) trial(k routes.Key) *trial {
 // fills notes which routes a coverage without an if_id can fill.
 func (p *planner) fills(c *coverage, list []routes.Route) {
 	for _, k := range c.fills {
-		p.trials[k].fills--
+		p.trial(k).fills--
 	}
 	c.fills = nil
 	if c.Policy.IfID != 0 {
@@ -75,7 +75,8 @@ type trial struct {
 	unit
 	lock *Lock // nil for none
 	// fills is how many coverages without an if_id have it among the routes that they can fill.
-	fills int
+	fills   int
+	indexed bool // in trialsAt
 }
 
 // candidates are the routes that a coverage can fill as a whole: for a policy with an if_id
@@ -182,16 +183,31 @@ func (p *planner) waysOf(ifID uint32) []*ways {
 			case l.Kind != "xfrm", l.ParentElsewhere:
 			default:
 				for _, r := range p.routesBy(l) {
-					for _, ifID := range ifIDsBy(r.Body, l) {
-						w := p.wayOf(l, ifID)
-						have, _ := w.byDst.Get(r.Dst)
-						w.byDst.Insert(r.Dst, append(have, r.Key()))
+					for r := range p.FIB.At(r.Dst) { // several can have one key
+						p.addWays(r, l)
 					}
 				}
 			}
 		}
 	}
 	return p.ways[ifID]
+}
+
+// addWays makes a route one of the ways through an xfrm interface, if it leads there.
+func (p *planner) addWays(r routes.Route, l *routes.Link) {
+	k := r.Key()
+	if first, _ := p.FIB.Get(k); r.Body.Type != routes.Unicast || p.Config.OwnRoute(first) || linkLocal(r.Dst) {
+		return
+	}
+	for _, ifID := range ifIDsBy(r.Body, l) {
+		w := p.wayOf(l, ifID)
+		if have, _ := w.byDst.Get(r.Dst); !slices.Contains(have, k) {
+			w.byDst.Insert(r.Dst, append(have, k))
+		}
+		if p.follower != nil {
+			p.indexWay(r.Dst, w)
+		}
+	}
 }
 
 // ifIDsBy are the if_ids of the policies for what leaves by a route through an xfrm interface: its own, or

@@ -108,10 +108,12 @@ func (p *planner) bars(s *shaped, splits string, used int) string {
 	case splits != "" && s.id.Flows.Family == routes.IPv4:
 		return "no lock in a table of our own: " + splits
 	case used == MaxRules:
-		return fmt.Sprintf("no lock: more than %d rules", MaxRules)
+		return tooManyRules
 	}
 	return ""
 }
+
+var tooManyRules = fmt.Sprintf("no lock: more than %d rules", MaxRules)
 
 // empty takes back what was worked out for a shape.
 func (p *planner) empty(s *shaped) {
@@ -226,12 +228,14 @@ func (p *planner) allLocked(part routes.Part) bool {
 // noteVRFs says for each coverage that flows inside of VRFs have no lock in a table of ours: the
 // rule for VRFs (l3mdev) stands ahead of all of ours. VRFs without a way to its destination don't
 // count, nor do those whose routes there are locked in place.
-func (p *planner) noteVRFs() {
+func (p *planner) noteVRFs() { p.noteVRFsOf(p.covers) }
+
+func (p *planner) noteVRFsOf(covers []*coverage) {
 	for _, l := range p.FIB.Links() {
 		if l.VRFTable == 0 {
 			continue
 		}
-		for _, c := range p.covers {
+		for _, c := range covers {
 			// An xfrm interface's policies are those of its own routes.
 			if c.Policy.IfID != 0 || !c.tunnels {
 				continue

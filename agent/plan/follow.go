@@ -1,0 +1,381 @@
+package plan
+
+import (
+	"net/netip"
+	"slices"
+
+	"tsoagent/routes"
+	"tsoagent/xfrmwatch"
+)
+
+// follow brings the plan up to a new input by what changed. It is false if it has to be worked out from
+// scratch.
+func (p *planner) follow(in Input, ch Changes) bool {
+	if p.follower == nil {
+		return false
+	}
+	p.follower.asked, in.Peers, in.Outers = in.Peers, p.Peers, p.Outers
+	p.Input = in
+	p.at = nil
+	var r region
+	p.followRoutes(&r, ch.Dsts)
+	if s := p.splits(); s != p.follower.splits {
+		return false
+	}
+	p.followPolicies(&r, ch)
+	if !p.followPeers(&r, ch) {
+		return false
+	}
+	for _, dst := range r.list {
+		if p.outers.OverlapsPrefix(dst) {
+			return false // what becomes of a tunnel's outer packets concerns all that goes through it
+		}
+	}
+	p.followTrials(&r)
+	if !p.followShapes(&r) {
+		return false
+	}
+	p.conclude()
+	return true
+}
+
+// followRoutes marks the routes that changed, and brings the ways through xfrm interfaces up to date.
+func (p *planner) followRoutes(r *region, dsts []netip.Prefix) {
+	for _, dst := range dsts {
+		r.addRoutes(dst)
+		p.followWays(dst)
+	}
+}
+
+// followWays brings the ways by the routes to one destination up to date.
+func (p *planner) followWays(dst netip.Prefix) {
+	for _, w := range p.waysAt[dst] {
+		w.byDst.Delete(dst)
+	}
+	delete(p.waysAt, dst)
+	for route := range p.FIB.At(dst) {
+		for _, nh := range route.Body.Nexthops {
+			if l := p.FIB.Link(nh.Oif); l != nil && l.Kind == "xfrm" && !l.ParentElsewhere {
+				p.addWays(route, l)
+			}
+		}
+	}
+}
+
+func (p *planner) indexWay(dst netip.Prefix, w *ways) {
+	if p.waysAt == nil {
+		p.waysAt = map[netip.Prefix][]*ways{}
+	}
+	if list := p.waysAt[dst]; !slices.Contains(list, w) {
+		p.waysAt[dst] = append(list, w)
+	}
+}
+
+// followPolicies makes the entries of changed policies anew, and of those that can use an SA that changed.
+func (p *planner) followPolicies(r *region, ch Changes) {
+	seen := map[xfrmwatch.PolicyIndex]bool{}
+	again := func(index xfrmwatch.PolicyIndex) {
+		if !seen[index] {
+			seen[index] = true
+			p.replacePolicy(r, index)
+		}
+	}
+	for _, index := range ch.Policies {
+		again(index)
+	}
+	for _, at := range ch.SAs {
+		for _, place := range []xfrmwatch.SAPlace{at, {Reqid: at.Reqid}} {
+			for _, index := range slices.Clone(p.follower.bySA[place]) {
+				again(index)
+			}
+		}
+	}
+	linger := map[xfrmwatch.CoverageID]bool{}
+	for _, c := range p.Lingering {
+		if _, back := p.XFRM.Policy(c.ID.Policy); back {
+			continue
+		}
+		linger[c.ID] = true
+		if p.follower.gone[c.ID] == nil {
+			p.insert(r, p.linger(c))
+		}
+	}
+	for id, e := range p.follower.gone {
+		if !linger[id] {
+			p.drop(r, e)
+		}
+	}
+}
+
+func (p *planner) replacePolicy(r *region, index xfrmwatch.PolicyIndex) {
+	for _, e := range p.follower.policies[index] {
+		p.drop(r, e)
+	}
+	delete(p.follower.policies, index)
+	pol, ok := p.XFRM.Policy(index)
+	if !ok {
+		return
+	}
+	if _, maybe := pol.Covers(); len(pol.Templates) > 0 && pol.Templates[0].TakesFlow() || maybe {
+		p.peers = nil // those that are remembered
+	}
+	for _, e := range p.entriesOf(pol) {
+		p.insert(r, e)
+	}
+}
+
+// insert adds an entry to a plan that there is already.
+func (p *planner) insert(r *region, e *entry) {
+	if p.firstOf(e) {
+		p.markWays(r, e.ifID)
+	}
+	for _, peer := range p.add(e) {
+		r.add(peer)
+	}
+	p.follower.learn(e)
+	r.add(e.sel.Dst)
+	if e.cov != nil {
+		i, _ := slices.BinarySearchFunc(p.covers[:len(p.covers)-1], e.cov, compareCovers)
+		copy(p.covers[i+1:], p.covers[i:len(p.covers)-1])
+		p.covers[i] = e.cov
+	}
+}
+
+func compareCovers(a, b *coverage) int { return a.entry.rank.compare(b.entry.rank) }
+
+// firstOf reports whether an entry is of the only coverage with its if_id, when it comes or has gone: then
+// the routes by its xfrm interfaces are looked at, or are no more.
+func (p *planner) firstOf(e *entry) bool {
+	return e.cov != nil && e.ifID != 0 && p.counts[e.ifID] == 0
+}
+
+func (p *planner) markWays(r *region, ifID uint32) {
+	for _, w := range p.ways[ifID] {
+		for dst := range w.byDst.All() {
+			r.addRoutes(dst)
+		}
+	}
+}
+
+// drop takes an entry out of the plan.
+func (p *planner) drop(r *region, e *entry) {
+	t := p.byIfID[e.ifID]
+	have, _ := t.Get(e.sel.Dst)
+	if have = remove(have, e); len(have) > 0 {
+		t.Insert(e.sel.Dst, have)
+	} else if t.Delete(e.sel.Dst); t.Size() == 0 {
+		delete(p.byIfID, e.ifID)
+	}
+	r.add(e.sel.Dst)
+	p.follower.unlearn(e)
+	c := e.cov
+	if c == nil {
+		return
+	}
+	p.counts[e.ifID]--
+	if p.firstOf(e) {
+		p.markWays(r, e.ifID)
+	}
+	if i, ok := slices.BinarySearchFunc(p.covers, c, compareCovers); ok {
+		p.covers = slices.Delete(p.covers, i, i+1)
+	}
+	for _, peer := range p.useOuter(c, -1) {
+		r.add(peer)
+	}
+	r.tries = append(r.tries, c.fills...)
+	p.fills(c, nil)
+	for _, m := range slices.Clone(c.members) {
+		p.leave(m)
+	}
+	for _, u := range c.mine {
+		p.takeBack(u)
+	}
+}
+
+// leave ends a coverage's being in a shape.
+func (p *planner) leave(m *member) {
+	s, c := m.shape, m.cov
+	p.takeBack(&m.unit)
+	delete(p.serving, serves{c.entry, s.base})
+	last := len(s.members) - 1
+	s.members[last].at = m.at
+	s.members[m.at] = s.members[last]
+	s.members[last] = nil
+	s.members = s.members[:last]
+	c.members = remove(c.members, m)
+	if s.first == m {
+		s.first = nil
+		for _, o := range s.members {
+			if s.first == nil || o.ahead(s.first) {
+				s.first = o
+			}
+		}
+	}
+}
+
+// followPeers works out the paths to peers anew for which the kernel answers something else, or whose routes
+// changed. It is false where one leads into what is covered again.
+func (p *planner) followPeers(r *region, ch Changes) bool {
+	seen := map[Peer]bool{}
+	for _, peer := range ch.Peers {
+		seen[peer] = true
+	}
+	for _, dst := range ch.Dsts {
+		for _, uses := range p.outer.Subnets(dst) {
+			for _, u := range uses {
+				seen[u.Peer] = true
+			}
+		}
+	}
+	for peer := range seen {
+		old, ways := p.Peers[peer], p.toPeers[peer]
+		if path, ok := p.follower.asked[peer]; ok {
+			p.Peers[peer], p.toPeers[peer] = p.withoutUs(path, lookup{dst: peer.Addr, src: peer.Src, mark: peer.Mark.Value & peer.Mark.Mask, proto: protoESP})
+		} else {
+			delete(p.Peers, peer)
+			delete(p.toPeers, peer)
+		}
+		if p.nested(peer) {
+			return false
+		}
+		if p.Peers[peer] == old && slices.Equal(p.toPeers[peer], ways) {
+			continue
+		}
+		r.add(netip.PrefixFrom(peer.Addr, peer.Addr.BitLen()))
+		for _, c := range p.follower.users[peer] {
+			r.add(c.Selector.Dst)
+		}
+	}
+	return true
+}
+
+// coversIn are the coverages whose destinations overlap a region.
+func (p *planner) coversIn(r *region) []*coverage {
+	seen := map[*coverage]bool{}
+	var out []*coverage
+	for _, dst := range r.list {
+		for _, t := range p.byIfID {
+			overlapping(t, dst, func(_ netip.Prefix, es []*entry) {
+				for _, e := range es {
+					if e.cov != nil && !seen[e.cov] {
+						seen[e.cov] = true
+						out = append(out, e.cov)
+					}
+				}
+			})
+		}
+	}
+	return out
+}
+
+// followTrials tries the routes in a region anew for a lock in place. Where one is locked or no more, that
+// becomes a part of the region.
+func (p *planner) followTrials(r *region) {
+	for _, c := range p.coversIn(r) {
+		if c.Policy.IfID == 0 {
+			p.begin(c.own(phaseCandidates))
+			list := p.candidates(c)
+			r.tries = append(r.tries, c.fills...)
+			p.fills(c, list)
+			r.tries = append(r.tries, c.fills...)
+		}
+	}
+	for _, dst := range r.routes {
+		for route := range p.FIB.At(dst) {
+			if k := route.Key(); p.trials[k] == nil && p.byItsDevices(k) {
+				p.indexTrial(k, p.trial(k))
+			}
+		}
+	}
+	again := map[routes.Key]bool{}
+	for _, k := range r.tries {
+		if t := p.trials[k]; t != nil && (t.fills == 0 || !t.indexed) {
+			p.indexTrial(k, t)
+			again[k] = true
+		}
+	}
+	for _, dst := range r.list {
+		overlapping(&p.trialsAt, dst, func(_ netip.Prefix, keys []routes.Key) {
+			for _, k := range keys {
+				again[k] = true
+			}
+		})
+	}
+	for k := range again {
+		t := p.trials[k]
+		was := t.lock != nil
+		delete(p.locked, k)
+		if route, n := p.FIB.Get(k); n > 0 && (t.fills > 0 || p.byItsDevices(k)) {
+			p.tryInPlace(t, route)
+		} else {
+			p.takeBack(&t.unit)
+			t.lock = nil
+			delete(p.trials, k)
+			have, _ := p.trialsAt.Get(k.Dst)
+			if have = remove(have, k); len(have) > 0 {
+				p.trialsAt.Insert(k.Dst, have)
+			} else {
+				p.trialsAt.Delete(k.Dst)
+			}
+		}
+		if was != (t.lock != nil) {
+			r.add(k.Dst)
+		}
+	}
+}
+
+// byItsDevices reports whether a route is tried because of the devices that it leaves by.
+func (p *planner) byItsDevices(k routes.Key) bool {
+	route, n := p.FIB.Get(k)
+	if n == 0 || p.Config.OwnRoute(route) || linkLocal(k.Dst) {
+		return false
+	}
+	for at := range p.FIB.At(k.Dst) { // several can have one key
+		if at.Key() != k || at.Body.Type != routes.Unicast {
+			continue
+		}
+		for _, nh := range at.Body.Nexthops {
+			l, t := p.FIB.Link(nh.Oif), p.tunnels[nh.Oif]
+			switch {
+			case t != nil && len(t.covs) > 0:
+				return true
+			case l == nil:
+			case l.Kind == "vti", l.Kind == "vti6":
+				return true
+			case l.Kind == "xfrm" && !l.ParentElsewhere:
+				if slices.ContainsFunc(ifIDsBy(at.Body, l), func(id uint32) bool { return p.counts[id] > 0 }) {
+					return true
+				}
+			}
+		}
+	}
+	return false
+}
+
+func (p *planner) indexTrial(k routes.Key, t *trial) {
+	if t.indexed {
+		return
+	}
+	t.indexed = true
+	have, _ := p.trialsAt.Get(k.Dst)
+	p.trialsAt.Insert(k.Dst, append(have, k))
+}
+
+// conclude puts the plan together.
+func (p *planner) conclude() {
+	old := p.plan
+	p.plan = &Plan{MTU: map[xfrmwatch.CoverageID]int{}, Shapes: old.Shapes, Holds: old.Holds, Tunnels: old.Tunnels}
+	p.listLocks()
+	for _, c := range p.covers {
+		if len(c.verdict.Carriers)+len(c.verdict.Held)+len(c.verdict.Notes) > 0 || c.verdict.Cut != CutSocket {
+			c.verdict = &Verdict{Cut: CutSocket}
+		}
+	}
+	p.plan.Holds, p.plan.Tunnels, p.taken, p.signed = nil, nil, nil, nil
+	p.begin(&p.held)
+	p.hold()
+	p.holdESP()
+	p.share()
+	p.sortHolds()
+	p.judge()
+}

@@ -1,0 +1,283 @@
+package plan
+
+import (
+	"cmp"
+	"net/netip"
+	"slices"
+
+	"tsoagent/routes"
+)
+
+// followShapes brings the tables of our own up to date in a region. It is false if the shapes have to be
+// worked out from scratch: one has no room any more, or may have room again, or they changed their order.
+func (p *planner) followShapes(r *region) bool {
+	if !p.regroup(r) {
+		return false
+	}
+	pending := map[*shaped]map[*member]bool{}
+	mark := func(c *coverage) {
+		for _, m := range c.members {
+			if pending[m.shape] == nil {
+				pending[m.shape] = map[*member]bool{}
+			}
+			pending[m.shape][m] = true
+		}
+	}
+	for _, c := range p.coversIn(r) {
+		mark(c)
+	}
+	grow := func(dst netip.Prefix) {
+		if !r.add(dst) {
+			return
+		}
+		for _, c := range p.coversIn(&region{list: []netip.Prefix{dst}}) {
+			mark(c)
+		}
+	}
+	before := p.filled()
+	for _, s := range p.shapes {
+		if s.why == "" {
+			p.refill(s, r, func() map[*member]bool { return pending[s] }, grow)
+		}
+	}
+	after := p.filled()
+	if p.limits(pending, slices.Equal(before, after)) || p.overLimits(after) {
+		return false
+	}
+	for _, s := range p.shapes {
+		s.toAll, s.toServed = nil, nil
+	}
+	p.plan.Shapes = nil
+	return p.place(after.shapes())
+}
+
+// limits reports whether shapes that have no room may have some now, or nothing to find room for. Those that
+// are barred from having a table have none as long as the others stay as they are.
+func (p *planner) limits(pending map[*shaped]map[*member]bool, same bool) bool {
+	return slices.ContainsFunc(p.shapes, func(s *shaped) bool {
+		switch {
+		case s.why == "" || p.bars(s, p.follower.splits, 0) != "":
+			return false
+		case s.why == tooManyRules:
+			return !same
+		}
+		return !same || len(pending[s]) > 0
+	})
+}
+
+// filling is how much a shape's table holds.
+type filling struct {
+	s *shaped
+	n int
+}
+
+type fillings []filling
+
+func (f fillings) shapes() []*shaped {
+	out := make([]*shaped, len(f))
+	for i := range f {
+		out[i] = f[i].s
+	}
+	return out
+}
+
+// filled are the shapes whose tables hold something, in order.
+func (p *planner) filled() fillings {
+	var out fillings
+	for _, s := range p.shapes {
+		if s.clones > 0 {
+			out = append(out, filling{s, s.clones})
+		}
+	}
+	return out
+}
+
+// overLimits reports whether the tables hold more than they may.
+func (p *planner) overLimits(f fillings) bool {
+	total, used := 0, map[routes.Family]int{}
+	for _, one := range f {
+		total += one.n
+		used[one.s.id.Flows.Family]++
+	}
+	return total > p.Config.MaxClones || used[routes.IPv4] > MaxRules || used[routes.IPv6] > MaxRules
+}
+
+// regroup works out anew in which shapes the coverages in a region are, and what they hear of VRFs. It is
+// false if shapes that stay have changed their order.
+func (p *planner) regroup(r *region) bool {
+	var moved []netip.Prefix
+	old := slices.Clone(p.shapes)
+	for _, c := range p.coversIn(r) {
+		placings := p.shapesOf(c)
+		same := len(placings) == len(c.members)
+		for i, in := range placings {
+			same = same && c.members[i].shape.id == in.id && c.members[i].dst == in.dst
+		}
+		if same {
+			continue
+		}
+		moved = append(moved, c.Selector.Dst)
+		for _, m := range slices.Clone(c.members) {
+			p.leave(m)
+		}
+		for i, in := range placings {
+			s := p.byShape[in.id]
+			if s == nil {
+				s = &shaped{id: in.id, base: in.base}
+				p.empty(s)
+				p.byShape[in.id] = s
+				p.shapes = append(p.shapes, s)
+			}
+			p.join(s, c, in.dst, i)
+		}
+	}
+	p.followVRFs(r)
+	for _, dst := range moved {
+		r.add(dst)
+	}
+	return p.reorder(old)
+}
+
+// reorder sorts the shapes, forgets those without members and reports whether the others stand to each
+// other as before.
+func (p *planner) reorder(old []*shaped) bool {
+	empty := func(s *shaped) bool { return len(s.members) == 0 }
+	for _, s := range p.shapes {
+		if empty(s) {
+			if s.why != "" {
+				return false
+			}
+			p.empty(s)
+			delete(p.byShape, s.id)
+		}
+	}
+	p.shapes = slices.DeleteFunc(p.shapes, empty)
+	slices.SortFunc(p.shapes, func(a, b *shaped) int {
+		switch {
+		case a == b:
+			return 0
+		case a.first.ahead(b.first):
+			return -1
+		}
+		return 1
+	})
+	stay := slices.DeleteFunc(old, empty)
+	for i := 1; i < len(stay); i++ {
+		if !stay[i-1].first.ahead(stay[i].first) {
+			return false
+		}
+	}
+	limited := false
+	for i, s := range p.shapes {
+		s.order = i
+		limited = limited || s.why != ""
+	}
+	return !limited || len(p.shapes) == len(old) && len(stay) == len(old)
+}
+
+// followVRFs is noteVRFs for the coverages in a region.
+func (p *planner) followVRFs(r *region) {
+	for _, c := range p.coversIn(r) {
+		p.takeBack(c.own(phaseVRFs))
+	}
+	p.noteVRFsOf(p.coversIn(r))
+}
+
+// refill works out a shape's table anew in a region. grow makes the region larger, and tells of more
+// members that are to be looked at.
+func (p *planner) refill(s *shaped, r *region, pending func() map[*member]bool, grow func(netip.Prefix)) {
+	want := map[netip.Prefix]bool{}
+	seen := map[*member]bool{}
+	for again := true; again; {
+		again = false
+		for m := range pending() {
+			if seen[m] {
+				continue
+			}
+			seen[m], again = true, true
+			was := m.full
+			own, ok := p.pointsOf(s, m)
+			if was != m.full {
+				grow(m.dst)
+			}
+			if ok {
+				for _, x := range own {
+					want[x] = true
+				}
+			}
+		}
+	}
+	redo := map[netip.Prefix]bool{}
+	for _, dst := range r.list {
+		overlapping(&s.points, dst, func(x netip.Prefix, _ *point) { redo[x] = true })
+	}
+	for x := range want {
+		if _, have := s.points.Get(x); !have && r.overlaps(x) {
+			s.points.Insert(x, &point{unit: unit{phase: phaseClones, shape: s, key: routes.Key{Dst: x}}})
+			redo[x] = true
+		}
+	}
+	p.redo(s, r, redo, want, grow)
+}
+
+// redo decides at destinations anew, wider ones first. Where the outcome is another one, what is inside is
+// decided again, too.
+func (p *planner) redo(s *shaped, r *region, redo, want map[netip.Prefix]bool, grow func(netip.Prefix)) {
+	var list []netip.Prefix
+	compare := func(a, b netip.Prefix) int {
+		return cmp.Or(cmp.Compare(a.Bits(), b.Bits()), routes.ComparePrefix(a, b))
+	}
+	for x := range redo {
+		list = append(list, x)
+	}
+	slices.SortFunc(list, compare)
+	for i := 0; i < len(list); i++ {
+		x := list[i]
+		at, ok := s.points.Get(x)
+		if !ok {
+			continue
+		}
+		was, had := s.kept.Get(x)
+		p.unsettle(s, x, at)
+		if !want[x] && p.inside(r, x) {
+			p.takeBack(&at.unit)
+			s.points.Delete(x)
+		} else {
+			p.settlePoint(s, x, at)
+		}
+		now, has := s.kept.Get(x)
+		if was == now && had == has {
+			continue
+		}
+		for y := range s.points.Subnets(x) {
+			if !redo[y] {
+				redo[y] = true
+				at, _ := slices.BinarySearchFunc(list[i+1:], y, compare)
+				list = slices.Insert(list, i+1+at, y)
+			}
+		}
+		grow(x)
+	}
+}
+
+// inside reports whether a destination is in a region as a whole, so that all of its points are known.
+func (p *planner) inside(r *region, x netip.Prefix) bool { return r.set.LookupPrefix(x) }
+
+// unsettle takes back what the table holds at a destination.
+func (p *planner) unsettle(s *shaped, x netip.Prefix, at *point) {
+	if !at.has {
+		return
+	}
+	s.kept.Delete(x)
+	s.clones--
+	if at.of != nil {
+		at.of.clones--
+	}
+	if !at.clone.Throw {
+		mtu := int(at.clone.MTU.MTU)
+		if s.mtus[mtu]--; s.mtus[mtu] == 0 {
+			delete(s.mtus, mtu)
+		}
+	}
+	at.has, at.of, at.clone = false, nil, Clone{}
+}

@@ -1,0 +1,217 @@
+package plan
+
+import (
+	"net/netip"
+	"slices"
+
+	"tsoagent/routes"
+	"tsoagent/xfrmwatch"
+)
+
+// Planner keeps a plan up to date: what a change can't concern is not looked at again. Its plans equal those
+// that Make works out from scratch. The zero value is ready. It is not safe for concurrent use.
+type Planner struct {
+	p *planner // nil for none yet
+	// Anew counts the plans that were worked out from scratch, Followed the others.
+	Anew, Followed uint64
+}
+
+// Changes are what differs between an input and the one before it. Whatever is not among them is the same.
+type Changes struct {
+	// All says that anything may differ.
+	All bool
+	// Dsts are the destinations of routes that came, went or changed, in whatever table, and of those whose
+	// lock is or is not ours now.
+	Dsts []netip.Prefix
+	// Policies came, went, changed or changed places, or their coverages linger or do no more.
+	Policies []xfrmwatch.PolicyIndex
+	// SAs are where SAs came, went or changed.
+	SAs []xfrmwatch.SAPlace
+	// Peers are those for which the kernel answers something else, or that came or went.
+	Peers []Peer
+}
+
+// Plan is the plan for an input that differs in nothing but the changes from the one before it.
+func (pl *Planner) Plan(in Input, ch Changes) *Plan {
+	in.Config = in.Config.WithDefaults()
+	if pl.p != nil && !ch.All && pl.p.follow(in, ch) {
+		pl.Followed++
+		return pl.p.plan
+	}
+	pl.p = newPlanner(in)
+	pl.p.make()
+	pl.p.learn(in)
+	pl.Anew++
+	return pl.p.plan
+}
+
+// follower is what a planner knows besides to follow changes.
+type follower struct {
+	asked    map[Peer]Path // as the kernel answered
+	policies map[xfrmwatch.PolicyIndex][]*entry
+	gone     map[xfrmwatch.CoverageID]*entry
+	users    map[Peer][]*coverage
+	bySA     map[xfrmwatch.SAPlace][]xfrmwatch.PolicyIndex
+	splits   string
+}
+
+// learn makes a planner that has a plan ready to follow changes, if that is possible in its world.
+func (p *planner) learn(in Input) {
+	if !p.regional() {
+		return
+	}
+	f := &follower{
+		asked: in.Peers, policies: map[xfrmwatch.PolicyIndex][]*entry{}, gone: map[xfrmwatch.CoverageID]*entry{},
+		users: map[Peer][]*coverage{}, bySA: map[xfrmwatch.SAPlace][]xfrmwatch.PolicyIndex{}, splits: p.splits(),
+	}
+	p.follower = f
+	for _, t := range p.byIfID {
+		for _, es := range t.All() {
+			for _, e := range es {
+				f.learn(e)
+			}
+		}
+	}
+	for k, t := range p.trials {
+		p.indexTrial(k, t)
+	}
+	if p.ways == nil {
+		p.waysOf(0)
+	}
+	for _, list := range p.ways {
+		for _, w := range list {
+			for dst := range w.byDst.All() {
+				p.indexWay(dst, w)
+			}
+		}
+	}
+}
+
+// regional reports whether what a change does stays where destinations overlap: no tunnel's or peer's way
+// leads into what is covered again, and nothing is shared by all.
+func (p *planner) regional() bool {
+	c := &p.Config
+	if c.MTU == MTUOff || c.Partial != PartialTable || c.CarrierMTU == CarrierDevice || c.shares() {
+		return false
+	}
+	for peer := range p.Peers {
+		if p.nested(peer) {
+			return false
+		}
+	}
+	for _, t := range p.tunnels {
+		if len(t.over) > 0 {
+			continue
+		}
+		if t.encap.Proto == 0 {
+			return false // it depends on the routes by it
+		}
+		for _, o := range p.outerFlows(t) {
+			p.outers.Insert(o.dst)
+		}
+	}
+	return true
+}
+
+// nested reports whether the way to a peer leads, or may lead, into what policies decide about once more.
+func (p *planner) nested(peer Peer) bool {
+	return slices.ContainsFunc(p.toPeers[peer], func(nh routes.Nexthop) bool {
+		l := p.FIB.Link(nh.Oif)
+		return nh.Encap || p.tunnels[nh.Oif] != nil || p.partly(nh.Oif) || l != nil && slices.Contains([]string{"xfrm", "vti", "vti6"}, l.Kind)
+	})
+}
+
+func (f *follower) learn(e *entry) {
+	c := e.cov
+	switch {
+	case e.rank.gone:
+		f.gone[c.ID] = e
+	default:
+		f.policies[e.index] = append(f.policies[e.index], e)
+	}
+	if c == nil {
+		return
+	}
+	for _, peer := range peersIn(c.Coverage) {
+		f.users[peer] = append(f.users[peer], c)
+	}
+	if e.rank.gone {
+		return
+	}
+	for _, at := range saPlaces(c.Policy) {
+		if list := f.bySA[at]; !slices.Contains(list, c.ID.Policy) {
+			f.bySA[at] = append(list, c.ID.Policy)
+		}
+	}
+}
+
+func (f *follower) unlearn(e *entry) {
+	c := e.cov
+	if e.rank.gone {
+		delete(f.gone, c.ID)
+	}
+	if c == nil {
+		return
+	}
+	for _, peer := range peersIn(c.Coverage) {
+		if list := remove(f.users[peer], c); len(list) > 0 {
+			f.users[peer] = list
+		} else {
+			delete(f.users, peer)
+		}
+	}
+	if e.rank.gone {
+		return
+	}
+	for _, at := range saPlaces(c.Policy) {
+		if list := remove(f.bySA[at], c.ID.Policy); len(list) > 0 {
+			f.bySA[at] = list
+		} else {
+			delete(f.bySA, at)
+		}
+	}
+}
+
+func remove[T comparable](list []T, x T) []T {
+	if i := slices.Index(list, x); i >= 0 {
+		return slices.Delete(list, i, i+1)
+	}
+	return list
+}
+
+// saPlaces are where the SAs are that a policy's templates can use.
+func saPlaces(pol *xfrmwatch.Policy) []xfrmwatch.SAPlace {
+	var out []xfrmwatch.SAPlace
+	for _, t := range pol.Templates {
+		at := xfrmwatch.SAPlace{Reqid: t.Reqid}
+		if !t.TakesFlow() {
+			at.Dst = t.Dst
+		}
+		if !slices.Contains(out, at) {
+			out = append(out, at)
+		}
+	}
+	return out
+}
+
+// peersIn are the peers whose paths an answer about a coverage can depend on.
+func peersIn(c xfrmwatch.Coverage) []Peer {
+	var out []Peer
+	add := func(peer Peer) {
+		if !slices.Contains(out, peer) {
+			out = append(out, peer)
+		}
+	}
+	for _, st := range c.Steps {
+		if st.Template.TakesFlow() {
+			continue
+		}
+		for _, sa := range st.SAs {
+			add(PeerOf(sa))
+		}
+	}
+	if peer, ok := policyPeer(c.Policy); ok && len(c.Steps) == 0 {
+		add(peer)
+	}
+	return out
+}
