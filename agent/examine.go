@@ -25,7 +25,7 @@ func ExamineIn(ctx context.Context, spec string, cfg Config, log *slog.Logger, v
 		if a.lastP == nil {
 			return errNotReady
 		}
-		return fn(ctx, &Examination{Input: a.lastIn, Plan: a.lastP, a: a})
+		return fn(ctx, &Examination{Input: a.lastIn, Plan: a.lastP.Complete(), a: a})
 	})
 	return err
 }

@@ -174,9 +174,9 @@ func tunnelEnds(e routes.Encap) string {
 
 // verdictOf is the report of a coverage, nil if the last plan has none.
 func (a *Agent) verdictOf(id xfrmwatch.CoverageID) *CoverageReport {
-	for i, v := range a.lastP.Verdicts {
+	for i, v := range a.lastP.Complete().Verdicts {
 		if v.ID == id && v.Key == nil {
-			return &a.coverageReports(a.lastP.Verdicts[i : i+1])[0]
+			return &a.coverageReports(a.lastP.Complete().Verdicts[i : i+1])[0]
 		}
 	}
 	return nil

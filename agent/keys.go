@@ -40,7 +40,7 @@ func (a *Agent) explainKeys(e *Explanation, q Question) {
 	if q.Proto != 0 && q.Proto != protoTCP {
 		return
 	}
-	for _, v := range a.lastP.Verdicts {
+	for _, v := range a.lastP.Complete().Verdicts {
 		k := v.Key
 		if k == nil || !k.Peer.Contains(q.Dst) || q.From.IsValid() && k.Local.IsValid() && k.Local != q.From {
 			continue

@@ -2,6 +2,8 @@ package agent
 
 import (
 	"fmt"
+	"iter"
+	"maps"
 	"net/netip"
 	"slices"
 
@@ -40,11 +42,8 @@ func (a *Agent) probes(sh *plan.Shape, only map[netip.Prefix]bool) []probe {
 		return nil
 	}
 	var out []probe
-	for i := range sh.Clones {
-		c := &sh.Clones[i]
-		if only != nil && !only[c.Dst] {
-			continue
-		}
+	for clone := range clonesAt(sh, only) {
+		c := &clone
 		dst, ok := a.sample(sh, c.Dst)
 		if !ok {
 			continue
@@ -67,6 +66,20 @@ func (a *Agent) probes(sh *plan.Shape, only map[netip.Prefix]bool) []probe {
 		}
 	}
 	return out
+}
+
+// clonesAt are the clones of a shape at some destinations, all of them where only is nil.
+func clonesAt(sh *plan.Shape, only map[netip.Prefix]bool) iter.Seq[plan.Clone] {
+	if only == nil {
+		return sh.Clones()
+	}
+	return func(yield func(plan.Clone) bool) {
+		for _, dst := range slices.SortedFunc(maps.Keys(only), routes.ComparePrefix) {
+			if c, ok := sh.Clone(dst); ok && !yield(c) {
+				return
+			}
+		}
+	}
 }
 
 // source is an address that the flows can come from and that no rule ahead of ours takes. A
@@ -125,10 +138,8 @@ func (a *Agent) free(sh *plan.Shape, src netip.Addr) bool {
 // for this host.
 func (a *Agent) sample(sh *plan.Shape, p netip.Prefix) (netip.Addr, bool) {
 	inside := func(x netip.Addr) (netip.Prefix, bool) {
-		for _, c := range sh.Clones {
-			if c.Dst.Bits() > p.Bits() && c.Dst.Contains(x) {
-				return c.Dst, true
-			}
+		if in, ok := sh.Inside(p, x); ok {
+			return in, true
 		}
 		local := netip.PrefixFrom(x, x.BitLen())
 		if m, _ := a.st.fib.Cover(sh.ID.Flows.Family, routes.TableLocal, local); m.Paths != nil {
@@ -141,7 +152,7 @@ func (a *Agent) sample(sh *plan.Shape, p netip.Prefix) (netip.Addr, bool) {
 		x = x.Next()
 	}
 	// Behind each entry inside there is either free room or the next entry.
-	for range len(sh.Clones) + 16 {
+	for range sh.Len() + 16 {
 		if !x.IsValid() || !p.Contains(x) {
 			break
 		}

@@ -62,7 +62,7 @@ func (a *Agent) tableReports(r *Report, pl *plan.Plan, s *plan.Steps) {
 				State: state(slices.Contains(s.AddRules, rule)),
 			})
 		}
-		for _, c := range sh.Clones {
+		for c := range sh.Clones() {
 			cr := CloneReport{
 				Table: uint32(sh.Table), Dst: c.Dst.String(), Throw: c.Throw, MTU: c.MTU.MTU, Locked: c.MTU.Locked,
 				State: state(put[place{sh.Table, c.Dst}]),

@@ -27,7 +27,7 @@ func (a *Agent) verifyWorld(ctx context.Context, call caller) (*verify.World, er
 		if a.lastP == nil {
 			return
 		}
-		ready, covers = true, a.lastP.Current
+		ready, covers = true, a.lastP.Complete().Current
 		policies = make([]*xfrmwatch.Policy, 0, a.st.db.PolicyCount())
 		policies = slices.AppendSeq(policies, a.st.db.Policies())
 		w.Stale, w.Keys = len(a.staleSources()) > 0, len(a.lastIn.Keys)
@@ -119,7 +119,7 @@ func (a *Agent) verifyCarriers() []string {
 			found[ans.Oif] = true
 		}
 	}
-	for _, v := range a.lastP.Verdicts {
+	for _, v := range a.lastP.Complete().Verdicts {
 		for _, name := range v.Carriers {
 			names[name] = true
 		}
@@ -127,7 +127,7 @@ func (a *Agent) verifyCarriers() []string {
 			ask(v.Key.Peer.Addr(), netip.Addr{})
 		}
 	}
-	for _, c := range a.lastP.Current {
+	for _, c := range a.lastP.Complete().Current {
 		if n := len(c.Policy.Templates); len(c.Steps) == 0 && n > 0 { // no SA yet
 			t := c.Policy.Templates[n-1]
 			if path, ok := a.lastIn.Peers[plan.Peer{Addr: t.Dst, Src: t.Src}]; ok {

@@ -321,7 +321,7 @@ func (c *Checkup) networkd(p *Patient) {
 	}
 	rules, clones := 0, 0
 	for i := range p.Plan.Shapes {
-		rules, clones = rules+len(p.Plan.Shapes[i].Rules), clones+len(p.Plan.Shapes[i].Clones)
+		rules, clones = rules+len(p.Plan.Shapes[i].Rules), clones+p.Plan.Shapes[i].Len()
 	}
 	c.found(NetworkdForeign, fmt.Sprintf("it runs (pid %d) with %s=yes (%s): %s and %s are at risk", n.PID, strings.Join(does, "=yes and "), n.Source,
 		count(rules, "rule", "rules"), count(clones, "route", "routes")),

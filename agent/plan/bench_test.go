@@ -4,6 +4,8 @@ import (
 	"fmt"
 	"strings"
 	"testing"
+
+	"tsoagent/xfrmwatch"
 )
 
 // BenchmarkMake plans from scratch, in the worlds that large hosts have. The time for a
@@ -60,5 +62,45 @@ func BenchmarkMake(b *testing.B) {
 				b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N)/float64(n), "ns/coverage")
 			})
 		}
+	}
+}
+
+// BenchmarkFollow adds a policy to a plan and takes it away again. What that costs must not grow with the
+// number of coverages.
+func BenchmarkFollow(b *testing.B) {
+	for _, n := range []int{10, 1000, 10000, 100000} {
+		b.Run(fmt.Sprint(n), func(b *testing.B) {
+			if testing.Short() && n > 10 {
+				b.Skip("large")
+			}
+			var text strings.Builder
+			text.WriteString("config max_clones 200000\nlink 1 lo\nlink 2 eth0\nroute 192.0.2.0/24 dev eth0 proto kernel\nroute 0.0.0.0/0 via 192.0.2.9 dev eth0\nsa esp 192.0.2.1 192.0.2.2 spi 1 gcm\n")
+			policy := "policy %d src 172.16.0.0/16 dst %d.%d.%d.0/24 tmpl esp tunnel 192.0.2.1 192.0.2.2\n"
+			for i := range n {
+				fmt.Fprintf(&text, policy, i+1, 10+i>>16, i>>8&255, i&255)
+			}
+			f, err := newFollowed(text.String())
+			if err != nil {
+				b.Fatal(err)
+			}
+			in := f.input()
+			f.Plan(in, f.changes)
+			line := strings.Fields(fmt.Sprintf(policy, n+1, 9, 1, 1))
+			b.ReportAllocs()
+			for b.Loop() {
+				for _, there := range []bool{true, false} {
+					f.changes = Changes{}
+					if there {
+						err = f.line(line[0], &words{w: line[1:]})
+					} else {
+						f.db.Apply(xfrmwatch.PolicyGone{Index: xfrmwatch.PolicyIndex(n + 1)})
+					}
+					f.Plan(in, f.changes)
+				}
+			}
+			if err != nil || f.Anew != 1 {
+				b.Fatal(err, f.Anew)
+			}
+		})
 	}
 }

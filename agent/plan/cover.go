@@ -47,11 +47,10 @@ type coverage struct {
 	xfrmwatch.Coverage
 	entry   *entry
 	flows   routes.Flows
-	inexact string  // why the selector can't be repeated in a FIB rule, or empty
-	units   []*unit // that say something of it
-	// verdict is what the holds say of it so far.
-	verdict *Verdict
-	tunnels bool // the outer packets have a destination of their own
+	inexact string   // why the selector can't be repeated in a FIB rule, or empty
+	units   []*unit  // that say something of it
+	held    *Verdict // what the holds say of it, nil for nothing
+	tunnels bool     // the outer packets have a destination of their own
 	gone    bool
 	// again is set while it is worked out what its packets that are IPsec already have left, circles
 	// once they were found to come to it once more.
@@ -71,34 +70,35 @@ type planner struct {
 	counts map[uint32]int // of coverages, by if_id
 	// What is there to follow changes.
 	*follower
-	trialsAt bart.Table[[]routes.Key]
-	waysAt   map[netip.Prefix][]*ways
-	outers   bart.Lite // the destinations of tunnels' outer packets
-	shapes   []*shaped
-	byShape  map[ShapeID]*shaped
-	base     unit                                   // what the tunnels say
-	held     unit                                   // what the holds say that is no hold's own
-	peers    map[xfrmwatch.PolicyIndex][]netip.Addr // of splits, as remembered
-	byIfID   map[uint32]*bart.Table[[]*entry]
-	outer    bart.Table[peerUses] // the destinations of outer packets
-	ways     map[uint32][]*ways   // by if_id
-	toPeers  map[Peer][]routes.Nexthop
-	locked   map[routes.Key]bool // routes that are locked in place
-	serving  map[serves]*shaped  // the shapes that serve coverages
-	tunnels  map[routes.Ifindex]*tunnel
-	vtis     []*routes.Link
-	devices  map[routes.Ifindex]*dedicated     // the dedicated carriers
-	senders  map[routes.Ifindex][]*routes.Link // the ports by which a bond, team or bridge sends now
-	taken    map[HoldKey]*held
-	signed   []*signed
-	ports    map[routes.Ifindex][]*routes.Link // those that have a master, by the master
+	trialsAt   bart.Table[[]routes.Key]
+	waysAt     map[netip.Prefix][]*ways
+	tunnelDsts bart.Lite // the destinations of tunnels' outer packets
+	shapes     []*shaped
+	byShape    map[ShapeID]*shaped
+	base       unit                                   // what the tunnels say
+	held       unit                                   // what the holds say that is no hold's own
+	heldOf     []*coverage                            // of whom the holds say something
+	peers      map[xfrmwatch.PolicyIndex][]netip.Addr // of splits, as remembered
+	byIfID     map[uint32]*bart.Table[[]*entry]
+	outer      bart.Table[peerUses] // the destinations of outer packets
+	ways       map[uint32][]*ways   // by if_id
+	toPeers    map[Peer][]routes.Nexthop
+	locked     map[routes.Key]bool // routes that are locked in place
+	serving    map[serves]*shaped  // the shapes that serve coverages
+	tunnels    map[routes.Ifindex]*tunnel
+	vtis       []*routes.Link
+	devices    map[routes.Ifindex]*dedicated     // the dedicated carriers
+	senders    map[routes.Ifindex][]*routes.Link // the ports by which a bond, team or bridge sends now
+	taken      map[HoldKey]*held
+	signed     []*signed
+	ports      map[routes.Ifindex][]*routes.Link // those that have a master, by the master
 }
 
 func newPlanner(in Input) *planner {
 	in.Config = in.Config.WithDefaults()
 	return &planner{
 		Input:   in,
-		plan:    &Plan{MTU: map[xfrmwatch.CoverageID]int{}},
+		plan:    &Plan{},
 		byIfID:  map[uint32]*bart.Table[[]*entry]{},
 		trials:  map[routes.Key]*trial{},
 		counts:  map[uint32]int{},
@@ -114,10 +114,11 @@ func newPlanner(in Input) *planner {
 func Make(in Input) *Plan {
 	p := newPlanner(in)
 	p.make()
-	return p.plan
+	return p.plan.Complete()
 }
 
 func (p *planner) make() {
+	p.plan.complete = p.complete
 	p.collect()
 	p.readPaths()
 	p.findTunnels()
@@ -138,7 +139,7 @@ func (p *planner) make() {
 	p.holdESP()
 	p.share()
 	p.sortHolds()
-	p.judge()
+	p.judgeSigned()
 }
 
 // collect lists all output policies in the order in which the kernel tries them, those that
@@ -286,7 +287,6 @@ func (p *planner) withRemembered(pol *xfrmwatch.Policy, covs []xfrmwatch.Coverag
 func (p *planner) cover(c xfrmwatch.Coverage, at rank) *entry {
 	cov := &coverage{Coverage: c, gone: at.gone}
 	cov.flows, cov.inexact = flowsOf(c)
-	cov.verdict = &Verdict{Cut: CutSocket}
 	cov.entry = &entry{rank: at, index: c.ID.Policy, sel: c.Selector, mark: c.Policy.Mark, ifID: c.Policy.IfID, cov: cov}
 	cov.tunnels = slices.ContainsFunc(c.Policy.Templates, func(t xfrmwatch.Template) bool { return !t.TakesFlow() })
 	return cov.entry

@@ -83,7 +83,7 @@ func (w *mtuWorld) text(pl *Plan) string {
 		out = append(out, fmt.Sprintf("lock %s %s", l.Route.Dst, l.Want))
 	}
 	for _, sh := range pl.Shapes {
-		for _, c := range sh.Clones {
+		for c := range sh.Clones() {
 			out = append(out, fmt.Sprintf("clone %s %s", c.Dst, c.MTU))
 		}
 	}
@@ -219,7 +219,7 @@ func deviceLaws(w *mtuWorld, rng *rand.Rand) error {
 		}
 	}
 	for _, sh := range pl.Shapes {
-		for _, c := range sh.Clones {
+		for c := range sh.Clones() {
 			if !c.Throw && onSet(c.Of.Body) {
 				return fmt.Errorf("%s is cloned besides", c.Dst)
 			}

@@ -107,7 +107,7 @@ type place struct {
 
 func diffTables(s *Steps, in Input, pl *Plan, stale bool) {
 	have := map[place][]routes.Route{}
-	var rules []*routes.Rule
+	rules := ownRules(in.FIB, in.Config)
 	for _, f := range []routes.Family{routes.IPv4, routes.IPv6} {
 		for _, id := range in.FIB.Tables(f) {
 			if !in.Config.OwnTable(id) {
@@ -120,16 +120,11 @@ func diffTables(s *Steps, in Input, pl *Plan, stale bool) {
 				}
 			}
 		}
-		for _, r := range in.FIB.Rules(f) {
-			if in.Config.OwnRule(r) {
-				rules = append(rules, r)
-			}
-		}
 	}
 	want := map[place]bool{}
 	for i := range pl.Shapes {
 		sh := &pl.Shapes[i]
-		for _, c := range sh.Clones {
+		for c := range sh.Clones() {
 			at := place{sh.Table, c.Dst}
 			want[at] = true
 			if step, ok := cloneStep(c, have[at]); ok {
@@ -137,13 +132,7 @@ func diffTables(s *Steps, in Input, pl *Plan, stale bool) {
 				s.Clones = append(s.Clones, step)
 			}
 		}
-		for _, r := range sh.Rules {
-			if i := slices.IndexFunc(rules, func(o *routes.Rule) bool { return *o == r }); i >= 0 {
-				rules = slices.Delete(rules, i, i+1)
-			} else {
-				s.AddRules = append(s.AddRules, r)
-			}
-		}
+		rules = addRules(s, rules, sh.Rules)
 	}
 	slices.SortStableFunc(s.Clones, func(a, b CloneStep) int { return cmp.Compare(a.rank(), b.rank()) })
 	if stale {
@@ -157,8 +146,36 @@ func diffTables(s *Steps, in Input, pl *Plan, stale bool) {
 			s.DropClones = append(s.DropClones, rs...)
 		}
 	}
-	// Clones before throws: a throw that goes first would uncover what lies above it.
-	slices.SortFunc(s.DropClones, func(a, b routes.Route) int {
+	sortDropped(s.DropClones)
+}
+
+// ownRules are the rules of ours that are in place.
+func ownRules(fib *routes.FIB, c Config) (rules []*routes.Rule) {
+	for _, f := range []routes.Family{routes.IPv4, routes.IPv6} {
+		for _, r := range fib.Rules(f) {
+			if c.OwnRule(r) {
+				rules = append(rules, r)
+			}
+		}
+	}
+	return rules
+}
+
+// addRules adds those that are wanted and not in place, and returns what is left of those in place.
+func addRules(s *Steps, have []*routes.Rule, want []routes.Rule) []*routes.Rule {
+	for _, r := range want {
+		if i := slices.IndexFunc(have, func(o *routes.Rule) bool { return *o == r }); i >= 0 {
+			have = slices.Delete(have, i, i+1)
+		} else {
+			s.AddRules = append(s.AddRules, r)
+		}
+	}
+	return have
+}
+
+// sortDropped puts clones before throws: a throw that goes first would uncover what lies above it.
+func sortDropped(list []routes.Route) {
+	slices.SortFunc(list, func(a, b routes.Route) int {
 		return cmp.Or(cmp.Compare(a.Body.Type, b.Body.Type), a.Key().Compare(b.Key()))
 	})
 }
@@ -224,25 +241,29 @@ func diffLocks(s *Steps, in Input, pl *Plan, held Held, stale bool) {
 		}
 	}
 	for k, claim := range held.Locks {
-		if wanted[k] || stale {
-			continue
-		}
-		r, n := in.FIB.Get(k)
-		wrote := n > 0 && claim.Wrote(routes.MTUMetricOf(r.Body))
-		switch {
-		case n == 0:
-			s.LostLocks = append(s.LostLocks, Lost[routes.Key]{Key: k})
-		case n > 1 && (k.Family == routes.IPv6 || !wrote):
-			// The owner has put others beside it. IPv4 replaces the first, but on IPv6 a replace
-			// would take a sibling along: the claim is kept until there is one again.
-		case !wrote:
-			s.LostLocks = append(s.LostLocks, Lost[routes.Key]{Key: k, Changed: true})
-		default:
-			s.Unlocks = append(s.Unlocks, Unlock{Route: r, Was: claim.Was})
+		if !wanted[k] && !stale {
+			s.release(in.FIB, k, claim)
 		}
 	}
 	slices.SortFunc(s.LostLocks, func(a, b Lost[routes.Key]) int { return a.Key.Compare(b.Key) })
 	slices.SortFunc(s.Unlocks, func(a, b Unlock) int { return a.Route.Key().Compare(b.Route.Key()) })
+}
+
+// release ends the claim on a lock that is wanted no more.
+func (s *Steps) release(fib *routes.FIB, k routes.Key, claim LockClaim) {
+	r, n := fib.Get(k)
+	wrote := n > 0 && claim.Wrote(routes.MTUMetricOf(r.Body))
+	switch {
+	case n == 0:
+		s.LostLocks = append(s.LostLocks, Lost[routes.Key]{Key: k})
+	case n > 1 && (k.Family == routes.IPv6 || !wrote):
+		// The owner has put others beside it. IPv4 replaces the first, but on IPv6 a replace
+		// would take a sibling along: the claim is kept until there is one again.
+	case !wrote:
+		s.LostLocks = append(s.LostLocks, Lost[routes.Key]{Key: k, Changed: true})
+	default:
+		s.Unlocks = append(s.Unlocks, Unlock{Route: r, Was: claim.Was})
+	}
 }
 
 func diffHolds(s *Steps, in Input, pl *Plan, held Held, stale bool) {

@@ -14,6 +14,9 @@ func (p *planner) follow(in Input, ch Changes) bool {
 	if p.follower == nil {
 		return false
 	}
+	if !p.follower.common.is(in) || in.XFRM != p.XFRM || in.FIB != p.FIB {
+		return false
+	}
 	p.follower.asked, in.Peers, in.Outers = in.Peers, p.Peers, p.Outers
 	p.Input = in
 	p.at = nil
@@ -27,7 +30,7 @@ func (p *planner) follow(in Input, ch Changes) bool {
 		return false
 	}
 	for _, dst := range r.list {
-		if p.outers.OverlapsPrefix(dst) {
+		if p.tunnelDsts.OverlapsPrefix(dst) {
 			return false // what becomes of a tunnel's outer packets concerns all that goes through it
 		}
 	}
@@ -44,6 +47,7 @@ func (p *planner) followRoutes(r *region, dsts []netip.Prefix) {
 	for _, dst := range dsts {
 		r.addRoutes(dst)
 		p.followWays(dst)
+		p.pending.dsts[dst] = struct{}{}
 	}
 }
 
@@ -304,6 +308,7 @@ func (p *planner) followTrials(r *region) {
 	for k := range again {
 		t := p.trials[k]
 		was := t.lock != nil
+		p.pending.locks[k] = struct{}{}
 		delete(p.locked, k)
 		if route, n := p.FIB.Get(k); n > 0 && (t.fills > 0 || p.byItsDevices(k)) {
 			p.tryInPlace(t, route)
@@ -363,19 +368,15 @@ func (p *planner) indexTrial(k routes.Key, t *trial) {
 
 // conclude puts the plan together.
 func (p *planner) conclude() {
-	old := p.plan
-	p.plan = &Plan{MTU: map[xfrmwatch.CoverageID]int{}, Shapes: old.Shapes, Holds: old.Holds, Tunnels: old.Tunnels}
-	p.listLocks()
-	for _, c := range p.covers {
-		if len(c.verdict.Carriers)+len(c.verdict.Held)+len(c.verdict.Notes) > 0 || c.verdict.Cut != CutSocket {
-			c.verdict = &Verdict{Cut: CutSocket}
-		}
+	p.plan = &Plan{Shapes: p.plan.Shapes, complete: p.complete}
+	for _, c := range p.heldOf {
+		c.held = nil
 	}
-	p.plan.Holds, p.plan.Tunnels, p.taken, p.signed = nil, nil, nil, nil
+	p.heldOf, p.taken, p.signed = nil, nil, nil
 	p.begin(&p.held)
 	p.hold()
 	p.holdESP()
 	p.share()
 	p.sortHolds()
-	p.judge()
+	p.judgeSigned()
 }

@@ -44,11 +44,21 @@ func (p *planner) followShapes(r *region) bool {
 	if p.limits(pending, slices.Equal(before, after)) || p.overLimits(after) {
 		return false
 	}
+	tables := map[*shaped]routes.TableID{}
 	for _, s := range p.shapes {
+		tables[s] = s.table
 		s.toAll, s.toServed = nil, nil
 	}
 	p.plan.Shapes = nil
-	return p.place(after.shapes())
+	if !p.place(after.shapes()) {
+		return false
+	}
+	for s, table := range tables {
+		if s.table != table {
+			p.pending.all = true // what is in place is in another table
+		}
+	}
+	return true
 }
 
 // limits reports whether shapes that have no room may have some now, or nothing to find room for. Those that
@@ -238,6 +248,7 @@ func (p *planner) redo(s *shaped, r *region, redo, want map[netip.Prefix]bool, g
 			continue
 		}
 		was, had := s.kept.Get(x)
+		p.pending.dsts[x] = struct{}{}
 		p.unsettle(s, x, at)
 		if !want[x] && p.inside(r, x) {
 			p.takeBack(&at.unit)

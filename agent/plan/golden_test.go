@@ -73,7 +73,7 @@ func (w *world) render(pl *Plan, s Steps) string {
 		for _, r := range sh.Rules {
 			line("rule %s", renderRule(&r))
 		}
-		for _, c := range sh.Clones {
+		for c := range sh.Clones() {
 			if c.Throw {
 				line("table %d: throw %s", sh.Table, c.Dst)
 			} else {

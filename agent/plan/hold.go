@@ -66,7 +66,8 @@ func (p *planner) hold() {
 	for _, l := range p.FIB.Links() {
 		if d := p.devices[l.Index]; d != nil && p.enters(d) {
 			for _, c := range d.covs {
-				c.verdict.Carriers = append(c.verdict.Carriers, l.Name)
+				v := p.holding(c)
+				v.Carriers = append(v.Carriers, l.Name)
 			}
 			p.holdOn(d)
 		}
@@ -97,9 +98,9 @@ func (p *planner) sortHolds() {
 	})
 }
 
-func (d *dedicated) note(format string, args ...any) {
+func (p *planner) noteOn(d *dedicated, format string, args ...any) {
 	for _, c := range d.covs {
-		c.verdict.note(fmt.Sprintf(format, args...))
+		p.holding(c).note(fmt.Sprintf(format, args...))
 	}
 }
 
@@ -107,19 +108,19 @@ func (p *planner) holdOn(d *dedicated) {
 	name := d.link.Name
 	switch choice := p.Config.dedicated(name); {
 	case choice == Keep:
-		d.note("%s keeps its features (dedicated: keep)", name)
+		p.noteOn(d, "%s keeps its features (dedicated: keep)", name)
 		return
 	case choice == Auto && p.probed(d):
-		d.note("%s keeps its features: a probe has shown that this kernel carries super-packets through %s correctly and at least as fast (dedicated: auto)", name, d.kind)
+		p.noteOn(d, "%s keeps its features: a probe has shown that this kernel carries super-packets through %s correctly and at least as fast (dedicated: auto)", name, d.kind)
 		return
 	}
 	if c := p.offloaded(d.covs); c != nil {
-		d.note("%s keeps its features: an SA of policy %d is offloaded to a device with %s active", name, c.ID.Policy, ethtool.ESPSegmentation)
+		p.noteOn(d, "%s keeps its features: an SA of policy %d is offloaded to a device with %s active", name, c.ID.Policy, ethtool.ESPSegmentation)
 		return
 	}
 	features := p.Config.features(name)
 	if !slices.Contains(features, ethtool.UDPSegmentation) && p.breaksUDP(d) {
-		d.note("%s: a probe has shown that this kernel loses UDP super-packets through %s", name, d.kind)
+		p.noteOn(d, "%s: a probe has shown that this kernel loses UDP super-packets through %s", name, d.kind)
 		features = append(slices.Clip(features), ethtool.UDPSegmentation)
 	}
 	for _, f := range features {
@@ -137,12 +138,12 @@ func (p *planner) holdFeature(d *dedicated, f ethtool.Feature) {
 		p.addHold(d.link, f, d.covs, CutDevice)
 	case !st.Active:
 	case len(d.lower) > 0:
-		d.note("%s has %s on [fixed]: it is switched off below it", d.link.Name, f)
+		p.noteOn(d, "%s has %s on [fixed]: it is switched off below it", d.link.Name, f)
 		for _, lower := range d.lower {
 			p.holdFeature(lower, f)
 		}
 	default:
-		d.note("%s has %s on [fixed]: it can't be switched off", d.link.Name, f)
+		p.noteOn(d, "%s has %s on [fixed]: it can't be switched off", d.link.Name, f)
 	}
 }
 
@@ -177,10 +178,11 @@ func (p *planner) addHold(l *routes.Link, f ethtool.Feature, covs []*coverage, c
 		}
 		have.by[c] = true
 		h.Because = append(h.Because, c.ID)
-		if c.verdict.Cut != CutDevice {
-			c.verdict.Cut = cut
+		if v := p.holding(c); v.Cut != CutDevice {
+			v.Cut = cut
 		}
-		c.verdict.Held = append(c.verdict.Held, l.Name+" "+string(f))
+		v := p.holding(c)
+		v.Held = append(v.Held, l.Name+" "+string(f))
 	}
 }
 
@@ -242,8 +244,9 @@ func probeKeys(kind string, c *coverage) iter.Seq[ProbeKey] {
 func (p *planner) noteVTIs() {
 	for _, c := range p.covers {
 		if l := p.vtiOf(c); l != nil {
-			c.verdict.Carriers = append(c.verdict.Carriers, l.Name)
-			c.verdict.note(fmt.Sprintf("%s has all segmentation offloads off [fixed]: nothing to switch", l.Name))
+			v := p.holding(c)
+			v.Carriers = append(v.Carriers, l.Name)
+			p.holding(c).note(fmt.Sprintf("%s has all segmentation offloads off [fixed]: nothing to switch", l.Name))
 		}
 	}
 }
@@ -362,22 +365,6 @@ func (p *planner) whole(dst netip.Prefix) []*coverage {
 		return covs
 	}
 	return nil
-}
-
-// judge completes the verdicts: the policies' in the kernel's order, then the TCP keys'.
-func (p *planner) judge() {
-	p.at = nil
-	for _, c := range p.covers {
-		if !c.gone {
-			p.plan.Current = append(p.plan.Current, c.Coverage)
-		}
-		v, valid := p.judged(c)
-		if valid != 0 {
-			p.plan.MTU[c.ID] = valid
-		}
-		p.plan.Verdicts = append(p.plan.Verdicts, v)
-	}
-	p.judgeSigned()
 }
 
 // bareMTU is the inner MTU of a coverage no route of which was looked at, for the verdict.

@@ -30,18 +30,6 @@ func (p *planner) lockInPlace() {
 		p.fills(c, list)
 	}
 	try(p.throughTunnels())
-	p.listLocks()
-}
-
-// listLocks puts what was found into the plan.
-func (p *planner) listLocks() {
-	p.plan.Locks = nil
-	for _, t := range p.trials {
-		if t.lock != nil {
-			p.plan.Locks = append(p.plan.Locks, *t.lock)
-		}
-	}
-	slices.SortFunc(p.plan.Locks, func(a, b Lock) int { return a.Route.Key().Compare(b.Route.Key()) })
 }
 
 // trial is that of a route, a new one if there is none.

@@ -3,14 +3,45 @@ package plan
 import (
 	"fmt"
 	"slices"
+
+	"tsoagent/xfrmwatch"
 )
+
+// complete puts together what takes as long as there are coverages: a plan that was followed has it when
+// somebody asks. The policies' verdicts come in the kernel's order, then the TCP keys'.
+func (p *planner) complete(pl *Plan) {
+	p.at = nil
+	pl.Locks, pl.Verdicts, pl.Current, pl.MTU = nil, nil, nil, make(map[xfrmwatch.CoverageID]int, len(p.covers))
+	for _, t := range p.trials {
+		if t.lock != nil {
+			pl.Locks = append(pl.Locks, *t.lock)
+		}
+	}
+	slices.SortFunc(pl.Locks, func(a, b Lock) int { return a.Route.Key().Compare(b.Route.Key()) })
+	for _, c := range p.covers {
+		if !c.gone {
+			pl.Current = append(pl.Current, c.Coverage)
+		}
+		v, valid := p.judged(c)
+		if valid != 0 {
+			pl.MTU[c.ID] = valid
+		}
+		pl.Verdicts = append(pl.Verdicts, v)
+	}
+	for _, s := range p.signed {
+		pl.Verdicts = append(pl.Verdicts, *s.verdict)
+	}
+}
 
 // judged puts a coverage's verdict together from what all units have said of it. valid is the inner MTU by
 // its valid SAs, in bytes, 0 for none.
 func (p *planner) judged(c *coverage) (v Verdict, valid int) {
 	v = Verdict{
 		ID: c.ID, Selector: c.Selector, Priority: c.Policy.Priority, IfID: c.Policy.IfID, Mark: c.Policy.Mark,
-		Maybe: c.Maybe, Gone: c.gone, Cut: c.verdict.Cut, Carriers: c.verdict.Carriers, Held: c.verdict.Held,
+		Maybe: c.Maybe, Gone: c.gone, Cut: CutSocket,
+	}
+	if h := c.held; h != nil {
+		v.Cut, v.Carriers, v.Held = h.Cut, h.Carriers, h.Held
 	}
 	shapes := false // whether those have had their say
 	for _, u := range c.sorted() {
@@ -38,8 +69,10 @@ func (p *planner) judged(c *coverage) (v Verdict, valid int) {
 	if !shapes {
 		c.hearShapes(&v)
 	}
-	for _, n := range c.verdict.Notes {
-		v.note(n)
+	if h := c.held; h != nil {
+		for _, n := range h.Notes {
+			v.note(n)
+		}
 	}
 	if v.MTU == 0 {
 		v.MTU = p.bareMTU(c)
@@ -88,6 +121,23 @@ func (p *planner) noteStanding(c *coverage, v *Verdict) {
 			}
 		}
 	}
+}
+
+// holding is what the holds say of a coverage.
+func (p *planner) holding(c *coverage) *Verdict {
+	if c.held == nil {
+		c.held = &Verdict{Cut: CutSocket}
+		p.heldOf = append(p.heldOf, c)
+	}
+	return c.held
+}
+
+// cut is where the holds cut a coverage's segments.
+func (c *coverage) cut() Cut {
+	if c.held == nil {
+		return CutSocket
+	}
+	return c.held.Cut
 }
 
 // own is the unit of a phase that speaks of a coverage alone.

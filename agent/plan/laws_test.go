@@ -52,6 +52,19 @@ var comparePlans = []cmp.Option{
 	cmp.Comparer(func(a, b *routes.Body) bool { return a == b || a != nil && b != nil && routes.EqualButMTU(a, b) }),
 	cmp.Comparer(func(a, b *xfrmwatch.Policy) bool { return a.Equal(b) }),
 	cmpopts.EquateEmpty(),
+	cmpopts.IgnoreUnexported(Plan{}),
+	cmp.Transformer("Shape", func(sh Shape) plainShape {
+		return plainShape{sh.ID, sh.Base, sh.Table, sh.Rules, slices.Collect(sh.Clones())}
+	}),
+}
+
+// plainShape is a shape with its clones.
+type plainShape struct {
+	ID     ShapeID
+	Base   *routes.Rule
+	Table  routes.TableID
+	Rules  []routes.Rule
+	Clones []Clone
 }
 
 // structure checks the rules: few, directly ahead of their bases, the others in their order.

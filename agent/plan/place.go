@@ -82,7 +82,7 @@ func (p *planner) emit(base *routes.Rule, list []ruled) {
 	for i, r := range list {
 		sh := out[r.s]
 		if sh == nil {
-			sh = &Shape{ID: r.s.id, Base: base, Table: r.s.table, Clones: r.s.sortedClones()}
+			sh = &Shape{ID: r.s.id, Base: base, Table: r.s.table, holds: r.s}
 			out[r.s] = sh
 			order = append(order, r.s)
 		}

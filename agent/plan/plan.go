@@ -5,6 +5,7 @@
 package plan
 
 import (
+	"iter"
 	"net/netip"
 	"slices"
 
@@ -133,6 +134,18 @@ type Plan struct {
 	DeviceMTUs []DeviceMTU
 	// Yielded are carriers whose MTU would be set had not somebody else set it since we did.
 	Yielded []routes.Ifindex
+
+	complete func(*Plan)
+}
+
+// Complete puts together the locks, verdicts, MTUs and coverages, which take as long as there are of them, and
+// returns the plan. A plan of a Planner has them only then, and only until the next one.
+func (pl *Plan) Complete() *Plan {
+	if fn := pl.complete; fn != nil {
+		pl.complete = nil
+		fn(pl)
+	}
+	return pl
 }
 
 // Hold is one feature that is kept off on one carrier.
@@ -183,11 +196,41 @@ type ShapeID struct {
 
 // Shape is one table of ours with the rules that lead to it.
 type Shape struct {
-	ID     ShapeID
-	Base   *routes.Rule
-	Table  routes.TableID
-	Rules  []routes.Rule
-	Clones []Clone
+	ID    ShapeID
+	Base  *routes.Rule
+	Table routes.TableID
+	Rules []routes.Rule
+	holds *shaped
+}
+
+// Clones are what the table is to hold, in the order of destinations. Those of a Planner's plan are what they
+// are until the next one.
+func (sh *Shape) Clones() iter.Seq[Clone] {
+	return func(yield func(Clone) bool) {
+		for _, at := range sh.holds.points.AllSorted() {
+			if at.has && !yield(at.clone) {
+				return
+			}
+		}
+	}
+}
+
+// Len is how many clones there are to be.
+func (sh *Shape) Len() int { return sh.holds.clones }
+
+// Clone is what the table is to hold at a destination.
+func (sh *Shape) Clone(dst netip.Prefix) (Clone, bool) {
+	if at, ok := sh.holds.points.Get(dst); ok && at.has {
+		return at.clone, true
+	}
+	return Clone{}, false
+}
+
+// Inside is the narrowest destination inside another one at which the table is to hold something for an
+// address.
+func (sh *Shape) Inside(dst netip.Prefix, a netip.Addr) (netip.Prefix, bool) {
+	in, _, ok := sh.holds.kept.LookupPrefixLPM(netip.PrefixFrom(a, a.BitLen()))
+	return in, ok && in.Bits() > dst.Bits()
 }
 
 // Clone is one route of ours: the shadow of a route with a locked MTU, or a throw that gives

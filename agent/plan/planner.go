@@ -1,6 +1,7 @@
 package plan
 
 import (
+	"maps"
 	"net/netip"
 	"slices"
 
@@ -53,6 +54,29 @@ type follower struct {
 	users    map[Peer][]*coverage
 	bySA     map[xfrmwatch.SAPlace][]xfrmwatch.PolicyIndex
 	splits   string
+	pending  pending
+	common   common
+	foreign  map[routes.Family]map[routes.TableID]bool
+	touched  map[*coverage]struct{}
+}
+
+// common is what concerns everything.
+type common struct {
+	outers     map[routes.Ifindex]Path // as the kernel answered
+	l2tp       map[routes.Ifindex]routes.Encap
+	withheld   map[ShapeID]string
+	forwarding map[routes.Family]bool
+	mtus       map[routes.Ifindex]MTUClaim
+}
+
+// commonOf copies it, as the caller may change it.
+func commonOf(in Input) common {
+	return common{maps.Clone(in.Outers), maps.Clone(in.L2TP), maps.Clone(in.Withheld), maps.Clone(in.Forwarding), maps.Clone(in.MTUs)}
+}
+
+func (w *common) is(in Input) bool {
+	return maps.Equal(in.Outers, w.outers) && maps.Equal(in.L2TP, w.l2tp) && maps.Equal(in.Withheld, w.withheld) &&
+		maps.Equal(in.Forwarding, w.forwarding) && maps.Equal(in.MTUs, w.mtus)
 }
 
 // learn makes a planner that has a plan ready to follow changes, if that is possible in its world.
@@ -63,6 +87,7 @@ func (p *planner) learn(in Input) {
 	f := &follower{
 		asked: in.Peers, policies: map[xfrmwatch.PolicyIndex][]*entry{}, gone: map[xfrmwatch.CoverageID]*entry{},
 		users: map[Peer][]*coverage{}, bySA: map[xfrmwatch.SAPlace][]xfrmwatch.PolicyIndex{}, splits: p.splits(),
+		pending: pending{all: true}, common: commonOf(in), touched: map[*coverage]struct{}{},
 	}
 	p.follower = f
 	for _, t := range p.byIfID {
@@ -107,7 +132,7 @@ func (p *planner) regional() bool {
 			return false // it depends on the routes by it
 		}
 		for _, o := range p.outerFlows(t) {
-			p.outers.Insert(o.dst)
+			p.tunnelDsts.Insert(o.dst)
 		}
 	}
 	return true

@@ -99,8 +99,13 @@ func (f *followed) differs() string {
 	got := f.Plan(in, f.changes)
 	f.changes, f.before = Changes{}, in
 	want := Make(in)
-	if text, other := f.render(want, Steps{}), f.render(got, Steps{}); text != other {
+	if text, other := f.render(want, Steps{}), f.render(got.Complete(), Steps{}); text != other {
 		return cmp.Diff(strings.Split(text, "\n"), strings.Split(other, "\n"))
+	}
+	got.Complete()
+	steps, all := f.Steps(in, f.held), Diff(in, want, f.held)
+	if diff := cmp.Diff(all, steps, comparePlans...); diff != "" {
+		return diff
 	}
 	if a, b := fmt.Sprint(want.MTU, want.Tunnels, len(want.Current)), fmt.Sprint(got.MTU, got.Tunnels, len(got.Current)); a != b {
 		return a + "\n" + b

@@ -319,17 +319,6 @@ func (p *planner) settlePoint(s *shaped, x netip.Prefix, at *point) {
 	}
 }
 
-// sortedClones are what the shape's table holds, in the order of destinations.
-func (s *shaped) sortedClones() []Clone {
-	out := make([]Clone, 0, s.clones)
-	for _, at := range s.points.AllSorted() {
-		if at.has {
-			out = append(out, at.clone)
-		}
-	}
-	return out
-}
-
 // minMTU is the least MTU of the shape's clones, in bytes.
 func (s *shaped) minMTU() int {
 	least := 0

@@ -22,7 +22,7 @@ func (p *planner) share() {
 	}
 	var wanted []laneWanted
 	for _, c := range p.covers {
-		if c.Maybe || c.verdict.Cut == CutDevice && c.Policy.IfID != 0 {
+		if c.Maybe || c.cut() == CutDevice && c.Policy.IfID != 0 {
 			continue
 		}
 		for _, l := range p.nics(c) {
@@ -38,7 +38,7 @@ func (p *planner) share() {
 	}
 	lanes := map[routes.Ifindex]*Lane{}
 	for _, w := range p.oncePassed(append(wanted, p.shareSigned()...)) {
-		w.in(lanes)
+		p.addLane(w, lanes)
 	}
 	for _, l := range lanes {
 		slices.SortFunc(l.Matches, lane.Match.Compare)
@@ -51,17 +51,17 @@ func (p *planner) share() {
 // holdShared takes TSO from a NIC, for everybody.
 func (p *planner) holdShared(c *coverage, l *routes.Link) {
 	if p.offloaded([]*coverage{c}) != nil {
-		c.verdict.note(fmt.Sprintf("%s keeps its features: the SA is offloaded to hardware that segments ESP", l.Name))
+		p.holding(c).note(fmt.Sprintf("%s keeps its features: the SA is offloaded to hardware that segments ESP", l.Name))
 		return
 	}
-	c.verdict.sharedOff(l)
+	p.holding(c).sharedOff(l)
 	for _, f := range p.Config.features(l.Name) {
 		st, ok := p.Features[l.Index].Get(f)
 		switch {
 		case ok && st.Changeable:
 			p.addHold(l, f, []*coverage{c}, CutNIC)
 		case ok && st.Active:
-			c.verdict.note(fmt.Sprintf("%s has %s on [fixed]: it can't be switched off", l.Name, f))
+			p.holding(c).note(fmt.Sprintf("%s has %s on [fixed]: it can't be switched off", l.Name, f))
 		}
 	}
 }
@@ -74,9 +74,9 @@ type laneWanted struct {
 	matches []lane.Match
 }
 
-func (w laneWanted) verdict() *Verdict {
+func (p *planner) verdictOf(w laneWanted) *Verdict {
 	if w.cov != nil {
-		return w.cov.verdict
+		return p.holding(w.cov)
 	}
 	return w.key.verdict
 }
@@ -85,12 +85,12 @@ func (w laneWanted) verdict() *Verdict {
 // to be no lane for them.
 func (p *planner) wantLane(c *coverage, l *routes.Link) (laneWanted, bool) {
 	if p.offloaded([]*coverage{c}) != nil {
-		c.verdict.note(fmt.Sprintf("no lane on %s: the SA is offloaded to hardware that segments ESP", l.Name))
+		p.holding(c).note(fmt.Sprintf("no lane on %s: the SA is offloaded to hardware that segments ESP", l.Name))
 		return laneWanted{}, false
 	}
 	matches := laneMatches(c)
 	if len(matches) == 0 {
-		c.verdict.note(fmt.Sprintf("no lane on %s yet: without an SA it is not known what leaves", l.Name))
+		p.holding(c).note(fmt.Sprintf("no lane on %s yet: without an SA it is not known what leaves", l.Name))
 		return laneWanted{}, false
 	}
 	return laneWanted{cov: c, nic: l, matches: matches}, true
@@ -116,7 +116,7 @@ func (p *planner) oncePassed(wanted []laneWanted) []laneWanted {
 				own.matches = append(own.matches, m)
 			}
 			for _, l := range without {
-				w.verdict().note(fmt.Sprintf("what leaves by %s through %s has no lane: shared_nics allows none on %s, and one on %s would be a second for what leaves through others", w.nic.Name, l.Name, l.Name, w.nic.Name))
+				p.verdictOf(w).note(fmt.Sprintf("what leaves by %s through %s has no lane: shared_nics allows none on %s, and one on %s would be a second for what leaves through others", w.nic.Name, l.Name, l.Name, w.nic.Name))
 			}
 			var names []string
 			for _, l := range lower {
@@ -124,7 +124,7 @@ func (p *planner) oncePassed(wanted []laneWanted) []laneWanted {
 				names = append(names, l.Name)
 			}
 			if len(names) > 0 {
-				w.verdict().note(fmt.Sprintf("what leaves by %s takes the lane of %s, which it passes as well", w.nic.Name, strings.Join(names, " or ")))
+				p.verdictOf(w).note(fmt.Sprintf("what leaves by %s takes the lane of %s, which it passes as well", w.nic.Name, strings.Join(names, " or ")))
 			}
 		}
 		if len(own.matches) > 0 {
@@ -177,7 +177,7 @@ func laneMeets(m, other lane.Match) bool {
 }
 
 // in adds the packets to the lane of the NIC.
-func (w laneWanted) in(lanes map[routes.Ifindex]*Lane) {
+func (p *planner) addLane(w laneWanted, lanes map[routes.Ifindex]*Lane) {
 	have := lanes[w.nic.Index]
 	if have == nil {
 		have = &Lane{Lane: lane.Lane{Index: int32(w.nic.Index), Name: w.nic.Name}}
@@ -192,7 +192,7 @@ func (w laneWanted) in(lanes map[routes.Ifindex]*Lane) {
 	default:
 		return
 	}
-	w.verdict().lane(w.nic)
+	p.verdictOf(w).lane(w.nic)
 }
 
 // sharedOff says that a NIC has its TSO off for everybody because of a verdict's flows.
@@ -255,7 +255,7 @@ func (p *planner) nics(c *coverage) []*routes.Link {
 			oifs[p.Peers[peer].Oif] = true
 		}
 	} else {
-		p.devicesOf(p.parts(c), c.Selector.Dst, c.verdict, oifs)
+		p.devicesOf(p.parts(c), c.Selector.Dst, p.holding(c), oifs)
 	}
 	return p.shareable(oifs)
 }

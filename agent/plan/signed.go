@@ -124,7 +124,6 @@ func (p *planner) judgeSigned() {
 		default:
 			s.verdict.note("the kernel takes GSO from sockets with a key; nothing to do")
 		}
-		p.plan.Verdicts = append(p.plan.Verdicts, *s.verdict)
 	}
 }
 
