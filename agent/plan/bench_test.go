@@ -85,6 +85,11 @@ func BenchmarkFollow(b *testing.B) {
 			}
 			in := f.input()
 			f.Plan(in, f.changes)
+			if err := f.apply(f.Steps(in, f.held)); err != nil {
+				b.Fatal(err)
+			}
+			f.Plan(in, Changes{All: true})
+			f.Steps(in, f.held)
 			line := strings.Fields(fmt.Sprintf(policy, n+1, 9, 1, 1))
 			b.ReportAllocs()
 			for b.Loop() {
@@ -96,9 +101,10 @@ func BenchmarkFollow(b *testing.B) {
 						f.db.Apply(xfrmwatch.PolicyGone{Index: xfrmwatch.PolicyIndex(n + 1)})
 					}
 					f.Plan(in, f.changes)
+					f.Steps(in, f.held)
 				}
 			}
-			if err != nil || f.Anew != 1 {
+			if err != nil || f.Anew != 2 {
 				b.Fatal(err, f.Anew)
 			}
 		})

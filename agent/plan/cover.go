@@ -67,6 +67,7 @@ type planner struct {
 	at     *unit // at work
 	covers []*coverage
 	trials map[routes.Key]*trial
+	wide   int            // how many coverages without an if_id take every flow to their destinations
 	counts map[uint32]int // of coverages, by if_id
 	// What is there to follow changes.
 	*follower
@@ -196,6 +197,9 @@ func (p *planner) add(e *entry) (peers []netip.Prefix) {
 		return nil
 	}
 	p.counts[e.ifID]++
+	if e.ifID == 0 && e.all() {
+		p.wide++
+	}
 	p.covers = append(p.covers, c)
 	return p.useOuter(c, 1)
 }

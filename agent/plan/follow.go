@@ -47,7 +47,20 @@ func (p *planner) followRoutes(r *region, dsts []netip.Prefix) {
 	for _, dst := range dsts {
 		r.addRoutes(dst)
 		p.followWays(dst)
-		p.pending.dsts[dst] = struct{}{}
+		p.followForeign(dst)
+		p.pending.dst(dst)
+	}
+}
+
+// followForeign has the tables of ours looked through again if somebody else's route may have come or gone there.
+func (p *planner) followForeign(dst netip.Prefix) {
+	f := routes.FamilyOf(dst.Addr())
+	foreign := len(p.foreign[f]) > 0
+	for r := range p.FIB.At(dst) {
+		foreign = foreign || p.Config.OwnTable(r.Body.Table) && !p.Config.OwnRoute(r)
+	}
+	if foreign {
+		p.foreign = nil
 	}
 }
 
@@ -176,7 +189,9 @@ func (p *planner) drop(r *region, e *entry) {
 	if c == nil {
 		return
 	}
-	p.counts[e.ifID]--
+	if p.counts[e.ifID]--; e.ifID == 0 && e.all() {
+		p.wide--
+	}
 	if p.firstOf(e) {
 		p.markWays(r, e.ifID)
 	}
@@ -308,7 +323,7 @@ func (p *planner) followTrials(r *region) {
 	for k := range again {
 		t := p.trials[k]
 		was := t.lock != nil
-		p.pending.locks[k] = struct{}{}
+		p.pending.lock(k)
 		delete(p.locked, k)
 		if route, n := p.FIB.Get(k); n > 0 && (t.fills > 0 || p.byItsDevices(k)) {
 			p.tryInPlace(t, route)

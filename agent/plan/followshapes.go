@@ -142,6 +142,9 @@ func (p *planner) regroup(r *region) bool {
 		}
 	}
 	p.followVRFs(r)
+	if len(moved) == 0 {
+		return true
+	}
 	for _, dst := range moved {
 		r.add(dst)
 	}
@@ -156,6 +159,9 @@ func (p *planner) reorder(old []*shaped) bool {
 		if empty(s) {
 			if s.why != "" {
 				return false
+			}
+			for x := range s.points.All() {
+				p.pending.dst(x)
 			}
 			p.empty(s)
 			delete(p.byShape, s.id)
@@ -248,7 +254,7 @@ func (p *planner) redo(s *shaped, r *region, redo, want map[netip.Prefix]bool, g
 			continue
 		}
 		was, had := s.kept.Get(x)
-		p.pending.dsts[x] = struct{}{}
+		p.pending.dst(x)
 		p.unsettle(s, x, at)
 		if !want[x] && p.inside(r, x) {
 			p.takeBack(&at.unit)

@@ -37,12 +37,14 @@ func (p *planner) hold() {
 		}
 		d.covs = append(d.covs, covs...)
 	}
-	for _, c := range p.covers {
-		if c.Maybe || c.Policy.IfID == 0 {
-			continue
-		}
-		for _, l := range p.carriers(c) {
-			add(l, c)
+	if p.counts[0] < len(p.covers) { // some have an if_id
+		for _, c := range p.covers {
+			if c.Maybe || c.Policy.IfID == 0 {
+				continue
+			}
+			for _, l := range p.carriers(c) {
+				add(l, c)
+			}
 		}
 	}
 	for _, t := range p.dedicatedTunnels() {
@@ -242,6 +244,9 @@ func probeKeys(kind string, c *coverage) iter.Seq[ProbeKey] {
 // noteVTIs says for coverages through a vti that there is nothing to switch: all of its offloads
 // are off [fixed] (KERNEL.md 5).
 func (p *planner) noteVTIs() {
+	if len(p.vtis) == 0 {
+		return
+	}
 	for _, c := range p.covers {
 		if l := p.vtiOf(c); l != nil {
 			v := p.holding(c)
@@ -285,7 +290,7 @@ func (p *planner) offloaded(covs []*coverage) *coverage {
 // wholeDevices are the devices that can be wholly covered without being tunnels: those with
 // unicast routes where some coverage takes every source and protocol.
 func (p *planner) wholeDevices() []*routes.Link {
-	if !slices.ContainsFunc(p.covers, func(c *coverage) bool { return c.Policy.IfID == 0 && c.entry.all() }) {
+	if p.wide == 0 {
 		return nil
 	}
 	// What goes through an upper device (a VLAN, a macvlan), or by a nexthop object whose routes

@@ -2,6 +2,7 @@ package plan
 
 import (
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"strings"
@@ -14,7 +15,7 @@ import (
 func (p *planner) place(shapes []*shaped) bool {
 	all := true
 	used := map[routes.Family]int{}
-	taken := p.takenTables()
+	taken := p.tablesTaken()
 	byBase := map[*routes.Rule][]*shaped{}
 	var bases []*routes.Rule
 	for _, s := range shapes {
@@ -179,6 +180,19 @@ func (p *planner) room(base *routes.Rule) int {
 		}
 	}
 	return room
+}
+
+// tablesTaken are those of takenTables, which looks at all that is in ours, if nothing there can have changed.
+func (p *planner) tablesTaken() map[routes.Family]map[routes.TableID]bool {
+	if p.follower == nil {
+		return p.takenTables()
+	}
+	if p.foreign == nil {
+		p.foreign = p.takenTables()
+	}
+	return map[routes.Family]map[routes.TableID]bool{
+		routes.IPv4: maps.Clone(p.foreign[routes.IPv4]), routes.IPv6: maps.Clone(p.foreign[routes.IPv6]),
+	}
 }
 
 // takenTables are the table numbers that hold or lead to something that is not ours.

@@ -17,6 +17,20 @@ type pending struct {
 	locks map[routes.Key]struct{}
 }
 
+func (p *pending) dst(dst netip.Prefix) {
+	if p.dsts == nil {
+		p.dsts = map[netip.Prefix]struct{}{}
+	}
+	p.dsts[dst] = struct{}{}
+}
+
+func (p *pending) lock(k routes.Key) {
+	if p.locks == nil {
+		p.locks = map[routes.Key]struct{}{}
+	}
+	p.locks[k] = struct{}{}
+}
+
 // Steps are those that Diff finds for the newest plan, looked for only where something changed since the last
 // call, or where what that one found is not done.
 func (pl *Planner) Steps(in Input, held Held) Steps {
@@ -27,7 +41,7 @@ func (pl *Planner) Steps(in Input, held Held) Steps {
 	in.Config = p.Config
 	stale := in.XFRM.Stale() || in.FIB.Stale()
 	todo := p.pending
-	p.pending = pending{dsts: map[netip.Prefix]struct{}{}, locks: map[routes.Key]struct{}{}}
+	p.pending = pending{}
 	var s Steps
 	if todo.all {
 		p.pendAll(in, held, &todo)
@@ -41,28 +55,27 @@ func (pl *Planner) Steps(in Input, held Held) Steps {
 
 // pendAll makes everything that is wanted or in place something to look at.
 func (p *planner) pendAll(in Input, held Held, todo *pending) {
-	todo.dsts, todo.locks = map[netip.Prefix]struct{}{}, map[routes.Key]struct{}{}
 	for _, s := range p.shapes {
 		for x := range s.kept.All() {
-			todo.dsts[x] = struct{}{}
+			todo.dst(x)
 		}
 	}
 	for _, f := range []routes.Family{routes.IPv4, routes.IPv6} {
 		for _, id := range in.FIB.Tables(f) {
 			if in.Config.OwnTable(id) {
 				for r := range in.FIB.Table(f, id) {
-					todo.dsts[r.Dst] = struct{}{}
+					todo.dst(r.Dst)
 				}
 			}
 		}
 	}
 	for k, t := range p.trials {
 		if t.lock != nil {
-			todo.locks[k] = struct{}{}
+			todo.lock(k)
 		}
 	}
 	for k := range held.Locks {
-		todo.locks[k] = struct{}{}
+		todo.lock(k)
 	}
 }
 
@@ -103,12 +116,12 @@ func (p *planner) stepClones(s *Steps, dsts map[netip.Prefix]struct{}, stale boo
 			if step, differs := cloneStep(c, have[table]); differs {
 				step.Table, step.Shape = table, sh.ID
 				s.Clones = append(s.Clones, step)
-				p.pending.dsts[dst] = struct{}{}
+				p.pending.dst(dst)
 			}
 			delete(have, table)
 		}
 		for _, rs := range have {
-			p.pending.dsts[dst] = struct{}{}
+			p.pending.dst(dst)
 			if !stale {
 				s.DropClones = append(s.DropClones, rs...)
 			}
@@ -131,10 +144,10 @@ func (p *planner) stepLocks(s *Steps, keys map[routes.Key]struct{}, held Held, s
 		case lock != nil:
 			if !ours || claim.Ours != lock.Want || routes.MTUMetricOf(lock.Route.Body) != lock.Want {
 				s.Locks = append(s.Locks, *lock)
-				p.pending.locks[k] = struct{}{}
+				p.pending.lock(k)
 			}
 		case ours:
-			p.pending.locks[k] = struct{}{} // until the claim is gone
+			p.pending.lock(k) // until the claim is gone
 			if !stale {
 				s.release(p.FIB, k, claim)
 			}
