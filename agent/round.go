@@ -312,9 +312,11 @@ func (a *Agent) round(now time.Time) (next time.Duration, reached bool) {
 	first := a.lastP == nil
 	a.since = time.Time{}
 	a.lastP, a.lastIn = pl, in
-	a.publish(pl, &steps, now)
+	a.countPause(&steps)
+	a.came = outcome{now: now, unlocked: a.unlocked(pl, act, &steps), rules: steps.AddRules, clones: steps.Clones, writes: a.writes()}
+	g := a.glimpse(now)
 	if first && !a.once && (a.goal == protect || a.st.paused != nil) {
-		a.ready(a.Report())
+		a.ready(g)
 		if a.onReady != nil {
 			a.onReady()
 		}
@@ -368,7 +370,7 @@ func (a *Agent) closeBooks() {
 }
 
 // ready tells once what the agent sees, and what to look at next.
-func (a *Agent) ready(r *Report) {
+func (a *Agent) ready(g *glance) {
 	look := "tsoctl status"
 	if a.cfg.RunDir != DefaultRunDir {
 		look += " --run-dir " + a.cfg.RunDir
@@ -378,16 +380,16 @@ func (a *Agent) ready(r *Report) {
 	}
 	says := "nothing is covered: nothing to do, nothing written"
 	switch {
-	case len(r.Coverages)+len(r.Holds) > 0 && a.cfg.Mode == Observe:
+	case g.coverages+g.holds > 0 && a.cfg.Mode == Observe:
 		says = "only looking: nothing is written"
-	case len(r.Coverages) > 0:
+	case g.coverages > 0:
 		says = "covered flows get what they need, and nobody else pays for it"
-	case len(r.Holds) > 0:
+	case g.holds > 0:
 		says = "nothing is covered yet; ESP offloads that no port can keep are held off"
 	}
-	a.event(api.EventState, "ready", "mode", r.Mode, "coverages", len(r.Coverages))
-	a.log.Info("ready", "mode", r.Mode, "links", r.Links, "routes", r.Routes, "policies", r.Policies, "sas", r.SAs,
-		"coverages", len(r.Coverages), "says", says, "look_next", look)
+	a.event(api.EventState, "ready", "mode", g.mode, "coverages", g.coverages)
+	a.log.Info("ready", "mode", g.mode, "links", a.st.fib.LinkCount(), "routes", a.st.fib.Len(), "policies", g.policies, "sas", a.st.db.SACount(),
+		"coverages", g.coverages, "says", says, "look_next", look)
 }
 
 // remember keeps the last valid MTU of each coverage while its policy stays, in the journal too:
@@ -451,9 +453,9 @@ func (a *Agent) nextTimer(now time.Time) time.Duration {
 	for _, t := range a.st.release {
 		add(t)
 	}
-	for _, f := range a.st.fights {
-		if f.until.After(now) {
-			add(f.until)
+	for k := range a.st.resting {
+		if a.st.rests(k, now) {
+			add(a.st.fights[k].until)
 		}
 	}
 	for _, w := range a.st.withheld {

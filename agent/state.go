@@ -47,6 +47,7 @@ type state struct {
 	release   map[plan.HoldKey]time.Time     // when a hold that is wanted no more is given back
 	flaps     map[ethtool.Ifindex]flap       // how long that waits
 	fights    map[routes.Key]fight           // how often a lock was written
+	resting   map[routes.Key]bool            // those of fights that came to their bound, and maybe rest no more
 	placed    map[plan.ShapeID]fight         // how often rules were added
 	stuck     map[routes.Key]int             // how often a lock could not be given back
 	cloned    map[clonePlace]clonedAt        // what was written last into our tables, and how often
@@ -75,6 +76,7 @@ type state struct {
 	arrivals []arrival                     // claims on devices that were moved here
 	taken    int                           // features that were taken over with such devices
 	nics     bool                          // a NIC came, went or changed
+	names    map[routes.Ifindex]string     // of all links, nil if one has changed; is not changed once it is made
 	// missed are the devices that went while no agent ran, in words, missedHolds their features.
 	missed      []string
 	missedHolds int
@@ -125,7 +127,7 @@ type write struct {
 }
 
 func newState() *state {
-	return &state{
+	s := &state{
 		db:            xfrmwatch.NewDB(),
 		fib:           routes.NewFIB(),
 		features:      map[routes.Ifindex]*ethtool.Features{},
@@ -148,12 +150,22 @@ func newState() *state {
 		release:       map[plan.HoldKey]time.Time{},
 		flaps:         map[ethtool.Ifindex]flap{},
 		fights:        map[routes.Key]fight{},
+		resting:       map[routes.Key]bool{},
 		placed:        map[plan.ShapeID]fight{},
 		stuck:         map[routes.Key]int{},
 		cloned:        map[clonePlace]clonedAt{},
 		withheld:      map[plan.ShapeID]withheldShape{},
 		writing:       map[routes.Key]*write{},
 		inflight:      map[uint32]struct{}{},
+	}
+	s.fib.OnChange(s.changed)
+	return s
+}
+
+// changed hears of each change of the routing mirror.
+func (s *state) changed(c routes.Change) {
+	if c.Link != 0 || c.All {
+		s.names = nil
 	}
 }
 
