@@ -49,6 +49,7 @@ type world struct {
 	beforeSet  func()                            // runs once, ahead of the next Set
 	beforeEcho func()                            // runs once, when the next Replace reaches the kernel, ahead of it
 	lookup     func(routes.Query) *routes.Answer // overrides the fake's own answer
+	lookupErr  error                             // of all lookups
 }
 
 const ourPort, ownerPort = 4242, 4711
@@ -181,7 +182,10 @@ func (w *world) step() (reached bool) {
 	queue := w.queue
 	w.queue = nil
 	for _, b := range queue {
-		w.a.inbox.put(b)
+		if b.len() > 0 {
+			b.at = w.now
+			w.a.inbox.post(b) // which never waits: nobody else reads
+		}
 	}
 	w.next, reached = w.a.step(w.now)
 	return reached

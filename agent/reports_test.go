@@ -9,9 +9,13 @@ import (
 	"time"
 )
 
-// agree holds the counts of a round to the report, which is made from scratch.
+// agree holds what is kept from round to round to what comes out from scratch: the counts to the report, and the ways of
+// outer packets to the kernel's answers now.
 func (w *world) agree() {
 	w.t.Helper()
+	if w.lookup == nil && w.a.lastP != nil {
+		w.sameWays()
+	}
 	g, r := w.a.glance.Load(), w.a.Report()
 	if (g == nil) != (r == nil) {
 		w.t.Errorf("the glance is %+v, the report %+v", g, r)

@@ -1,7 +1,6 @@
 package agent
 
 import (
-	"net/netip"
 	"slices"
 	"time"
 
@@ -23,6 +22,7 @@ func (a *Agent) apply(b batch) {
 		if l, ok := ev.(xfrmwatch.Lost); ok {
 			a.notice(eventsLost, "source", "xfrm", "err", l.Err)
 		}
+		a.st.ways.noteXFRM(a.st.db, ev)
 		a.st.db.Apply(ev)
 	}
 	for _, ev := range b.routes {
@@ -45,12 +45,16 @@ func (a *Agent) apply(b batch) {
 			a.log.Warn("the sessions can't be read, trying again", "source", "l2tp", "err", ev.Err)
 		case l2tp.SessionsSet:
 			a.st.l2tp.set(ev.Sessions)
+			a.st.ways.relink = true
 		}
 	}
 	a.st.arrivals = append(a.st.arrivals, b.arrivals...)
 	a.st.orders = append(a.st.orders, b.orders...)
 	for _, h := range b.handed {
 		a.settleMoved(h)
+	}
+	if b.resync {
+		a.st.ways.all = true
 	}
 	if b.offer && a.lastP != nil {
 		a.offerAgain(b.resync)
@@ -77,6 +81,7 @@ func (a *Agent) applyRoute(ev routes.Event) {
 		clear(a.st.inflight)
 		clear(a.st.writing)
 	case routes.LinkSet:
+		a.st.ways.link(a.st.fib, ev.Link)
 		a.doubtMTU6(ev.Link)
 		a.laneLink(ev.Link.Index, ev.Link.Name)
 		if a.lastP != nil {
@@ -97,6 +102,10 @@ func (a *Agent) applyRoute(ev routes.Event) {
 		}
 		a.forgetDevice(ev.Index)
 		a.laneLink(ev.Index, "")
+	case routes.AddrSet:
+		a.st.ways.addr(ev.Addr.Prefix.Addr())
+	case routes.AddrGone:
+		a.st.ways.addr(ev.Addr.Prefix.Addr())
 	case routes.RuleSet:
 		// A dump repeats the rules that are known.
 		if !slices.ContainsFunc(a.st.fib.Rules(ev.Rule.Family), func(r *routes.Rule) bool { return *r == *ev.Rule }) {
@@ -200,68 +209,10 @@ func (a *Agent) input(now time.Time) plan.Input {
 			delete(a.st.withheld, id)
 		}
 	}
-	in.Peers = a.peers(plan.PeersOf(a.st.db, in.Lingering))
-	in.L2TP = a.st.l2tp.encaps(a.st.fib)
-	in.Outers = a.outers(plan.OutersOf(a.st.fib, in.L2TP))
+	a.st.ways.settle(a.rt, a.st)
+	in.Peers, in.Outers, in.L2TP = a.st.ways.pathTo, a.st.ways.pathOut, a.st.ways.l2tp
 	in.Probed = a.probed
 	return in
-}
-
-// peers asks the kernel for the route to each outer peer: what PMTU discovery has learnt has no
-// event, so it is looked at whenever there is a plan. The kernel looks it up with the SA's own
-// source (xfrm_dst_lookup, net/xfrm/xfrm_policy.c), which can lead another way than no source.
-func (a *Agent) peers(list []plan.Peer) map[plan.Peer]plan.Path {
-	out := make(map[plan.Peer]plan.Path, len(list))
-	for _, p := range list {
-		q := routes.Query{Family: routes.FamilyOf(p.Addr), Dst: p.Addr, Mark: p.Mark.Value & p.Mark.Mask}
-		if p.Src.IsValid() && !p.Src.IsUnspecified() {
-			q.Src = p.Src
-		}
-		if path := pathOf(a.rt, a.st.fib, q); path.MTU > 0 {
-			out[p] = path
-		}
-	}
-	return out
-}
-
-// outers asks the kernel for the route of each tunnel's outer packets.
-func (a *Agent) outers(list []plan.Outer) map[routes.Ifindex]plan.Path {
-	out := make(map[routes.Ifindex]plan.Path, len(list))
-	for _, o := range list {
-		q := routes.Query{Family: o.Family, Dst: o.Dst, Src: o.Src, Mark: o.Mark, Oif: o.Oif}
-		if o.Proto == protoUDP {
-			// Other protocols than TCP and UDP can't be asked for (rtm_getroute_parse_ip_proto,
-			// net/ipv4/netlink.c).
-			q.IPProto, q.Sport, q.Dport = o.Proto, o.Sport, o.Dport
-		}
-		if path := pathOf(a.rt, a.st.fib, q); path.MTU > 0 {
-			out[o.Index] = path
-		}
-	}
-	return out
-}
-
-// pathOf is the route that the kernel answers, the zero value if there is none. A source that is
-// no address of this host has no answer.
-func pathOf(rt routeTable, fib *routes.FIB, q routes.Query) plan.Path {
-	ans, err := rt.Lookup(q)
-	if err != nil && q.Src.IsValid() {
-		q.Src = netip.Addr{}
-		ans, err = rt.Lookup(q)
-	}
-	if err != nil {
-		return plan.Path{}
-	}
-	path := plan.Path{Oif: ans.Oif, Table: ans.Table, Src: ans.PrefSrc}
-	if l := fib.Link(ans.Oif); l != nil {
-		path.MTU = l.MTUFor(q.Family)
-	}
-	for _, m := range []uint32{ans.MTU, ans.PMTU} {
-		if m != 0 && (path.MTU == 0 || int(m) < path.MTU) {
-			path.MTU = int(m)
-		}
-	}
-	return path
 }
 
 // round plans and acts once.

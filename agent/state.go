@@ -27,9 +27,11 @@ type state struct {
 	keysStale     bool     // they could not be read
 	l2tp          l2tpDevices
 	forwarding    map[routes.Family]bool
+	ways          *ways
 
 	current   []xfrmwatch.Coverage
 	lingering map[xfrmwatch.CoverageID]lingerer
+	lingers   uint64 // counts what came to lingering, and went
 	last      map[xfrmwatch.CoverageID]int
 	booked    map[xfrmwatch.CoverageID]int // those of last that are in the journal
 	// adopted are the MTUs that the journal remembers, until the first plan.
@@ -133,6 +135,7 @@ func newState() *state {
 		features:      map[routes.Ifindex]*ethtool.Features{},
 		featuresStale: true,
 		forwarding:    map[routes.Family]bool{},
+		ways:          newWays(),
 		lingering:     map[xfrmwatch.CoverageID]lingerer{},
 		last:          map[xfrmwatch.CoverageID]int{},
 		booked:        map[xfrmwatch.CoverageID]int{},
@@ -167,6 +170,7 @@ func (s *state) changed(c routes.Change) {
 	if c.Link != 0 || c.All {
 		s.names = nil
 	}
+	s.ways.changed(c)
 }
 
 // ready reports whether all sources have been read once.
@@ -210,12 +214,12 @@ func (s *state) linger(now time.Time, quiet time.Duration) {
 		_, back := s.db.Policy(id.Policy)
 		switch {
 		case back:
-			delete(s.lingering, id)
+			s.lingerNoMore(id)
 		case s.db.Stale():
 			// What a stale mirror lacks proves nothing: the time begins when it is fresh.
 			s.lingering[id] = lingerer{l.cov, now.Add(quiet)}
 		case !now.Before(l.until):
-			delete(s.lingering, id)
+			s.lingerNoMore(id)
 		}
 	}
 	for _, c := range s.current {
@@ -224,9 +228,15 @@ func (s *state) linger(now time.Time, quiet time.Duration) {
 		}
 		if _, known := s.lingering[c.ID]; !known {
 			s.lingering[c.ID] = lingerer{c, now.Add(quiet)}
+			s.lingers++
 		}
 	}
 	s.inherit()
+}
+
+func (s *state) lingerNoMore(id xfrmwatch.CoverageID) {
+	delete(s.lingering, id)
+	s.lingers++
 }
 
 // lives reports whether a coverage's policy is there and doesn't only linger.
