@@ -10,7 +10,7 @@
 //	                                     v
 //	                       journal ──> kernel ──> read back
 //	                                     v
-//	                       Report (immutable) ──> control socket
+//	                       Report (immutable, made when it is asked for) ──> control socket
 package agent
 
 import (
@@ -44,7 +44,7 @@ const (
 )
 
 // Agent follows one network namespace: that of the thread which called New. Its Run method owns
-// all state; Report and Call are safe for concurrent use.
+// all state; Report is safe for concurrent use.
 type Agent struct {
 	cfg     Config
 	trust   *keyTrust
@@ -58,7 +58,8 @@ type Agent struct {
 	inbox    *inbox
 	calls    chan func()
 	ended    chan struct{} // closed when Run returns
-	report   atomic.Pointer[Report]
+	reports  reports
+	glance   atomic.Pointer[glance] // of the newest round, nil before the first plan
 	ring     *ring
 	ringGoes bool        // it is handed on to another agent, and does not end with this one's Run
 	halt     atomic.Bool // an order to pause is on its way: stop writing
@@ -94,11 +95,11 @@ type Agent struct {
 	st      *state
 	lastP   *plan.Plan
 	lastIn  plan.Input // what lastP follows from
+	came    outcome    // of the last round
 	// diagnosis is the newest one, nil for none.
 	diagnosis *Diagnosis
 	stats     Counters
 	tally     Tally
-	figures   atomic.Pointer[Figures]
 	since     time.Time        // of the oldest event that no round has seen
 	clock     func() time.Time // of events, and for how long things take; when they are due comes with each step
 	// dropped counts the rules and clones that were taken away.
@@ -256,7 +257,7 @@ func newAgent(cfg Config, log *slog.Logger, version string) *Agent {
 	started := time.Now()
 	return &Agent{
 		cfg: cfg, dir: cfg.RunDir, log: log, version: version, started: started, ring: newRing(started), clock: time.Now,
-		inbox: newInbox(), calls: make(chan func()), ended: make(chan struct{}), st: newState(), conns: newConnections(),
+		inbox: newInbox(), calls: make(chan func()), ended: make(chan struct{}), reports: newReports(), st: newState(), conns: newConnections(),
 		trust: newKeyTrust(cfg.TCPKeysTrust),
 	}
 }
@@ -311,9 +312,6 @@ func (a *Agent) Close() error {
 	return errors.Join(errs...)
 }
 
-// Report is the newest report, nil before the first plan. It is not to be changed.
-func (a *Agent) Report() *Report { return a.report.Load() }
-
 // Run follows the kernel until the context ends, then restores or keeps what is held as the
 // configuration says: with keep, only the rules and clones go, which nobody would follow. The error is nil after a graceful stop.
 func (a *Agent) Run(ctx context.Context) error {
@@ -321,6 +319,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	defer func() {
+		a.reports.end(a)
 		close(a.ended)
 		if !a.ringGoes {
 			a.ring.end()
@@ -346,6 +345,7 @@ func (a *Agent) Run(ctx context.Context) error {
 const stopWithin = 30 * time.Second
 
 func (a *Agent) loop(ctx context.Context, failed <-chan error) error {
+	a.reports.looping.Store(true)
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	resync := time.NewTimer(a.resyncIn())

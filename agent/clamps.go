@@ -258,13 +258,13 @@ func (a *Agent) watchClamps(ctx context.Context) {
 		func(error) { changed() })
 }
 
-func (a *Agent) clampReports(pl *plan.Plan) []ClampReport {
+func (s *snapshot) clampReports() []ClampReport {
 	var out []ClampReport
 	state := StateWanted
-	if a.st.clamps.kernel.Is(entriesOf(pl)) {
+	if s.clamps.Is(entriesOf(s.plan)) {
 		state = StateInPlace
 	}
-	for _, e := range pl.Clamp {
+	for _, e := range s.plan.Clamp {
 		r := ClampReport{Dst: e.Range(), Family: "IPv4", MSS: e.MSS, State: state, Because: []string{}}
 		if e.Lo.Is6() {
 			r.Family = "IPv6"
@@ -300,5 +300,8 @@ func (a *Agent) clampConflicts(now time.Time) []string {
 func (a *Agent) lookAtMore(now time.Time) {
 	if a.cfg.Plan.Partial == plan.PartialClamp {
 		a.lookAtClamps(now)
+	}
+	if a.useLanes() {
+		a.lookAtLanes(now)
 	}
 }

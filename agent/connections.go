@@ -339,14 +339,10 @@ func (a *Agent) diagnose(ctx context.Context, call caller) (*Diagnosis, error) {
 
 func oneLine(err error) string { return strings.ReplaceAll(err.Error(), "\n", "; ") }
 
-// setDiagnosis puts a diagnosis into the report, without a round.
+// setDiagnosis puts a diagnosis into reports from now on, without a round.
 func (a *Agent) setDiagnosis(d *Diagnosis) {
 	a.diagnosis = d
-	if r := a.Report(); r != nil {
-		with := *r
-		with.Diagnosis = d
-		a.report.Store(&with)
-	}
+	a.reports.changed(a)
 }
 
 // diagnoseSoon has a diagnosis made outside of the loop.

@@ -137,7 +137,7 @@ func handler(s served, stopped <-chan struct{}) http.Handler {
 }
 
 func (c *control) report(w http.ResponseWriter, r *http.Request) {
-	rep, err := c.reportOf(r.URL.Query().Get("netns"))
+	rep, err := c.reportOf(r.Context(), r.URL.Query().Get("netns"))
 	if err != nil {
 		answerError(w, statusOf(err), err)
 		return
@@ -146,7 +146,7 @@ func (c *control) report(w http.ResponseWriter, r *http.Request) {
 }
 
 func (c *control) locks(w http.ResponseWriter, r *http.Request) {
-	rep, err := c.reportOf(r.URL.Query().Get("netns"))
+	rep, err := c.reportOf(r.Context(), r.URL.Query().Get("netns"))
 	if err != nil {
 		answerError(w, statusOf(err), err)
 		return

@@ -37,6 +37,7 @@ func runDir(t *testing.T) string {
 // serve runs the world's control socket, and takes calls as the loop would, until the test ends.
 func (w *world) serve() *client.Client {
 	w.t.Helper()
+	w.a.reports.looping.Store(true)
 	ctx, cancel := context.WithCancel(context.Background())
 	var wg sync.WaitGroup
 	served := make(chan error, 1)

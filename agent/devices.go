@@ -21,14 +21,9 @@ var shownFeatures = [...]ethtool.Feature{
 // answers when it likes.
 func (a *Agent) deviceList(ctx context.Context, call caller, all bool) (*api.DeviceList, error) {
 	out := &api.DeviceList{Version: api.Version, Netns: a.name, Live: !a.once, Devices: []api.DeviceReport{}}
-	ready := false
-	err := call(ctx, func() {
-		if ready = a.lastP != nil; ready {
-			out.Devices = a.deviceReports(a.Report(), all)
-		}
-	})
-	if err == nil && !ready {
-		err = errNotReady
+	o, err := a.observe(ctx)
+	if err == nil {
+		err = call(ctx, func() { out.Devices = a.deviceReports(o.report, all) })
 	}
 	if err != nil {
 		return nil, err

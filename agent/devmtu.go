@@ -272,16 +272,14 @@ func (a *Agent) dropMore(pl *plan.Plan, m *more, now time.Time) {
 // moreDone reports whether nothing of it is left to do.
 func (a *Agent) moreDone(m *more) bool { return m.mtus.Empty() && !a.again && a.clampsDone() }
 
-func (a *Agent) mtuReports(pl *plan.Plan) []DeviceMTUReport {
+// mtusNow are the devices whose MTU is set, those of the plan first and in its order; who asks for it is not in them.
+func (a *Agent) mtusNow(pl *plan.Plan) []DeviceMTUReport {
 	var out []DeviceMTUReport
 	for _, d := range pl.DeviceMTUs {
 		r := DeviceMTUReport{Device: d.Device.Name, Index: int32(d.Device.Index), MTU: d.Want, Was: d.Was, State: StateWanted, Because: []string{}}
 		l := a.st.fib.Link(d.Device.Index)
 		if c, ours := a.st.mtus[d.Device.Index]; ours && l != nil && l.MTU == d.Want && c.Ours == d.Want {
 			r.State = StateInPlace
-		}
-		for _, id := range d.Because {
-			r.Because = append(r.Because, ids1(id))
 		}
 		out = append(out, r)
 	}
@@ -291,6 +289,15 @@ func (a *Agent) mtuReports(pl *plan.Plan) []DeviceMTUReport {
 			out = append(out, DeviceMTUReport{Device: l.Name, Index: int32(i), MTU: cmp.Or(c.Ours, c.Theirs), Was: c.Was, State: StateContested, Why: why, Because: []string{}})
 		}
 	}
-	slices.SortFunc(out, func(a, b DeviceMTUReport) int { return cmp.Compare(a.Device, b.Device) })
 	return out
+}
+
+func (s *snapshot) mtuReports() []DeviceMTUReport {
+	for i, d := range s.plan.DeviceMTUs {
+		for _, id := range d.Because {
+			s.mtus[i].Because = append(s.mtus[i].Because, ids1(id))
+		}
+	}
+	slices.SortFunc(s.mtus, func(a, b DeviceMTUReport) int { return cmp.Compare(a.Device, b.Device) })
+	return s.mtus
 }

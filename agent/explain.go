@@ -176,7 +176,7 @@ func tunnelEnds(e routes.Encap) string {
 func (a *Agent) verdictOf(id xfrmwatch.CoverageID) *CoverageReport {
 	for i, v := range a.lastP.Complete().Verdicts {
 		if v.ID == id && v.Key == nil {
-			return &a.coverageReports(a.lastP.Complete().Verdicts[i : i+1])[0]
+			return &coverageReports(a.lastP.Complete().Verdicts[i:i+1], a.deviceName)[0]
 		}
 	}
 	return nil

@@ -107,6 +107,9 @@ func (w *world) Lookup(q routes.Query) (routes.Answer, error) {
 			return *ans, nil
 		}
 	}
+	if w.lookupErr != nil {
+		return routes.Answer{}, w.lookupErr
+	}
 	fam := routes.FamilyOf(q.Dst)
 	for _, r := range w.kernel.Rules(fam) {
 		if r.Src.IsValid() && (!q.Src.IsValid() || !r.Src.Contains(q.Src)) || r.Dst.IsValid() && !r.Dst.Contains(q.Dst) {

@@ -70,14 +70,18 @@ func (s *sailing) keysIn(name string) []string {
 
 // report is the newest report of a namespace, nil for none.
 func (s *sailing) report(name string) *Report {
+	var a *Agent
 	s.mu.Lock()
-	defer s.mu.Unlock()
 	for _, m := range s.members {
-		if slices.Contains(m.names, name) && m.agent != nil {
-			return m.agent.Report()
+		if slices.Contains(m.names, name) {
+			a = m.agent
 		}
 	}
-	return nil
+	s.mu.Unlock() // a loop that is asked may wait for it
+	if a == nil {
+		return nil
+	}
+	return a.Report()
 }
 
 // hookOrSkip is a hook that is closed with the test.

@@ -241,7 +241,7 @@ func TestFleetFollowsNamespacesAsTheyComeAndGo(t *testing.T) {
 	cover(t, "b")
 	locked(t, "a", "b")
 	// Renamed: nothing changes in it.
-	before, err := s.reportOf("a")
+	before, err := s.reportOf(t.Context(), "a")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -249,7 +249,7 @@ func TestFleetFollowsNamespacesAsTheyComeAndGo(t *testing.T) {
 	netnstest.IP(t, "netns del a")
 	s.state("a", "")
 	s.state("c", NetnsFollowed)
-	after, err := s.reportOf("c")
+	after, err := s.reportOf(t.Context(), "c")
 	if err != nil || after.Netns != "c" || after.Since != before.Since || after.Counters.Actions != before.Counters.Actions {
 		t.Errorf("after the new name %+v, %v", after, err)
 	}
@@ -330,7 +330,7 @@ func TestFleetRestartAdoptsWhatIsStillThere(t *testing.T) {
 	s.state("stays", NetnsFollowed)
 	s.state("other", NetnsFollowed)
 	for _, ns := range []string{"stays", "other"} {
-		r, err := s.reportOf(ns)
+		r, err := s.reportOf(t.Context(), ns)
 		if err != nil || r.Counters.Actions != 0 {
 			t.Errorf("%s was not adopted untouched: %+v, %v", ns, r, err)
 		}

@@ -14,11 +14,14 @@ import (
 	"tsoagent/agent/netns"
 )
 
-// fill counts what a namespace's own report has.
-func fill(n *NamespaceReport, r *Report) {
-	n.Paused = r.Paused != nil
-	n.State, n.Degraded, n.Policies, n.Coverages = NetnsFollowed, r.Degraded(), r.Policies, len(r.Coverages)
-	n.Holds, n.Locks, n.Rules, n.Clones = len(r.Holds), len(r.Locks), len(r.Rules), len(r.Clones)
+// fill counts what a namespace's own report has, nil for none yet.
+func fill(n *NamespaceReport, g *glance) {
+	if g == nil {
+		return
+	}
+	n.Paused = g.paused != nil
+	n.State, n.Degraded, n.Policies, n.Coverages = NetnsFollowed, g.degraded, g.policies, g.coverages
+	n.Holds, n.Locks, n.Rules, n.Clones = g.holds, g.locks, g.rules, g.clones
 }
 
 // notFollowed says which namespaces there are.
@@ -32,8 +35,8 @@ type served interface {
 	reloaded(ctx context.Context, by api.Peer) (*api.ReloadAnswer, error)
 	// agentOf is the agent of a namespace, by any of its names. The error is an AbsentError, errNotReady, or why it can't be followed.
 	agentOf(name string) (*Agent, error)
-	// reportOf is the newest report of a namespace.
-	reportOf(name string) (*Report, error)
+	// reportOf is the newest report of a namespace. Its loop is asked, until the context ends.
+	reportOf(ctx context.Context, name string) (*Report, error)
 	namespaces() []NamespaceReport
 	// ordered has a namespace pause, or all with an empty name; nil is to go on.
 	ordered(ctx context.Context, name string, p *api.Paused) ([]api.PausedNamespace, error)
@@ -51,22 +54,20 @@ func (a *Agent) agentOf(name string) (*Agent, error) {
 	return a, nil
 }
 
-func (a *Agent) reportOf(name string) (*Report, error) {
+func (a *Agent) reportOf(ctx context.Context, name string) (*Report, error) {
 	if _, err := a.agentOf(name); err != nil {
 		return nil, err
 	}
-	r := a.Report()
-	if r == nil {
-		return nil, errNotReady
+	o, err := a.observe(ctx)
+	if err != nil {
+		return nil, err
 	}
-	return r, nil
+	return o.report, nil
 }
 
 func (a *Agent) namespaces() []NamespaceReport {
 	n := NamespaceReport{Name: netns.Host, Names: []string{netns.Host}, State: NetnsStarting}
-	if r := a.Report(); r != nil {
-		fill(&n, r)
-	}
+	fill(&n, a.glance.Load())
 	return []NamespaceReport{n}
 }
 
@@ -117,7 +118,7 @@ func (f *Fleet) notFollowed(name string) error {
 // Report is the newest report of the host's namespace, with a list of all of them where there
 // are others. It is nil before the first plan.
 func (f *Fleet) Report() *Report {
-	r, _ := f.reportOf("")
+	r, _ := f.reportOf(context.Background(), "")
 	return r
 }
 
@@ -127,21 +128,36 @@ type Observation struct {
 	Figures *Figures
 }
 
+// observeWithin bounds how long metrics wait for the loops. A scrape waits for 10 s, as a rule.
+const observeWithin = 5 * time.Second
+
 // Observations are the newest reports of all namespaces that are followed and have been read, in the order of
-// their names. The counters of their sources are those of now: a look that finds nothing new makes no report.
+// their names. The counters of their sources are those of now: a look that finds nothing new makes no report. Of a loop
+// that does not answer in time it is the report that was made last.
 func (f *Fleet) Observations() []Observation {
+	ctx, cancel := context.WithTimeout(context.Background(), observeWithin)
+	defer cancel()
 	var out []Observation
 	for _, n := range f.namespaces() {
-		if a, err := f.agentOf(n.Name); err == nil && a.Report() != nil {
-			r := *a.Report()
-			if r.Netns = n.Name; n.Name == netns.Host {
-				r.Netns = ""
-			}
-			if a.sources != nil {
-				r.Sources = a.sources.stats()
-			}
-			out = append(out, Observation{&r, a.figures.Load()})
+		a, err := f.agentOf(n.Name)
+		if err != nil {
+			continue
 		}
+		o, err := a.observe(ctx)
+		if err != nil {
+			o = a.reports.newest.Load()
+		}
+		if o == nil {
+			continue
+		}
+		r := *o.report
+		if r.Netns = n.Name; n.Name == netns.Host {
+			r.Netns = ""
+		}
+		if a.sources != nil {
+			r.Sources = a.sources.stats()
+		}
+		out = append(out, Observation{&r, o.figures})
 	}
 	return out
 }
@@ -164,7 +180,7 @@ func (f *Fleet) Status() FleetStatus {
 	return s
 }
 
-func (f *Fleet) reportOf(name string) (*Report, error) {
+func (f *Fleet) reportOf(ctx context.Context, name string) (*Report, error) {
 	host := name == "" || name == netns.Host
 	if cfg := f.Config(); host && !cfg.Namespaces.host() {
 		r := &Report{
@@ -179,11 +195,11 @@ func (f *Fleet) reportOf(name string) (*Report, error) {
 	if err != nil {
 		return nil, err
 	}
-	have := a.Report()
-	if have == nil {
-		return nil, errNotReady
+	o, err := a.observe(ctx)
+	if err != nil {
+		return nil, err
 	}
-	r := *have
+	r := *o.report
 	if host {
 		f.addNamespaces(&r)
 		return &r, nil
@@ -243,6 +259,43 @@ func (f *Fleet) ordered(ctx context.Context, name string, p *api.Paused) ([]api.
 	return out, nil
 }
 
+// Glance is what a line says of a Fleet.
+type Glance struct {
+	// Mode, and the numbers, are those of the host's namespace.
+	Mode                            Mode
+	Coverages, Holds, Locks, Clones int
+	// Namespaces are all, where there are others than the host's.
+	Namespaces int
+	// Degraded says that a person should look.
+	Degraded bool
+}
+
+// Glance is the newest report in numbers, nil before the first plan. It waits for no loop.
+func (f *Fleet) Glance() *Glance {
+	all := f.namespaces()
+	cfg := f.Config()
+	g := &Glance{Mode: cfg.Mode}
+	if cfg.Namespaces.host() {
+		a, err := f.agentOf("")
+		if err != nil {
+			return nil
+		}
+		host := a.glance.Load()
+		if host == nil {
+			return nil
+		}
+		g = &Glance{Mode: host.mode, Coverages: host.coverages, Holds: host.holds, Locks: host.locks, Clones: host.clones, Degraded: host.degraded}
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	g.Degraded = g.Degraded || f.blind != nil || len(f.notes)+len(f.strayFindings()) > 0
+	if len(all) > 1 || !cfg.Namespaces.host() || f.blind != nil {
+		g.Namespaces = len(all)
+		g.Degraded = g.Degraded || slices.ContainsFunc(all, func(n NamespaceReport) bool { return n.Degraded || n.Why != "" })
+	}
+	return g
+}
+
 // addNamespaces adds the list, and what a person should look at, where there is more than the
 // host.
 func (f *Fleet) addNamespaces(r *Report) {
@@ -272,9 +325,7 @@ func (f *Fleet) namespaces() []NamespaceReport {
 	for _, m := range f.members {
 		n := NamespaceReport{Name: m.names[0], Names: slices.Clone(m.names), State: NetnsStarting}
 		if m.agent != nil {
-			if r := m.agent.Report(); r != nil {
-				fill(&n, r)
-			}
+			fill(&n, m.agent.glance.Load())
 		}
 		switch {
 		case m.leaving:

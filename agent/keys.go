@@ -9,12 +9,11 @@ import (
 )
 
 // keyFindings are what a person should know of keys that are not seen.
-func (a *Agent) keyFindings() []string {
+func (a *Agent) keyFindings(set sockopt.KeysSet) []string {
 	var out []string
 	if a.sources != nil {
 		out = a.sources.missing()
 	}
-	set := a.st.keys
 	if set.Hidden > 0 {
 		out = append(out, fmt.Sprintf("%d of the sockets hold more TCP-MD5 keys than the kernel can show (655): their peers are not known; "+
 			"keys for prefixes (TCP_MD5SIG_EXT), or several listeners, need fewer on each", set.Hidden))
@@ -33,6 +32,12 @@ func (a *Agent) keyFindings() []string {
 	}
 	_, unknown := a.trust.look()
 	return append(out, unknown...)
+}
+
+// keysMissing reports whether there is anything that a person should know of keys. Names of users are not looked up for it.
+func (a *Agent) keysMissing() bool {
+	set := &a.st.keys
+	return set.Hidden > 0 || set.Cut > 0 || set.Over || set.OverOthers || a.trust.wrong() || a.sources != nil && len(a.sources.missing()) > 0
 }
 
 // explainKeys says whose TCP connections to a destination are signed.

@@ -50,6 +50,18 @@ func (t *keyTrust) trusted() func(uid uint32) bool {
 	return func(uid uint32) bool { return slices.Contains(uids, uid) }
 }
 
+// wrong reports whether a name was nobody's when names were looked up last.
+func (t *keyTrust) wrong() bool {
+	t.mu.Lock()
+	looked, n := t.looked, len(t.unknown)
+	t.mu.Unlock()
+	if !looked {
+		_, unknown := t.look()
+		n = len(unknown)
+	}
+	return n > 0
+}
+
 // look returns the users' numbers, and what is wrong with the names, in words.
 func (t *keyTrust) look() (uids []uint32, unknown []string) {
 	t.mu.Lock()

@@ -372,28 +372,24 @@ func (a *Agent) watchLanes(ctx context.Context) {
 		func(error) { changed(0) })
 }
 
-func (a *Agent) laneReports(pl *plan.Plan, now time.Time) []LaneReport {
-	s := &a.st.lanes
-	if !a.writes() && a.useLanes() {
-		a.lookAtLanes(now)
-	}
+func (s *snapshot) laneReports() []LaneReport {
 	var out []LaneReport
 	wanted := map[int32]bool{}
-	for _, l := range pl.Lanes {
+	for _, l := range s.plan.Lanes {
 		wanted[l.Index] = true
 		r := LaneReport{Device: l.Name, Index: l.Index, IFB: lane.IFBName(l.Index), Matches: []string{}, State: StateWanted, Because: []string{}}
 		for _, m := range l.Matches {
 			r.Matches = append(r.Matches, m.String())
 		}
 		r.Because = causeList(l.Because, l.Keys)
-		if refusal, no := s.refused[l.Index]; no {
+		if refusal, no := s.noLanes[l.Index]; no {
 			r.State, r.Why = StateRefused, refusal.why
-		} else if have, there := s.seen[l.Index]; there && have.Is(l.Lane) {
+		} else if have, there := s.lanes[l.Index]; there && have.Is(l.Lane) {
 			r.State = StateInPlace
 		}
 		out = append(out, r)
 	}
-	for i, have := range s.seen {
+	for i, have := range s.lanes {
 		if wanted[i] {
 			continue
 		}

@@ -167,6 +167,7 @@ func (a *Agent) mayWrite(k routes.Key, now time.Time) bool {
 	may, rests := f.once(now)
 	a.st.fights[k] = f
 	if rests {
+		a.st.resting[k] = true
 		a.notice("a route does not keep its lock (its owner replaces it, or the kernel refuses): resting", "route", k.String(), "for", fightRest)
 	}
 	return may
@@ -185,6 +186,15 @@ func (f *fight) once(now time.Time) (may, rests bool) {
 	}
 	f.until = now.Add(fightRest)
 	return false, true
+}
+
+// rests reports whether a lock is not written for now. One that isn't any more is taken out of resting.
+func (s *state) rests(k routes.Key, now time.Time) bool {
+	if now.Before(s.fights[k].until) {
+		return true
+	}
+	delete(s.resting, k)
+	return false
 }
 
 // settle forgets the writes that are too long ago to count.

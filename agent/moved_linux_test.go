@@ -141,7 +141,7 @@ func movedConfig(t *testing.T, namespaces ...string) Config {
 func (s *sailing) held(ns string, want int) {
 	s.t.Helper()
 	netnstest.Within(s.t, "features held in "+ns, func() bool {
-		r, err := s.reportOf(ns)
+		r, err := s.reportOf(s.t.Context(), ns)
 		if err != nil {
 			return false
 		}
@@ -164,7 +164,7 @@ func (s *sailing) finding(ns string, want ...string) {
 		}
 	}()
 	netnstest.Within(s.t, "a finding in "+ns, func() bool {
-		r, err := s.reportOf(ns)
+		r, err := s.reportOf(s.t.Context(), ns)
 		if err != nil {
 			return false
 		}
@@ -183,7 +183,7 @@ func (s *sailing) noFinding(ns string) {
 func (s *sailing) noFindingOf(ns, text string) {
 	s.t.Helper()
 	netnstest.Within(s.t, "no finding "+text+" in "+ns, func() bool {
-		r, err := s.reportOf(ns) // in which a lock can rest, as the route went in the middle of its change
+		r, err := s.reportOf(s.t.Context(), ns) // in which a lock can rest, as the route went in the middle of its change
 		return err == nil && !foundIn(r.Findings, text)
 	})
 }

@@ -23,7 +23,7 @@ func stack(t *testing.T, ns, top, lines string) {
 func (v *voyage) heldOn(ns, dev string, want bool) {
 	v.t.Helper()
 	netnstest.Within(v.t, fmt.Sprintf("%s is held in %s: %v", dev, ns, want), func() bool {
-		r, err := v.reportOf(ns)
+		r, err := v.reportOf(v.t.Context(), ns)
 		if err != nil {
 			return false
 		}
@@ -107,7 +107,7 @@ func TestKernelMovedStacks(t *testing.T) {
 	v.heldOn("a", "c0.5", true)
 	netnstest.IP(t, "-n a link set c0 netns b\n-n a link set c0.5 netns b")
 	netnstest.Within(t, "told, if it is off there", func() bool {
-		r, err := v.reportOf("a")
+		r, err := v.reportOf(v.t.Context(), "a")
 		on, _ := movedTSO(t, "b", "c0.5")
 		return err == nil && on != foundIn(r.Findings, "c0.5 was moved to network namespace b", "`ip netns exec b ethtool -K c0.5 ")
 	})

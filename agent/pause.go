@@ -48,8 +48,8 @@ func (a *Agent) order(ctx context.Context, p *api.Paused) (*api.Paused, error) {
 	case now := <-answer:
 		return now, nil
 	case <-late.C:
-		if r := a.Report(); r != nil && r.Paused != nil && p != nil && p.Restore {
-			return r.Paused, nil // it says how much is left
+		if g := a.glance.Load(); g != nil && g.paused != nil && p != nil && p.Restore {
+			return g.paused, nil // it says how much is left
 		}
 		return nil, fmt.Errorf("it is not done within %s: see `tsoctl status`", restoreWithin)
 	case <-ctx.Done():
@@ -137,6 +137,7 @@ func (a *Agent) pauseNow(p api.Paused, now time.Time) {
 
 func (a *Agent) resumeNow(what string) {
 	if a.st.paused.Restore {
+		a.st.lingers++
 		clear(a.st.lingering) // what they held is given back: they would be protected anew, for a moment
 	}
 	a.st.paused = nil
@@ -162,10 +163,10 @@ func (a *Agent) answerOrders(all bool) {
 	})
 }
 
-// pausedReport is the pause with what is left to give back, or what waits for its end.
-func (a *Agent) pausedReport(s *plan.Steps) *api.Paused {
+// countPause counts what is left to give back in a pause, or waits for its end.
+func (a *Agent) countPause(s *plan.Steps) {
 	if a.st.paused == nil {
-		return nil
+		return
 	}
 	p := *a.st.paused
 	p.Left, p.Waiting = 0, 0
@@ -176,7 +177,6 @@ func (a *Agent) pausedReport(s *plan.Steps) *api.Paused {
 			len(s.DropRules) + len(s.DropClones) + len(s.Unlocks) + len(s.Unholds)
 	}
 	a.st.paused = &p
-	return &p
 }
 
 // ordered pauses one agent alone, for served.

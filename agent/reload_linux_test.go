@@ -108,12 +108,12 @@ func TestReloadTakesEffectAndNothingIsBareInBetween(t *testing.T) {
 		t.Errorf("status %+v", st)
 	}
 	// The same once more is no reload.
-	before, err := s.reportOf("")
+	before, err := s.reportOf(s.t.Context(), "")
 	if err != nil {
 		t.Fatal(err)
 	}
 	s.reload(cfg)
-	if after, err := s.reportOf(""); err != nil || after.Since != before.Since {
+	if after, err := s.reportOf(s.t.Context(), ""); err != nil || after.Since != before.Since {
 		t.Errorf("another agent for the same configuration: %v, %v", after, err)
 	}
 	// What the new ones hold is given back as ever.
@@ -143,7 +143,7 @@ func TestReloadToObserveAndToOtherNumbers(t *testing.T) {
 	s.reload(observe)
 	bare(t, "") // ahead of Ready
 	netnstest.Within(t, "a is bare", func() bool { return ours(t, "a") == "" })
-	if r, err := s.reportOf(""); err != nil || r.Mode != Observe || len(r.Coverages) != 1 {
+	if r, err := s.reportOf(s.t.Context(), ""); err != nil || r.Mode != Observe || len(r.Coverages) != 1 {
 		t.Errorf("report %+v, %v", r, err)
 	}
 	s.reload(cfg)

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"maps"
 	"net/netip"
-	"os"
 	"slices"
 	"time"
 
@@ -14,34 +13,25 @@ import (
 	"tsoagent/xfrmwatch"
 )
 
-// publish makes the report of a round.
-func (a *Agent) publish(pl *plan.Plan, s *plan.Steps, now time.Time) {
-	r := &Report{
-		Version: ReportVersion, Program: a.version, PID: os.Getpid(), Mode: a.cfg.Mode, Live: true,
-		Paused: a.pausedReport(s),
-		Since:  a.started, Now: now, Stale: a.staleSources(),
-		Links: len(a.st.fib.Links()), Routes: a.st.fib.Len(),
-		Policies: a.st.db.PolicyCount(), SAs: a.st.db.SACount(),
-		Coverages: a.coverageReports(pl.Verdicts), Holds: a.holdReports(pl), Locks: a.lockReports(pl, s),
-		Findings: list(slices.Concat(a.findings, a.movedFindings(), a.probeFindings(), a.conflicts(now), a.clampConflicts(now), a.keyFindings())), Counters: a.stats,
-		Rules: []RuleReport{}, Clones: []CloneReport{}, Sources: []SourceReport{},
-		Clamps: a.clampReports(pl), Lanes: a.laneReports(pl, now), DeviceMTUs: a.mtuReports(pl), Diagnosis: a.diagnosis,
-	}
-	if a.sources != nil {
-		r.Sources = a.sources.stats()
-	}
-	noteHolds(r)
-	noteLanes(r)
-	a.tableReports(r, pl, s)
-	a.figures.Store(a.figuresOf(r, now))
-	a.report.Store(r)
+// tell puts a snapshot into words. It reads nothing that belongs to the loop.
+func (a *Agent) tell(s *snapshot) *observed {
+	r, f := s.report, s.figures
+	r.Coverages, r.Locks = coverageReports(s.plan.Verdicts, s.deviceName), s.lockReports()
+	r.Holds, f.Features = s.holdReports()
+	r.Findings = list(append(r.Findings, a.keyFindings(s.keys)...))
+	r.Clamps, r.Lanes, r.DeviceMTUs = s.clampReports(), s.laneReports(), s.mtuReports()
+	r.Rules, r.Clones = s.tableReports()
+	noteHolds(&r)
+	noteLanes(&r)
+	return &observed{s.version, &r, &f}
 }
 
 // tableReports lists our rules and clones. In observe mode what would have to be written is
 // wanted only.
-func (a *Agent) tableReports(r *Report, pl *plan.Plan, s *plan.Steps) {
-	state := func(pending bool) string {
-		if pending && !a.writes() {
+func (s *snapshot) tableReports() (rules []RuleReport, clones []CloneReport) {
+	rules, clones = []RuleReport{}, []CloneReport{}
+	state := func(wanted bool) string {
+		if wanted {
 			return StateWanted
 		}
 		return StateInPlace
@@ -50,16 +40,16 @@ func (a *Agent) tableReports(r *Report, pl *plan.Plan, s *plan.Steps) {
 		table routes.TableID
 		dst   netip.Prefix
 	}
-	put := make(map[place]bool, len(s.Clones))
-	for _, c := range s.Clones {
+	put := make(map[place]bool, len(s.clones))
+	for _, c := range s.clones {
 		put[place{c.Table, c.Clone.Dst}] = true
 	}
-	for i := range pl.Shapes {
-		sh := &pl.Shapes[i]
+	for i := range s.plan.Shapes {
+		sh := &s.plan.Shapes[i]
 		for _, rule := range sh.Rules {
-			r.Rules = append(r.Rules, RuleReport{
+			rules = append(rules, RuleReport{
 				Family: rule.Family.String(), Priority: rule.Priority, Table: uint32(rule.Table), Text: ruleText(rule),
-				State: state(slices.Contains(s.AddRules, rule)),
+				State: state(slices.Contains(s.rules, rule)),
 			})
 		}
 		for c := range sh.Clones() {
@@ -68,12 +58,13 @@ func (a *Agent) tableReports(r *Report, pl *plan.Plan, s *plan.Steps) {
 				State: state(put[place{sh.Table, c.Dst}]),
 			}
 			if !c.Throw {
-				cr.Devices, cr.Of = a.devices(c.Of.Body), c.Of.Key().String()
+				cr.Devices, cr.Of = devicesOf(c.Of.Body, s.deviceName), c.Of.Key().String()
 				cr.Because = []string{ids1(c.Because)}
 			}
-			r.Clones = append(r.Clones, cr)
+			clones = append(clones, cr)
 		}
 	}
+	return rules, clones
 }
 
 // noteHolds says in the verdicts of coverages which of their holds are not in place, and why.
@@ -124,7 +115,7 @@ func (a *Agent) staleSources() []string {
 	return out
 }
 
-func (a *Agent) coverageReports(verdicts []plan.Verdict) []CoverageReport {
+func coverageReports(verdicts []plan.Verdict, deviceName func(routes.Ifindex) string) []CoverageReport {
 	out := make([]CoverageReport, 0, len(verdicts))
 	for _, v := range verdicts {
 		c := CoverageReport{
@@ -150,7 +141,7 @@ func (a *Agent) coverageReports(verdicts []plan.Verdict) []CoverageReport {
 				c.UID = &v.Key.Owner.UID
 			}
 			if v.Key.Ifindex != 0 {
-				c.Dev = a.deviceName(routes.Ifindex(v.Key.Ifindex))
+				c.Dev = deviceName(routes.Ifindex(v.Key.Ifindex))
 			}
 		}
 		out = append(out, c)
@@ -166,61 +157,32 @@ func list(l []string) []string {
 	return l
 }
 
-func (a *Agent) holdReports(pl *plan.Plan) []HoldReport {
-	out := []HoldReport{}
-	wanted := map[plan.HoldKey]bool{}
-	for _, h := range pl.Holds {
-		k := plan.HoldKey{Index: h.Device.Index, Feature: h.Feature}
-		wanted[k] = true
-		r := HoldReport{Device: h.Device.Name, Index: int32(k.Index), Feature: string(k.Feature), State: StateWanted, Why: h.Why, Because: []string{}}
-		r.Because = causeList(h.Because, h.Keys)
-		st, _ := a.st.features[routes.Ifindex(k.Index)].Get(k.Feature)
-		_, ours := a.st.holds[k]
-		switch {
-		case a.st.contested[k] != "":
-			r.State, r.Why = StateContested, a.st.contested[k]
-		case a.st.refused[k] != "":
-			r.State, r.Why = StateRefused, a.st.refused[k]
-		case ours && !st.Wanted:
-			r.State = StateInPlace
-		case !ours && !st.Wanted:
-			r.State, r.Why = StateNotOurs, "it was off before: it is not ours to give back"
-		}
-		out = append(out, r)
+// holdReports are the holds in the order of their devices, and whether the kernel has their features on.
+func (s *snapshot) holdReports() ([]HoldReport, []ManagedFeature) {
+	for i, h := range s.plan.Holds {
+		s.holds[i].report.Because = causeList(h.Because, h.Keys)
 	}
-	releasing := "its cause is gone; given back when it has been quiet"
-	if a.st.paused != nil {
-		releasing = "its cause is gone; given back after the pause"
-	}
-	for k, c := range a.st.holds {
-		if !wanted[k] {
-			out = append(out, HoldReport{
-				Device: c.Device.Name, Index: int32(k.Index), Feature: string(k.Feature),
-				State: StateReleasing, Why: releasing, Because: []string{},
-			})
-		}
-	}
-	slices.SortFunc(out, func(a, b HoldReport) int {
-		return cmp.Or(cmp.Compare(a.Device, b.Device), cmp.Compare(a.Feature, b.Feature))
+	slices.SortFunc(s.holds, func(a, b heldNow) int {
+		return cmp.Or(cmp.Compare(a.report.Device, b.report.Device), cmp.Compare(a.report.Feature, b.report.Feature))
 	})
-	return out
+	out, features := make([]HoldReport, 0, len(s.holds)), make([]ManagedFeature, 0, len(s.holds))
+	for i := range s.holds {
+		h := &s.holds[i]
+		out = append(out, h.report)
+		features = append(features, ManagedFeature{h.report.Device, h.report.Feature, h.active})
+	}
+	return out, features
 }
 
-func (a *Agent) lockReports(pl *plan.Plan, s *plan.Steps) []LockReport {
-	out := []LockReport{}
-	// What was to be written and is not on its way rests, or failed.
-	missing := map[routes.Key]bool{}
-	for _, l := range s.Locks {
-		k := l.Route.Key()
-		missing[k] = a.st.writing[k] == nil && routes.MTUMetricOf(l.Route.Body) != l.Want
-	}
-	for _, l := range pl.Locks {
+func (s *snapshot) lockReports() []LockReport {
+	out := make([]LockReport, 0, len(s.plan.Locks))
+	for _, l := range s.plan.Locks {
 		k := l.Route.Key()
 		r := LockReport{
 			Route: k.String(), Family: k.Family.String(), MTU: l.Want.MTU, Locked: l.Want.Locked,
-			Was: l.Owner.MTU, Devices: a.devices(l.Route.Body), State: StateInPlace,
+			Was: l.Owner.MTU, Devices: devicesOf(l.Route.Body, s.deviceName), State: StateInPlace,
 		}
-		if _, ours := a.st.locks[k]; !ours || missing[k] {
+		if s.unlocked[k] {
 			r.State = StateWanted
 		}
 		for _, id := range l.Because {
@@ -237,8 +199,8 @@ const Withdrawn = "withdrawn:"
 // conflicts are what a person should look at, apart from the journal's findings.
 func (a *Agent) conflicts(now time.Time) []string {
 	out := []string{}
-	for _, k := range slices.SortedFunc(maps.Keys(a.st.fights), routes.Key.Compare) {
-		if now.Before(a.st.fights[k].until) {
+	for _, k := range slices.SortedFunc(maps.Keys(a.st.resting), routes.Key.Compare) {
+		if a.st.rests(k, now) {
 			out = append(out, fmt.Sprintf("route %s did not keep its lock, which was written again and again (its owner replaces it, or the kernel refuses): the lock rests", k))
 		}
 	}
@@ -251,10 +213,12 @@ func (a *Agent) conflicts(now time.Time) []string {
 }
 
 // devices are the names of the devices that a route leaves by.
-func (a *Agent) devices(b *routes.Body) []string {
+func (a *Agent) devices(b *routes.Body) []string { return devicesOf(b, a.deviceName) }
+
+func devicesOf(b *routes.Body, name func(routes.Ifindex) string) []string {
 	out := []string{}
 	for _, n := range b.Nexthops {
-		name := a.deviceName(n.Oif)
+		name := name(n.Oif)
 		if !slices.Contains(out, name) {
 			out = append(out, name)
 		}
@@ -266,8 +230,11 @@ func (a *Agent) deviceName(i routes.Ifindex) string {
 	if l := a.st.fib.Link(i); l != nil {
 		return l.Name
 	}
-	return fmt.Sprintf("if%d", i)
+	return nameless(i)
 }
+
+// nameless is how a device is called that is not known.
+func nameless(i routes.Ifindex) string { return fmt.Sprintf("if%d", i) }
 
 // ruleText is the rule in the words of `ip rule`.
 func ruleText(r routes.Rule) string {

@@ -1,7 +1,6 @@
 package agent
 
 import (
-	"net/netip"
 	"slices"
 	"time"
 
@@ -23,6 +22,7 @@ func (a *Agent) apply(b batch) {
 		if l, ok := ev.(xfrmwatch.Lost); ok {
 			a.notice(eventsLost, "source", "xfrm", "err", l.Err)
 		}
+		a.st.ways.noteXFRM(a.st.db, ev)
 		a.st.db.Apply(ev)
 	}
 	for _, ev := range b.routes {
@@ -45,12 +45,16 @@ func (a *Agent) apply(b batch) {
 			a.log.Warn("the sessions can't be read, trying again", "source", "l2tp", "err", ev.Err)
 		case l2tp.SessionsSet:
 			a.st.l2tp.set(ev.Sessions)
+			a.st.ways.relink = true
 		}
 	}
 	a.st.arrivals = append(a.st.arrivals, b.arrivals...)
 	a.st.orders = append(a.st.orders, b.orders...)
 	for _, h := range b.handed {
 		a.settleMoved(h)
+	}
+	if b.resync {
+		a.st.ways.all = true
 	}
 	if b.offer && a.lastP != nil {
 		a.offerAgain(b.resync)
@@ -77,6 +81,7 @@ func (a *Agent) applyRoute(ev routes.Event) {
 		clear(a.st.inflight)
 		clear(a.st.writing)
 	case routes.LinkSet:
+		a.st.ways.link(a.st.fib, ev.Link)
 		a.doubtMTU6(ev.Link)
 		a.laneLink(ev.Link.Index, ev.Link.Name)
 		if a.lastP != nil {
@@ -97,6 +102,10 @@ func (a *Agent) applyRoute(ev routes.Event) {
 		}
 		a.forgetDevice(ev.Index)
 		a.laneLink(ev.Index, "")
+	case routes.AddrSet:
+		a.st.ways.addr(ev.Addr.Prefix.Addr())
+	case routes.AddrGone:
+		a.st.ways.addr(ev.Addr.Prefix.Addr())
 	case routes.RuleSet:
 		// A dump repeats the rules that are known.
 		if !slices.ContainsFunc(a.st.fib.Rules(ev.Rule.Family), func(r *routes.Rule) bool { return *r == *ev.Rule }) {
@@ -200,68 +209,10 @@ func (a *Agent) input(now time.Time) plan.Input {
 			delete(a.st.withheld, id)
 		}
 	}
-	in.Peers = a.peers(plan.PeersOf(a.st.db, in.Lingering))
-	in.L2TP = a.st.l2tp.encaps(a.st.fib)
-	in.Outers = a.outers(plan.OutersOf(a.st.fib, in.L2TP))
+	a.st.ways.settle(a.rt, a.st)
+	in.Peers, in.Outers, in.L2TP = a.st.ways.pathTo, a.st.ways.pathOut, a.st.ways.l2tp
 	in.Probed = a.probed
 	return in
-}
-
-// peers asks the kernel for the route to each outer peer: what PMTU discovery has learnt has no
-// event, so it is looked at whenever there is a plan. The kernel looks it up with the SA's own
-// source (xfrm_dst_lookup, net/xfrm/xfrm_policy.c), which can lead another way than no source.
-func (a *Agent) peers(list []plan.Peer) map[plan.Peer]plan.Path {
-	out := make(map[plan.Peer]plan.Path, len(list))
-	for _, p := range list {
-		q := routes.Query{Family: routes.FamilyOf(p.Addr), Dst: p.Addr, Mark: p.Mark.Value & p.Mark.Mask}
-		if p.Src.IsValid() && !p.Src.IsUnspecified() {
-			q.Src = p.Src
-		}
-		if path := pathOf(a.rt, a.st.fib, q); path.MTU > 0 {
-			out[p] = path
-		}
-	}
-	return out
-}
-
-// outers asks the kernel for the route of each tunnel's outer packets.
-func (a *Agent) outers(list []plan.Outer) map[routes.Ifindex]plan.Path {
-	out := make(map[routes.Ifindex]plan.Path, len(list))
-	for _, o := range list {
-		q := routes.Query{Family: o.Family, Dst: o.Dst, Src: o.Src, Mark: o.Mark, Oif: o.Oif}
-		if o.Proto == protoUDP {
-			// Other protocols than TCP and UDP can't be asked for (rtm_getroute_parse_ip_proto,
-			// net/ipv4/netlink.c).
-			q.IPProto, q.Sport, q.Dport = o.Proto, o.Sport, o.Dport
-		}
-		if path := pathOf(a.rt, a.st.fib, q); path.MTU > 0 {
-			out[o.Index] = path
-		}
-	}
-	return out
-}
-
-// pathOf is the route that the kernel answers, the zero value if there is none. A source that is
-// no address of this host has no answer.
-func pathOf(rt routeTable, fib *routes.FIB, q routes.Query) plan.Path {
-	ans, err := rt.Lookup(q)
-	if err != nil && q.Src.IsValid() {
-		q.Src = netip.Addr{}
-		ans, err = rt.Lookup(q)
-	}
-	if err != nil {
-		return plan.Path{}
-	}
-	path := plan.Path{Oif: ans.Oif, Table: ans.Table, Src: ans.PrefSrc}
-	if l := fib.Link(ans.Oif); l != nil {
-		path.MTU = l.MTUFor(q.Family)
-	}
-	for _, m := range []uint32{ans.MTU, ans.PMTU} {
-		if m != 0 && (path.MTU == 0 || int(m) < path.MTU) {
-			path.MTU = int(m)
-		}
-	}
-	return path
 }
 
 // round plans and acts once.
@@ -312,9 +263,11 @@ func (a *Agent) round(now time.Time) (next time.Duration, reached bool) {
 	first := a.lastP == nil
 	a.since = time.Time{}
 	a.lastP, a.lastIn = pl, in
-	a.publish(pl, &steps, now)
+	a.countPause(&steps)
+	a.came = outcome{now: now, unlocked: a.unlocked(pl, act, &steps), rules: steps.AddRules, clones: steps.Clones, writes: a.writes()}
+	g := a.glimpse(now)
 	if first && !a.once && (a.goal == protect || a.st.paused != nil) {
-		a.ready(a.Report())
+		a.ready(g)
 		if a.onReady != nil {
 			a.onReady()
 		}
@@ -368,7 +321,7 @@ func (a *Agent) closeBooks() {
 }
 
 // ready tells once what the agent sees, and what to look at next.
-func (a *Agent) ready(r *Report) {
+func (a *Agent) ready(g *glance) {
 	look := "tsoctl status"
 	if a.cfg.RunDir != DefaultRunDir {
 		look += " --run-dir " + a.cfg.RunDir
@@ -378,16 +331,16 @@ func (a *Agent) ready(r *Report) {
 	}
 	says := "nothing is covered: nothing to do, nothing written"
 	switch {
-	case len(r.Coverages)+len(r.Holds) > 0 && a.cfg.Mode == Observe:
+	case g.coverages+g.holds > 0 && a.cfg.Mode == Observe:
 		says = "only looking: nothing is written"
-	case len(r.Coverages) > 0:
+	case g.coverages > 0:
 		says = "covered flows get what they need, and nobody else pays for it"
-	case len(r.Holds) > 0:
+	case g.holds > 0:
 		says = "nothing is covered yet; ESP offloads that no port can keep are held off"
 	}
-	a.event(api.EventState, "ready", "mode", r.Mode, "coverages", len(r.Coverages))
-	a.log.Info("ready", "mode", r.Mode, "links", r.Links, "routes", r.Routes, "policies", r.Policies, "sas", r.SAs,
-		"coverages", len(r.Coverages), "says", says, "look_next", look)
+	a.event(api.EventState, "ready", "mode", g.mode, "coverages", g.coverages)
+	a.log.Info("ready", "mode", g.mode, "links", a.st.fib.LinkCount(), "routes", a.st.fib.Len(), "policies", g.policies, "sas", a.st.db.SACount(),
+		"coverages", g.coverages, "says", says, "look_next", look)
 }
 
 // remember keeps the last valid MTU of each coverage while its policy stays, in the journal too:
@@ -451,9 +404,9 @@ func (a *Agent) nextTimer(now time.Time) time.Duration {
 	for _, t := range a.st.release {
 		add(t)
 	}
-	for _, f := range a.st.fights {
-		if f.until.After(now) {
-			add(f.until)
+	for k := range a.st.resting {
+		if a.st.rests(k, now) {
+			add(a.st.fights[k].until)
 		}
 	}
 	for _, w := range a.st.withheld {

@@ -66,7 +66,7 @@ func dedicatedOff() Config {
 
 // tunnelWorld has two xfrm interfaces, and a route to 10.2.0.0/16 by the first. Nothing is
 // covered yet.
-func tunnelWorld(t *testing.T, cfg Config) *world {
+func tunnelWorld(t testing.TB, cfg Config) *world {
 	t.Helper()
 	w := newWorld(t, cfg)
 	w.addLink(&routes.Link{Index: ipsec1, Name: "ipsec1", Kind: "xfrm", Type: 65534, MTU: 1500, Up: true, IfID: 1})

@@ -27,9 +27,11 @@ type state struct {
 	keysStale     bool     // they could not be read
 	l2tp          l2tpDevices
 	forwarding    map[routes.Family]bool
+	ways          *ways
 
 	current   []xfrmwatch.Coverage
 	lingering map[xfrmwatch.CoverageID]lingerer
+	lingers   uint64 // counts what came to lingering, and went
 	last      map[xfrmwatch.CoverageID]int
 	booked    map[xfrmwatch.CoverageID]int // those of last that are in the journal
 	// adopted are the MTUs that the journal remembers, until the first plan.
@@ -47,6 +49,7 @@ type state struct {
 	release   map[plan.HoldKey]time.Time     // when a hold that is wanted no more is given back
 	flaps     map[ethtool.Ifindex]flap       // how long that waits
 	fights    map[routes.Key]fight           // how often a lock was written
+	resting   map[routes.Key]bool            // those of fights that came to their bound, and maybe rest no more
 	placed    map[plan.ShapeID]fight         // how often rules were added
 	stuck     map[routes.Key]int             // how often a lock could not be given back
 	cloned    map[clonePlace]clonedAt        // what was written last into our tables, and how often
@@ -75,6 +78,7 @@ type state struct {
 	arrivals []arrival                     // claims on devices that were moved here
 	taken    int                           // features that were taken over with such devices
 	nics     bool                          // a NIC came, went or changed
+	names    map[routes.Ifindex]string     // of all links, nil if one has changed; is not changed once it is made
 	// missed are the devices that went while no agent ran, in words, missedHolds their features.
 	missed      []string
 	missedHolds int
@@ -125,12 +129,13 @@ type write struct {
 }
 
 func newState() *state {
-	return &state{
+	s := &state{
 		db:            xfrmwatch.NewDB(),
 		fib:           routes.NewFIB(),
 		features:      map[routes.Ifindex]*ethtool.Features{},
 		featuresStale: true,
 		forwarding:    map[routes.Family]bool{},
+		ways:          newWays(),
 		lingering:     map[xfrmwatch.CoverageID]lingerer{},
 		last:          map[xfrmwatch.CoverageID]int{},
 		booked:        map[xfrmwatch.CoverageID]int{},
@@ -148,6 +153,7 @@ func newState() *state {
 		release:       map[plan.HoldKey]time.Time{},
 		flaps:         map[ethtool.Ifindex]flap{},
 		fights:        map[routes.Key]fight{},
+		resting:       map[routes.Key]bool{},
 		placed:        map[plan.ShapeID]fight{},
 		stuck:         map[routes.Key]int{},
 		cloned:        map[clonePlace]clonedAt{},
@@ -155,6 +161,16 @@ func newState() *state {
 		writing:       map[routes.Key]*write{},
 		inflight:      map[uint32]struct{}{},
 	}
+	s.fib.OnChange(s.changed)
+	return s
+}
+
+// changed hears of each change of the routing mirror.
+func (s *state) changed(c routes.Change) {
+	if c.Link != 0 || c.All {
+		s.names = nil
+	}
+	s.ways.changed(c)
 }
 
 // ready reports whether all sources have been read once.
@@ -198,12 +214,12 @@ func (s *state) linger(now time.Time, quiet time.Duration) {
 		_, back := s.db.Policy(id.Policy)
 		switch {
 		case back:
-			delete(s.lingering, id)
+			s.lingerNoMore(id)
 		case s.db.Stale():
 			// What a stale mirror lacks proves nothing: the time begins when it is fresh.
 			s.lingering[id] = lingerer{l.cov, now.Add(quiet)}
 		case !now.Before(l.until):
-			delete(s.lingering, id)
+			s.lingerNoMore(id)
 		}
 	}
 	for _, c := range s.current {
@@ -212,9 +228,15 @@ func (s *state) linger(now time.Time, quiet time.Duration) {
 		}
 		if _, known := s.lingering[c.ID]; !known {
 			s.lingering[c.ID] = lingerer{c, now.Add(quiet)}
+			s.lingers++
 		}
 	}
 	s.inherit()
+}
+
+func (s *state) lingerNoMore(id xfrmwatch.CoverageID) {
+	delete(s.lingering, id)
+	s.lingers++
 }
 
 // lives reports whether a coverage's policy is there and doesn't only linger.

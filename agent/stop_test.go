@@ -22,7 +22,12 @@ func (w *world) runLoop() (stop func() error) {
 	w.live = true
 	ctx, cancel := context.WithCancel(w.t.Context())
 	done := make(chan error, 1)
-	go func() { done <- w.a.loop(ctx, nil) }()
+	go func() {
+		err := w.a.loop(ctx, nil)
+		w.a.reports.end(w.a)
+		close(w.a.ended)
+		done <- err
+	}()
 	return func() error {
 		cancel()
 		return <-done

@@ -1,11 +1,6 @@
 package agent
 
-import (
-	"time"
-
-	"tsoagent/ethtool"
-	"tsoagent/routes"
-)
+import "time"
 
 // Action is what the loop does to the kernel or to the journal, as metrics count it.
 type Action uint8
@@ -141,19 +136,16 @@ type ManagedFeature struct {
 	Active  bool // the kernel has it on now
 }
 
-func (a *Agent) figuresOf(r *Report, now time.Time) *Figures {
-	f := &Figures{
+// figuresNow are the figures without their features.
+func (a *Agent) figuresNow(now time.Time) Figures {
+	f := Figures{
 		Tally: a.tally, JournalEntries: a.journal.Len(), WithdrawnLocks: len(a.st.withheld), StuckRestores: len(a.st.stuck),
-		ContestedClamp: len(a.clampConflicts(now)) > 0, Features: make([]ManagedFeature, 0, len(r.Holds)),
+		ContestedClamp: len(a.clampConflicts(now)) > 0,
 	}
-	for _, x := range a.st.fights {
-		if now.Before(x.until) {
+	for k := range a.st.resting {
+		if a.st.rests(k, now) {
 			f.RestingLocks++
 		}
-	}
-	for _, h := range r.Holds {
-		s, _ := a.st.features[routes.Ifindex(h.Index)].Get(ethtool.Feature(h.Feature))
-		f.Features = append(f.Features, ManagedFeature{h.Device, h.Feature, s.Active})
 	}
 	return f
 }

@@ -135,7 +135,11 @@ func TestReactionsAreMeasuredFromTheEvent(t *testing.T) {
 	if ReactionBounds[6] != .05 || w.a.tally.Reactions[6] != 1 {
 		t.Errorf("classes %v, want one up to 0.05 s", w.a.tally.Reactions)
 	}
-	f := w.a.figures.Load()
+	o, err := w.a.observe(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	f := o.figures
 	if f.Tally != w.a.tally || f.JournalEntries != len(w.book) || f.JournalEntries == 0 {
 		t.Errorf("the figures %+v don't have it", f)
 	}

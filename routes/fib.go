@@ -13,11 +13,11 @@ import (
 // zero value is not usable; call NewFIB. A FIB is not safe for concurrent use.
 type FIB struct {
 	state
-	fresh *state       // under construction during a full resync
-	part  *partial     // what a partial resync has found so far
-	stale bool         // events were lost, or no full dump has ended yet
-	vers  uint64       // counts changes
-	dirty func(Change) // told of each change, may be nil
+	fresh *state         // under construction during a full resync
+	part  *partial       // what a partial resync has found so far
+	stale bool           // events were lost, or no full dump has ended yet
+	vers  uint64         // counts changes
+	dirty []func(Change) // told of each change
 }
 
 // Change says what an event changed, for those who keep something derived from the FIB. Only
@@ -82,8 +82,8 @@ func newState() state {
 // NewFIB returns an empty, stale mirror.
 func NewFIB() *FIB { return &FIB{state: newState(), stale: true} }
 
-// OnChange has fn called for each change of the mirror, from within Apply.
-func (f *FIB) OnChange(fn func(Change)) { f.dirty = fn }
+// OnChange has fn called for each change of the mirror, from within Apply and Own, after those that asked for it before.
+func (f *FIB) OnChange(fn func(Change)) { f.dirty = append(f.dirty, fn) }
 
 // Stale reports whether events were lost and no full dump has ended since. What a stale mirror
 // lacks proves nothing.
@@ -141,8 +141,8 @@ func (f *FIB) Own(ev Event) {
 }
 
 func (f *FIB) note(c Change) {
-	if f.dirty != nil {
-		f.dirty(c)
+	for _, fn := range f.dirty {
+		fn(c)
 	}
 }
 
@@ -343,6 +343,9 @@ func (f *FIB) Links() []*Link {
 	}
 	return out
 }
+
+// LinkCount is the number of devices.
+func (f *FIB) LinkCount() int { return len(f.links) }
 
 // Link returns a device, or nil.
 func (f *FIB) Link(i Ifindex) *Link { return f.links[i] }

@@ -112,7 +112,7 @@ func (p *planner) leftAgain(c *coverage, path int) (int, string) {
 		return 0, circle
 	case status == xfrmwatch.MTUKnown:
 		if c.tunnels {
-			p.validMTU(c)
+			p.sayValid(c)
 		}
 	case p.Last[c.ID] != 0:
 		mtu = min(p.Last[c.ID], path)

@@ -50,6 +50,7 @@ type coverage struct {
 	inexact string   // why the selector can't be repeated in a FIB rule, or empty
 	units   []*unit  // that say something of it
 	held    *Verdict // what the holds say of it, nil for nothing
+	dropped bool     // it is no more
 	tunnels bool     // the outer packets have a destination of their own
 	gone    bool
 	// again is set while it is worked out what its packets that are IPsec already have left, circles
@@ -85,6 +86,7 @@ type planner struct {
 	ways       map[uint32][]*ways   // by if_id
 	toPeers    map[Peer][]routes.Nexthop
 	locked     map[routes.Key]bool // routes that are locked in place
+	lockCount  int                 // how many trials have a lock
 	serving    map[serves]*shaped  // the shapes that serve coverages
 	tunnels    map[routes.Ifindex]*tunnel
 	vtis       []*routes.Link
@@ -119,7 +121,7 @@ func Make(in Input) *Plan {
 }
 
 func (p *planner) make() {
-	p.plan.complete = p.complete
+	p.plan.complete, p.plan.counts = p.complete, p
 	p.collect()
 	p.readPaths()
 	p.findTunnels()
@@ -532,7 +534,7 @@ func (p *planner) mtuAt(c *coverage, path int, f routes.Family) (int, string) {
 		}
 	} else if c.tunnels {
 		// A smaller MTU of the route itself is not the coverage's: other routes can have a larger one.
-		p.validMTU(c)
+		p.sayValid(c)
 	}
 	p.left(c, mtu)
 	switch {

@@ -20,6 +20,7 @@ func (p *planner) follow(in Input, ch Changes) bool {
 	p.follower.asked, in.Peers, in.Outers = in.Peers, p.Peers, p.Outers
 	p.Input = in
 	p.at = nil
+	clear(p.touched)
 	var r region
 	p.followRoutes(&r, ch.Dsts)
 	if s := p.splits(); s != p.follower.splits {
@@ -152,6 +153,7 @@ func (p *planner) insert(r *region, e *entry) {
 	p.follower.learn(e)
 	r.add(e.sel.Dst)
 	if e.cov != nil {
+		p.touched[e.cov] = struct{}{}
 		i, _ := slices.BinarySearchFunc(p.covers[:len(p.covers)-1], e.cov, compareCovers)
 		copy(p.covers[i+1:], p.covers[i:len(p.covers)-1])
 		p.covers[i] = e.cov
@@ -189,6 +191,7 @@ func (p *planner) drop(r *region, e *entry) {
 	if c == nil {
 		return
 	}
+	c.dropped = true
 	if p.counts[e.ifID]--; e.ifID == 0 && e.all() {
 		p.wide--
 	}
@@ -329,7 +332,7 @@ func (p *planner) followTrials(r *region) {
 			p.tryInPlace(t, route)
 		} else {
 			p.takeBack(&t.unit)
-			t.lock = nil
+			p.giveUp(t)
 			delete(p.trials, k)
 			have, _ := p.trialsAt.Get(k.Dst)
 			if have = remove(have, k); len(have) > 0 {
@@ -383,7 +386,7 @@ func (p *planner) indexTrial(k routes.Key, t *trial) {
 
 // conclude puts the plan together.
 func (p *planner) conclude() {
-	p.plan = &Plan{Shapes: p.plan.Shapes, complete: p.complete}
+	p.plan = &Plan{Shapes: p.plan.Shapes, complete: p.complete, counts: p}
 	for _, c := range p.heldOf {
 		c.held = nil
 	}

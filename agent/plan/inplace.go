@@ -257,7 +257,7 @@ func linkLocal(dst netip.Prefix) bool {
 
 func (p *planner) tryInPlace(t *trial, r routes.Route) {
 	p.begin(&t.unit)
-	t.lock = nil
+	p.giveUp(t)
 	if p.locked[r.Key()] {
 		return // its devices have the MTU themselves
 	}
@@ -287,6 +287,15 @@ func (p *planner) tryInPlace(t *trial, r routes.Route) {
 	}
 	p.locked[r.Key()] = true
 	t.lock = l
+	p.lockCount++
+}
+
+// giveUp takes the lock back that a trial found.
+func (p *planner) giveUp(t *trial) {
+	if t.lock != nil {
+		t.lock = nil
+		p.lockCount--
+	}
 }
 
 // alike reports whether all flows that use the route are covered and have the same MTU left,

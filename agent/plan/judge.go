@@ -81,6 +81,17 @@ func (p *planner) judged(c *coverage) (v Verdict, valid int) {
 	return v, valid
 }
 
+// validMTU is the inner MTU by valid SAs, in bytes, 0 for none.
+func (c *coverage) validMTU() int {
+	valid := 0
+	for _, u := range c.units {
+		if s := u.of(c); s.valid != 0 && (valid == 0 || s.valid < valid) {
+			valid = s.valid
+		}
+	}
+	return valid
+}
+
 // hearShapes adds what a coverage's shapes say.
 func (c *coverage) hearShapes(v *Verdict) {
 	for _, m := range c.members {
@@ -150,9 +161,9 @@ func (c *coverage) own(at phase) *unit {
 	return u
 }
 
-// validMTU notes the inner MTU that a coverage has by its valid SAs. A smaller MTU of a route is not the
+// sayValid notes the inner MTU that a coverage has by its valid SAs. A smaller MTU of a route is not the
 // coverage's: other routes can have a larger one.
-func (p *planner) validMTU(c *coverage) {
+func (p *planner) sayValid(c *coverage) {
 	mtu, _ := c.MTU(p.peerMTU, anyRoute)
 	p.valid(c, mtu)
 }

@@ -83,7 +83,7 @@ func (p *planner) emit(base *routes.Rule, list []ruled) {
 	for i, r := range list {
 		sh := out[r.s]
 		if sh == nil {
-			sh = &Shape{ID: r.s.id, Base: base, Table: r.s.table, holds: r.s}
+			sh = &Shape{ID: r.s.id, Base: base, Table: r.s.table, live: r.s}
 			out[r.s] = sh
 			order = append(order, r.s)
 		}

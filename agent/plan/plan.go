@@ -5,7 +5,6 @@
 package plan
 
 import (
-	"iter"
 	"net/netip"
 	"slices"
 
@@ -136,6 +135,7 @@ type Plan struct {
 	Yielded []routes.Ifindex
 
 	complete func(*Plan)
+	counts   *planner // while it has no newer plan
 }
 
 // Complete puts together the locks, verdicts, MTUs and coverages, which take as long as there are of them, and
@@ -200,37 +200,8 @@ type Shape struct {
 	Base  *routes.Rule
 	Table routes.TableID
 	Rules []routes.Rule
-	holds *shaped
-}
-
-// Clones are what the table is to hold, in the order of destinations. Those of a Planner's plan are what they
-// are until the next one.
-func (sh *Shape) Clones() iter.Seq[Clone] {
-	return func(yield func(Clone) bool) {
-		for _, at := range sh.holds.points.AllSorted() {
-			if at.has && !yield(at.clone) {
-				return
-			}
-		}
-	}
-}
-
-// Len is how many clones there are to be.
-func (sh *Shape) Len() int { return sh.holds.clones }
-
-// Clone is what the table is to hold at a destination.
-func (sh *Shape) Clone(dst netip.Prefix) (Clone, bool) {
-	if at, ok := sh.holds.points.Get(dst); ok && at.has {
-		return at.clone, true
-	}
-	return Clone{}, false
-}
-
-// Inside is the narrowest destination inside another one at which the table is to hold something for an
-// address.
-func (sh *Shape) Inside(dst netip.Prefix, a netip.Addr) (netip.Prefix, bool) {
-	in, _, ok := sh.holds.kept.LookupPrefixLPM(netip.PrefixFrom(a, a.BitLen()))
-	return in, ok && in.Bits() > dst.Bits()
+	live  *shaped // what it holds, while its planner has no newer plan
+	kept  []Clone // else, in the order of destinations
 }
 
 // Clone is one route of ours: the shadow of a route with a locked MTU, or a throw that gives

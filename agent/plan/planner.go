@@ -1,6 +1,7 @@
 package plan
 
 import (
+	"iter"
 	"maps"
 	"net/netip"
 	"slices"
@@ -14,7 +15,8 @@ import (
 type Planner struct {
 	p *planner // nil for none yet
 	// Anew counts the plans that were worked out from scratch, Followed the others.
-	Anew, Followed uint64
+	Anew, Follows uint64
+	followed      bool
 }
 
 // Changes are what differs between an input and the one before it. Whatever is not among them is the same.
@@ -36,12 +38,14 @@ type Changes struct {
 func (pl *Planner) Plan(in Input, ch Changes) *Plan {
 	in.Config = in.Config.WithDefaults()
 	if pl.p != nil && !ch.All && pl.p.follow(in, ch) {
-		pl.Followed++
+		pl.followed = true
+		pl.Follows++
 		return pl.p.plan
 	}
 	pl.p = newPlanner(in)
 	pl.p.make()
 	pl.p.learn(in)
+	pl.followed = false
 	pl.Anew++
 	return pl.p.plan
 }
@@ -58,6 +62,70 @@ type follower struct {
 	common   common
 	foreign  map[routes.Family]map[routes.TableID]bool
 	touched  map[*coverage]struct{}
+}
+
+// Told yields the coverages of which the newest plan may say something else than the one before it, with their
+// inner MTU by valid SAs in bytes, 0 for none. Those that linger are not among them.
+func (pl *Planner) Told() iter.Seq2[xfrmwatch.Coverage, int] {
+	return func(yield func(xfrmwatch.Coverage, int) bool) {
+		p := pl.p
+		each := slices.Values(p.covers)
+		if pl.followed {
+			each = maps.Keys(p.touched)
+		}
+		for c := range each {
+			if !c.gone && !c.dropped && !yield(c.Coverage, c.validMTU()) {
+				return
+			}
+		}
+	}
+}
+
+// Followed reports whether the newest plan was made by what changed.
+func (pl *Planner) Followed() bool { return pl.followed }
+
+// Coverages are those of a policy in the newest plan, without what lingers; of all policies for index 0.
+func (pl *Planner) Coverages(index xfrmwatch.PolicyIndex) iter.Seq[xfrmwatch.Coverage] {
+	return func(yield func(xfrmwatch.Coverage) bool) {
+		if pl.p == nil {
+			return
+		}
+		if index != 0 && pl.p.follower != nil {
+			for _, e := range pl.p.policies[index] {
+				if e.cov != nil && !yield(e.cov.Coverage) {
+					return
+				}
+			}
+			return
+		}
+		for _, c := range pl.p.covers {
+			if !c.gone && (index == 0 || c.ID.Policy == index) && !yield(c.Coverage) {
+				return
+			}
+		}
+	}
+}
+
+// Alike yields the coverages that have a coverage's selector, mark and if_id, without what lingers.
+func (pl *Planner) Alike(o xfrmwatch.Coverage) iter.Seq[xfrmwatch.Coverage] {
+	return func(yield func(xfrmwatch.Coverage) bool) {
+		if pl.p == nil || pl.p.byIfID[o.Policy.IfID] == nil {
+			return
+		}
+		es, _ := pl.p.byIfID[o.Policy.IfID].Get(o.Selector.Dst)
+		for _, e := range es {
+			if c := e.cov; c != nil && !c.gone && c.Selector == o.Selector && c.Policy.Mark == o.Policy.Mark && !yield(c.Coverage) {
+				return
+			}
+		}
+	}
+}
+
+// Relook has the next Steps look at everything: what is in place is what another plan wanted.
+func (pl *Planner) Relook() {
+	if pl.p != nil && pl.p.follower != nil {
+		pl.p.pending.all = true
+	}
 }
 
 // common is what concerns everything.

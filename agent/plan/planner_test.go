@@ -24,7 +24,7 @@ func TestPlannerFollows(t *testing.T) {
 		if err != nil {
 			t.Fatalf("%v in\n%s", err, text)
 		}
-		defer func() { anew, followed = anew+f.Anew, followed+f.Followed }()
+		defer func() { anew, followed = anew+f.Anew, followed+f.Follows }()
 		history := []string{text}
 		for i := range 1 + rapid.IntRange(0, 5).Draw(t, "steps") {
 			if i > 0 {

@@ -58,9 +58,17 @@ func (p *planner) begin(u *unit) {
 
 func (p *planner) takeBack(u *unit) {
 	for i := range u.said {
+		p.touch(u.said[i].cov)
 		u.said[i].cov.forget(u.said[i].at)
 	}
 	u.said, u.index = nil, nil
+}
+
+// touch notes that what is said of a coverage is not what it was in the plan before.
+func (p *planner) touch(c *coverage) {
+	if p.follower != nil {
+		p.touched[c] = struct{}{}
+	}
 }
 
 // forget takes a unit from a coverage's; the last one takes its place.
@@ -98,6 +106,7 @@ func (p *planner) on(c *coverage) *said {
 	if s := u.of(c); s != nil {
 		return s
 	}
+	p.touch(c)
 	u.said = append(u.said, said{cov: c, at: len(c.units)})
 	c.units = append(c.units, u)
 	switch {

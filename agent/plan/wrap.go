@@ -56,7 +56,7 @@ func (p *planner) wraps(t *tunnel) (int, string) {
 		case t.loops:
 			return 0, fmt.Sprintf("the outer packets of %s go into itself", t.link.Name)
 		case status == xfrmwatch.MTUKnown && c.tunnels:
-			p.validMTU(c)
+			p.sayValid(c)
 		case status == xfrmwatch.MTUKnown:
 			p.valid(c, left)
 		case p.Last[c.ID] != 0:

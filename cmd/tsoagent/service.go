@@ -143,15 +143,15 @@ func (s *service) tell(states ...string) {
 
 // status is the line that `systemctl status` shows.
 func (s *service) status() string {
-	r := s.fleet.Report()
-	if r == nil {
+	g := s.fleet.Glance()
+	if g == nil {
 		return "STATUS=reading the kernel's state"
 	}
-	text := fmt.Sprintf("%s: %d coverages, %d features, %d routes, %d clones", r.Mode, len(r.Coverages), len(r.Holds), len(r.Locks), len(r.Clones))
-	if n := len(r.Namespaces); n > 1 {
-		text += fmt.Sprintf(" (and %d other namespaces)", n-1)
+	text := fmt.Sprintf("%s: %d coverages, %d features, %d routes, %d clones", g.Mode, g.Coverages, g.Holds, g.Locks, g.Clones)
+	if g.Namespaces > 1 {
+		text += fmt.Sprintf(" (and %d other namespaces)", g.Namespaces-1)
 	}
-	if r.Degraded() {
+	if g.Degraded {
 		text += "; needs a look"
 	}
 	return "STATUS=" + text + "; `tsoctl status` has more"
