@@ -303,9 +303,6 @@ func flowNotes(f *flows.Flow) []string {
 	return out
 }
 
-// gap is between columns.
-const gap = "  "
-
 // cells prints one row. Where the addresses have no room, the rest stands in its columns one line below.
 func (t *flowTable) cells(cells []string, note string) {
 	both := t.wide[0] + len(gap) + t.wide[1]
@@ -327,14 +324,6 @@ func (t *flowTable) cells(cells []string, note string) {
 	}
 	_, _ = t.page.Write(append(b, '\n')) // as with Fprintln, nothing helps where stdout is gone
 	t.line = b
-}
-
-// pad fills a line with blanks to a width.
-func pad(b []byte, width int) []byte {
-	for n := utf8.RuneCount(b); n < width; n++ {
-		b = append(b, ' ')
-	}
-	return b
 }
 
 func (t *flowTable) end(r *flows.Result) error {

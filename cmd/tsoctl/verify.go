@@ -235,13 +235,6 @@ func openPort(name string, of int) (verify.Port, *wire.Tap, error) {
 	return port, tap, nil
 }
 
-// look shows how far a look is: on a terminal only.
-func (b *progress) look(done, of time.Duration, packets int) {
-	if b.width > 0 {
-		b.bar(int(done.Milliseconds()), int(of.Milliseconds()), fmt.Sprintf("%.1f of %.3g s, %s", done.Seconds(), of.Seconds(), count(packets, "packet", "packets")))
-	}
-}
-
 // verifyTable has a line for each class of packets, and one that says what to think of all.
 func verifyTable(p page, r *verify.Result) {
 	if r.Netns != "" {
