@@ -89,9 +89,9 @@ func lockTable(p page, r *agent.Report) {
 	if len(rows) > 1 {
 		p.table(rows)
 	}
-	rows = [][]string{{"PRIORITY", "FAMILY", "RULE"}}
+	rows = [][]string{{"PRIORITY", "FAMILY", "STATE", "RULE"}}
 	for _, rule := range r.Rules {
-		rows = append(rows, []string{fmt.Sprint(rule.Priority), rule.Family, rule.Text})
+		rows = append(rows, []string{fmt.Sprint(rule.Priority), rule.Family, rule.State, rule.Text})
 	}
 	if len(rows) > 1 {
 		p.table(rows)

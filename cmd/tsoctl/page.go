@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 	"unicode/utf8"
 
 	"golang.org/x/sys/unix"
@@ -23,15 +24,17 @@ type page struct {
 	width int // in columns, 0 for no wrapping
 }
 
+// widest is the longest line of a sentence: longer ones are hard to read. Tables use all the width there is.
+const widest = 100
+
 // pageOf is the page for a command's output.
 func pageOf(w io.Writer) page {
-	const most = 100 // wider lines are hard to read
 	if f, ok := w.(*os.File); ok {
 		if size, err := unix.IoctlGetWinsize(int(f.Fd()), unix.TIOCGWINSZ); err == nil {
 			if os.Getenv("NO_COLOR") == "" && os.Getenv("TERM") != "dumb" {
 				w = &painter{w: w}
 			}
-			return page{plain{w}, min(int(size.Col), most)}
+			return page{plain{w}, int(size.Col)}
 		}
 	}
 	return page{plain{w}, 0}
@@ -65,11 +68,12 @@ func harmless(r rune) rune {
 // text prints a line after an indent. Where it is wrapped, the rest is indented by two more.
 func (p page) text(indent int, format string, args ...any) {
 	line := strings.Repeat(" ", indent)
+	width := min(p.width, widest)
 	fresh := true
 	for word := range strings.SplitSeq(fmt.Sprintf(format, args...), " ") {
 		switch {
 		case fresh:
-		case p.width > 0 && utf8.RuneCountInString(line)+1+utf8.RuneCountInString(word) > p.width:
+		case width > 0 && utf8.RuneCountInString(line)+1+utf8.RuneCountInString(word) > width:
 			fmt.Fprintln(p, line)
 			line = strings.Repeat(" ", indent+2)
 		default:
@@ -82,7 +86,7 @@ func (p page) text(indent int, format string, args ...any) {
 }
 
 // table prints rows in columns, the first one being their heads, after an empty line. On a terminal the last column is
-// wrapped to the width.
+// wrapped to the width; where there is no room for it, it stands below.
 func (p page) table(rows [][]string) {
 	wide := make([]int, len(rows[0]))
 	for _, cells := range rows {
@@ -97,16 +101,27 @@ func (p page) table(rows [][]string) {
 	}
 	const least = 12 // columns, else wrapping makes it no better
 	room := p.width - at
-	if p.width == 0 || room < least {
-		room = 1 << 30
+	below := false
+	switch needs := at + wide[last]; {
+	case p.width == 0 || needs <= p.width:
+		room = wide[last]
+	case room < least:
+		below, at, room = true, 2, p.width-2
 	}
 	var b []byte
 	b = append(b, '\n')
-	for _, cells := range rows {
+	for i, cells := range rows {
 		var line []byte
 		for i, c := range cells[:last] {
 			line = append(line, c...)
 			line = append(line, strings.Repeat(" ", wide[i]-utf8.RuneCountInString(c)+len(gap))...)
+		}
+		if below {
+			b = append(append(b, bytes.TrimRight(line, " ")...), '\n')
+			if i == 0 || cells[last] == "" {
+				continue // the sentence below needs no head
+			}
+			line = []byte("  ")
 		}
 		for i, text := range wrap(cells[last], room) {
 			if i > 0 {
@@ -161,6 +176,9 @@ func short(list []string) string {
 	}
 	return strings.Join(list, ", ")
 }
+
+// timeText is a time where the reader is: the agent's own zone may be another one.
+func timeText(t time.Time) string { return t.Local().Format(time.DateTime) }
 
 // some joins what there is any of.
 func some(counts ...string) string {

@@ -2,7 +2,6 @@ package main
 
 import (
 	"fmt"
-	"time"
 
 	"github.com/urfave/cli/v2"
 
@@ -95,7 +94,7 @@ func pauseTable(p page, a *api.PauseAnswer) {
 
 // pausedText says since when, by whom and until when nothing is written, and what to do.
 func pausedText(p *api.Paused) string {
-	text := fmt.Sprintf("paused since %s by %s", p.Since.Local().Format(time.DateTime), p.By)
+	text := fmt.Sprintf("paused since %s by %s", timeText(p.Since), p.By)
 	switch {
 	case p.Left > 0:
 		text += fmt.Sprintf(": %s still to be given back, see `tsoctl events`", count(p.Left, "change is", "changes are"))
@@ -108,7 +107,7 @@ func pausedText(p *api.Paused) string {
 		text += fmt.Sprintf(" (%s)", count(p.Waiting, "change waits", "changes wait"))
 	}
 	if !p.Until.IsZero() {
-		return text + fmt.Sprintf(" until %s; `tsoctl resume` goes on now", p.Until.Local().Format(time.DateTime))
+		return text + fmt.Sprintf(" until %s; `tsoctl resume` goes on now", timeText(p.Until))
 	}
 	return text + "; `tsoctl resume` goes on"
 }

@@ -3,7 +3,6 @@ package main
 import (
 	"errors"
 	"net/http"
-	"time"
 
 	"github.com/urfave/cli/v2"
 
@@ -41,7 +40,7 @@ func reload(c *cli.Context) error {
 
 func reloadTable(p page, a *api.ReloadAnswer) {
 	if a.Changed {
-		p.text(0, "another configuration is in use since %s", a.Configured.Local().Format(time.DateTime))
+		p.text(0, "another configuration is in use since %s", timeText(a.Configured))
 	} else {
 		p.text(0, "the configuration is as it was")
 	}

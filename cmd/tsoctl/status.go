@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"fmt"
 	"slices"
-	"time"
 
 	"github.com/urfave/cli/v2"
 
@@ -51,7 +50,7 @@ func nextWithout(runDir string) string {
 func degraded(r *agent.Report) bool { return r.Degraded() }
 
 func statusTable(p page, r *agent.Report) {
-	p.text(0, "mode %s, since %s, pid %d", r.Mode, r.Since.Format(time.DateTime), r.PID)
+	p.text(0, "mode %s, since %s, pid %d", r.Mode, timeText(r.Since), r.PID)
 	if r.Paused != nil {
 		p.text(0, "! %s", pausedText(r.Paused))
 	}

@@ -29,7 +29,7 @@ const golden = "testdata/tables.txtar"
 func covered() *agent.Report {
 	return &agent.Report{
 		Version: agent.ReportVersion, PID: 143, Mode: agent.Enforce, Live: true,
-		Since: time.Date(2026, 11, 22, 10, 33, 18, 0, time.UTC),
+		Since: time.Date(2026, 11, 22, 10, 33, 18, 0, time.Local),
 		Links: 7, Routes: 35, Policies: 8, SAs: 1,
 		Coverages: []agent.CoverageReport{
 			{
@@ -62,8 +62,8 @@ func covered() *agent.Report {
 			{Table: 5450, Dst: "10.3.7.0/24", Throw: true},
 		},
 		Rules: []agent.RuleReport{
-			{Family: "ipv4", Priority: 219, Table: 5451, Text: "from 10.9.0.0/24 ipproto 6 lookup 5451"},
-			{Family: "ipv4", Priority: 32765, Table: 5450, Text: "from 10.9.0.0/24 lookup 5450"},
+			{Family: "ipv4", Priority: 219, Table: 5451, Text: "from 10.9.0.0/24 ipproto 6 lookup 5451", State: agent.StateWanted},
+			{Family: "ipv4", Priority: 32765, Table: 5450, Text: "from 10.9.0.0/24 lookup 5450", State: agent.StateInPlace},
 		},
 	}
 }
@@ -206,8 +206,10 @@ func TestTables(t *testing.T) {
 		{"locks, none", 80, func(p page) { locksTable(p, api.LocksOf(&agent.Report{Netns: "blue"})) }},
 		{"events", 80, func(p page) { eventsTable(p, someEvents()) }},
 		{"events, not on a terminal", 0, func(p page) { eventsTable(p, someEvents()) }},
-		{"events, a hole", 80, func(p page) { eventLine(p, api.EventLine{Lost: 17}) }},
+		{"events, a hole", 80, func(p page) { (&diary{page: p}).line(api.EventLine{Lost: 17}) }},
 		{"events, none", 80, func(p page) { eventsTable(p, &api.EventList{Since: covered().Since, Netns: "blue"}) }},
+		{"reload", 80, func(p page) { reloadTable(p, &api.ReloadAnswer{Changed: true, Configured: covered().Since}) }},
+		{"reload, nothing new", 80, func(p page) { reloadTable(p, &api.ReloadAnswer{Configured: covered().Since}) }},
 		{"pause", 80, func(p page) {
 			pauseTable(p, &api.PauseAnswer{Namespaces: []api.PausedNamespace{
 				{Name: "host", Paused: &api.Paused{Since: covered().Since, By: api.Peer{PID: 7, Process: "tsoctl"}}},
