@@ -86,7 +86,7 @@ func holdTable(p page, r *agent.Report) {
 		rows = append(rows, []string{h.Device, h.Feature, h.State, because})
 	}
 	p.table(rows)
-	why(p, r)
+	why(p, r, len(r.Holds))
 }
 
 func laneTable(p page, r *agent.Report) {

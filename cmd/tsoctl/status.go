@@ -56,7 +56,8 @@ func statusTable(p page, r *agent.Report) {
 	}
 	if r.NotFollowed {
 		namespaceTable(p, r)
-		findings(p, r)
+		findings(p, shorten(r))
+		more(p, len(r.Findings)-screen, "finding", "findings", "plan")
 		return
 	}
 	if r.Netns != "" {
@@ -71,14 +72,15 @@ func statusTable(p page, r *agent.Report) {
 	}
 	observing(p, r)
 	heldTable(p, r)
-	laneTable(p, r)
 	shown := shorten(r)
+	laneTable(p, shown)
 	lockTable(p, shown)
-	mtuTable(p, r)
+	mtuTable(p, shown)
 	clampTable(p, shown)
 	leftOut(p, r, shown)
 	namespaceTable(p, r)
-	findings(p, r)
+	findings(p, shown)
+	more(p, len(r.Findings)-len(shown.Findings), "finding", "findings", "plan")
 }
 
 const nothingCovered = "nothing is covered: no output policy asks for ESP or AH."
@@ -99,23 +101,24 @@ func observing(p page, r *agent.Report) {
 }
 
 // namespaceTable has a line for each namespace but the one that the report is about. Where they
-// don't fit one screen, those in which there is nothing to see are only counted.
+// don't fit one screen, those in which there is nothing to see are only counted, and so are the last of the others: who is to be looked at
+// goes first.
 func namespaceTable(p page, r *agent.Report) {
 	quiet, many := 0, len(r.Namespaces) > screen
-	rows := [][]string{{"NAMESPACE", "STATE", "COVERED", "HELD OFF", "LOCKED"}}
+	var list []agent.NamespaceReport
 	for _, n := range r.Namespaces {
 		switch {
 		case n.Name == netns.Host:
 		case many && n.State == agent.NetnsFollowed && n.Coverages+n.Holds+n.Locks+n.Clones == 0 && !n.Degraded:
 			quiet++
-		case n.State == agent.NetnsFollowed || n.State == agent.NetnsLeaving:
-			state := n.State
-			if n.Degraded {
-				state += ", look"
-			}
-			rows = append(rows, []string{n.Name, state, fmt.Sprint(n.Coverages), fmt.Sprint(n.Holds), fmt.Sprint(n.Locks + n.Clones)})
 		default:
-			rows = append(rows, []string{n.Name, n.State, "-", "-", "-"})
+			list = append(list, n)
+		}
+	}
+	rows := [][]string{{"NAMESPACE", "STATE", "COVERED", "HELD OFF", "LOCKED"}}
+	for i, shown := range fitting(list, func(n agent.NamespaceReport) bool { return n.Degraded }) {
+		if shown {
+			rows = append(rows, namespaceRow(&list[i]))
 		}
 	}
 	if r.NotFollowed {
@@ -124,6 +127,7 @@ func namespaceTable(p page, r *agent.Report) {
 	if len(rows) > 1 {
 		p.table(rows)
 	}
+	more(p, len(list)-len(rows)+1, "namespace", "namespaces", "status -o json")
 	if quiet > 0 {
 		p.text(0, "followed, with nothing covered: %s", count(quiet, "namespace", "namespaces"))
 	}
@@ -132,30 +136,61 @@ func namespaceTable(p page, r *agent.Report) {
 	}
 }
 
-// screen is how many locks and clones, and how many rules, fit a status of one screen.
+func namespaceRow(n *agent.NamespaceReport) []string {
+	if n.State != agent.NetnsFollowed && n.State != agent.NetnsLeaving {
+		return []string{n.Name, n.State, "-", "-", "-"}
+	}
+	state := n.State
+	if n.Degraded {
+		state += ", look"
+	}
+	return []string{n.Name, state, fmt.Sprint(n.Coverages), fmt.Sprint(n.Holds), fmt.Sprint(n.Locks + n.Clones)}
+}
+
+// screen is how many there may be of each kind of line in a status of one screen.
 const screen = 12
 
-// shorten leaves of the locks, clones and rules what fits one screen.
+// fitting says which of a list are shown where no more than fit a screen are: those that matter go ahead of the others.
+func fitting[T any](list []T, matters func(T) bool) []bool {
+	shown, left := make([]bool, len(list)), screen
+	for _, first := range []bool{true, false} {
+		for i, v := range list {
+			if left > 0 && matters(v) == first {
+				shown[i] = true
+				left--
+			}
+		}
+	}
+	return shown
+}
+
+// more says how many are not shown, and which command has them.
+func more(p page, n int, one, many, command string) {
+	if n > 0 {
+		p.text(0, "and %s, see `tsoctl %s`", count(n, "more "+one, "more "+many), command)
+	}
+}
+
+// shorten leaves of the lists what fits one screen.
 func shorten(r *agent.Report) *agent.Report {
 	s := *r
 	s.Locks = s.Locks[:min(len(s.Locks), screen)]
 	s.Clones = s.Clones[:min(len(s.Clones), screen-len(s.Locks))]
 	s.Rules = s.Rules[:min(len(s.Rules), screen)]
 	s.Clamps = s.Clamps[:min(len(s.Clamps), screen)]
+	s.Lanes = s.Lanes[:min(len(s.Lanes), screen)]
+	s.DeviceMTUs = s.DeviceMTUs[:min(len(s.DeviceMTUs), screen)]
+	s.Findings = s.Findings[:min(len(s.Findings), screen)]
 	return &s
 }
 
 // leftOut says how much more there is than was shown.
 func leftOut(p page, r, shown *agent.Report) {
-	if n := len(r.Locks) + len(r.Clones) - len(shown.Locks) - len(shown.Clones); n > 0 {
-		p.text(0, "and %s, see `tsoctl plan`", count(n, "more route", "more routes"))
-	}
-	if n := len(r.Clamps) - len(shown.Clamps); n > 0 {
-		p.text(0, "and %s, see `tsoctl plan`", count(n, "more clamp", "more clamps"))
-	}
-	if n := len(r.Rules) - len(shown.Rules); n > 0 {
-		p.text(0, "and %s, see `tsoctl plan`", count(n, "more rule", "more rules"))
-	}
+	more(p, len(r.Lanes)-len(shown.Lanes), "lane", "lanes", "plan")
+	more(p, len(r.Locks)+len(r.Clones)-len(shown.Locks)-len(shown.Clones), "route", "routes", "locks")
+	more(p, len(r.DeviceMTUs)-len(shown.DeviceMTUs), "device mtu", "device mtus", "locks")
+	more(p, len(r.Clamps)-len(shown.Clamps), "clamp", "clamps", "locks")
+	more(p, len(r.Rules)-len(shown.Rules), "rule", "rules", "locks")
 }
 
 // findings are what a person should look at.
@@ -181,8 +216,9 @@ func heldTable(p page, r *agent.Report) {
 		features[g] = append(features[g], h.Feature)
 	}
 	rows := [][]string{{"DEVICE", "HELD OFF", "STATE", "BECAUSE"}}
+	shown := fitting(order, func(g group) bool { return trouble(g.state) })
 	for i, g := range order {
-		if i < screen || g.state == agent.StateContested || g.state == agent.StateRefused {
+		if shown[i] {
 			rows = append(rows, []string{g.device, few(features[g]), g.state, g.because})
 		}
 	}
@@ -190,11 +226,12 @@ func heldTable(p page, r *agent.Report) {
 		return
 	}
 	p.table(rows)
-	if n := len(order) - len(rows) + 1; n > 0 {
-		p.text(0, "and %s, see `tsoctl devices`", count(n, "more line", "more lines"))
-	}
-	why(p, r)
+	more(p, len(order)-len(rows)+1, "line", "lines", "devices")
+	why(p, r, screen)
 }
+
+// trouble says that a feature that is wanted off is on, and stays it.
+func trouble(state string) bool { return state == agent.StateContested || state == agent.StateRefused }
 
 // few are features in as few words as fit a column.
 func few(features []string) string {
@@ -204,16 +241,21 @@ func few(features []string) string {
 	return fmt.Sprintf("%d: %s …", len(features), slices.MinFunc(features, func(a, b string) int { return cmp.Compare(len(a), len(b)) }))
 }
 
-// why says why features that are wanted off are on.
-func why(p page, r *agent.Report) {
-	told := false
+// why says why features that are wanted off are on, of so many at most.
+func why(p page, r *agent.Report, most int) {
+	told := 0
 	for _, h := range r.Holds {
-		if h.State == agent.StateContested || h.State == agent.StateRefused {
+		if !trouble(h.State) {
+			continue
+		}
+		if told++; told <= most {
 			p.text(0, "! %s %s: %s", h.Device, h.Feature, h.Why)
-			told = true
 		}
 	}
-	if told {
+	if told > most {
+		p.text(0, "! and %s", count(told-most, "more feature", "more features"))
+	}
+	if told > 0 {
 		p.text(0, "`tsoctl events` says when that was, `tsoctl devices` what else the device does")
 	}
 }

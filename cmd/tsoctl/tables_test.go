@@ -290,6 +290,95 @@ func TestJSONAndYAMLHaveTheSameNames(t *testing.T) {
 	}
 }
 
+// TestStatusFitsItsScreen whatever there is, and what a person should look at is not what is left out.
+func TestStatusFitsItsScreen(t *testing.T) {
+	r := covered()
+	for i := range 300 {
+		dev := fmt.Sprintf("dev%d", i)
+		state := agent.StateInPlace
+		if i%50 == 49 {
+			state = agent.StateContested
+		}
+		r.Holds = append(r.Holds, agent.HoldReport{Device: dev, Feature: "tx-tcp-segmentation", State: state, Why: "somebody", Because: []string{"policy 1"}})
+		r.Lanes = append(r.Lanes, agent.LaneReport{Device: dev, IFB: "tsolane1", State: agent.StateRefused, Why: "no"})
+		r.DeviceMTUs = append(r.DeviceMTUs, agent.DeviceMTUReport{Device: dev, Why: "no"})
+		r.Findings = append(r.Findings, "finding "+dev)
+		r.Locks, r.Rules, r.Clamps = append(r.Locks, agent.LockReport{Route: dev}), append(r.Rules, agent.RuleReport{}), append(r.Clamps, agent.ClampReport{})
+		r.Namespaces = append(r.Namespaces, agent.NamespaceReport{Name: dev, State: agent.NetnsFollowed, Coverages: 1, Degraded: i%50 == 49})
+	}
+	for _, alone := range []bool{false, true} {
+		r.NotFollowed = alone
+		var b bytes.Buffer
+		statusTable(page{&b, 80}, r)
+		if lines := strings.Count(b.String(), "\n"); lines > 12*(screen+3) {
+			t.Errorf("%d lines:\n%s", lines, b.String())
+		}
+		want := []string{"dev299     followed, look  ", "more namespaces, see `tsoctl status -o json`\n", "and 288 more findings, see `tsoctl plan`\n"}
+		if !alone {
+			want = append(want, "dev299  tx-tcp-segmentation      contested  ", "! dev299 tx-tcp-segmentation: somebody\n", "more lanes, see `tsoctl plan`\n", "more device mtus, see `tsoctl locks`\n")
+		}
+		for _, text := range want {
+			if !strings.Contains(b.String(), text) {
+				t.Errorf("%q is not in it:\n%s", text, b.String())
+			}
+		}
+	}
+	for i := range r.Holds {
+		r.Holds[i].State, r.Holds[i].Why = agent.StateRefused, "it is fixed"
+	}
+	r.NotFollowed = false
+	var b bytes.Buffer
+	statusTable(page{&b, 80}, r)
+	if n := strings.Count(b.String(), ": it is fixed\n"); n != screen || !strings.Contains(b.String(), "! and 292 more features\n") {
+		t.Errorf("%d reasons:\n%s", n, b.String())
+	}
+}
+
+// TestTablesUseTheWidth that there is, while sentences stay readable; where the last column has no room it stands below.
+func TestTablesUseTheWidth(t *testing.T) {
+	words := strings.TrimSpace(strings.Repeat("word ", 24))
+	rows := [][]string{{"DEVICE", "BECAUSE"}, {"nic1", words}}
+	draw := func(width int) string {
+		var b bytes.Buffer
+		p := page{&b, width}
+		p.table(rows)
+		p.text(0, "%s", words)
+		return b.String()
+	}
+	if want := "\nDEVICE  BECAUSE\nnic1    " + words + "\n" + words[:99] + "\n  " + words[100:] + "\n"; draw(160) != want {
+		t.Errorf("160 columns:\n%s", draw(160))
+	}
+	rows = [][]string{{"ROUTE", "MTU", "DEVICE", "STATE"}, {"2001:db8:1234:5678:9abc:def0:1234:5678/128 metric 1024", "lock 1446", "enp65s0f0np0.10", "table 5450, wanted"}, {"::/0", "1400", "nic1", ""}}
+	var b bytes.Buffer
+	(page{&b, 80}).table(rows)
+	if want := `
+ROUTE                                                   MTU        DEVICE
+2001:db8:1234:5678:9abc:def0:1234:5678/128 metric 1024  lock 1446  enp65s0f0np0.10
+  table 5450, wanted
+::/0                                                    1400       nic1
+`; b.String() != want {
+		t.Errorf("80 columns:\n%s", b.String())
+	}
+}
+
+// TestTimesAreTheReaders whatever the zone of the agent is.
+func TestTimesAreTheReaders(t *testing.T) {
+	r := covered()
+	r.Since = r.Since.In(time.FixedZone("the agent's", 5*3600+1800))
+	var got, want bytes.Buffer
+	statusTable(page{&got, 80}, r)
+	statusTable(page{&want, 80}, covered())
+	if got.String() != want.String() {
+		t.Errorf("got\n%s, want\n%s", got.String(), want.String())
+	}
+	e := someEvents()
+	e.Events, e.Since = nil, r.Since
+	got.Reset()
+	if eventsTable(page{&got, 80}, e); !strings.Contains(got.String(), "no event since 2026-11-22 10:33:18\n") {
+		t.Errorf("no events: %s", got.String())
+	}
+}
+
 func TestDegraded(t *testing.T) {
 	for name, tt := range map[string]struct {
 		report *agent.Report
