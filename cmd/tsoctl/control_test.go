@@ -110,6 +110,9 @@ func TestCompletions(t *testing.T) {
 		"status --run-dir /ru":        ":files",
 		"pause --":                    "--for --restore --netns --output --run-dir --config --help",
 		"pause --for ":                "10m 1h 8h",
+		"verify --for ":               "5s 30s 2m",
+		"verify --for=3":              "--for=30s",
+		"explain ::1 --proto t":       "tcp",
 		"pause --restore --f":         "--for",
 		"flows --state est":           "established",
 		"completion ":                 "bash fish zsh",
@@ -132,7 +135,7 @@ func TestCompletions(t *testing.T) {
 	if got := completions(app, nil); len(got) != len(app.Commands) {
 		t.Errorf("no words: %v", got)
 	}
-	for _, line := range []string{"probe --kind ", "probe --sa ", "devices l", "flows --dev l"} {
+	for _, line := range []string{"probe --kind ", "probe --sa ", "devices l", "verify l", "flows --dev l"} {
 		if words(line) == "" {
 			t.Errorf("no value for %q", line)
 		}

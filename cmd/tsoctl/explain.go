@@ -5,10 +5,14 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net/netip"
+	"slices"
 	"strconv"
+	"strings"
 
 	"github.com/urfave/cli/v2"
+	"golang.org/x/sys/unix"
 
 	"tsoagent/agent"
 	"tsoagent/agent/client"
@@ -21,7 +25,7 @@ func explainCommand() *cli.Command {
 		OnUsageError: usage, Action: explain,
 		Flags: []cli.Flag{
 			&cli.StringFlag{Name: "from", Usage: "the packets' source `ADDRESS`; else the one that the kernel picks"},
-			&cli.UintFlag{Name: "proto", Usage: "IP protocol `NUMBER`, 6 for TCP"},
+			&cli.StringFlag{Name: "proto", Usage: "the packets' IP `PROTOCOL`: a number, or tcp, udp, sctp, dccp, gre, icmp or icmpv6"},
 			&cli.UintFlag{Name: "port", Usage: "the packets' destination `PORT`"},
 			&cli.StringFlag{Name: "mark", Usage: "the packets' fwmark `MARK`, decimal or 0x…"},
 		},
@@ -78,13 +82,13 @@ func question(c *cli.Context) (agent.Question, error) {
 			return q, errors.New("--from and DST are of different families")
 		}
 	}
-	if c.Uint("proto") > 255 {
-		return q, fmt.Errorf("--proto: %d is no protocol number (0 to 255)", c.Uint("proto"))
+	if q.Proto, err = protocol(c.String("proto")); err != nil {
+		return q, err
 	}
 	if c.Uint("port") > 65535 {
 		return q, fmt.Errorf("--port: %d is no port (0 to 65535)", c.Uint("port"))
 	}
-	q.Proto, q.Port = uint8(c.Uint("proto")), uint16(c.Uint("port"))
+	q.Port = uint16(c.Uint("port"))
 	if s := c.String("mark"); s != "" {
 		m, err := strconv.ParseUint(s, 0, 32)
 		if err != nil {
@@ -93,6 +97,27 @@ func question(c *cli.Context) (agent.Question, error) {
 		q.Mark = uint32(m)
 	}
 	return q, nil
+}
+
+// protocols are those that selectors and people call by their names (/etc/protocols, which not every host has).
+var protocols = map[string]uint8{
+	"icmp": unix.IPPROTO_ICMP, "icmpv6": unix.IPPROTO_ICMPV6, "tcp": unix.IPPROTO_TCP, "udp": unix.IPPROTO_UDP,
+	"sctp": unix.IPPROTO_SCTP, "dccp": unix.IPPROTO_DCCP, "gre": unix.IPPROTO_GRE,
+}
+
+// protocol is the number of one that is given by its name or number, 0 for any.
+func protocol(s string) (uint8, error) {
+	if s == "" {
+		return 0, nil
+	}
+	if n, ok := protocols[strings.ToLower(s)]; ok {
+		return n, nil
+	}
+	n, err := strconv.ParseUint(s, 0, 8)
+	if err != nil {
+		return 0, fmt.Errorf("--proto: %q is no protocol: give a number up to 255, or %s", s, strings.Join(slices.Sorted(maps.Keys(protocols)), ", "))
+	}
+	return uint8(n), nil
 }
 
 func explainTable(p page, e *agent.Explanation) {
