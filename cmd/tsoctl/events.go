@@ -43,7 +43,12 @@ func showEvents(c *cli.Context) error {
 	err = cl.Follow(c.Context, ns, c.Uint64("since"), func(e api.EventLine) error {
 		switch option(c, "output") {
 		case "json":
-			return json.NewEncoder(c.App.Writer).Encode(e)
+			b, err := json.Marshal(e)
+			if err != nil {
+				return err
+			}
+			_, err = c.App.Writer.Write(append(inert(b), '\n'))
+			return err
 		case "yaml":
 			if _, err := fmt.Fprintln(c.App.Writer, "---"); err != nil {
 				return err

@@ -135,7 +135,7 @@ func (l *flowJSON) flow(f *flows.Flow) error {
 	if err := json.Indent(&l.buf, b, "    ", "  "); err != nil {
 		return err
 	}
-	_, err = l.w.Write(l.buf.Bytes())
+	_, err = l.w.Write(inert(l.buf.Bytes()))
 	return err
 }
 
@@ -148,7 +148,7 @@ func (l *flowJSON) end(r *flows.Result) error {
 	if l.n == 0 {
 		head = flowsHead + "\n  \"flows\": [],"
 	}
-	_, err = fmt.Fprintf(l.w, "%s%s\n", head, bytes.TrimPrefix(b, []byte(flowsHead)))
+	_, err = fmt.Fprintf(l.w, "%s%s\n", head, bytes.TrimPrefix(inert(b), []byte(flowsHead)))
 	return err
 }
 

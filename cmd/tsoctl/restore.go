@@ -9,6 +9,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"tsoagent/agent"
+	"tsoagent/agent/api"
 )
 
 func restoreCommand() *cli.Command {
@@ -54,7 +55,7 @@ func restore(c *cli.Context) error {
 	if r == nil {
 		return failed
 	}
-	if err := show(c, r, func(p page) { restoreTable(p, r, c.Bool("stale")) }); err != nil {
+	if err := show(c, restoredDocument{api.Version, r}, func(p page) { restoreTable(p, r, c.Bool("stale")) }); err != nil {
 		return err
 	}
 	failures := r.Failed
@@ -65,6 +66,12 @@ func restore(c *cli.Context) error {
 		return errors.Join(failed, cli.Exit(fmt.Sprintf("%d writes failed, see above", failures), exitFailed))
 	}
 	return failed
+}
+
+// restoredDocument is what -o json and -o yaml print.
+type restoredDocument struct {
+	Version int `json:"version"`
+	*agent.Restored
 }
 
 func restoreTable(p page, r *agent.Restored, stale bool) {

@@ -21,9 +21,25 @@ import (
 	"tsoagent/agent/verify"
 )
 
-var update = flag.Bool("update", false, "write what is rendered to testdata/tables.txtar")
+var update = flag.Bool("update", false, "write what is printed to the files in testdata")
 
-const golden = "testdata/tables.txtar"
+// golden holds what is printed to a file of testdata.
+func golden(t *testing.T, name string, got []byte) {
+	t.Helper()
+	file := "testdata/" + name
+	if *update {
+		if err := os.WriteFile(file, got, 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	want, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(string(want), string(got)); diff != "" {
+		t.Errorf("%s: -update writes it (-want +got)\n%s", file, diff)
+	}
+}
 
 // covered has a bit of everything.
 func covered() *agent.Report {
@@ -243,19 +259,7 @@ func TestTables(t *testing.T) {
 		have.Files = append(have.Files, txtar.File{Name: tt.name, Data: b.Bytes()})
 	}
 	have.Comment = []byte("What tsoctl prints for people. go test ./cmd/tsoctl -run TestTables -update writes it.\n\n")
-	if *update {
-		if err := os.WriteFile(golden, txtar.Format(&have), 0o644); err != nil {
-			t.Fatal(err)
-		}
-		return
-	}
-	want, err := os.ReadFile(golden)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if diff := cmp.Diff(string(want), string(txtar.Format(&have))); diff != "" {
-		t.Errorf("tables differ, -update writes them (-want +got)\n%s", diff)
-	}
+	golden(t, "tables.txtar", txtar.Format(&have))
 }
 
 // TestJSONAndYAMLHaveTheSameNames reads both back.
