@@ -26,11 +26,7 @@ func devicesCommand() *cli.Command {
 }
 
 func showDevices(c *cli.Context) error {
-	cfg, err := configOf(c)
-	if err != nil {
-		return err
-	}
-	ns, err := netnsOf(c)
+	cfg, ns, err := call(c)
 	if err != nil {
 		return err
 	}

@@ -236,6 +236,11 @@ func plainCall(c *cli.Context) (cfg agent.Config, ns string, err error) {
 	if err = noArgs(c); err != nil {
 		return cfg, "", err
 	}
+	return call(c)
+}
+
+// call is what a command with arguments is about besides them.
+func call(c *cli.Context) (cfg agent.Config, ns string, err error) {
 	if cfg, err = configOf(c); err != nil {
 		return cfg, "", err
 	}

@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"os"
 
 	"github.com/urfave/cli/v2"
 
@@ -42,7 +43,9 @@ func pause(c *cli.Context) error {
 		}
 		ask.For = c.Duration("for").String()
 	}
+	stop := progressOn(os.Stderr).waiting("waiting for the agent to take its hands off")
 	a, err := client.New(cfg.RunDir).Pause(c.Context, ns, ask)
+	stop()
 	return paused(c, a, withoutAgent(err, cfg.RunDir))
 }
 
@@ -51,7 +54,9 @@ func resume(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
+	stop := progressOn(os.Stderr).waiting("waiting for the agent to go on")
 	a, err := client.New(cfg.RunDir).Resume(c.Context, ns)
+	stop()
 	return paused(c, a, withoutAgent(err, cfg.RunDir))
 }
 

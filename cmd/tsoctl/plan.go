@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net/netip"
+	"os"
 	"strings"
 
 	"github.com/urfave/cli/v2"
@@ -27,10 +28,12 @@ func showPlan(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
+	stop := progressOn(os.Stderr).waiting("reading")
 	r, err := client.New(cfg.RunDir).ReportIn(c.Context, ns)
 	if errors.Is(err, client.ErrNoAgent) {
 		r, err = agent.LookIn(c.Context, cmp.Or(ns, netns.Host), cfg, logAbove(slog.LevelError), version(), nil)
 	}
+	stop()
 	if err != nil {
 		return err
 	}

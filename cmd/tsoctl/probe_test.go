@@ -11,6 +11,8 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 
@@ -92,6 +94,29 @@ func TestProgress(t *testing.T) {
 	if bar.end(); strings.TrimSpace(out.String()) != "" || !strings.HasSuffix(out.String(), "\r") {
 		t.Errorf("got %q, want an empty line", out.String())
 	}
+}
+
+// TestWaiting tells what is waited for once a second has passed, and takes it away; where there is no terminal it says nothing.
+func TestWaiting(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		for _, tt := range []struct {
+			width int
+			took  time.Duration
+			want  string
+		}{
+			{0, time.Minute, ""},
+			{50, 900 * time.Millisecond, ""},
+			{50, 2500 * time.Millisecond, fmt.Sprintf("\r%-49s\r%-49s\r%49s\r", "reading: 1 s", "reading: 2 s", "")},
+		} {
+			var out bytes.Buffer
+			stop := (&progress{&out, tt.width}).waiting("reading")
+			time.Sleep(tt.took) // of the bubble's clock
+			stop()
+			if out.String() != tt.want {
+				t.Errorf("%d columns, %v: %q, want %q", tt.width, tt.took, out.String(), tt.want)
+			}
+		}
+	})
 }
 
 // TestProbeWithoutESP runs the command as it is on this kernel. Where that has ESP, the

@@ -43,6 +43,35 @@ func (b *progress) bar(done, of int, text string) {
 	fmt.Fprintf(b.w, "\r%-*s", b.width-1, line[:min(len(line), b.width-1)])
 }
 
+// waiting tells a person, from the second second on and on a terminal only, what is being waited for. What it returns ends that.
+func (b *progress) waiting(what string) (stop func()) {
+	if b.width == 0 {
+		return func() {}
+	}
+	end, ended := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(ended)
+		tick := time.NewTicker(time.Second)
+		defer tick.Stop()
+		for n := 1; ; n++ {
+			select {
+			case <-end:
+				if n > 1 {
+					b.end()
+				}
+				return
+			case <-tick.C:
+				line := fmt.Sprintf("%s: %d s", what, n)
+				fmt.Fprintf(b.w, "\r%-*s", b.width-1, line[:min(len(line), b.width-1)])
+			}
+		}
+	}()
+	return func() {
+		close(end)
+		<-ended
+	}
+}
+
 // end takes the bar away.
 func (b *progress) end() {
 	if b.width > 0 {

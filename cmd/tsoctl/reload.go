@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"net/http"
+	"os"
 
 	"github.com/urfave/cli/v2"
 
@@ -27,7 +28,9 @@ func reload(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
+	stop := progressOn(os.Stderr).waiting("waiting until the configuration is in use")
 	a, err := client.New(cfg.RunDir).Reload(c.Context)
+	stop()
 	var refused *client.Error
 	if errors.As(err, &refused) && refused.Status == http.StatusConflict {
 		return cli.Exit(refused.Text, exitUsage)

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"os"
 	"strings"
 
 	"github.com/urfave/cli/v2"
@@ -44,11 +45,13 @@ func restore(c *cli.Context) error {
 	}
 	var r *agent.Restored
 	var failed error
+	stop := progressOn(os.Stderr).waiting("giving back")
 	if ns != "" {
 		r, failed = agent.RestoreIn(c.Context, ns, cfg, logAbove(slog.LevelWarn), version(), c.Bool("stale"))
 	} else {
 		r, failed = agent.RestoreAll(c.Context, cfg, logAbove(slog.LevelWarn), version(), c.Bool("stale"))
 	}
+	stop()
 	if errors.Is(failed, agent.ErrRunning) {
 		return fmt.Errorf("an agent is running: stop it first, it restores by itself (%w)", failed)
 	}

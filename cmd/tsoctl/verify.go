@@ -41,11 +41,7 @@ func verifyCommand() *cli.Command {
 }
 
 func runVerify(c *cli.Context) error {
-	cfg, err := configOf(c)
-	if err != nil {
-		return err
-	}
-	ns, err := netnsOf(c)
+	cfg, ns, err := call(c)
 	if err != nil {
 		return err
 	}
