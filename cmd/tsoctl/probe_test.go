@@ -3,13 +3,10 @@ package main
 import (
 	"bytes"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
-	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -17,6 +14,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"tsoagent/agent/probe"
+	"tsoagent/cmd/internal/commandtest"
 )
 
 func probed4(kind string, v probe.Verdict, on, off float64) probe.Case {
@@ -126,7 +124,7 @@ func TestProbeWithoutESP(t *testing.T) {
 		t.Skip("not root: no network namespace can be made")
 	}
 	dir := filepath.Join(t.TempDir(), "state")
-	out, errOut, code := runSelf(t, 0, "probe", "--kind", "vxlan", "-o", "json", "--state-dir", dir)
+	out, errOut, code := commandtest.NewSelf(t, "tsoctl").Run(t, false, "probe", "--kind", "vxlan", "-o", "json", "--state-dir", dir)
 	var r probe.Result
 	if err := json.Unmarshal(out, &r); err != nil {
 		t.Fatalf("%v in %s%s", err, out, errOut)
@@ -148,45 +146,8 @@ func TestProbeWithoutESP(t *testing.T) {
 
 func TestProbeSaysThatItNeedsRoot(t *testing.T) {
 	dir := t.TempDir()
-	const nobody = 65534
-	uid := 0
-	if os.Geteuid() == 0 {
-		uid = nobody
-	}
-	out, errOut, code := runSelf(t, uid, "probe", "--kind", "gre", "--state-dir", filepath.Join(dir, "state"))
+	out, errOut, code := commandtest.NewSelf(t, "tsoctl").Run(t, true, "probe", "--kind", "gre", "--state-dir", filepath.Join(dir, "state"))
 	if code != exitFailed || len(out) > 0 || !strings.HasPrefix(errOut, "tsoctl: run it as root (it needs CAP_SYS_ADMIN and CAP_NET_ADMIN") || strings.Count(errOut, "\n") != 1 {
 		t.Errorf("got exit code %d, %q and %q", code, out, errOut)
 	}
-}
-
-// runSelf runs this binary as tsoctl, as another user unless uid is 0.
-func runSelf(t *testing.T, uid int, args ...string) (stdout []byte, stderr string, code int) {
-	t.Helper()
-	self, err := os.ReadFile("/proc/self/exe")
-	if err != nil {
-		t.Fatal(err)
-	}
-	// Everybody may enter the directory, unlike that of t.TempDir. The binary's name says what it is to be.
-	dir, err := os.MkdirTemp("", "tsoctl-probe-")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	bin := filepath.Join(dir, "tsoctl")
-	if err := errors.Join(os.Chmod(dir, 0o755), os.WriteFile(bin, self, 0o755)); err != nil {
-		t.Fatal(err)
-	}
-	cmd := exec.CommandContext(t.Context(), bin, args...)
-	cmd.Env = []string{}
-	if uid != 0 {
-		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uint32(uid), Gid: uint32(uid)}}
-	}
-	var out, errOut bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &out, &errOut
-	err = cmd.Run()
-	var exit *exec.ExitError
-	if err != nil && !errors.As(err, &exit) {
-		t.Fatal(err)
-	}
-	return out.Bytes(), errOut.String(), cmd.ProcessState.ExitCode()
 }
