@@ -241,10 +241,15 @@ func (a *Agent) scope() (s journal.Scope, err error) {
 }
 
 // checkTables refuses to run with other tables than an earlier run has left in place: nobody
-// would follow those.
+// would follow those. Who only gives back takes the numbers of that run, unless others were asked for: the service's ExecStopPost knows no
+// configuration.
 func (a *Agent) checkTables() error {
-	t := a.st.tables
-	if t == nil || t.Table == a.cfg.Plan.Table && t.Protocol == a.cfg.Plan.Protocol {
+	t, own, none := a.st.tables, &a.cfg.Plan, Config{}.WithDefaults().Plan
+	if t == nil || t.Table == own.Table && t.Protocol == own.Protocol {
+		return nil
+	}
+	if a.goal != protect && own.Table == none.Table && own.Protocol == none.Protocol {
+		own.Table, own.Protocol = t.Table, t.Protocol
 		return nil
 	}
 	return fmt.Errorf("agent: an earlier run has used table %d and protocol %d, and they may still be in place: run `tsoctl restore --table %d --protocol %d` first",

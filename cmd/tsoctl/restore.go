@@ -58,7 +58,7 @@ func restore(c *cli.Context) error {
 	if r == nil {
 		return failed
 	}
-	if err := show(c, restoredDocument{api.Version, r}, func(p page) { restoreTable(p, r, c.Bool("stale")) }); err != nil {
+	if err := show(c, restoredDocument{api.Version, r}, func(p page) { restoreTable(p, r, c.Bool("stale"), failed != nil) }); err != nil {
 		return err
 	}
 	failures := r.Failed
@@ -77,15 +77,16 @@ type restoredDocument struct {
 	*agent.Restored
 }
 
-func restoreTable(p page, r *agent.Restored, stale bool) {
-	restoredIn(p, r, stale)
+func restoreTable(p page, r *agent.Restored, stale, failed bool) {
+	restoredIn(p, r, stale, failed)
 	for i := range r.Namespaces {
-		restoredIn(p, &r.Namespaces[i], stale)
+		restoredIn(p, &r.Namespaces[i], stale, false)
 	}
 }
 
-// restoredIn is what was done in one namespace.
-func restoredIn(p page, r *agent.Restored, stale bool) {
+// restoredIn is what was done in one namespace. Where it has failed, which is told behind it, nothing is said of what was there: it may be there
+// still.
+func restoredIn(p page, r *agent.Restored, stale, failed bool) {
 	in := ""
 	if r.Netns != "" {
 		in = "namespace " + r.Netns + ": "
@@ -101,6 +102,7 @@ func restoredIn(p page, r *agent.Restored, stale bool) {
 		p.text(0, "%staken away: %s", in, away)
 	case r.Actions > 0:
 		p.text(0, "%s%s undone", in, count(r.Actions, "change", "changes"))
+	case failed:
 	case stale:
 		p.text(0, "%sno rule or clone of tsoagent's was in place", in)
 	default:

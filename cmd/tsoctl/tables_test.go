@@ -190,19 +190,19 @@ func TestTables(t *testing.T) {
 		{"explain, block", 80, func(p page) { explainTable(p, block) }},
 		{"explain, presumed", 80, func(p page) { explainTable(p, presumed) }},
 		{"restore", 80, func(p page) {
-			restoreTable(p, &agent.Restored{Holds: 3, Locks: 1, Rules: 2, Clones: 2, Actions: 8}, false)
+			restoreTable(p, &agent.Restored{Holds: 3, Locks: 1, Rules: 2, Clones: 2, Actions: 8}, false, false)
 		}},
 		{"restore, several namespaces", 80, func(p page) {
 			restoreTable(p, &agent.Restored{
 				Findings:   []string{"the journals of 2 namespaces that are gone were removed"},
 				Namespaces: []agent.Restored{{Netns: "blue", Holds: 3, Locks: 1, Actions: 4}, {Netns: "pid:77", Rules: 1, Clones: 1, Actions: 2}, {Netns: "red"}},
-			}, false)
+			}, false, false)
 		}},
-		{"restore, one kind", 80, func(p page) { restoreTable(p, &agent.Restored{Locks: 2, Actions: 2}, false) }},
+		{"restore, one kind", 80, func(p page) { restoreTable(p, &agent.Restored{Locks: 2, Actions: 2}, false, false) }},
 		{"restore, nothing", 80, func(p page) {
-			restoreTable(p, &agent.Restored{Findings: []string{"journal entry x can't be used: unknown kind \"y\""}}, false)
+			restoreTable(p, &agent.Restored{Findings: []string{"journal entry x can't be used: unknown kind \"y\""}}, false, false)
 		}},
-		{"restore --stale", 80, func(p page) { restoreTable(p, &agent.Restored{Rules: 1, Clones: 10, Actions: 11}, true) }},
+		{"restore --stale", 80, func(p page) { restoreTable(p, &agent.Restored{Rules: 1, Clones: 10, Actions: 11}, true, false) }},
 		{"flows", 80, drawFlows(someFlows(), someResult())},
 		{"flows, on a wide terminal", 100, drawFlows(someFlows(), someResult())},
 		{"flows, not on a terminal", 0, drawFlows(someFlows(), someResult())},
@@ -243,7 +243,10 @@ func TestTables(t *testing.T) {
 		{"verify, nothing to look at", 80, func(p page) {
 			verifyTable(p, &verify.Result{OK: true, Live: true, Says: nothingToLookAt})
 		}},
-		{"restore --stale, nothing", 80, func(p page) { restoreTable(p, &agent.Restored{}, true) }},
+		{"restore, failed", 80, func(p page) {
+			restoreTable(p, &agent.Restored{Findings: []string{"x"}, Namespaces: []agent.Restored{{Netns: "blue", Rules: 1, Actions: 1}}}, false, true)
+		}},
+		{"restore --stale, nothing", 80, func(p page) { restoreTable(p, &agent.Restored{}, true, false) }},
 	} {
 		var b bytes.Buffer
 		tt.table(page{&b, tt.width})
