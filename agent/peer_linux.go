@@ -46,9 +46,15 @@ func credOf(c net.Conn) *unix.Ucred {
 	return cred
 }
 
+// credIn is who asks, nil if the kernel does not tell.
+func credIn(r *http.Request) *unix.Ucred {
+	cred, _ := r.Context().Value(peerKey{}).(*unix.Ucred)
+	return cred
+}
+
 // isRoot reports whether root asks, and has answered if not.
 func isRoot(w http.ResponseWriter, r *http.Request) bool {
-	cred, _ := r.Context().Value(peerKey{}).(*unix.Ucred)
+	cred := credIn(r)
 	switch {
 	case cred == nil:
 		answerError(w, http.StatusForbidden, errors.New("only root may do this, and the kernel does not tell who asks"))
@@ -62,7 +68,7 @@ func isRoot(w http.ResponseWriter, r *http.Request) bool {
 
 // peerOf is who asks, with what is known of the process while it is there.
 func peerOf(r *http.Request) api.Peer {
-	cred, _ := r.Context().Value(peerKey{}).(*unix.Ucred)
+	cred := credIn(r)
 	if cred == nil {
 		return api.Peer{}
 	}
@@ -83,6 +89,25 @@ func peerOf(r *http.Request) api.Peer {
 		}
 	}
 	return p
+}
+
+// turns are so many at a time for all users, and as many again for root, whom they can't keep out.
+type turns struct{ root, others chan struct{} }
+
+func newTurns(n int) turns { return turns{make(chan struct{}, n), make(chan struct{}, n)} }
+
+// take takes a turn for who asks, and returns what gives it back, nil if there is none.
+func (t turns) take(r *http.Request) (give func()) {
+	all := t.others
+	if cred := credIn(r); cred != nil && cred.Uid == 0 {
+		all = t.root
+	}
+	select {
+	case all <- struct{}{}:
+		return func() { <-all }
+	default:
+		return nil
+	}
 }
 
 // maxConns is how many connections of one user are served at a time. All together can't use up the agent's
