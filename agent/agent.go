@@ -371,7 +371,7 @@ func (a *Agent) loop(ctx context.Context, failed <-chan error) error {
 			if a.lastP == nil && !back && !a.heir {
 				// Not even read yet: this run has written nothing.
 				if n := a.claims(); n > 0 {
-					return fmt.Errorf("agent: stopped before the kernel's state was read: %d changes of an earlier run are still in place; run `tsoctl restore`", n)
+					return fmt.Errorf("agent: stopped before the kernel's state was read: %s still in place; run `tsoctl restore`", plural(n, "change of an earlier run is", "changes of an earlier run are"))
 				}
 				return nil
 			}

@@ -186,7 +186,7 @@ func TestAnswersAreAsDescribed(t *testing.T) {
 	for _, x := range []struct {
 		err  error
 		want int
-	}{{nil, 200}, {&refusedError{errors.New("tsoagent.yaml:2: mtu: no")}, 409}, {errEndedAgent, 503}} {
+	}{{nil, 200}, {&refusedError{errors.New("tsoagent.yaml:2: mtu: no")}, 409}, {errEndedAgent, 503}, {ErrStopping, 503}} {
 		dir := runDir(t)
 		c := serveIn(t, dir, func(ctx context.Context) error {
 			return serve(ctx, SocketPath(dir), handler(reloading{w.a, x.err}, ctx.Done()), discard())

@@ -31,6 +31,9 @@ var (
 // ErrNeedsRestart is matched (errors.Is) by the error of Reload for what only a restart can change.
 var ErrNeedsRestart = errors.New("takes a restart")
 
+// ErrStopping is matched (errors.Is) by the error of a reload that comes when the agent stops already.
+var ErrStopping = errors.New("the agent is stopping")
+
 type reload struct {
 	cfg  Config
 	done chan<- error
@@ -118,7 +121,7 @@ func (f *Fleet) reloaded(ctx context.Context, by api.Peer) (*api.ReloadAnswer, e
 		return nil, errNoFile
 	}
 	f.log.Info("the configuration is read again", "asked_by", by.String())
-	if err := reload(ctx); errors.Is(err, errEndedAgent) || err != nil && ctx.Err() != nil {
+	if err := reload(ctx); errors.Is(err, errEndedAgent) || errors.Is(err, ErrStopping) || err != nil && ctx.Err() != nil {
 		return nil, err
 	} else if err != nil {
 		return nil, &refusedError{err}

@@ -420,6 +420,10 @@ func TestReloadOverTheControlSocket(t *testing.T) {
 	if _, err := c.Reload(t.Context()); status(err) != http.StatusConflict || !strings.Contains(err.Error(), "stays in use:\nx.yaml:7: mtu: no") {
 		t.Errorf("a wrong one: %v", err)
 	}
+	wrong = ErrStopping
+	if _, err := c.Reload(t.Context()); status(err) != http.StatusServiceUnavailable || strings.Contains(err.Error(), "refused") {
+		t.Errorf("one that came too late: %v", err)
+	}
 	wrong = nil
 	next.RunDir += "x"
 	if _, err := c.Reload(t.Context()); status(err) != http.StatusConflict || !strings.Contains(err.Error(), "run_dir") {
