@@ -255,7 +255,7 @@ func mayReload(old, next Config) error {
 	if len(keys) == 0 {
 		return nil
 	}
-	return fmt.Errorf("%w: %s; the configuration before it stays in use", ErrNeedsRestart, strings.Join(keys, ", "))
+	return fmt.Errorf("%w: %s", ErrNeedsRestart, strings.Join(keys, ", "))
 }
 
 // keptByPause says that something was to stay as it is. The caller holds the lock.
@@ -276,7 +276,7 @@ func (f *Fleet) keptByPause(next Config) error {
 			continue
 		}
 		return fmt.Errorf("%s, and while namespace %s is paused nothing is: "+
-			"`tsoctl resume`, or `tsoctl pause --restore`, comes first; the configuration before it stays in use", why, m.names[0])
+			"`tsoctl resume`, or `tsoctl pause --restore`, comes first", why, m.names[0])
 	}
 	return nil
 }

@@ -37,10 +37,18 @@ func TestReloadToEnforceGivesBackWhatAnEarlierRunHasLeft(t *testing.T) {
 	if _, err := o.ordered(t.Context(), "b", nil); err != nil {
 		t.Fatal(err)
 	}
+	release := o.agent("b").hang(t)
+	defer release()
 	o.reload(o.cfg)
-	o.state("b", "")
+	o.state("b", NetnsLeaving)
+	o.looked()
 	locked(t, "a", "b") // as long as all are paused
-	if _, err := o.ordered(t.Context(), "", nil); err != nil {
+	resumed := make(chan error, 1)
+	go func() { _, err := o.ordered(t.Context(), "", nil); resumed <- err }()
+	netnstest.Within(t, "nobody is paused", func() bool { o.mu.Lock(); defer o.mu.Unlock(); return o.paused == nil })
+	o.looked()
+	release()
+	if err := <-resumed; err != nil {
 		t.Fatal(err)
 	}
 	netnstest.Within(t, "a and b are bare", func() bool { return ours(t, "a")+ours(t, "b") == "" })
@@ -49,6 +57,17 @@ func TestReloadToEnforceGivesBackWhatAnEarlierRunHasLeft(t *testing.T) {
 	if r := o.Report(); r == nil || len(r.Findings) > 0 {
 		t.Errorf("report %+v", r)
 	}
+}
+
+// looked has a fleet look for what came, went or is due, and waits until it has.
+func (s *sailing) looked() {
+	s.t.Helper()
+	s.poke()
+	netnstest.Within(s.t, "it looks", func() bool { return len(s.look) == 0 })
+	answer := make(chan struct{})
+	s.pings <- answer
+	<-answer
+	netnstest.Within(s.t, "it has looked", func() bool { s.mu.Lock(); defer s.mu.Unlock(); return !s.recalling })
 }
 
 // TestReloadToEnforceGivesBackInTheHostsNamespace where that is not followed.

@@ -70,7 +70,7 @@ func TestUnitUnderSystemd(t *testing.T) {
 	})
 
 	t.Run("is told to systemd", func(t *testing.T) {
-		if got := m.property("StatusText"); !strings.Contains(got, "enforce: 1 coverages, 0 features, 0 routes, 1 clones") {
+		if got := m.property("StatusText"); !strings.Contains(got, "enforce: 1 coverage, 0 features, 0 routes, 1 clone; `tsoctl status` has more") {
 			t.Errorf("status %q", got)
 		}
 		within(t, "the watchdog is fed", func() bool { return m.property("WatchdogTimestampMonotonic") != "0" })
@@ -172,6 +172,9 @@ func TestUnitUnderSystemd(t *testing.T) {
 		m.run("systemctl", "restart", "tsoagent.service")
 		fed := m.property("WatchdogTimestampMonotonic")
 		within(t, "the watchdog is fed more than once", func() bool { return m.property("WatchdogTimestampMonotonic") != fed })
+		m.run("tsoctl", "pause")
+		within(t, "the status says that it is paused", func() bool { return strings.Contains(m.property("StatusText"), "1 clone; paused; `tsoctl status`") })
+		m.run("tsoctl", "resume")
 		before := m.property("MainPID")
 		m.run("kill", "-STOP", before)
 		within(t, "another process", func() bool {
