@@ -84,17 +84,12 @@ type control struct {
 	served
 	asking  turns           // of requests that ask the loop
 	follows turns           // of those who follow events
+	answers turns           // of answers that can be large
 	stopped <-chan struct{} // closed when nothing is served any more
 }
 
-// maxAsking is how many requests wait for loops at a time, and maxFollows how many follow events.
-const (
-	maxAsking  = 8
-	maxFollows = 16
-)
-
 func handler(s served, stopped <-chan struct{}) http.Handler {
-	c := &control{s, newTurns(maxAsking), newTurns(maxFollows), stopped}
+	c := &control{s, newTurns(maxAsking), newTurns(maxFollows), newTurns(maxAnswers), stopped}
 	handlers := map[string]http.HandlerFunc{
 		"report":     c.report,
 		"namespaces": func(w http.ResponseWriter, _ *http.Request) { answerJSON(w, http.StatusOK, s.namespaces()) },
@@ -137,21 +132,20 @@ func handler(s served, stopped <-chan struct{}) http.Handler {
 }
 
 func (c *control) report(w http.ResponseWriter, r *http.Request) {
-	rep, err := c.reportOf(r.URL.Query().Get("netns"))
-	if err != nil {
-		answerError(w, statusOf(err), err)
-		return
-	}
-	answerJSON(w, http.StatusOK, rep)
+	c.answerOf(w, r, func(rep *Report) any { return rep })
 }
 
 func (c *control) locks(w http.ResponseWriter, r *http.Request) {
+	c.answerOf(w, r, func(rep *Report) any { return api.LocksOf(rep) })
+}
+
+func (c *control) answerOf(w http.ResponseWriter, r *http.Request, of func(*Report) any) {
 	rep, err := c.reportOf(r.URL.Query().Get("netns"))
 	if err != nil {
 		answerError(w, statusOf(err), err)
 		return
 	}
-	answerJSON(w, http.StatusOK, api.LocksOf(rep))
+	c.answerLarge(w, r, of(rep))
 }
 
 func (c *control) explain(w http.ResponseWriter, r *http.Request) {
@@ -245,7 +239,11 @@ func (c *control) events(w http.ResponseWriter, r *http.Request) {
 			l.Netns = q.Get("netns")
 		}
 		l.Events, l.Lost, l.Last = a.ring.after(since, maxEvents, l.Events)
-		answerJSON(w, http.StatusOK, l)
+		c.answerLarge(w, r, l)
+		return
+	}
+	if r.Method == http.MethodHead { // there is nothing to wait for
+		w.Header().Set("Content-Type", api.NDJSON)
 		return
 	}
 	gone := c.follows.take(r)

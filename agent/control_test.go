@@ -17,7 +17,6 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
-	"golang.org/x/sys/unix"
 
 	"tsoagent/agent/api"
 	"tsoagent/agent/client"
@@ -354,24 +353,5 @@ func TestServeStoppedAtOnce(t *testing.T) {
 	stop()
 	if err := serve(ctx, filepath.Join(t.TempDir(), "control.sock"), http.NewServeMux(), discard()); err != nil {
 		t.Errorf("stopped before it listened: %v", err)
-	}
-}
-
-// TestOthersKeepNoTurnFromRoot: whoever may ask can take all the turns that there are for him and his like, and no more.
-func TestOthersKeepNoTurnFromRoot(t *testing.T) {
-	turns := newTurns(2)
-	by := func(uid uint32) *http.Request {
-		r := newRequest(t, http.MethodGet, "/v1/events")
-		return r.WithContext(context.WithValue(r.Context(), peerKey{}, &unix.Ucred{Uid: uid}))
-	}
-	first := turns.take(by(1000))
-	if first == nil || turns.take(by(1001)) == nil || turns.take(by(1000)) != nil || turns.take(newRequest(t, http.MethodGet, "/")) != nil {
-		t.Error("others have not two turns")
-	}
-	if turns.take(by(0)) == nil || turns.take(by(0)) == nil || turns.take(by(0)) != nil {
-		t.Error("root has not two turns")
-	}
-	if first(); turns.take(by(1001)) == nil {
-		t.Error("no turn after one was given back")
 	}
 }

@@ -268,7 +268,7 @@ func TestPageHasAllOperations(t *testing.T) {
 	for _, want := range []string{
 		fmt.Sprintf("at most %d KiB and no field", maxBody>>10), fmt.Sprintf("at most %d connections", maxConns), fmt.Sprintf("at most %d users", maxUsers),
 		fmt.Sprintf("At most %d requests", maxAsking), fmt.Sprintf("%d clients can follow", maxFollows), fmt.Sprintf("read for %.0f seconds", followPatience.Seconds()),
-		fmt.Sprintf("newest %d events", maxEvents),
+		fmt.Sprintf("newest %d events", maxEvents), fmt.Sprintf("large, %d are written at a time, and others wait %.0f seconds", maxAnswers, answerPatience.Seconds()),
 	} {
 		if !strings.Contains(text, want) {
 			t.Errorf("it does not say %q", want)

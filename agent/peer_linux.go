@@ -91,25 +91,6 @@ func peerOf(r *http.Request) api.Peer {
 	return p
 }
 
-// turns are so many at a time for all users, and as many again for root, whom they can't keep out.
-type turns struct{ root, others chan struct{} }
-
-func newTurns(n int) turns { return turns{make(chan struct{}, n), make(chan struct{}, n)} }
-
-// take takes a turn for who asks, and returns what gives it back, nil if there is none.
-func (t turns) take(r *http.Request) (give func()) {
-	all := t.others
-	if cred := credIn(r); cred != nil && cred.Uid == 0 {
-		all = t.root
-	}
-	select {
-	case all <- struct{}{}:
-		return func() { <-all }
-	default:
-		return nil
-	}
-}
-
 // maxConns is how many connections of one user are served at a time. All together can't use up the agent's
 // files, nor can others keep root out.
 const maxConns = 48
