@@ -376,11 +376,11 @@ func (a *Agent) loop(ctx context.Context, failed <-chan error) error {
 			if a.lastP == nil && !back && !a.heir {
 				// Not even read yet: this run has written nothing.
 				if n := a.claims(); n > 0 {
-					return fmt.Errorf("agent: stopped before the kernel's state was read: %d changes of an earlier run are still in place; run `tsoctl restore`", n)
+					return fmt.Errorf("agent: stopped before the kernel's state was read: %s still in place; run `tsoctl restore`", plural(n, "change of an earlier run is", "changes of an earlier run are"))
 				}
 				return nil
 			}
-			a.goal, a.once, a.st.paused = restoreAll, true, nil
+			a.goal, a.once, a.st.paused, a.st.obeyed = restoreAll, true, nil, nil
 			if a.cfg.OnStop == KeepOnStop && !back {
 				// Nobody follows the rules and clones from now on; holds and in-place locks don't go stale.
 				a.goal = restoreStale
@@ -446,7 +446,7 @@ func (a *Agent) step(now time.Time) (next time.Duration, reached bool) {
 	a.obey(now)
 	if a.lastP == nil {
 		if !a.st.ready() {
-			a.answerOrders(false) // nothing is written before
+			a.answerOrders() // nothing is written before
 			return 0, false
 		}
 		a.checkAdopted()
@@ -466,7 +466,7 @@ func (a *Agent) step(now time.Time) (next time.Duration, reached bool) {
 	return a.round(now)
 }
 
-var errEndedAgent = errors.New("the agent of this namespace has ended")
+var errEndedAgent = errors.New("the agent of this namespace has ended, or another one takes its place: try again in a moment")
 
 // Call runs fn in the loop and waits for it, so that fn may read the state.
 func (a *Agent) call(ctx context.Context, fn func()) error {

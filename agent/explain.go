@@ -29,7 +29,7 @@ func (a *Agent) explain(q Question) (*Explanation, error) {
 	e.RouteMTU, e.RouteMTULocked, e.Table = ans.MTU, ans.MTULocked, uint32(ans.Table)
 	if ans.PMTU != 0 {
 		e.RouteMTU = ans.PMTU
-		e.Notes = append(e.Notes, fmt.Sprintf("a path MTU of %d was learnt, for %d more seconds", ans.PMTU, ans.Expires))
+		e.Notes = append(e.Notes, fmt.Sprintf("a path MTU of %d was learnt, for %s", ans.PMTU, plural(int(ans.Expires), "more second", "more seconds")))
 	}
 	if ans.Gateway.IsValid() {
 		e.Gateway = ans.Gateway.String()

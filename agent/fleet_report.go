@@ -196,53 +196,6 @@ func (f *Fleet) reportOf(name string) (*Report, error) {
 	return &r, nil
 }
 
-// ordered gives the order to one member, or to all, and keeps it for those that start, or start again.
-func (f *Fleet) ordered(ctx context.Context, name string, p *api.Paused) ([]api.PausedNamespace, error) {
-	agents := map[string]*Agent{}
-	out := []api.PausedNamespace{}
-	if p != nil {
-		now := *p
-		now.Since = time.Now()
-		p = &now
-	}
-	to := func(m *member) {
-		old := lasting(m.paused)
-		m.paused = nil
-		if p != nil {
-			mine := *p
-			if old != nil {
-				mine.Since = old.Since // as its loop has it
-			}
-			m.paused = &mine
-		}
-		if m.agent != nil {
-			agents[m.names[0]] = m.agent
-		} else {
-			out = append(out, api.PausedNamespace{Name: m.names[0], Paused: m.paused})
-		}
-	}
-	f.mu.Lock()
-	if name == "" {
-		f.paused = p
-		for _, m := range f.members {
-			to(m)
-		}
-	} else {
-		m := f.find(name)
-		if m == nil {
-			defer f.mu.Unlock()
-			return nil, f.notFollowed(name)
-		}
-		to(m)
-	}
-	f.mu.Unlock()
-	out = append(out, orderAll(ctx, agents, p)...)
-	slices.SortFunc(out, func(a, b api.PausedNamespace) int {
-		return cmp.Or(cmp.Compare(rank(a.Name), rank(b.Name)), strings.Compare(a.Name, b.Name))
-	})
-	return out, nil
-}
-
 // addNamespaces adds the list, and what a person should look at, where there is more than the
 // host.
 func (f *Fleet) addNamespaces(r *Report) {

@@ -158,6 +158,14 @@ func (a *Agent) coverageReports(verdicts []plan.Verdict) []CoverageReport {
 	return out
 }
 
+// plural is a number of things in words.
+func plural(n int, one, many string) string {
+	if n == 1 {
+		return "1 " + one
+	}
+	return fmt.Sprintf("%d %s", n, many)
+}
+
 // list is never nil, so that JSON has [] and not null.
 func list(l []string) []string {
 	if l == nil {

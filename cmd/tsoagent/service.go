@@ -2,10 +2,10 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"log/slog"
 	"os"
+	"slices"
 	"strings"
 	"time"
 
@@ -76,11 +76,9 @@ func (s *service) ask(ctx, stopped context.Context) error {
 	case <-ctx.Done():
 		return ctx.Err()
 	case <-stopped.Done():
-		return errStopping
+		return agent.ErrStopping
 	}
 }
-
-var errStopping = errors.New("the agent is stopping")
 
 // reload reads the configuration again. If it is wrong, the one before it stays in use, and the error says why.
 func (s *service) reload(stopped, serving context.Context) error {
@@ -92,7 +90,7 @@ func (s *service) reload(stopped, serving context.Context) error {
 		err = s.fleet.Reload(stopped, cfg)
 	}
 	if stopped.Err() != nil || serving.Err() != nil {
-		return errStopping
+		return agent.ErrStopping
 	}
 	if err != nil {
 		s.log.Error("the configuration is not reloaded: the one before it stays in use", "err", err)
@@ -142,19 +140,51 @@ func (s *service) tell(states ...string) {
 }
 
 // status is the line that `systemctl status` shows.
-func (s *service) status() string {
-	r := s.fleet.Report()
+func (s *service) status() string { return statusLine(s.fleet.Report()) }
+
+func statusLine(r *agent.Report) string {
 	if r == nil {
 		return "STATUS=reading the kernel's state"
 	}
-	text := fmt.Sprintf("%s: %d coverages, %d features, %d routes, %d clones", r.Mode, len(r.Coverages), len(r.Holds), len(r.Locks), len(r.Clones))
+	text := fmt.Sprintf("%s: %s, %s, %s, %s", r.Mode, count(len(r.Coverages), "coverage"), count(len(r.Holds), "feature"), count(len(r.Locks), "route"), count(len(r.Clones), "clone"))
 	if n := len(r.Namespaces); n > 1 {
-		text += fmt.Sprintf(" (and %d other namespaces)", n-1)
+		text += fmt.Sprintf(" (and %s)", count(n-1, "other namespace"))
 	}
-	if r.Degraded() {
+	paused := 0
+	for _, n := range r.Namespaces {
+		if n.Paused {
+			paused++
+		}
+	}
+	switch {
+	case r.Paused != nil && paused == len(r.Namespaces) || r.Paused != nil && paused == 0:
+		text += "; paused"
+	case paused > 0:
+		text += fmt.Sprintf("; %s paused", count(paused, "namespace"))
+	}
+	// A pause is somebody's will, and told: what needs a look is what else there is.
+	rest := *r
+	rest.Paused, rest.Namespaces = nil, slices.DeleteFunc(slices.Clone(r.Namespaces), func(n agent.NamespaceReport) bool { return n.Paused })
+	if rest.Degraded() {
 		text += "; needs a look"
 	}
 	return "STATUS=" + text + "; `tsoctl status` has more"
+}
+
+func count(n int, what string) string {
+	if n != 1 {
+		what += "s"
+	}
+	return fmt.Sprintf("%d %s", n, what)
+}
+
+// rereadable refuses to read again what can be read once: a pipe has nothing more to say, which would be taken for an empty
+// configuration, or keeps who reads it waiting.
+func rereadable(file string) error {
+	if info, err := os.Stat(file); err == nil && !info.Mode().IsRegular() {
+		return fmt.Errorf("%s is no regular file, and can't be read again", file)
+	}
+	return nil // an error is told by who reads it
 }
 
 // A metricsServer lets Prometheus scrape, with the configuration that it was given last.
