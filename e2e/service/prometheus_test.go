@@ -88,7 +88,7 @@ func query(t *testing.T, expr string) []value {
 
 // TestPrometheusScrapesAnAgent has a real one read what the agent does, evaluate all rules, and answer what the dashboard asks.
 func TestPrometheusScrapesAnAgent(t *testing.T) {
-	need(t, map[string]string{"prometheus": "prometheus", "promtool": "prometheus", "ip": "iproute2"})
+	host.Need(t, map[string]string{"prometheus": "prometheus", "promtool": "prometheus", "ip": "iproute2"})
 	network(t)
 	cover(t, "10.3.0.0/16")
 	cover(t, "2001:db8:3::/48")
