@@ -199,7 +199,7 @@ const (
 // class is the class of a packet that leaves by a device.
 func (s *Sorter) class(d *device, p *wire.Packet) class {
 	// The first word of what UDP carries is an SPI only where it is one: not one of a flow's own.
-	if p.Proto == udp && p.SPI != 0 && !d.carrier() {
+	if p.Proto == udp && (p.SPI != 0 || p.Fragment) && !d.carrier() {
 		if c, ok := s.encapsulated(p); ok {
 			return c
 		}
@@ -292,7 +292,8 @@ func (s *Sorter) encapsulated(p *wire.Packet) (class, bool) {
 		return class{}, false
 	}
 	sa := s.sas[saKey{p.Dst, p.SPI, esp}]
-	if sa == nil && (p.Sport == natt || p.Dport == natt) && p.Payload > 8 {
+	// Of a fragment behind the first nothing but the hosts is known.
+	if sa == nil && (p.Fragment || (p.Sport == natt || p.Dport == natt) && p.Payload > 8) {
 		sa = s.pairs[pair{p.Src, p.Dst}]
 	}
 	if sa == nil || !sa.Encap {

@@ -125,6 +125,9 @@ func tcpTo(src, dst string, dport uint16, length int, more ...func(*wire.Frame))
 	return packet(src, dst, 6, length, []byte{0x9c, 0x40, byte(dport >> 8), byte(dport), 0, 0, 0, 1, 0, 0, 0, 2, 0x50, 0x10, 1, 0, 0, 0, 0, 0}, more...)
 }
 
+// behind makes a fragment behind the first of an IPv4 packet.
+func behind(f *wire.Frame) { f.Data[7] = 185 }
+
 // push sets PSH in a packet of TCP.
 func push(f *wire.Frame) {
 	at := map[bool]int{true: 20, false: 40}[f.Protocol == 0x800]
@@ -187,6 +190,11 @@ var scenes = []struct {
 		{0, 5, espOf("10.1.1.1", "10.1.1.2", 0x9999, 1500)}, {0, 5, espOf("10.5.1.1", "10.6.1.2", 0x901, 1500)},
 		{0, 4, packet("fd01::1", "fd01::2", 51, 1500, []byte{6, 4, 0, 0, 0, 0, 9, 4, 0, 0, 0, 1})},
 		{0, 3, udpTo("10.5.1.1", "10.6.1.2", 4500, 1500, 0x777)},
+	}},
+	{name: "fragments of ESP, and of ESP in UDP, have neither SPI nor port", ports: []string{"nic1"}, sees: []sight{
+		{0, 30, espOf("10.1.1.1", "10.1.1.2", 0x902, 1500)}, {0, 30, packet("10.1.1.1", "10.1.1.2", 50, 100, make([]byte, 80), behind)},
+		{0, 30, udpTo("10.1.1.1", "10.1.1.3", 4500, 1500, 0x903)}, {0, 30, packet("10.1.1.1", "10.1.1.3", 17, 100, make([]byte, 80), behind)},
+		{0, 7, packet("10.1.1.1", "10.1.1.2", 17, 100, make([]byte, 80), behind)}, // between those two there is no ESP in UDP
 	}},
 	{name: "TSO off by hand", ports: []string{"nic2"}, sees: []sight{
 		{0, 20, tcpTo("10.1.1.1", "10.1.1.9", 80, 1500)}, {0, 20, tcpTo("fd01::1", "fd01::9", 80, 64000, super(wire.TCPv6))},
