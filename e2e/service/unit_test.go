@@ -10,13 +10,15 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+
+	"tsoagent/e2e/harness"
 )
 
 const unit = "../../packaging/systemd/tsoagent.service"
 
 // TestUnitNamesDocumentsThatAreInstalled looks for each of them.
 func TestUnitNamesDocumentsThatAreInstalled(t *testing.T) {
-	need(t, map[string]string{"make": "make"})
+	host.Need(t, map[string]string{"make": "make"})
 	text, err := os.ReadFile(unit)
 	if err != nil {
 		t.Fatal(err)
@@ -277,10 +279,8 @@ func dropIn(t *testing.T, word string) string {
 
 // TestUnitIsRight has systemd look at the files without running them.
 func TestUnitIsRight(t *testing.T) {
-	needPrograms(t, map[string]string{"systemd-analyze": "systemd", "systemd-sysusers": "systemd", "systemd-tmpfiles": "systemd", "make": "make"})
-	if missing != "" {
-		t.Skip(missing)
-	}
+	harness.NeedPrograms(t, map[string]string{"systemd-analyze": "systemd", "systemd-sysusers": "systemd", "systemd-tmpfiles": "systemd", "make": "make"})
+	host.Need(t, nil)
 	staged := mustStage(t)
 	// What the unit names has to be where it says.
 	root := t.TempDir()
@@ -324,7 +324,7 @@ func TestUnitIsRight(t *testing.T) {
 
 // TestExposureInTheReadme holds what the documents say to what systemd says.
 func TestExposureInTheReadme(t *testing.T) {
-	needPrograms(t, map[string]string{"systemd-analyze": "systemd"})
+	harness.NeedPrograms(t, map[string]string{"systemd-analyze": "systemd"})
 	out, err := exec.Command("systemd-analyze", "security", "--offline=yes", "--no-pager", unit).CombinedOutput()
 	if err != nil {
 		t.Fatalf("%v: %s", err, out)
