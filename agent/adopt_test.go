@@ -232,9 +232,26 @@ func TestOtherTablesThanAnEarlierRunHasLeftAreRefused(t *testing.T) {
 	if err := w.a.checkTables(); err == nil || !strings.Contains(err.Error(), "run `tsoctl restore --table 5450 --protocol 84` first") {
 		t.Errorf("got %v", err)
 	}
+	for _, stale := range []bool{true, false} {
+		if w.a.aim(stale); w.a.checkTables() == nil {
+			t.Errorf("somebody asked for other ones, stale %v, and gets these", stale)
+		}
+	}
 	w.crash(Config{})
 	if err := w.a.checkTables(); err != nil {
 		t.Error(err)
+	}
+}
+
+// Who only gives back, and was not told of other numbers, takes those of the run that has left them.
+func TestRestoreTakesTheNumbersOfAnEarlierRun(t *testing.T) {
+	cfg := Config{}
+	cfg.Plan.Table, cfg.Plan.Protocol = 7000, 99
+	w := partWorld(t, cfg)
+	w.crash(Config{})
+	w.a.aim(true)
+	if err := w.a.checkTables(); err != nil || w.a.cfg.Plan.Table != 7000 || w.a.cfg.Plan.Protocol != 99 {
+		t.Errorf("table %d, protocol %d: %v", w.a.cfg.Plan.Table, w.a.cfg.Plan.Protocol, err)
 	}
 }
 

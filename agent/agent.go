@@ -242,10 +242,15 @@ func (a *Agent) scope() (s journal.Scope, err error) {
 }
 
 // checkTables refuses to run with other tables than an earlier run has left in place: nobody
-// would follow those.
+// would follow those. Who only gives back takes the numbers of that run, unless others were asked for: the service's ExecStopPost knows no
+// configuration.
 func (a *Agent) checkTables() error {
-	t := a.st.tables
-	if t == nil || t.Table == a.cfg.Plan.Table && t.Protocol == a.cfg.Plan.Protocol {
+	t, own, none := a.st.tables, &a.cfg.Plan, Config{}.WithDefaults().Plan
+	if t == nil || t.Table == own.Table && t.Protocol == own.Protocol {
+		return nil
+	}
+	if a.goal != protect && own.Table == none.Table && own.Protocol == none.Protocol {
+		own.Table, own.Protocol = t.Table, t.Protocol
 		return nil
 	}
 	return fmt.Errorf("agent: an earlier run has used table %d and protocol %d, and they may still be in place: run `tsoctl restore --table %d --protocol %d` first",
@@ -371,11 +376,11 @@ func (a *Agent) loop(ctx context.Context, failed <-chan error) error {
 			if a.lastP == nil && !back && !a.heir {
 				// Not even read yet: this run has written nothing.
 				if n := a.claims(); n > 0 {
-					return fmt.Errorf("agent: stopped before the kernel's state was read: %d changes of an earlier run are still in place; run `tsoctl restore`", n)
+					return fmt.Errorf("agent: stopped before the kernel's state was read: %s still in place; run `tsoctl restore`", plural(n, "change of an earlier run is", "changes of an earlier run are"))
 				}
 				return nil
 			}
-			a.goal, a.once, a.st.paused = restoreAll, true, nil
+			a.goal, a.once, a.st.paused, a.st.obeyed = restoreAll, true, nil, nil
 			if a.cfg.OnStop == KeepOnStop && !back {
 				// Nobody follows the rules and clones from now on; holds and in-place locks don't go stale.
 				a.goal = restoreStale
@@ -441,7 +446,7 @@ func (a *Agent) step(now time.Time) (next time.Duration, reached bool) {
 	a.obey(now)
 	if a.lastP == nil {
 		if !a.st.ready() {
-			a.answerOrders(false) // nothing is written before
+			a.answerOrders() // nothing is written before
 			return 0, false
 		}
 		a.checkAdopted()
@@ -461,7 +466,7 @@ func (a *Agent) step(now time.Time) (next time.Duration, reached bool) {
 	return a.round(now)
 }
 
-var errEndedAgent = errors.New("the agent of this namespace has ended")
+var errEndedAgent = errors.New("the agent of this namespace has ended, or another one takes its place: try again in a moment")
 
 // Call runs fn in the loop and waits for it, so that fn may read the state.
 func (a *Agent) call(ctx context.Context, fn func()) error {

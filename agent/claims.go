@@ -166,7 +166,7 @@ func (a *Agent) adopt(found *journal.Recovery) {
 		a.findings = append(a.findings, fmt.Sprintf("writes to the journal that were cut short: %d; the kernel was not touched for them", found.Torn))
 	}
 	if n := len(found.Foreign); n > 0 {
-		a.findings = append(a.findings, fmt.Sprintf("%d journal entries belong to another boot or network namespace and are left alone", n))
+		a.findings = append(a.findings, plural(n, "journal entry belongs to another boot or network namespace and is left alone", "journal entries belong to another boot or network namespace and are left alone"))
 	}
 	a.findings = append(a.findings, found.Problems...)
 	for _, f := range a.findings {

@@ -321,6 +321,9 @@ type Wrong struct {
 	entry     int // of a list, from 1; 0 for the key itself
 }
 
+// longest bounds all durations: what is spread by a tenth, or doubled, must not wrap around to none at all.
+const longest = 365 * 24 * time.Hour
+
 // Validate returns what is wrong with the values.
 func (c Config) Validate() []Wrong {
 	var out []Wrong
@@ -350,15 +353,17 @@ func (c Config) Validate() []Wrong {
 	atLeast("max_clones_per_coverage", p.MaxClonesPerCoverage, 1)
 	atLeast("max_clones", p.MaxClones, 1)
 	out = append(out, c.Namespaces.wrong()...)
-	if c.RestoreAfter < 0 {
-		wrong("restore_after", "a negative duration")
+	duration := func(key string, have Duration, least time.Duration, less string) {
+		switch d := time.Duration(have); {
+		case d != 0 && d < least:
+			wrong(key, "%s", less)
+		case d > longest:
+			wrong(key, "more than %.0fh, which is a year", longest.Hours())
+		}
 	}
-	if c.ResyncEvery != 0 && time.Duration(c.ResyncEvery) < time.Minute {
-		wrong("resync_every", "less than 1m")
-	}
-	if c.TCPKeysEvery != 0 && time.Duration(c.TCPKeysEvery) < 100*time.Millisecond {
-		wrong("tcp_keys_every", "less than 100ms")
-	}
+	duration("restore_after", c.RestoreAfter, 0, "a negative duration")
+	duration("resync_every", c.ResyncEvery, time.Minute, "less than 1m")
+	duration("tcp_keys_every", c.TCPKeysEvery, 100*time.Millisecond, "less than 100ms")
 	out = append(out, wrongUsers(c.TCPKeysTrust)...)
 	if c.Metrics != "" && c.Metrics != MetricsOff {
 		if host, port, err := net.SplitHostPort(c.Metrics); err != nil || !isHost(host) || !isPort(port) {

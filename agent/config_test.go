@@ -71,6 +71,7 @@ func TestReadConfigTellsEveryMistakeWithItsPlace(t *testing.T) {
 		}},
 		"users that are no list":  {"tcp_keys_trust: frr\n", []string{"c.yaml:1: frr is not a list"}},
 		"keys too often":          {"tcp_keys_every: 5ms\n", []string{"c.yaml:1: tcp_keys_every: less than 100ms"}},
+		"longer than a year":      {"restore_after: 8761h\nresync_every: 2562047h\ntcp_keys_every: 100000h\n", []string{"c.yaml:1: restore_after: more than 8760h, which is a year", "c.yaml:2: resync_every: more than 8760h …", "c.yaml:3: tcp_keys_every: more than 8760h …"}},
 		"negative resync":         {"resync_every: -5m\n", []string{"c.yaml:1: resync_every: less than 1m"}},
 		"zero is not the default": {"restore_after: 0s\n", []string{`c.yaml:1: "0s" is no duration above 0`}},
 		"relative run_dir":        {"run_dir: run/x\n", []string{"c.yaml:1: run_dir: not an absolute path"}},

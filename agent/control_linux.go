@@ -82,19 +82,14 @@ const farewell = time.Second
 // control answers for an agent or a fleet.
 type control struct {
 	served
-	asking  chan struct{}   // has a token for each request that asks the loop
-	follows chan struct{}   // has a token for each who follows events
+	asking  turns           // of requests that ask the loop
+	follows turns           // of those who follow events
+	answers turns           // of answers that can be large
 	stopped <-chan struct{} // closed when nothing is served any more
 }
 
-// maxAsking is how many requests wait for loops at a time, and maxFollows how many follow events.
-const (
-	maxAsking  = 8
-	maxFollows = 16
-)
-
 func handler(s served, stopped <-chan struct{}) http.Handler {
-	c := &control{s, make(chan struct{}, maxAsking), make(chan struct{}, maxFollows), stopped}
+	c := &control{s, newTurns(maxAsking), newTurns(maxFollows), newTurns(maxAnswers), stopped}
 	handlers := map[string]http.HandlerFunc{
 		"report":     c.report,
 		"namespaces": func(w http.ResponseWriter, _ *http.Request) { answerJSON(w, http.StatusOK, s.namespaces()) },
@@ -137,21 +132,20 @@ func handler(s served, stopped <-chan struct{}) http.Handler {
 }
 
 func (c *control) report(w http.ResponseWriter, r *http.Request) {
-	rep, err := c.reportOf(r.Context(), r.URL.Query().Get("netns"))
-	if err != nil {
-		answerError(w, statusOf(err), err)
-		return
-	}
-	answerJSON(w, http.StatusOK, rep)
+	c.answerOf(w, r, func(rep *Report) any { return rep })
 }
 
 func (c *control) locks(w http.ResponseWriter, r *http.Request) {
+	c.answerOf(w, r, func(rep *Report) any { return api.LocksOf(rep) })
+}
+
+func (c *control) answerOf(w http.ResponseWriter, r *http.Request, of func(*Report) any) {
 	rep, err := c.reportOf(r.Context(), r.URL.Query().Get("netns"))
 	if err != nil {
 		answerError(w, statusOf(err), err)
 		return
 	}
-	answerJSON(w, http.StatusOK, api.LocksOf(rep))
+	c.answerLarge(w, r, of(rep))
 }
 
 func (c *control) explain(w http.ResponseWriter, r *http.Request) {
@@ -160,11 +154,11 @@ func (c *control) explain(w http.ResponseWriter, r *http.Request) {
 		answerError(w, http.StatusBadRequest, err)
 		return
 	}
-	a, ok := c.loopOf(w, r)
-	if !ok {
+	a, asked := c.loopOf(w, r)
+	if a == nil {
 		return
 	}
-	defer c.asked()
+	defer asked()
 	var e *Explanation
 	callErr := a.call(r.Context(), func() {
 		if a.lastP == nil {
@@ -190,11 +184,11 @@ func (c *control) devices(w http.ResponseWriter, r *http.Request) {
 		answerError(w, http.StatusBadRequest, err)
 		return
 	}
-	a, ok := c.loopOf(w, r)
-	if !ok {
+	a, asked := c.loopOf(w, r)
+	if a == nil {
 		return
 	}
-	defer c.asked()
+	defer asked()
 	d, err := a.deviceList(r.Context(), a.call, all)
 	if err != nil {
 		answerError(w, http.StatusServiceUnavailable, err)
@@ -206,24 +200,19 @@ func (c *control) devices(w http.ResponseWriter, r *http.Request) {
 	answerJSON(w, http.StatusOK, d)
 }
 
-// loopOf is the agent that is asked for, and the turn to ask its loop, which asked gives back. It has
-// answered if there is none.
-func (c *control) loopOf(w http.ResponseWriter, r *http.Request) (*Agent, bool) {
+// loopOf is the agent that is asked for, and what gives back the turn to ask its loop. It has answered if there is none.
+func (c *control) loopOf(w http.ResponseWriter, r *http.Request) (a *Agent, asked func()) {
 	a, err := c.agentOf(r.URL.Query().Get("netns"))
 	if err != nil {
 		answerError(w, statusOf(err), err)
-		return nil, false
+		return nil, nil
 	}
-	select {
-	case c.asking <- struct{}{}:
-		return a, true
-	default:
+	if asked = c.asking.take(r); asked == nil {
 		answerError(w, http.StatusServiceUnavailable, fmt.Errorf("%d others are asking already: try again in a moment", maxAsking))
-		return nil, false
+		return nil, nil
 	}
+	return a, asked
 }
-
-func (c *control) asked() { <-c.asking }
 
 // events answers with the newest events, or with each one as it happens.
 func (c *control) events(w http.ResponseWriter, r *http.Request) {
@@ -250,16 +239,19 @@ func (c *control) events(w http.ResponseWriter, r *http.Request) {
 			l.Netns = q.Get("netns")
 		}
 		l.Events, l.Lost, l.Last = a.ring.after(since, maxEvents, l.Events)
-		answerJSON(w, http.StatusOK, l)
+		c.answerLarge(w, r, l)
 		return
 	}
-	select {
-	case c.follows <- struct{}{}:
-		defer func() { <-c.follows }()
-	default:
+	if r.Method == http.MethodHead { // there is nothing to wait for
+		w.Header().Set("Content-Type", api.NDJSON)
+		return
+	}
+	gone := c.follows.take(r)
+	if gone == nil {
 		answerError(w, http.StatusServiceUnavailable, fmt.Errorf("%d others follow events already: stop one of them", maxFollows))
 		return
 	}
+	defer gone()
 	a.followEvents(w, r, since, c.stopped)
 }
 

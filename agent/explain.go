@@ -1,8 +1,11 @@
 package agent
 
 import (
+	"errors"
 	"fmt"
 	"slices"
+
+	"golang.org/x/sys/unix"
 
 	"tsoagent/agent/plan"
 	"tsoagent/routes"
@@ -17,7 +20,7 @@ func (a *Agent) explain(q Question) (*Explanation, error) {
 	}
 	rq, ans, err := a.lookup(q)
 	if err != nil {
-		return nil, fmt.Errorf("the kernel finds no route to %s: %w", q.Dst, err)
+		return nil, noWay(rq, err)
 	}
 	src := q.From
 	if !src.IsValid() {
@@ -29,7 +32,7 @@ func (a *Agent) explain(q Question) (*Explanation, error) {
 	e.RouteMTU, e.RouteMTULocked, e.Table = ans.MTU, ans.MTULocked, uint32(ans.Table)
 	if ans.PMTU != 0 {
 		e.RouteMTU = ans.PMTU
-		e.Notes = append(e.Notes, fmt.Sprintf("a path MTU of %d was learnt, for %d more seconds", ans.PMTU, ans.Expires))
+		e.Notes = append(e.Notes, fmt.Sprintf("a path MTU of %d was learnt, for %s", ans.PMTU, plural(int(ans.Expires), "more second", "more seconds")))
 	}
 	if ans.Gateway.IsValid() {
 		e.Gateway = ans.Gateway.String()
@@ -54,6 +57,10 @@ func (a *Agent) explain(q Question) (*Explanation, error) {
 		e.AddChange("a source address (--from): policies select by it")
 		return e, nil
 	}
+	if a.loops(ans.Oif) && rq.Family == routes.IPv4 {
+		e.AddNote("IPsec leaves alone what this host sends to itself by IPv4 (net.ipv4.conf.lo.disable_xfrm)")
+		return e, nil
+	}
 	win, losers := a.st.db.Lookup(flowOf(q, src, ifID, int32(ans.Oif)), xfrmwatch.Out)
 	for _, p := range losers {
 		e.Losers = append(e.Losers, fmt.Sprintf("policy %d priority %d %s", p.Index, p.Priority, selectorText(p.Selector)))
@@ -75,6 +82,28 @@ func (a *Agent) explain(q Question) (*Explanation, error) {
 	return e, nil
 }
 
+// loops reports whether a device is the loopback device.
+func (a *Agent) loops(i routes.Ifindex) bool {
+	l := a.st.fib.Link(i)
+	return l != nil && l.Type == unix.ARPHRD_LOOPBACK
+}
+
+// noWay says in words what the kernel's error means: a route's type has its own (fib_props, net/ipv4/fib_semantics.c), a rule's action the same.
+// What is forwarded is refused for more reasons.
+func noWay(q routes.Query, err error) error {
+	dst := q.Dst
+	switch {
+	case q.Iif != 0:
+	case errors.Is(err, unix.EINVAL):
+		return fmt.Errorf("a blackhole route or rule drops what goes to %s: %w", dst, err)
+	case errors.Is(err, unix.EACCES):
+		return fmt.Errorf("a prohibit route or rule refuses what goes to %s: %w", dst, err)
+	case errors.Is(err, unix.EHOSTUNREACH):
+		return fmt.Errorf("an unreachable route refuses what goes to %s: %w", dst, err)
+	}
+	return fmt.Errorf("the kernel finds no route to %s: %w", dst, err)
+}
+
 // lookup asks the kernel for the route, and says how.
 func (a *Agent) lookup(q Question) (routes.Query, routes.Answer, error) {
 	rq := routes.Query{Family: routes.FamilyOf(q.Dst), Dst: q.Dst, Src: q.From, Mark: q.Mark}
@@ -88,7 +117,7 @@ func (a *Agent) lookup(q Question) (routes.Query, routes.Answer, error) {
 	}
 	// A source that is not ours comes in by the device that leads back to it.
 	back, berr := a.rt.Lookup(routes.Query{Family: rq.Family, Dst: q.From})
-	if berr != nil {
+	if berr != nil || back.Type == routes.Local {
 		return rq, ans, err
 	}
 	rq.Iif = back.Oif
@@ -109,6 +138,9 @@ func (a *Agent) explainPolicy(e *Explanation, q Question, p *xfrmwatch.Policy) {
 		return
 	}
 	e.Action = "ipsec"
+	if covers, _ := p.Covers(); !covers {
+		e.AddNote(fmt.Sprintf("policy %d asks for neither ESP nor AH: what it does to the MTU is not known, and nothing is held off or locked for it", p.Index))
+	}
 	for _, c := range a.st.db.Coverage(p) {
 		if !c.Selector.Dst.Contains(q.Dst) {
 			continue

@@ -14,18 +14,23 @@ import (
 
 // explainRoute says which rule and which route decide.
 func (a *Agent) explainRoute(e *Explanation, rq routes.Query, ans routes.Answer) {
-	if r := a.ruleFor(rq, ans.Table); r != nil {
-		e.Rule = fmt.Sprintf("%d: %s", r.Priority, ruleText(*r))
+	bits := -1
+	match := rq
+	match.FibMatch = true
+	if m, err := a.rt.Lookup(match); err == nil && m.Route.Body != nil {
+		e.Route, bits = a.routeText(m.Route), m.Route.Dst.Bits()
 	}
-	rq.FibMatch = true
-	if m, err := a.rt.Lookup(rq); err == nil && m.Route.Body != nil {
-		e.Route = a.routeText(m.Route)
+	if ans.Type != routes.Unicast {
+		e.Type = typeText(ans.Type)
+	}
+	if r := a.ruleFor(rq, ans.Table, bits); r != nil {
+		e.Rule = fmt.Sprintf("%d: %s", r.Priority, ruleText(*r))
 	}
 }
 
-// ruleFor is the rule by which a lookup comes to a table, nil if it can't be told: a goto leads past what is looked at here, and what a rule
-// of a later kernel selects by is not known.
-func (a *Agent) ruleFor(q routes.Query, table routes.TableID) *routes.Rule {
+// ruleFor is the rule by which a lookup comes to a route of a table with a prefix of so many bits, -1 for one that isn't known. It is nil if it
+// can't be told: a goto leads past what is looked at here, and what a rule of a later kernel selects by is not known.
+func (a *Agent) ruleFor(q routes.Query, table routes.TableID, bits int) *routes.Rule {
 	iif := "lo" // the kernel's word for what is sent from here (fib_rule_match, net/core/fib_rules.c)
 	if l := a.st.fib.Link(q.Iif); l != nil {
 		iif = l.Name
@@ -49,7 +54,13 @@ func (a *Agent) ruleFor(q routes.Query, table routes.TableID) *routes.Rule {
 			}
 			continue
 		}
-		if r.Action == routes.RuleToTable && r.Table == table {
+		if r.Action != routes.RuleToTable || r.Table != table {
+			continue
+		}
+		switch {
+		case r.SuppressPrefixLen >= 0 && bits < 0, r.SuppressIfgroup >= 0:
+			return nil
+		case r.SuppressPrefixLen < 0, bits > int(r.SuppressPrefixLen): // others the rule passes over (fib4_rule_suppress, net/ipv4/fib_rules.c)
 			return r
 		}
 	}
@@ -61,6 +72,9 @@ func (a *Agent) routeText(r routes.Route) string {
 	s := r.Dst.String()
 	if r.Dst.Bits() == 0 {
 		s = "default"
+	}
+	if r.Body.Type != routes.Unicast {
+		s = typeText(r.Body.Type) + " " + s
 	}
 	if r.Body.Src.IsValid() {
 		s += " from " + r.Body.Src.String()
@@ -81,6 +95,17 @@ func (a *Agent) routeText(r routes.Route) string {
 		s += fmt.Sprintf(" metric %d", r.Body.Priority)
 	}
 	return s
+}
+
+// typeText is a route's type as iproute2 names it.
+func typeText(t routes.Type) string {
+	names := map[routes.Type]string{
+		routes.Unicast: "unicast", routes.Local: "local", routes.Broadcast: "broadcast", routes.Anycast: "anycast", routes.Multicast: "multicast",
+	}
+	if n := names[t]; n != "" {
+		return n
+	}
+	return fmt.Sprintf("type %d", t)
 }
 
 // protocolText is a route's protocol as iproute2 names it (rt_protos).
@@ -115,7 +140,7 @@ func (a *Agent) explainRest(e *Explanation, q Question, oif routes.Ifindex) {
 	if clear && a.cfg.Plan.OwnTable(routes.TableID(e.Table)) {
 		e.AddNote("a lock of ours is in the way of a flow that is not covered: its rule also takes lookups without a source, or by its device")
 	}
-	if e.Action == "none" {
+	if e.Action == "none" && (q.Dst.Is6() || !a.loops(oif)) {
 		a.nearMisses(e, q)
 	}
 	if (e.Action == "bypass" || e.Action == "block") && len(e.Losers) > 0 {

@@ -1,6 +1,8 @@
 package agent
 
 import (
+	"errors"
+	"fmt"
 	"net/netip"
 	"slices"
 	"strings"
@@ -98,6 +100,75 @@ func TestExplainAsksTheKernelOnlyForWhatItCanAnswer(t *testing.T) {
 	}
 }
 
+// TestExplainWhatTheHostSendsToItself: IPv4 leaves the loopback device without IPsec, whatever policies say (disable_xfrm of lo), and IPv6
+// doesn't. Seen on 6.18 by pings under a policy for everything that has no SA.
+func TestExplainWhatTheHostSendsToItself(t *testing.T) {
+	w := tunnelWorld(t, dedicatedOff())
+	const lo = 1
+	other := policy(33, "10.8.0.0/16", "0.0.0.0/0", 0)
+	w.start(policy(17, "0.0.0.0/0", "0.0.0.0/0", 0), other, policy(25, "::/0", "::/0", 0))
+	for _, tt := range []struct{ addr, action string }{{"192.0.2.1", "none"}, {"2001:db8::1", "ipsec"}} {
+		a := netip.MustParseAddr(tt.addr)
+		w.lookup = func(q routes.Query) *routes.Answer {
+			ans := &routes.Answer{Type: routes.Local, Oif: lo, Table: routes.TableLocal, PrefSrc: a}
+			if q.FibMatch {
+				ans.Route = routes.Route{Dst: netip.PrefixFrom(a, a.BitLen()), Body: routes.NewBody(routes.Body{
+					Family: q.Family, Table: routes.TableLocal, Type: routes.Local, Protocol: routes.ProtoKernel, Nexthops: []routes.Nexthop{{Oif: 2}},
+				})}
+			}
+			return ans
+		}
+		e, err := w.a.explain(Question{Dst: a})
+		if err != nil || e.Action != tt.action || e.Type != "local" || !strings.HasPrefix(e.Route, "local "+tt.addr) {
+			t.Errorf("%s: %+v, %v", tt.addr, e, err)
+			continue
+		}
+		if tt.action == "none" && (e.MTU != 65536 || len(e.WouldChange) > 0 || !slices.ContainsFunc(e.Notes, func(s string) bool { return strings.Contains(s, "disable_xfrm") })) {
+			t.Errorf("%s: %+v", tt.addr, e)
+		}
+	}
+}
+
+// TestExplainWhatNeverLeaves: the kernel's error says which kind of route took the packets; only one of them is that there is none.
+func TestExplainWhatNeverLeaves(t *testing.T) {
+	for errno, want := range map[unix.Errno]string{
+		unix.EINVAL: "a blackhole route or rule drops what goes to 10.2.0.1: ", unix.EACCES: "a prohibit route or rule refuses what goes to 10.2.0.1: ",
+		unix.EHOSTUNREACH: "an unreachable route refuses what goes to 10.2.0.1: ", unix.ENETUNREACH: "the kernel finds no route to 10.2.0.1: ",
+	} {
+		q := routes.Query{Dst: netip.MustParseAddr("10.2.0.1")}
+		err := noWay(q, fmt.Errorf("routes: look up: %w: %w", routes.ErrUnreachable, errno))
+		if !strings.HasPrefix(err.Error(), want) || !errors.Is(err, routes.ErrUnreachable) {
+			t.Errorf("%v: %v, want %s", errno, err, want)
+		}
+		q.Iif = 2 // a martian source is EINVAL, too
+		if err = noWay(q, err); !strings.HasPrefix(err.Error(), "the kernel finds no route to 10.2.0.1: ") {
+			t.Errorf("%v, forwarded: %v", errno, err)
+		}
+	}
+}
+
+// TestExplainAPolicyOfIPCompAlone: it is no coverage, and that is said.
+func TestExplainAPolicyOfIPCompAlone(t *testing.T) {
+	w := tunnelWorld(t, dedicatedOff())
+	p := policy(17, "10.1.0.0/16", "10.3.0.0/16", 0)
+	p.Policy.Templates = slices.Clone(p.Policy.Templates)
+	p.Policy.Templates[0].Proto = xfrmwatch.Comp
+	w.start(p)
+	e, err := w.a.explain(Question{Dst: netip.MustParseAddr("10.3.0.1"), From: netip.MustParseAddr("10.1.0.1")})
+	if err != nil || e.Policy != 17 || !slices.Contains(e.Notes, "policy 17 asks for neither ESP nor AH: what it does to the MTU is not known, and nothing is held off or locked for it") {
+		t.Errorf("%+v, %v", e, err)
+	}
+}
+
+func TestMSSIsNeverNegative(t *testing.T) {
+	for dst, mtu := range map[string]int{"10.2.0.1": 30, "fd02::1": 0} {
+		var e Explanation
+		if e.SetMTU(mtu, dst); e.MSS != 0 || e.MTU != mtu {
+			t.Errorf("%s: MTU %d, MSS %d", dst, e.MTU, e.MSS)
+		}
+	}
+}
+
 func TestRuleOfALookup(t *testing.T) {
 	w := tunnelWorld(t, Config{})
 	w.start()
@@ -108,27 +179,35 @@ func TestRuleOfALookup(t *testing.T) {
 		{Priority: 40, Mark: 1, Mask: 1, IPProto: 6, Dport: routes.PortRange{Lo: 80, Hi: 90}, Table: 78},
 		{Priority: 50, Src: netip.MustParsePrefix("10.8.0.0/16"), Invert: true, Table: 79},
 		{Priority: 60, HasUID: true, UIDLo: 1000, UIDHi: 1000, Table: 79},
+		{Priority: 70, Table: routes.TableMain, SuppressPrefixLen: 8}, // as wg-quick has it, with 0
 	} {
-		r.Family, r.Action, r.SuppressPrefixLen, r.SuppressIfgroup = routes.IPv4, routes.RuleToTable, -1, -1
+		r.Family, r.Action, r.SuppressIfgroup = routes.IPv4, routes.RuleToTable, -1
+		if r.SuppressPrefixLen == 0 {
+			r.SuppressPrefixLen = -1
+		}
 		w.a.st.fib.Apply(routes.RuleSet{Rule: &r})
 	}
 	dst := netip.MustParseAddr("10.3.0.1")
 	for _, tt := range []struct {
 		q     routes.Query
 		table routes.TableID
+		bits  int
 		want  uint32
 	}{
-		{routes.Query{Src: netip.MustParseAddr("10.9.0.1")}, 5450, 10},
-		{routes.Query{}, 5450, 20},
-		{routes.Query{Src: netip.MustParseAddr("10.7.0.1"), Iif: 2}, 77, 30},
-		{routes.Query{Mark: 3, IPProto: 6, Dport: 85}, 78, 40},
-		{routes.Query{Src: netip.MustParseAddr("10.7.0.1")}, 79, 50},
-		{routes.Query{Src: netip.MustParseAddr("10.8.0.1")}, routes.TableMain, 32766},
-		{routes.Query{Src: netip.MustParseAddr("10.8.0.1")}, 79, 0},
+		{routes.Query{Src: netip.MustParseAddr("10.9.0.1")}, 5450, 16, 10},
+		{routes.Query{}, 5450, 16, 20},
+		{routes.Query{Src: netip.MustParseAddr("10.7.0.1"), Iif: 2}, 77, 16, 30},
+		{routes.Query{Mark: 3, IPProto: 6, Dport: 85}, 78, 16, 40},
+		{routes.Query{Src: netip.MustParseAddr("10.7.0.1")}, 79, 16, 50},
+		{routes.Query{Src: netip.MustParseAddr("10.8.0.1")}, routes.TableMain, 16, 70},
+		{routes.Query{Src: netip.MustParseAddr("10.8.0.1")}, routes.TableMain, 8, 32766},
+		{routes.Query{Src: netip.MustParseAddr("10.8.0.1")}, routes.TableMain, 0, 32766},
+		{routes.Query{Src: netip.MustParseAddr("10.8.0.1")}, routes.TableMain, -1, 0}, // which route it is isn't known
+		{routes.Query{Src: netip.MustParseAddr("10.8.0.1")}, 79, 16, 0},
 	} {
 		tt.q.Family, tt.q.Dst = routes.IPv4, dst
 		got := uint32(0)
-		if r := w.a.ruleFor(tt.q, tt.table); r != nil {
+		if r := w.a.ruleFor(tt.q, tt.table, tt.bits); r != nil {
 			got = r.Priority
 		}
 		if got != tt.want {

@@ -53,13 +53,14 @@ type Fleet struct {
 	// recallDue says that strays and ghosts are to be looked at, recallTick that it is for a resync, recalling that it
 	// is under way.
 	recallDue, recallTick, recalling bool
+	sweepDue                         bool   // what an earlier run has left in namespaces that are not followed is to be looked for again
 	hostCookie                       uint64 // set where the host is not followed
 	blind                            error  // why nothing tells of namespaces that come and go
 	watcher                          *netns.Watcher
 	errs                             []error     // of members that ended
 	hooked                           hooked      // how keys are known
 	paused                           *api.Paused // all are, and those that come; nil for not
-	live, before                     Config      // the configuration in use, and the one before it
+	live                             Config      // the configuration in use
 	// generation counts the configurations, and renewal is why agents with an older one end.
 	generation uint64
 	renewal    error
@@ -81,8 +82,11 @@ type member struct {
 	agent   *Agent   // nil while it starts and when it ended
 	why     string   // why there is no agent, empty while it starts
 	leaving bool
-	paused  *api.Paused // for an agent that starts, nil for none
-	ring    *ring       // of all its agents, one after the other
+	over    bool          // there will be no agent any more
+	paused  *api.Paused   // for an agent that starts, nil for none
+	ring    *ring         // of all its agents, one after the other
+	counts  counts        // by all its agents before this one
+	turn    chan struct{} // closed and made anew when agent, why or over has changed
 	// again ends the agent for one with another configuration, nil while none runs. The agent has the
 	// configuration of the generation.
 	again      context.CancelCauseFunc
@@ -119,7 +123,7 @@ func newFleet(ctx context.Context, cfg Config, log *slog.Logger, version string,
 			return nil, errors.Join(err, host.Close())
 		}
 		a.others = f
-		m := &member{id: host.ID(), names: []string{netns.Host}, agent: a, cancel: func(error) {}}
+		m := &member{id: host.ID(), names: []string{netns.Host}, agent: a, cancel: func(error) {}, turn: make(chan struct{})}
 		m.handOn(a)
 		f.members[host.ID()] = m
 		return f, nil
@@ -281,18 +285,34 @@ func (f *Fleet) watch(ctx context.Context) {
 // reconcile starts members for namespaces that came, and lets those go that nothing leads to
 // any more.
 func (f *Fleet) reconcile(ctx context.Context) {
+	for _, say := range f.reconciled(ctx) {
+		say()
+	}
+}
+
+// sayings are lines for the log, for when the lock is free: where a log is slow, nobody waits for it.
+type sayings []func()
+
+func (s *sayings) add(log func(string, ...any), what string, args ...any) {
+	*s = append(*s, func() { log(what, args...) })
+}
+
+// reconciled is reconcile, and returns what is to be said of it.
+func (f *Fleet) reconciled(ctx context.Context) (said sayings) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	want := f.resolve()
+	want := f.resolve(&said)
 	for id, m := range f.members {
 		names, wanted := want[id]
 		switch {
 		case m.leaving:
 		case wanted:
-			m.rename(f.log, names)
+			if was := m.names[0]; m.rename(names) {
+				said.add(f.log.Info, "a namespace is called differently now", "netns", m.names[0], "was", was)
+			}
 		default:
 			m.leaving = true
-			f.log.Info("a namespace's last name is gone: giving everything back and letting it go", "netns", m.names[0])
+			said.add(f.log.Info, "a namespace's last name is gone: giving everything back and letting it go", "netns", m.names[0])
 			m.cancel(errLetGo)
 		}
 	}
@@ -300,27 +320,29 @@ func (f *Fleet) reconcile(ctx context.Context) {
 		if f.members[id] != nil {
 			continue // one that leaves comes back when it has left
 		}
-		m := &member{id: id, names: names, paused: lasting(f.paused)}
+		m := &member{id: id, names: names, paused: lasting(f.paused), turn: make(chan struct{})}
 		var mine context.Context
 		mine, m.cancel = context.WithCancelCause(ctx)
 		f.members[id] = m
 		f.wg.Go(func() { f.follow(mine, m) })
 	}
+	return said
 }
 
-// rename takes over the names of a member, whose first one is kept while it leads there.
-func (m *member) rename(log *slog.Logger, names []string) {
+// rename takes over the names of a member, whose first one is kept while it leads there. It reports whether another one is first
+// now.
+func (m *member) rename(names []string) bool {
 	if slices.Contains(names, m.names[0]) {
 		m.names = slices.Concat(m.names[:1], slices.DeleteFunc(names, func(s string) bool { return s == m.names[0] }))
-		return
+		return false
 	}
-	log.Info("a namespace is called differently now", "netns", names[0], "was", m.names[0])
 	m.names = names
+	return true
 }
 
 // resolve finds out where all names lead, and has those places watched. The caller holds the
 // lock.
-func (f *Fleet) resolve() map[netns.ID][]string {
+func (f *Fleet) resolve(said *sayings) map[netns.ID][]string {
 	specs := slices.Clone(f.live.Namespaces)
 	dirs := map[string]bool{}
 	waiting := map[string]string{}
@@ -328,7 +350,7 @@ func (f *Fleet) resolve() map[netns.ID][]string {
 		specs = slices.DeleteFunc(specs, func(s string) bool { return s == netns.All })
 		names, err := netns.Names()
 		if err != nil {
-			waiting[netns.All] = f.missing(netns.All, err)
+			waiting[netns.All] = f.missing(said, netns.All, err)
 		}
 		specs = append(append(specs, netns.Host), names...)
 		dirs[netns.Dir] = true
@@ -355,7 +377,7 @@ func (f *Fleet) resolve() map[netns.ID][]string {
 			err = errOwn
 		}
 		if err != nil {
-			waiting[spec] = f.missing(spec, err)
+			waiting[spec] = f.missing(said, spec, err)
 			continue
 		}
 		out[id] = append(out[id], spec)
@@ -392,8 +414,8 @@ func (f *Fleet) lookUp(spec, path string) (netns.ID, error) {
 	return id, err
 }
 
-// missing says why a name leads nowhere, and logs it when that is new.
-func (f *Fleet) missing(spec string, err error) string {
+// missing says why a name leads nowhere, in the log when that is new.
+func (f *Fleet) missing(said *sayings, spec string, err error) string {
 	why := err.Error()
 	if errors.Is(err, fs.ErrNotExist) {
 		why = "there is no such namespace; waiting for it"
@@ -401,7 +423,7 @@ func (f *Fleet) missing(spec string, err error) string {
 	// A file that is about to be mounted on is no namespace for a moment, which is nothing to
 	// tell in a log.
 	if f.waiting[spec] != why && !errors.Is(err, netns.ErrNotNetns) {
-		f.log.Warn("a namespace is not followed", "netns", spec, "why", why)
+		said.add(f.log.Warn, "a namespace is not followed", "netns", spec, "why", why)
 	}
 	return why
 }

@@ -26,7 +26,7 @@ var errMoved = errors.New("the name leads to another namespace now")
 // follow runs a member's agent until the context ends.
 func (f *Fleet) follow(ctx context.Context, m *member) {
 	defer f.left(m)
-	defer m.endRing(f)
+	defer m.end(f)
 	heir := false // what is in place is left to the next agent
 	for wait := firstRetry; ctx.Err() == nil || heir; wait = min(2*wait, lastRetry) {
 		a, generation, err := f.open(m)
@@ -43,9 +43,7 @@ func (f *Fleet) follow(ctx context.Context, m *member) {
 			f.mu.Unlock()
 			f.announce()
 			err = a.Run(run)
-			f.mu.Lock()
-			m.agent, m.again = nil, nil
-			f.mu.Unlock()
+			f.ended(m)
 			if renewed(run) {
 				if err = errors.Join(err, a.Close()); err != nil {
 					a.log.Warn("not everything was given back for another configuration", "err", err)
@@ -65,6 +63,7 @@ func (f *Fleet) follow(ctx context.Context, m *member) {
 		}
 		f.mu.Lock()
 		m.why = err.Error()
+		m.turns()
 		name := m.names[0]
 		f.mu.Unlock()
 		f.log.Warn("a namespace can't be followed", "netns", name, "err", err, "again_in", wait)
@@ -75,16 +74,26 @@ func (f *Fleet) follow(ctx context.Context, m *member) {
 	}
 }
 
-// handOn gives an agent what outlives the one before it: the events, and a pause that is not over. The caller holds the
-// Fleet's lock.
+// ended notes that the Run of a member's agent has returned.
+func (f *Fleet) ended(m *member) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	m.counts = m.agent.counts()
+	m.agent, m.again = nil, nil
+}
+
+// handOn gives an agent what outlives the one before it: the events, what was counted, and a pause that is not over. The caller
+// holds the Fleet's lock.
 func (m *member) handOn(a *Agent) {
+	defer m.turns()
+	a.goOn(m.counts)
 	if m.ring == nil {
 		m.ring = a.ring
 	}
 	a.ring, a.ringGoes = m.ring, true
 	if m.paused = lasting(m.paused); m.paused != nil {
 		// Ahead of all else that the loop hears.
-		a.inbox.post(batch{orders: []order{{m.paused, make(chan *api.Paused, 1)}}})
+		a.give(m.paused)
 	}
 }
 
@@ -96,10 +105,12 @@ func lasting(p *api.Paused) *api.Paused {
 	return p
 }
 
-// endRing lets those go who follow the member's events.
-func (m *member) endRing(f *Fleet) {
+// end lets those go who follow the member's events, or wait for what one of its agents says.
+func (m *member) end(f *Fleet) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	m.over = true
+	m.turns()
 	if m.ring != nil {
 		m.ring.end()
 	}

@@ -9,6 +9,7 @@ import (
 	"os"
 	"slices"
 	"strconv"
+	"sync"
 	"time"
 
 	"tsoagent/agent/journal"
@@ -140,19 +141,24 @@ func leftBehind(runDir string, n Namespaces) (followed, others map[uint64]string
 
 // sweep takes care of what an earlier run has left in namespaces: those that are still followed
 // adopt it. In others it is given back. The journals of namespaces that are gone are removed, when nothing of theirs is missed
-// any more.
-func (f *Fleet) sweep(ctx context.Context) {
-	if f.cfg.Mode != Enforce {
-		return
+// any more. What it returns waits until all is given back.
+func (f *Fleet) sweep(ctx context.Context) (wait func()) {
+	var wg sync.WaitGroup
+	cfg := f.Config()
+	if cfg.Mode != Enforce {
+		return wg.Wait
 	}
 	var others map[uint64]string
 	var gone []uint64
 	err := f.host.Do(func() (err error) {
-		_, others, gone, err = leftBehind(f.cfg.RunDir, f.cfg.Namespaces)
+		_, others, gone, err = leftBehind(cfg.RunDir, cfg.Namespaces)
 		return err
 	})
 	removed := 0
 	for _, cookie := range gone {
+		if f.haunts(cookie) {
+			continue
+		}
 		switch more, ghostErr := f.raise(cookie); {
 		case ghostErr != nil:
 			err = errors.Join(err, ghostErr)
@@ -168,7 +174,9 @@ func (f *Fleet) sweep(ctx context.Context) {
 		f.log.Info("journals of namespaces that are gone were removed", "namespaces", removed)
 	}
 	for cookie, spec := range others {
+		wg.Add(1)
 		f.wg.Go(func() {
+			defer wg.Done()
 			err := f.giveBackStray(ctx, cookie, spec)
 			if err == nil {
 				return
@@ -182,6 +190,27 @@ func (f *Fleet) sweep(ctx context.Context) {
 			}
 		})
 	}
+	return wg.Wait
+}
+
+// sweepAgain is what a start in enforce mode does, for a configuration that is the first one to write.
+func (f *Fleet) sweepAgain(ctx context.Context) {
+	f.mu.Lock()
+	f.notes = nil // what is still so is found again
+	f.mu.Unlock()
+	if f.lock != nil && len(f.lock.Entries()) > 0 {
+		if err := f.host.Do(func() error { return f.giveBackHost(ctx, f.lock.Entries()) }); err != nil {
+			f.note(fmt.Sprintf("namespace %s is not followed any more, and not everything could be given back in it: %v", netns.Host, err))
+		}
+	}
+	f.sweep(ctx)()
+}
+
+// haunts reports whether there is a ghost of a namespace, which has the journal open.
+func (f *Fleet) haunts(cookie uint64) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return slices.ContainsFunc(f.ghosts, func(g *ghost) bool { return g.cookie == cookie })
 }
 
 func (f *Fleet) note(text string) {
@@ -251,9 +280,17 @@ func RestoreAll(ctx context.Context, cfg Config, log *slog.Logger, version strin
 		out.merge(r)
 	}
 	if len(gone) > 0 && !stale {
-		out.Findings = append(out.Findings, fmt.Sprintf("the journals of %d namespaces that are gone were removed", len(gone)))
+		out.Findings = append(out.Findings, goneText(len(gone)))
 	}
 	return out, errors.Join(errs...)
+}
+
+// goneText says that the journals of so many namespaces are no more.
+func goneText(n int) string {
+	if n == 1 {
+		return "the journal of a namespace that is gone was removed"
+	}
+	return fmt.Sprintf("the journals of %d namespaces that are gone were removed", n)
 }
 
 // merge adds what was restored in one namespace, which can be among those of before.

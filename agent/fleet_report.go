@@ -212,53 +212,6 @@ func (f *Fleet) reportOf(ctx context.Context, name string) (*Report, error) {
 	return &r, nil
 }
 
-// ordered gives the order to one member, or to all, and keeps it for those that start, or start again.
-func (f *Fleet) ordered(ctx context.Context, name string, p *api.Paused) ([]api.PausedNamespace, error) {
-	agents := map[string]*Agent{}
-	out := []api.PausedNamespace{}
-	if p != nil {
-		now := *p
-		now.Since = time.Now()
-		p = &now
-	}
-	to := func(m *member) {
-		old := lasting(m.paused)
-		m.paused = nil
-		if p != nil {
-			mine := *p
-			if old != nil {
-				mine.Since = old.Since // as its loop has it
-			}
-			m.paused = &mine
-		}
-		if m.agent != nil {
-			agents[m.names[0]] = m.agent
-		} else {
-			out = append(out, api.PausedNamespace{Name: m.names[0], Paused: m.paused})
-		}
-	}
-	f.mu.Lock()
-	if name == "" {
-		f.paused = p
-		for _, m := range f.members {
-			to(m)
-		}
-	} else {
-		m := f.find(name)
-		if m == nil {
-			defer f.mu.Unlock()
-			return nil, f.notFollowed(name)
-		}
-		to(m)
-	}
-	f.mu.Unlock()
-	out = append(out, orderAll(ctx, agents, p)...)
-	slices.SortFunc(out, func(a, b api.PausedNamespace) int {
-		return cmp.Or(cmp.Compare(rank(a.Name), rank(b.Name)), strings.Compare(a.Name, b.Name))
-	})
-	return out, nil
-}
-
 // Glance is what a line says of a Fleet.
 type Glance struct {
 	// Mode, and the numbers, are those of the host's namespace.
@@ -266,7 +219,9 @@ type Glance struct {
 	Coverages, Holds, Locks, Clones int
 	// Namespaces are all, where there are others than the host's.
 	Namespaces int
-	// Degraded says that a person should look.
+	// Paused is how many namespaces are paused, the host's included.
+	Paused int
+	// Degraded says that a person should look, apart from pauses, which somebody wanted.
 	Degraded bool
 }
 
@@ -284,14 +239,22 @@ func (f *Fleet) Glance() *Glance {
 		if host == nil {
 			return nil
 		}
-		g = &Glance{Mode: host.mode, Coverages: host.coverages, Holds: host.holds, Locks: host.locks, Clones: host.clones, Degraded: host.degraded}
+		g = &Glance{Mode: host.mode, Coverages: host.coverages, Holds: host.holds, Locks: host.locks, Clones: host.clones, Degraded: host.faulty}
+		if host.paused != nil {
+			g.Paused = 1
+		}
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	g.Degraded = g.Degraded || f.blind != nil || len(f.notes)+len(f.strayFindings()) > 0
 	if len(all) > 1 || !cfg.Namespaces.host() || f.blind != nil {
-		g.Namespaces = len(all)
-		g.Degraded = g.Degraded || slices.ContainsFunc(all, func(n NamespaceReport) bool { return n.Degraded || n.Why != "" })
+		g.Namespaces, g.Paused = len(all), 0
+		for _, n := range all {
+			if n.Paused {
+				g.Paused++
+			}
+			g.Degraded = g.Degraded || !n.Paused && (n.Degraded || n.Why != "")
+		}
 	}
 	return g
 }

@@ -93,7 +93,7 @@ func (f *Fleet) giveBackIn(ctx context.Context, spec string, open func(*Agent) e
 	return r, nil
 }
 
-// recall looks for what strays and ghosts miss, once it is due and not under way.
+// recall looks for what strays and ghosts miss, and sweeps again, once it is due and not under way.
 func (f *Fleet) recall(ctx context.Context) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -101,17 +101,24 @@ func (f *Fleet) recall(ctx context.Context) {
 	if f.live.Mode != Enforce || lasting(f.paused) != nil {
 		return // nothing is written now; it stays due
 	}
-	if !f.recallDue || f.recalling || !missed && len(f.ghosts) == 0 {
+	// Those that are let go have their journals open; the last one that has left brings the next look.
+	sweep := f.sweepDue && !slices.ContainsFunc(slices.Collect(maps.Values(f.members)), func(m *member) bool { return m.leaving })
+	recall := f.recallDue && (missed || len(f.ghosts) > 0)
+	if f.recalling || !sweep && !recall {
 		return
 	}
 	resync := f.recallTick
 	f.recallDue, f.recallTick, f.recalling = false, false, true
+	f.sweepDue = f.sweepDue && !sweep
 	f.wg.Go(func() {
+		if sweep {
+			f.sweepAgain(ctx)
+		}
 		f.recallStrays(ctx)
 		f.recallGhosts(resync)
 		f.mu.Lock()
 		defer f.mu.Unlock()
-		if f.recalling = false; f.recallDue {
+		if f.recalling = false; f.recallDue || f.sweepDue {
 			f.poke()
 		}
 	})

@@ -271,7 +271,10 @@ func restoreWith(ctx context.Context, spec string, cfg Config, log *slog.Logger,
 
 // restoreFrom is RestoreIn with what one journal knows, which open chooses.
 func restoreFrom(ctx context.Context, spec string, cfg Config, log *slog.Logger, version string, stale bool, open func(*Agent) error) (*Restored, error) {
-	a, err := newAgentIn(spec, cfg, log, version, open)
+	a, err := newAgentIn(spec, cfg, log, version, func(a *Agent) error {
+		a.aim(stale)
+		return open(a)
+	})
 	if err != nil {
 		return nil, err
 	}
@@ -290,11 +293,16 @@ func (r *Restored) add(more *Restored) {
 	r.Actions, r.Failed, r.Findings = r.Actions+more.Actions, r.Failed+more.Failed, append(r.Findings, more.Findings...)
 }
 
-func (a *Agent) restore(ctx context.Context, stale bool) (*Restored, error) {
+// aim has the agent give back, all or only what can go stale, and stop then.
+func (a *Agent) aim(stale bool) {
 	a.once, a.goal = true, restoreAll
 	if stale {
 		a.goal = restoreStale
 	}
+}
+
+func (a *Agent) restore(ctx context.Context, stale bool) (*Restored, error) {
+	a.aim(stale)
 	out := &Restored{Netns: a.name, Holds: len(a.st.holds), Locks: len(a.st.locks)}
 	if stale {
 		out.Holds, out.Locks = 0, 0

@@ -186,7 +186,7 @@ func TestAnswersAreAsDescribed(t *testing.T) {
 	for _, x := range []struct {
 		err  error
 		want int
-	}{{nil, 200}, {&refusedError{errors.New("tsoagent.yaml:2: mtu: no")}, 409}, {errEndedAgent, 503}} {
+	}{{nil, 200}, {&refusedError{errors.New("tsoagent.yaml:2: mtu: no")}, 409}, {errEndedAgent, 503}, {ErrStopping, 503}} {
 		dir := runDir(t)
 		c := serveIn(t, dir, func(ctx context.Context) error {
 			return serve(ctx, SocketPath(dir), handler(reloading{w.a, x.err}, ctx.Done()), discard())
@@ -268,7 +268,7 @@ func TestPageHasAllOperations(t *testing.T) {
 	for _, want := range []string{
 		fmt.Sprintf("at most %d KiB and no field", maxBody>>10), fmt.Sprintf("at most %d connections", maxConns), fmt.Sprintf("at most %d users", maxUsers),
 		fmt.Sprintf("At most %d requests", maxAsking), fmt.Sprintf("%d clients can follow", maxFollows), fmt.Sprintf("read for %.0f seconds", followPatience.Seconds()),
-		fmt.Sprintf("newest %d events", maxEvents),
+		fmt.Sprintf("newest %d events", maxEvents), fmt.Sprintf("large, %d are written at a time, and others wait %.0f seconds", maxAnswers, answerPatience.Seconds()),
 	} {
 		if !strings.Contains(text, want) {
 			t.Errorf("it does not say %q", want)

@@ -2,6 +2,7 @@ package agent
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"time"
@@ -24,65 +25,65 @@ import (
 // A stop ends it, too: on_stop says what becomes of holds and locks, and rules and clones go in any case, which
 // nobody would follow.
 
-// An order is a pause, or nil to go on. The answer comes when it is in force.
+// An order is a pause, or nil to go on. The answer comes when it is in force; from a loop that stops there is none, as the
+// next one has to say it.
 type order struct {
 	paused *api.Paused
+	ask    bool               // it is none: the answer is what those before it have led to
 	answer chan<- *api.Paused // has room for it
 }
 
 // restoreWithin bounds how long the answer to a pause waits until everything is given back.
 const restoreWithin = 20 * time.Second
 
-// order has the loop pause, or go on with nil, and waits until that is in force. What it returns says so.
-func (a *Agent) order(ctx context.Context, p *api.Paused) (*api.Paused, error) {
-	answer := make(chan *api.Paused, 1)
+// errOverdue is why the answer to an order waits no longer.
+var errOverdue = fmt.Errorf("it is not done within %s: see `tsoctl status`", restoreWithin)
+
+// give has the loop pause, or go on with nil. It doesn't wait for the answer, which wait does.
+func (a *Agent) give(p *api.Paused) <-chan *api.Paused {
 	if p != nil {
 		a.halt.Store(true)
 	}
-	if !a.inbox.post(batch{orders: []order{{p, answer}}}) {
-		return nil, errEndedAgent
-	}
-	late := time.NewTimer(restoreWithin)
-	defer late.Stop()
+	return a.post(order{paused: p})
+}
+
+// inquire is how it is after all that the loop was told before.
+func (a *Agent) inquire() <-chan *api.Paused { return a.post(order{ask: true}) }
+
+// post is heard by a loop that runs; one that does no longer is found out by wait.
+func (a *Agent) post(o order) <-chan *api.Paused {
+	answer := make(chan *api.Paused, 1)
+	o.answer = answer
+	a.inbox.post(batch{orders: []order{o}})
+	return answer
+}
+
+// wait is the answer to an order, or errEndedAgent.
+func (a *Agent) wait(ctx context.Context, p *api.Paused, answer <-chan *api.Paused) (*api.Paused, error) {
 	select {
 	case now := <-answer:
 		return now, nil
-	case <-late.C:
-		if g := a.glance.Load(); g != nil && g.paused != nil && p != nil && p.Restore {
+	case <-ctx.Done():
+		why := context.Cause(ctx)
+		if g := a.glance.Load(); errors.Is(why, errOverdue) && g != nil && g.paused != nil && p != nil && p.Restore {
 			return g.paused, nil // it says how much is left
 		}
-		return nil, fmt.Errorf("it is not done within %s: see `tsoctl status`", restoreWithin)
-	case <-ctx.Done():
-		return nil, ctx.Err()
+		return nil, why
 	case <-a.ended:
+	}
+	select {
+	case now := <-answer:
+		return now, nil
+	default:
 		return nil, errEndedAgent
 	}
 }
 
-// orderAll gives several namespaces the same order, at the same time.
-func orderAll(ctx context.Context, agents map[string]*Agent, p *api.Paused) []api.PausedNamespace {
-	type said struct {
-		name string
-		now  *api.Paused
-		err  error
-	}
-	answers := make(chan said, len(agents))
-	for name, a := range agents {
-		go func() {
-			now, err := a.order(ctx, p)
-			answers <- said{name, now, err}
-		}()
-	}
-	out := []api.PausedNamespace{}
-	for range agents {
-		s := <-answers
-		n := api.PausedNamespace{Name: s.name, Paused: s.now}
-		if s.err != nil {
-			n.Why = s.err.Error()
-		}
-		out = append(out, n)
-	}
-	return out
+// order gives an order, and waits until it is in force. What it returns says so.
+func (a *Agent) order(ctx context.Context, p *api.Paused) (*api.Paused, error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, restoreWithin, errOverdue)
+	defer cancel()
+	return a.wait(ctx, p, a.give(p))
 }
 
 // writes reports whether the loop may write to the kernel.
@@ -93,10 +94,14 @@ func (a *Agent) writes() bool {
 // obey does what was ordered since the last round, and ends a pause that is over.
 func (a *Agent) obey(now time.Time) {
 	for _, o := range a.st.orders {
+		if a.once {
+			a.halt.Store(false) // it stops already, and writes only to give back
+			continue
+		}
 		a.st.obeyed = append(a.st.obeyed, o)
 		switch {
-		case o.paused != nil && a.once:
-			// It stops already, and writes only to give back.
+		case o.ask:
+			continue // nor does it take back a halt
 		case o.paused != nil:
 			a.pauseNow(*o.paused, now)
 		case a.st.paused != nil:
@@ -152,10 +157,10 @@ func (a *Agent) resumeNow(what string) {
 	a.st.causes.order = what
 }
 
-// answerOrders tells those whose order is in force. With all, also those who wait for everything to be given back.
-func (a *Agent) answerOrders(all bool) {
+// answerOrders tells those whose order is in force: not yet those who wait for everything to be given back.
+func (a *Agent) answerOrders() {
 	a.st.obeyed = slices.DeleteFunc(a.st.obeyed, func(o order) bool {
-		if !all && a.st.paused != nil && a.goal == restoreAll && o.paused != nil && o.paused.Restore {
+		if a.st.paused != nil && a.goal == restoreAll && (o.ask || o.paused != nil && o.paused.Restore) {
 			return false
 		}
 		o.answer <- a.st.paused
@@ -184,5 +189,14 @@ func (a *Agent) ordered(ctx context.Context, name string, p *api.Paused) ([]api.
 	if _, err := a.agentOf(name); err != nil {
 		return nil, err
 	}
-	return orderAll(ctx, map[string]*Agent{netns.Host: a}, p), nil
+	now, err := a.order(ctx, p)
+	return []api.PausedNamespace{pausedNamespace(netns.Host, now, err)}, nil
+}
+
+func pausedNamespace(name string, now *api.Paused, err error) api.PausedNamespace {
+	n := api.PausedNamespace{Name: name, Paused: now}
+	if err != nil {
+		n.Why = err.Error()
+	}
+	return n
 }

@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"errors"
 	"slices"
 	"strings"
 	"testing"
@@ -19,7 +20,7 @@ func (w *world) tell(p *api.Paused) *api.Paused {
 	w.t.Helper()
 	answer := make(chan *api.Paused, 1)
 	w.a.halt.Store(p != nil)
-	w.a.inbox.post(batch{orders: []order{{p, answer}}})
+	w.a.inbox.post(batch{orders: []order{{paused: p, answer: answer}}})
 	w.settle()
 	select {
 	case now := <-answer:
@@ -177,7 +178,7 @@ func TestResumeProtectsNothingThatIsGone(t *testing.T) {
 func TestPauseStopsOneThatRestores(t *testing.T) {
 	w := coveredWorld(t)
 	w.replaceErr = unix.ENETDOWN // the lock can't be given back
-	w.a.inbox.post(batch{orders: []order{{&api.Paused{Restore: true}, make(chan *api.Paused, 1)}}})
+	w.a.inbox.post(batch{orders: []order{{paused: &api.Paused{Restore: true}, answer: make(chan *api.Paused, 1)}}})
 	w.step()
 	w.step()
 	if r := w.a.Report(); r.Paused == nil || r.Paused.Left == 0 {
@@ -310,7 +311,7 @@ func TestPauseMendsWhatAWriteHasOverwritten(t *testing.T) {
 	answer := make(chan *api.Paused, 1)
 	w.beforeEcho = func() {
 		w.replaceRoute("10.2.0.0/16", hop{oif: ipsec1, gw: "192.0.2.11"})
-		w.a.inbox.post(batch{orders: []order{{&api.Paused{By: byRoot}, answer}}})
+		w.a.inbox.post(batch{orders: []order{{paused: &api.Paused{By: byRoot}, answer: answer}}})
 	}
 	w.xfrm(tunnelPolicy, tunnelSA)
 	w.step()
@@ -361,14 +362,44 @@ func TestStopEndsAPause(t *testing.T) {
 	}
 }
 
-// One that is told to pause while it stops goes on to give back.
-func TestPauseWhileItStopsIsNone(t *testing.T) {
-	w := coveredWorld(t)
-	w.a.goal, w.a.once = restoreAll, true
-	if now := w.tell(&api.Paused{By: byRoot}); now != nil {
-		t.Errorf("paused %+v", now)
+// One that is told something while it stops goes on to give back, and says nothing: what it would say is over when it is heard.
+func TestWhoStopsTakesNoOrders(t *testing.T) {
+	for _, p := range []*api.Paused{{By: byRoot}, {By: byRoot, Restore: true}, nil} {
+		w := coveredWorld(t)
+		w.a.goal, w.a.once = restoreAll, true
+		answer := w.a.give(p)
+		w.settle()
+		if len(answer) > 0 {
+			t.Errorf("told %+v it answers %+v", p, <-answer)
+		}
+		w.mustBeBare()
 	}
-	w.mustBeBare()
+}
+
+// A stop overtakes a pause that waits until everything is given back. Who waits does not hear that all is well.
+func TestStopIsNoAnswerToAPauseThatRestores(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := tunnelWorld(t, dedicatedOff())
+		stop := w.runLoop()
+		w.read(tunnelPolicy, tunnelSA)
+		w.replaceErr = unix.ENETDOWN // the lock can't be given back
+		said := make(chan error, 1)
+		go func() {
+			now, err := w.a.order(t.Context(), &api.Paused{By: byRoot, Restore: true})
+			if err == nil {
+				t.Errorf("it says %+v", now)
+			}
+			said <- err
+		}()
+		synctest.Wait()
+		if err := stop(); err == nil || !strings.Contains(err.Error(), "10.2.0.0/16") {
+			t.Errorf("the stop: %v", err)
+		}
+		close(w.a.ended) // as Run does
+		if err := <-said; !errors.Is(err, errEndedAgent) {
+			t.Errorf("who waits hears %v", err)
+		}
+	})
 }
 
 // In observe mode there is nothing to stop, and nothing to give back.

@@ -46,9 +46,15 @@ func credOf(c net.Conn) *unix.Ucred {
 	return cred
 }
 
+// credIn is who asks, nil if the kernel does not tell.
+func credIn(r *http.Request) *unix.Ucred {
+	cred, _ := r.Context().Value(peerKey{}).(*unix.Ucred)
+	return cred
+}
+
 // isRoot reports whether root asks, and has answered if not.
 func isRoot(w http.ResponseWriter, r *http.Request) bool {
-	cred, _ := r.Context().Value(peerKey{}).(*unix.Ucred)
+	cred := credIn(r)
 	switch {
 	case cred == nil:
 		answerError(w, http.StatusForbidden, errors.New("only root may do this, and the kernel does not tell who asks"))
@@ -62,7 +68,7 @@ func isRoot(w http.ResponseWriter, r *http.Request) bool {
 
 // peerOf is who asks, with what is known of the process while it is there.
 func peerOf(r *http.Request) api.Peer {
-	cred, _ := r.Context().Value(peerKey{}).(*unix.Ucred)
+	cred := credIn(r)
 	if cred == nil {
 		return api.Peer{}
 	}

@@ -31,6 +31,9 @@ var (
 // ErrNeedsRestart is matched (errors.Is) by the error of Reload for what only a restart can change.
 var ErrNeedsRestart = errors.New("takes a restart")
 
+// ErrStopping is matched (errors.Is) by the error of a reload that comes when the agent stops already.
+var ErrStopping = errors.New("the agent is stopping")
+
 type reload struct {
 	cfg  Config
 	done chan<- error
@@ -118,7 +121,7 @@ func (f *Fleet) reloaded(ctx context.Context, by api.Peer) (*api.ReloadAnswer, e
 		return nil, errNoFile
 	}
 	f.log.Info("the configuration is read again", "asked_by", by.String())
-	if err := reload(ctx); errors.Is(err, errEndedAgent) || err != nil && ctx.Err() != nil {
+	if err := reload(ctx); errors.Is(err, errEndedAgent) || errors.Is(err, ErrStopping) || err != nil && ctx.Err() != nil {
 		return nil, err
 	} else if err != nil {
 		return nil, &refusedError{err}
@@ -183,8 +186,8 @@ func (f *Fleet) takeOver(ctx context.Context, cfg Config) error {
 	f.mu.Lock()
 	old := f.live
 	err := mayReload(old, cfg)
-	if err == nil && givesBack(old, cfg) {
-		err = f.keptByPause()
+	if err == nil {
+		err = f.keptByPause(cfg)
 	}
 	if err != nil {
 		f.reloadErr = err.Error()
@@ -199,15 +202,14 @@ func (f *Fleet) takeOver(ctx context.Context, cfg Config) error {
 		return nil
 	}
 	f.log.Info(takenOver)
-	f.before, f.live = old, cfg
+	f.live = cfg
 	f.generation++
-	f.renewal = errRenew
-	if givesBack(old, cfg) {
-		f.renewal = errRenewBack
-	}
+	f.sweepDue = f.sweepDue || old.Mode == Observe && cfg.Mode == Enforce
+	f.renewal = renewalFor(old, cfg)
 	f.mu.Unlock()
 	f.reconcile(ctx) // those that are not followed any more give everything back
 	f.renew()
+	f.poke() // for a sweep
 	if !cfg.Namespaces.host() {
 		f.mu.Lock()
 		defer f.mu.Unlock()
@@ -253,18 +255,41 @@ func mayReload(old, next Config) error {
 	if len(keys) == 0 {
 		return nil
 	}
-	return fmt.Errorf("%w: %s; the configuration before it stays in use", ErrNeedsRestart, strings.Join(keys, ", "))
+	return fmt.Errorf("%w: %s", ErrNeedsRestart, strings.Join(keys, ", "))
 }
 
 // keptByPause says that something was to stay as it is. The caller holds the lock.
-func (f *Fleet) keptByPause() error {
+func (f *Fleet) keptByPause(next Config) error {
+	back := givesBack(f.live, next)
 	for _, m := range f.members {
-		if p := lasting(m.paused); p != nil && !p.Restore {
-			return fmt.Errorf("with another mode, table or protocol everything is given back first, and while namespace %s is paused nothing is: "+
-				"`tsoctl resume`, or `tsoctl pause --restore`, comes first; the configuration before it stays in use", m.names[0])
+		p := lasting(m.paused)
+		if p == nil || p.Restore || m.leaving {
+			continue
 		}
+		why := ""
+		switch {
+		case back:
+			why = "with another mode, table or protocol everything is given back first"
+		case !f.lists(next.Namespaces, m):
+			why = "in a namespace that is not listed any more everything is given back"
+		default:
+			continue
+		}
+		return fmt.Errorf("%s, and while namespace %s is paused nothing is: "+
+			"`tsoctl resume`, or `tsoctl pause --restore`, comes first", why, m.names[0])
 	}
 	return nil
+}
+
+// lists reports whether names lead to a member.
+func (f *Fleet) lists(n Namespaces, m *member) bool {
+	if m.id == f.host.ID() {
+		return n.host()
+	}
+	return slices.ContainsFunc(n.specs(), func(spec string) bool {
+		id, err := f.lookUp(spec, netns.Path(spec))
+		return err == nil && id == m.id
+	})
 }
 
 // givesBack reports whether what an old configuration has set is given back first: nobody would follow it with
@@ -273,12 +298,20 @@ func givesBack(old, next Config) bool {
 	return old.Mode == Enforce && next.Mode == Observe || old.Plan.Table != next.Plan.Table || old.Plan.Protocol != next.Plan.Protocol
 }
 
+// renewalFor is with which cause agents with an old configuration end for others with the next one.
+func renewalFor(old, next Config) error {
+	if givesBack(old, next) {
+		return errRenewBack
+	}
+	return errRenew
+}
+
 // runHost runs the agent of the namespace that the Fleet was started in until the context ends, and another one
 // with each configuration. If one can't be opened, the configuration before it is in use again.
 func (f *Fleet) runHost(ctx context.Context, m *member) error {
-	defer m.endRing(f)
+	defer m.end(f)
 	f.mu.Lock()
-	a, generation := m.agent, m.generation
+	a, cfg, generation := m.agent, f.cfg, m.generation
 	f.mu.Unlock()
 	for first := true; ; first = false {
 		f.mu.Lock()
@@ -298,9 +331,7 @@ func (f *Fleet) runHost(ctx context.Context, m *member) error {
 			f.announce()
 		}
 		err := a.Run(run)
-		f.mu.Lock()
-		m.agent, m.again = nil, nil
-		f.mu.Unlock()
+		f.ended(m)
 		err = errors.Join(err, a.Close())
 		if !renewed(run) {
 			return err
@@ -308,24 +339,43 @@ func (f *Fleet) runHost(ctx context.Context, m *member) error {
 		if err != nil {
 			f.log.Warn("not everything was given back for another configuration", "err", err)
 		}
-		if a, generation, err = f.openHost(); err != nil {
-			f.log.Error("the configuration can't be taken over: the one before it stays in use", "err", err)
-			f.mu.Lock()
-			f.live, f.renewal, f.reloadErr = f.before, errRenew, err.Error()
-			f.generation++
-			f.mu.Unlock()
-			f.renew()
-			if a, generation, err = f.openHost(); err != nil {
-				return err
-			}
+		if a, cfg, generation, err = f.reopenHost(cfg); err != nil {
+			return err
 		}
 	}
 }
 
-// openHost opens an agent with the configuration in use, and returns its generation.
-func (f *Fleet) openHost() (a *Agent, generation uint64, err error) {
+// reopenHost is openHost for the agent that takes the place of one with the configuration before. If it can't be opened, that one is
+// in use again, for all.
+func (f *Fleet) reopenHost(before Config) (a *Agent, cfg Config, generation uint64, err error) {
+	for back := false; ; {
+		a, cfg, generation, err = f.openHost()
+		if err == nil {
+			return a, cfg, generation, nil
+		}
+		f.mu.Lock()
+		newest := f.generation == generation // else there is another one to try
+		if newest && back {
+			f.mu.Unlock()
+			return nil, cfg, generation, err
+		}
+		if newest {
+			back = true
+			f.renewal, f.reloadErr, f.live = renewalFor(cfg, before), err.Error(), before
+			f.generation++
+		}
+		f.mu.Unlock()
+		if newest {
+			f.log.Error("the configuration can't be taken over: the one before it stays in use", "err", err)
+			f.renew()
+		}
+	}
+}
+
+// openHost opens an agent with the configuration in use, and returns that and its generation.
+func (f *Fleet) openHost() (a *Agent, cfg Config, generation uint64, err error) {
 	f.mu.Lock()
-	cfg, generation := f.live, f.generation
+	cfg, generation = f.live, f.generation
 	f.mu.Unlock()
 	err = f.host.Do(func() (err error) {
 		a, err = newAgentIn(netns.Host, cfg, f.log, f.version, func(a *Agent) error {
@@ -334,5 +384,5 @@ func (f *Fleet) openHost() (a *Agent, generation uint64, err error) {
 		})
 		return err
 	})
-	return a, generation, err
+	return a, cfg, generation, err
 }

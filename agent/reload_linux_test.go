@@ -7,12 +7,11 @@ import (
 	"net/http"
 	"os/exec"
 	"path/filepath"
-	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
-	"tsoagent/agent/api"
 	"tsoagent/agent/client"
 	"tsoagent/agent/netns"
 	"tsoagent/agent/netns/netnstest"
@@ -68,6 +67,64 @@ func monitor(t *testing.T, ns string) (stop func() string) {
 	}
 }
 
+// A passage is a fleet that gets other configurations under way. What is covered in its namespaces is locked.
+type passage struct {
+	*sailing
+	cfg Config
+}
+
+// depart makes namespaces besides the host's, and a fleet that follows all of them. It is nil in the test's first process.
+func depart(t *testing.T, names ...string) *passage {
+	t.Helper()
+	return departBy(t, func(*Fleet) {}, names...)
+}
+
+// departBy is depart with something changed ahead.
+func departBy(t *testing.T, change func(*Fleet), names ...string) *passage {
+	t.Helper()
+	if !netnstest.Private(t) {
+		return nil
+	}
+	checkLeaks(t)
+	own(t)
+	named(t, names...)
+	all := append([]string{""}, names...)
+	for _, ns := range all {
+		cover(t, ns)
+	}
+	cfg := fleetConfig(t, append([]string{netns.Host}, names...)...)
+	s := sailBy(t, cfg, change)
+	locked(t, all...)
+	return &passage{s, cfg}
+}
+
+// agent is the one that a member has, by a name.
+func (s *sailing) agent(name string) *Agent {
+	s.t.Helper()
+	a, err := s.agentOf(name)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return a
+}
+
+// control is the fleet's control socket, once it answers.
+func (s *sailing) control() *client.Client {
+	s.t.Helper()
+	c := serveIn(s.t, s.cfg.RunDir, s.Serve)
+	netnstest.Within(s.t, "the socket answers", func() bool { _, err := c.Namespaces(s.t.Context()); return err == nil })
+	return c
+}
+
+// hang has an agent's loop do nothing until it is called.
+func (a *Agent) hang(t *testing.T) (release func()) {
+	t.Helper()
+	held, free := make(chan struct{}), make(chan struct{})
+	go func() { _ = a.call(context.Background(), func() { close(held); <-free }) }()
+	<-held
+	return sync.OnceFunc(func() { close(free) })
+}
+
 func (s *sailing) reload(cfg Config) {
 	s.t.Helper()
 	select { // of the start, or of an earlier one
@@ -86,17 +143,11 @@ func (s *sailing) reload(cfg Config) {
 
 // TestReloadTakesEffectAndNothingIsBareInBetween changes an MTU in two namespaces.
 func TestReloadTakesEffectAndNothingIsBareInBetween(t *testing.T) {
-	if !netnstest.Private(t) {
+	s := depart(t, "a")
+	if s == nil {
 		return
 	}
-	checkLeaks(t)
-	own(t)
-	named(t, "a")
-	cover(t, "")
-	cover(t, "a")
-	cfg := fleetConfig(t, netns.Host, "a")
-	s := sail(t, cfg)
-	locked(t, "", "a")
+	cfg := s.cfg
 	host, a := monitor(t, ""), monitor(t, "a")
 	cfg.Plan.PresumeMTU = 1380
 	s.reload(cfg)
@@ -127,17 +178,11 @@ func TestReloadTakesEffectAndNothingIsBareInBetween(t *testing.T) {
 
 // TestReloadToObserveAndToOtherNumbers gives back what nobody would follow.
 func TestReloadToObserveAndToOtherNumbers(t *testing.T) {
-	if !netnstest.Private(t) {
+	s := depart(t, "a")
+	if s == nil {
 		return
 	}
-	checkLeaks(t)
-	own(t)
-	named(t, "a")
-	cover(t, "")
-	cover(t, "a")
-	cfg := fleetConfig(t, netns.Host, "a")
-	s := sail(t, cfg)
-	locked(t, "", "a")
+	cfg := s.cfg
 	observe := cfg
 	observe.Mode = Observe
 	s.reload(observe)
@@ -165,15 +210,11 @@ func TestReloadToObserveAndToOtherNumbers(t *testing.T) {
 
 // TestReloadFollowsOtherNamespaces lets one go and takes another one on.
 func TestReloadFollowsOtherNamespaces(t *testing.T) {
-	if !netnstest.Private(t) {
+	s := depart(t) // nothing watches names yet
+	if s == nil {
 		return
 	}
-	checkLeaks(t)
-	own(t)
-	cover(t, "")
-	cfg := fleetConfig(t, netns.Host)
-	s := sail(t, cfg) // nothing watches names yet
-	locked(t, "")
+	cfg := s.cfg
 	named(t, "a", "b")
 	cover(t, "a")
 	cover(t, "b")
@@ -197,15 +238,11 @@ func TestReloadFollowsOtherNamespaces(t *testing.T) {
 
 // TestReloadRefusesWhatTakesARestart changes nothing then.
 func TestReloadRefusesWhatTakesARestart(t *testing.T) {
-	if !netnstest.Private(t) {
+	s := depart(t)
+	if s == nil {
 		return
 	}
-	checkLeaks(t)
-	own(t)
-	cover(t, "")
-	cfg := fleetConfig(t, netns.Host)
-	s := sail(t, cfg)
-	locked(t, "")
+	cfg := s.cfg
 	for what, change := range map[string]func(*Config){
 		"run_dir":             func(c *Config) { c.RunDir = filepath.Join(c.RunDir, "other") },
 		"namespaces has host": func(c *Config) { c.Namespaces = Namespaces{"a"} },
@@ -235,19 +272,13 @@ func TestReloadRefusesWhatTakesARestart(t *testing.T) {
 // TestStopWhileAReloadReads comes before the next agents have read anything: what the ones before it left is
 // given back all the same.
 func TestStopWhileAReloadReads(t *testing.T) {
-	if !netnstest.Private(t) {
+	s := departBy(t, func(f *Fleet) { // nothing holds the stop up
+		f.openHook = func() (keyHook, error) { return nil, errors.New("not here") }
+	}, "a")
+	if s == nil {
 		return
 	}
-	checkLeaks(t)
-	own(t)
-	named(t, "a")
-	cover(t, "")
-	cover(t, "a")
-	cfg := fleetConfig(t, netns.Host, "a")
-	s := sailBy(t, cfg, func(f *Fleet) { // nothing holds the stop up
-		f.openHook = func() (keyHook, error) { return nil, errors.New("not here") }
-	})
-	locked(t, "", "a")
+	cfg := s.cfg
 	cfg.Plan.PresumeMTU = 1380
 	if err := s.Reload(t.Context(), cfg); err != nil {
 		t.Fatal(err)
@@ -288,21 +319,13 @@ func TestAnHeirGivesBackAlsoUnread(t *testing.T) {
 
 // TestReloadThatCannotBeTakenOver keeps the configuration before it.
 func TestReloadThatCannotBeTakenOver(t *testing.T) {
-	if !netnstest.Private(t) {
+	s := depart(t, "a")
+	if s == nil {
 		return
 	}
-	checkLeaks(t)
-	own(t)
-	named(t, "a")
-	cover(t, "")
-	cover(t, "a")
-	cfg := fleetConfig(t, netns.Host, "a")
-	s := sail(t, cfg)
-	locked(t, "", "a")
+	cfg := s.cfg
 	// Somebody's claim on other numbers in the journal, which a start refuses.
-	s.mu.Lock()
-	host := s.members[s.host.ID()].agent
-	s.mu.Unlock()
+	host := s.agent(netns.Host)
 	odd := ownTables{Table: 7000, Protocol: 84}
 	if err := host.call(t.Context(), func() {
 		if err := host.journal.Put(entry("tables", kindTables, odd)); err != nil {
@@ -342,158 +365,27 @@ func TestAliveFailsWhereALoopHangs(t *testing.T) {
 	if err := s.Alive(t.Context()); err != nil {
 		t.Error(err)
 	}
-	a, err := s.agentOf("a")
-	if err != nil {
-		t.Fatal(err)
-	}
-	hang, hangs := make(chan struct{}), make(chan struct{})
-	go func() { _ = a.call(context.Background(), func() { close(hangs); <-hang }) }()
-	<-hangs
+	release := s.agent("a").hang(t)
+	defer release()
 	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 	defer cancel()
 	if err := s.Alive(ctx); !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), "namespace a ") {
 		t.Errorf("a loop hangs, and yet: %v", err)
 	}
-	close(hang)
+	release()
 	if err := s.Alive(t.Context()); err != nil {
 		t.Errorf("it goes on, and yet: %v", err)
 	}
 }
 
-// TestReloadKeepsPausesAndEvents has a pause and those who follow events outlast other configurations, in the agent's own namespace and in
-// others.
-func TestReloadKeepsPausesAndEvents(t *testing.T) {
-	if !netnstest.Private(t) {
-		return
-	}
-	checkLeaks(t)
-	own(t)
-	named(t, "a")
-	cover(t, "")
-	cover(t, "a")
-	cfg := fleetConfig(t, netns.Host, "a")
-	s := sail(t, cfg)
-	locked(t, "", "a")
-	ctx, cancel := context.WithCancel(t.Context())
-	defer cancel()
-	c := serveIn(t, cfg.RunDir, func(served context.Context) error { return s.Serve(served) })
-	netnstest.Within(t, "the socket answers", func() bool { _, err := c.Namespaces(ctx); return err == nil })
-	followed := make(chan error, 2)
-	told := make(chan string, 2*maxEvents)
-	for _, name := range []string{"", "a"} {
-		go func() {
-			followed <- c.Follow(ctx, name, 0, func(e api.EventLine) error { told <- name + ":" + e.Text; return nil })
-		}()
-	}
-	hear := func(want ...string) {
-		t.Helper()
-		late := time.After(20 * time.Second)
-		for len(want) > 0 {
-			select {
-			case text := <-told:
-				want = slices.DeleteFunc(want, func(w string) bool { return w == text })
-			case <-late:
-				t.Fatalf("not told: %q", want)
-			}
-		}
-	}
-	hear(":ready: mode enforce, coverages 1", "a:ready: mode enforce, coverages 1") // they follow
-	pause := func(name string, p api.PauseRequest) {
-		t.Helper()
-		said, err := c.Pause(ctx, name, p)
-		if err != nil {
-			t.Fatal(err)
-		}
-		for _, n := range said.Namespaces {
-			if n.Paused == nil || n.Why != "" || n.Paused.Left != 0 {
-				t.Errorf("%+v", n)
-			}
-		}
-	}
-	paused := func(name string) *api.Paused {
-		t.Helper()
-		var p *api.Paused
-		netnstest.Within(t, "a report", func() bool {
-			r, err := c.ReportIn(ctx, name)
-			if err == nil {
-				p = r.Paused
-			}
-			return err == nil
-		})
-		return p
-	}
-	first, err := c.EventsIn(ctx, "a", 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	pause("", api.PauseRequest{For: "1h"})
-	was := paused("a")
-	cfg.Plan.PresumeMTU = 1380
-	s.reload(cfg)
-	hear(":"+takenOver, "a:"+takenOver)
-	netnstest.Within(t, "the other one has read all", func() bool { r, err := c.ReportIn(ctx, "a"); return err == nil && r.Since.After(was.Since) })
-	for _, name := range []string{"", "a"} {
-		now := paused(name)
-		if now == nil || !now.Until.Equal(was.Until) || !now.Since.Equal(was.Since) {
-			t.Errorf("%q: %+v, was %+v", name, now, was)
-		}
-	}
-	lockedAt(t, "1400", "", "a")
-	if l, err := c.EventsIn(ctx, "a", 0); err != nil || !l.Since.Equal(first.Since) || l.Last <= first.Last || len(l.Events) != int(l.Last) {
-		t.Errorf("events %+v, %v", l, err)
-	}
-	// What would have everything given back is refused meanwhile.
-	next := cfg
-	next.Plan.Table = 6000
-	if err := s.Reload(ctx, next); err == nil || !strings.Contains(err.Error(), "is paused") || s.Config().Plan.Table != 5450 {
-		t.Errorf("with a pause and another table: %v", err)
-	}
-	if _, err := c.Resume(ctx, ""); err != nil {
-		t.Fatal(err)
-	}
-	lockedAt(t, "1380", "", "a")
-
-	// Where all is given back already there is nothing in its way; a pause that is over is none for the next agent.
-	pause("", api.PauseRequest{Restore: true})
-	bare(t, "", "a")
-	s.mu.Lock()
-	for _, m := range s.members {
-		if m.names[0] == "a" {
-			m.paused.Until = was.Since // long ago; its agent was told of none
-		}
-	}
-	s.mu.Unlock()
-	s.reload(next)
-	bare(t, "")
-	if p := paused(""); p == nil || !p.Restore {
-		t.Errorf("after the reload: %+v", p)
-	}
-	netnstest.Within(t, "a is locked again", func() bool { return strings.Contains(netnstest.Show(t, "-n a rule show"), "lookup 6000") })
-	if p := paused("a"); p != nil {
-		t.Errorf("a pause that was over goes on: %+v", p)
-	}
-	s.stop()
-	for range 2 {
-		if err := <-followed; err != nil {
-			t.Errorf("followed: %v", err)
-		}
-	}
-	hear(":stopping: on stop restore, holds 0, locks 0", "a:stopping: on stop restore, holds 0, locks 0")
-}
-
 // TestReloadOverTheControlSocket says what came of it.
 func TestReloadOverTheControlSocket(t *testing.T) {
-	if !netnstest.Private(t) {
+	s := depart(t)
+	if s == nil {
 		return
 	}
-	checkLeaks(t)
-	own(t)
-	cover(t, "")
-	cfg := fleetConfig(t, netns.Host)
-	s := sail(t, cfg)
-	locked(t, "")
-	c := serveIn(t, cfg.RunDir, func(served context.Context) error { return s.Serve(served) })
-	netnstest.Within(t, "the socket answers", func() bool { _, err := c.Namespaces(t.Context()); return err == nil })
+	cfg := s.cfg
+	c := s.control()
 	status := func(err error) int {
 		var e *client.Error
 		if !errors.As(err, &e) {
@@ -527,6 +419,10 @@ func TestReloadOverTheControlSocket(t *testing.T) {
 	wrong = errors.New("x.yaml:7: mtu: no")
 	if _, err := c.Reload(t.Context()); status(err) != http.StatusConflict || !strings.Contains(err.Error(), "stays in use:\nx.yaml:7: mtu: no") {
 		t.Errorf("a wrong one: %v", err)
+	}
+	wrong = ErrStopping
+	if _, err := c.Reload(t.Context()); status(err) != http.StatusServiceUnavailable || strings.Contains(err.Error(), "refused") {
+		t.Errorf("one that came too late: %v", err)
 	}
 	wrong = nil
 	next.RunDir += "x"

@@ -149,6 +149,14 @@ func coverageReports(verdicts []plan.Verdict, deviceName func(routes.Ifindex) st
 	return out
 }
 
+// plural is a number of things in words.
+func plural(n int, one, many string) string {
+	if n == 1 {
+		return "1 " + one
+	}
+	return fmt.Sprintf("%d %s", n, many)
+}
+
 // list is never nil, so that JSON has [] and not null.
 func list(l []string) []string {
 	if l == nil {

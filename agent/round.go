@@ -280,7 +280,7 @@ func (a *Agent) round(now time.Time) (next time.Duration, reached bool) {
 		a.seen()
 	}
 	a.settleCauses(wrote)
-	a.answerOrders(false)
+	a.answerOrders()
 	if wrote {
 		// Look again at once: what was written is to be found in place.
 		return time.Nanosecond, false

@@ -161,6 +161,7 @@ type glance struct {
 	mode                                             Mode
 	paused                                           *api.Paused // nil for not
 	degraded                                         bool        // as Report.Degraded
+	faulty                                           bool        // the same without regard to a pause
 	policies, coverages, holds, locks, rules, clones int
 }
 
@@ -169,12 +170,13 @@ type glance struct {
 func (a *Agent) glimpse(now time.Time) *glance {
 	pl := a.lastP
 	g := glance{
-		mode: a.cfg.Mode, paused: a.st.paused, degraded: a.degraded(now), policies: a.st.db.PolicyCount(),
+		mode: a.cfg.Mode, paused: a.st.paused, faulty: a.faulty(now), policies: a.st.db.PolicyCount(),
 		coverages: pl.CoverageCount(), holds: a.holdCount(pl), locks: pl.LockCount(),
 	}
 	for i := range pl.Shapes {
 		g.rules, g.clones = g.rules+len(pl.Shapes[i].Rules), g.clones+pl.Shapes[i].Len()
 	}
+	g.degraded = g.faulty || g.paused != nil
 	a.reports.changed(a)
 	if old := a.glance.Load(); old != nil && *old == g {
 		return old
@@ -194,10 +196,10 @@ func (a *Agent) holdCount(pl *plan.Plan) int {
 	return n
 }
 
-// degraded is Report.Degraded of the report that would be made now.
-func (a *Agent) degraded(now time.Time) bool {
+// faulty is Report.Degraded of the report that would be made now, without regard to a pause.
+func (a *Agent) faulty(now time.Time) bool {
 	st := a.st
-	if st.paused != nil || st.db.Stale() || st.fib.Stale() || st.featuresStale || st.keysStale ||
+	if st.db.Stale() || st.fib.Stale() || st.featuresStale || st.keysStale ||
 		len(a.findings)+len(st.withheld) > 0 || a.probeFinding != "" || a.keysMissing() ||
 		len(st.moved) > 0 && len(a.movedFindings()) > 0 || len(a.clampConflicts(now)) > 0 {
 		return true

@@ -178,6 +178,13 @@ func (s *sources) keep(r SourceReport) {
 	s.past[r.Source] = r
 }
 
+// goOn counts from what the watcher of an earlier agent has counted.
+func (s *sources) goOn(r SourceReport) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.keep(SourceReport{Source: r.Source, Events: r.Events, Dumps: r.Dumps, Overruns: r.Overruns, Undecodable: r.Undecodable, Seconds: r.Seconds})
+}
+
 func addPast(r *SourceReport, past SourceReport) {
 	r.Events, r.Dumps, r.Overruns = r.Events+past.Events, r.Dumps+past.Dumps, r.Overruns+past.Overruns
 	r.Undecodable, r.Seconds = r.Undecodable+past.Undecodable, r.Seconds+past.Seconds

@@ -174,3 +174,32 @@ func (a *Agent) reacted(wrote bool) {
 	a.tally.Reactions[class]++
 	a.tally.ReactionSum += d
 }
+
+// counts is what an agent has counted, for the one that takes its place: the process is the same, and no counter falls.
+type counts struct {
+	stats   Counters
+	tally   Tally
+	sources map[string]SourceReport
+}
+
+// counts is for an agent whose Run has returned.
+func (a *Agent) counts() counts {
+	c := counts{stats: a.stats, tally: a.tally, sources: map[string]SourceReport{}}
+	if a.sources != nil {
+		for _, s := range a.sources.stats() {
+			c.sources[s.Source] = s
+		}
+	}
+	return c
+}
+
+// goOn counts from there. It is for an agent that does not run yet.
+func (a *Agent) goOn(c counts) {
+	a.stats, a.tally = c.stats, c.tally
+	if a.sources == nil {
+		return
+	}
+	for _, s := range c.sources {
+		a.sources.goOn(s)
+	}
+}

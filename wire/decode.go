@@ -191,13 +191,14 @@ func (p *Packet) ports(data []byte) {
 	p.Sport, p.Dport = binary.BigEndian.Uint16(data), binary.BigEndian.Uint16(data[2:])
 }
 
-// tcp reads the options of TCP and returns the header's size. A signature that can't be read is none.
+// tcp reads PSH and the options of TCP, and returns the header's size. A signature that can't be read is none.
 func (p *Packet) tcp(data []byte) (int, error) {
-	const fixed = 20
+	const fixed, psh = 20, 0x08
 	size := int(data[12]>>4) * 4
 	if size < fixed {
 		return 0, ErrShort
 	}
+	p.Push = data[13]&psh != 0
 	for options := data[fixed:min(size, len(data))]; len(options) > 0; {
 		const end, nop = 0, 1
 		switch options[0] {

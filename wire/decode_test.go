@@ -45,6 +45,7 @@ const (
 	tcpMD5   = "9c40 00b3 00000001 00000002 d018 0100 0000 0000 0101 080a 00000001 00000002 1312 00112233445566778899aabbccddeeff 0101"
 	tcpAO    = "9c40 00b3 00000001 00000002 a018 0100 0000 0000 1d10 0101 00112233445566778899aabb 0000 0000"
 	tcpBogus = "9c40 00b3 00000001 00000002 6018 0100 0000 0000 13ff 0101"
+	tcpPush  = "9c40 00b3 00000001 00000002 5018 0100 0000 0000"
 	udp      = "11940000 00000000"
 )
 
@@ -64,12 +65,13 @@ func TestDecode(t *testing.T) {
 		"IPv4, header of 4": {append([]byte{0x41}, v4(protoTCP, tcp)[1:]...), 0, Packet{}, ErrShort},
 		"IPv6, cut":         {v6(protoTCP, "")[:39], 0, Packet{}, ErrShort},
 		"TCP":               {v4(protoTCP, tcp), 65000, Packet{Src: a4, Dst: b4, Proto: 6, Sport: 40000, Dport: 179, Payload: 65000}, nil},
+		"TCP, pushed":       {v6(protoTCP, tcpPush), 1000, Packet{Src: a6, Dst: b6, Proto: 6, Sport: 40000, Dport: 179, Push: true, Payload: 1000}, nil},
 		"TCP, cut":          {v4(protoTCP, tcp)[:38], 0, Packet{}, ErrShort},
 		"TCP, header of 16": {v4(protoTCP, strings.Replace(tcp, "5010", "4010", 1)), 0, Packet{}, ErrShort},
-		"TCP-MD5":           {v4(protoTCP, tcpMD5), 10, Packet{Src: a4, Dst: b4, Proto: 6, Sport: 40000, Dport: 179, Signature: MD5, Payload: 10}, nil},
-		"TCP-AO":            {v6(protoTCP, tcpAO), 10, Packet{Src: a6, Dst: b6, Proto: 6, Sport: 40000, Dport: 179, Signature: AO, Payload: 10}, nil},
-		"bogus option":      {v6(protoTCP, tcpBogus), 0, Packet{Src: a6, Dst: b6, Proto: 6, Sport: 40000, Dport: 179}, nil},
-		"options kept half": {v6(protoTCP, tcpMD5)[:40+38], 14, Packet{Src: a6, Dst: b6, Proto: 6, Sport: 40000, Dport: 179}, nil},
+		"TCP-MD5":           {v4(protoTCP, tcpMD5), 10, Packet{Src: a4, Dst: b4, Proto: 6, Sport: 40000, Dport: 179, Signature: MD5, Push: true, Payload: 10}, nil},
+		"TCP-AO":            {v6(protoTCP, tcpAO), 10, Packet{Src: a6, Dst: b6, Proto: 6, Sport: 40000, Dport: 179, Signature: AO, Push: true, Payload: 10}, nil},
+		"bogus option":      {v6(protoTCP, tcpBogus), 0, Packet{Src: a6, Dst: b6, Proto: 6, Sport: 40000, Dport: 179, Push: true}, nil},
+		"options kept half": {v6(protoTCP, tcpMD5)[:40+38], 14, Packet{Src: a6, Dst: b6, Proto: 6, Sport: 40000, Dport: 179, Push: true}, nil},
 		"options of IPv4":   {options4, 7, Packet{Src: a4, Dst: b4, Proto: 6, Sport: 40000, Dport: 179, Payload: 7}, nil},
 		"fragment of IPv4":  {fragment4, 100, Packet{Src: a4, Dst: b4, Proto: 6, Fragment: true, Payload: 120}, nil},
 		"ESP":               {v4(protoESP, "00000901 00000001"), 1000, Packet{Src: a4, Dst: b4, Proto: 50, SPI: 0x901, Payload: 1000}, nil},

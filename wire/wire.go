@@ -83,6 +83,8 @@ type Packet struct {
 	SPI uint32
 	// Signature is how a segment of TCP is signed.
 	Signature Signature
+	// Push says that a segment of TCP is the last one of what was written (PSH).
+	Push bool
 	// Length is that of the whole packet from its IP header on, Payload that behind its transport header (behind
 	// the IP header where the transport is not known), in bytes.
 	Length, Payload int

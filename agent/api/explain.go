@@ -19,7 +19,8 @@ type Explanation struct {
 	Device  string `json:"device"`
 	Gateway string `json:"gateway,omitempty"`
 	Table   uint32 `json:"table"`
-	Type    string `json:"type,omitempty"`
+	// Type is the route's, in the words of `ip route`: local, broadcast, multicast or anycast; empty for unicast.
+	Type string `json:"type,omitempty"`
 	// RouteMTU is what the route says now, in bytes; RouteMTULocked its lock.
 	RouteMTU       uint32 `json:"route_mtu"`
 	RouteMTULocked bool   `json:"route_mtu_locked"`
@@ -139,7 +140,7 @@ func (e *Explanation) SetMTU(mtu int, dst string) {
 	if strings.Contains(dst, ":") {
 		header = 60
 	}
-	e.MTU, e.MSS = mtu, mtu-header
+	e.MTU, e.MSS = mtu, max(mtu-header, 0)
 }
 
 // AddNote adds a sentence once.

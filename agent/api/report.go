@@ -18,7 +18,7 @@ type Report struct {
 	Paused *Paused `json:"paused,omitempty"`
 	// Live is false for a report that was made without an agent, from the kernel alone.
 	Live bool `json:"live"`
-	// Since is when the agent was started, and Now when the report was made.
+	// Since is when the agent was started, or took over its configuration, and Now when the report was made.
 	Since time.Time `json:"since"`
 	Now   time.Time `json:"now"`
 	// Stale names the sources that lost events and are being read again.

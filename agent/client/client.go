@@ -4,11 +4,9 @@ package client
 
 import (
 	"bufio"
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
-	"fmt"
 	"io"
 	"net"
 	"net/http"
@@ -42,15 +40,27 @@ func (e *Error) Is(target error) bool {
 	return target == ErrPermission && e.Status == http.StatusForbidden
 }
 
+// ErrSilent is matched (errors.Is) when an agent has taken a request, or a connection, and says nothing.
+var ErrSilent = errors.New("the agent says nothing")
+
+// ErrVersion is matched (errors.Is) by answers of an agent that is of another version than this package.
+var ErrVersion = errors.New("the agent is of another version: start it again after an upgrade, and use the tsoctl that came with it")
+
 // Client asks one agent. Where a name that it is given isn't there, the error is an api.AbsentError. It is safe for concurrent use.
 type Client struct {
 	path string
 	http http.Client
+	// patience is how long the agent may say nothing.
+	patience time.Duration
 }
+
+// patience is longer than the agent itself takes for anything: it gives up an answer after 30 seconds, and lets those who list connections
+// wait for their turn for 20.
+const patience = 45 * time.Second
 
 // New returns a client for the agent with this run directory. Nothing is opened before the first request.
 func New(runDir string) *Client {
-	c := &Client{path: api.SocketPath(runDir)}
+	c := &Client{path: api.SocketPath(runDir), patience: patience}
 	c.http = http.Client{
 		Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 			return (&net.Dialer{}).DialContext(ctx, "unix", c.path)
@@ -70,15 +80,16 @@ func (c *Client) Report(ctx context.Context) (*api.Report, error) { return c.Rep
 
 // ReportIn asks for the newest report of a namespace, by any of the names that the agent knows.
 func (c *Client) ReportIn(ctx context.Context, netns string) (*api.Report, error) {
-	r := new(api.Report)
-	return r, c.get(ctx, "/v1/report", inNetns(url.Values{}, netns), r)
+	return get[api.Report](ctx, c, "/v1/report", inNetns(url.Values{}, netns))
 }
 
 // Namespaces asks for all that are followed, or are to be.
 func (c *Client) Namespaces(ctx context.Context) ([]api.NamespaceReport, error) {
-	var list []api.NamespaceReport
-	err := c.get(ctx, "/v1/namespaces", nil, &list)
-	return list, err
+	list, err := get[[]api.NamespaceReport](ctx, c, "/v1/namespaces", nil)
+	if err != nil {
+		return nil, err
+	}
+	return *list, nil
 }
 
 // Explain asks what happens to a flow in the namespace that the agent was started in.
@@ -88,8 +99,7 @@ func (c *Client) Explain(ctx context.Context, q api.Question) (*api.Explanation,
 
 // ExplainIn is Explain in a namespace, by any of the names that the agent knows.
 func (c *Client) ExplainIn(ctx context.Context, netns string, q api.Question) (*api.Explanation, error) {
-	e := new(api.Explanation)
-	return e, c.get(ctx, "/v1/explain", inNetns(q.Values(), netns), e)
+	return get[api.Explanation](ctx, c, "/v1/explain", inNetns(q.Values(), netns))
 }
 
 // DevicesIn asks for the devices of a namespace that concern the agent, or for all.
@@ -98,26 +108,22 @@ func (c *Client) DevicesIn(ctx context.Context, netns string, all bool) (*api.De
 	if all {
 		v.Set("all", "true")
 	}
-	d := new(api.DeviceList)
-	return d, c.get(ctx, "/v1/devices", v, d)
+	return get[api.DeviceList](ctx, c, "/v1/devices", v)
 }
 
 // LocksIn asks for all that gives covered flows in a namespace an MTU.
 func (c *Client) LocksIn(ctx context.Context, netns string) (*api.LockList, error) {
-	l := new(api.LockList)
-	return l, c.get(ctx, "/v1/locks", inNetns(url.Values{}, netns), l)
+	return get[api.LockList](ctx, c, "/v1/locks", inNetns(url.Values{}, netns))
 }
 
 // DiagnosisIn asks for a fresh diagnosis of a namespace, by any of the names that the agent knows.
 func (c *Client) DiagnosisIn(ctx context.Context, netns string) (*api.Diagnosis, error) {
-	d := new(api.Diagnosis)
-	return d, c.get(ctx, "/v1/diagnosis", inNetns(url.Values{}, netns), d)
+	return get[api.Diagnosis](ctx, c, "/v1/diagnosis", inNetns(url.Values{}, netns))
 }
 
 // EventsIn asks for the newest events of a namespace, those with a higher number than since.
 func (c *Client) EventsIn(ctx context.Context, netns string, since uint64) (*api.EventList, error) {
-	l := new(api.EventList)
-	return l, c.get(ctx, "/v1/events", sinceEvent(netns, since), l)
+	return get[api.EventList](ctx, c, "/v1/events", sinceEvent(netns, since))
 }
 
 // Follow calls fn for each event of a namespace with a higher number than since, then for each one as it happens,
@@ -131,6 +137,7 @@ func (c *Client) Follow(ctx context.Context, netns string, since uint64, fn func
 		return err
 	}
 	defer body.Close()
+	body.forever() // nothing may happen for days
 	in := json.NewDecoder(body)
 	for {
 		var line api.EventLine
@@ -138,7 +145,7 @@ func (c *Client) Follow(ctx context.Context, netns string, since uint64, fn func
 		case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
 			return nil
 		case err != nil:
-			return fmt.Errorf("agent: read the answer to /v1/events: %w", err)
+			return unread("/v1/events", err)
 		}
 		if err := fn(line); err != nil {
 			return err
@@ -153,19 +160,18 @@ func sinceEvent(netns string, since uint64) url.Values {
 // Pause has the agent take its hands off, in one namespace, or with an empty name in all. The error is ErrPermission
 // unless root asks.
 func (c *Client) Pause(ctx context.Context, netns string, p api.PauseRequest) (*api.PauseAnswer, error) {
-	return c.post(ctx, "/v1/pause", netns, p)
+	return post[api.PauseAnswer](ctx, c, "/v1/pause", inNetns(url.Values{}, netns), p)
 }
 
 // Resume has the agent go on, as Pause has it stop.
 func (c *Client) Resume(ctx context.Context, netns string) (*api.PauseAnswer, error) {
-	return c.post(ctx, "/v1/resume", netns, api.ResumeRequest{})
+	return post[api.PauseAnswer](ctx, c, "/v1/resume", inNetns(url.Values{}, netns), api.ResumeRequest{})
 }
 
 // Reload has the agent read its configuration again, and waits until it is in use. The error is an Error with the status 409 where it is
 // refused, and ErrPermission unless root asks.
 func (c *Client) Reload(ctx context.Context) (*api.ReloadAnswer, error) {
-	a := new(api.ReloadAnswer)
-	return a, c.ask(ctx, http.MethodPost, "/v1/reload", nil, []byte("{}"), a)
+	return post[api.ReloadAnswer](ctx, c, "/v1/reload", nil, api.ReloadRequest{})
 }
 
 // maxFlowLine bounds a line: 64 listeners with the processes that are named of each are the longest.
@@ -184,10 +190,10 @@ func (c *Client) FlowsIn(ctx context.Context, netns string, f flows.Filter, fn f
 	for {
 		b, err := in.ReadSlice('\n')
 		if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
-			err = errors.New("it ended early: the agent stopped, or was too busy; try again")
+			err = errEarly
 		}
 		if err != nil {
-			return nil, fmt.Errorf("agent: read the answer to /v1/flows: %w", err)
+			return nil, unread("/v1/flows", err)
 		}
 		if flows.ParseJSON(b, &flow) {
 			if err := fn(&flow); err != nil {
@@ -198,10 +204,13 @@ func (c *Client) FlowsIn(ctx context.Context, netns string, f flows.Filter, fn f
 		var line api.FlowLine
 		switch err := json.Unmarshal(b, &line); {
 		case err != nil:
-			return nil, fmt.Errorf("agent: read the answer to /v1/flows: %w", err)
+			return nil, unread("/v1/flows", err)
 		case line.Error != "":
 			return nil, errors.New(line.Error)
 		case line.Result != nil:
+			if err := speaks(line.Result.Version, flows.Version); err != nil {
+				return nil, err
+			}
 			return line.Result, nil
 		}
 		if err := fn(&line.Flow); err != nil {
@@ -220,89 +229,23 @@ func (c *Client) WorldIn(ctx context.Context, netns string) (*verify.World, erro
 	var w *verify.World
 	for dec := json.NewDecoder(body); ; {
 		var p api.WorldPiece
-		if err := dec.Decode(&p); err != nil {
-			return nil, fmt.Errorf("agent: read the answer to /v1/world: it ended early: the agent stopped, or was too busy; try again: %w", err)
+		err := dec.Decode(&p)
+		if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
+			err = errEarly
 		}
 		switch {
+		case err != nil:
+			return nil, unread("/v1/world", err)
 		case p.World != nil:
+			if err := speaks(p.World.Version, verify.Version); err != nil {
+				return nil, err
+			}
 			w = p.World
 		case w == nil:
-			return nil, errors.New("agent: read the answer to /v1/world: it has no beginning")
+			return nil, unread("/v1/world", errors.New("it has no beginning"))
 		case p.End:
 			return w, nil
 		}
 		w.Policies, w.SAs = append(w.Policies, p.Policies...), append(w.SAs, p.SAs...)
 	}
-}
-
-func inNetns(v url.Values, netns string) url.Values {
-	if netns != "" {
-		v.Set("netns", netns)
-	}
-	return v
-}
-
-// answerWithin bounds how long an answer may take that does not come bit by bit.
-const answerWithin = 30 * time.Second
-
-func (c *Client) get(ctx context.Context, path string, query url.Values, into any) error {
-	return c.ask(ctx, http.MethodGet, path, query, nil, into)
-}
-
-func (c *Client) post(ctx context.Context, path, netns string, request any) (*api.PauseAnswer, error) {
-	body, err := json.Marshal(request)
-	if err != nil {
-		return nil, fmt.Errorf("agent: ask %s: %w", path, err)
-	}
-	a := new(api.PauseAnswer)
-	return a, c.ask(ctx, http.MethodPost, path, inNetns(url.Values{}, netns), body, a)
-}
-
-func (c *Client) ask(ctx context.Context, method, path string, query url.Values, body []byte, into any) error {
-	ctx, cancel := context.WithTimeout(ctx, answerWithin)
-	defer cancel()
-	answer, err := c.open(ctx, method, path, query, body)
-	if err != nil {
-		return err
-	}
-	defer answer.Close()
-	if err := json.NewDecoder(answer).Decode(into); err != nil {
-		return fmt.Errorf("agent: read the answer to %s: %w", path, err)
-	}
-	return nil
-}
-
-// open asks, and returns the answer's body if it is one.
-func (c *Client) open(ctx context.Context, method, path string, query url.Values, body []byte) (io.ReadCloser, error) {
-	u := url.URL{Scheme: "http", Host: "tsoagent", Path: path, RawQuery: query.Encode()}
-	req, err := http.NewRequestWithContext(ctx, method, u.String(), bytes.NewReader(body))
-	if err != nil {
-		return nil, fmt.Errorf("agent: ask %s: %w", path, err)
-	}
-	if body != nil {
-		req.Header.Set("Content-Type", "application/json")
-	}
-	res, err := c.http.Do(req)
-	if err != nil {
-		var op *net.OpError
-		if errors.As(err, &op) && op.Op == "dial" {
-			if errors.Is(err, os.ErrPermission) {
-				return nil, fmt.Errorf("the control socket %s is not yours to open: run it as root: %w", c.path, ErrPermission)
-			}
-			return nil, fmt.Errorf("%w (nobody answers on %s)", ErrNoAgent, c.path)
-		}
-		return nil, fmt.Errorf("agent: ask %s: %w", path, err)
-	}
-	if res.StatusCode != http.StatusOK {
-		var e api.Error
-		if err := json.NewDecoder(res.Body).Decode(&e); err != nil || e.Text == "" {
-			e.Text = res.Status
-		}
-		err = &Error{res.StatusCode, e.Text}
-		if e.Absent != "" {
-			err = &api.AbsentError{Of: e.Absent, Text: e.Text, Err: err}
-		}
-		return nil, errors.Join(err, res.Body.Close())
-	}
-	return res.Body, nil
 }

@@ -257,7 +257,7 @@ func (p *page) changes() {
 	names := p.devices()
 	label := func(device string) string {
 		if names[device] {
-			return device
+			return text(device)
 		}
 		return Other
 	}
@@ -268,7 +268,7 @@ func (p *page) changes() {
 	}
 	for _, f := range p.figures.Features {
 		if names[f.Device] { // others can't be told apart
-			active[[2]string{f.Device, f.Feature}] = oneIf(f.Active)
+			active[[2]string{label(f.Device), f.Feature}] = oneIf(f.Active)
 		}
 	}
 	least, most := map[string]float64{}, map[string]float64{}

@@ -2,6 +2,12 @@
 // scrape costs the agent's loop nothing, and the kernel neither.
 package metrics
 
+import (
+	"fmt"
+	"strings"
+	"unicode/utf8"
+)
+
 // The names of all metrics. docs/metrics.md, the rules and the dashboard are held to them by tests.
 const (
 	BuildInfo       = "tsoagent_build_info"
@@ -78,3 +84,22 @@ const (
 	// None is the label of what has none: a listener that is gone, a coverage without an MTU.
 	None = "none"
 )
+
+// text is a device's name as a label: the kernel takes any byte for one (dev_valid_name, net/core/dev.c), a label is UTF-8, and a single one
+// that isn't would cost the whole page. A byte that is none is written as \xff.
+func text(name string) string {
+	if utf8.ValidString(name) {
+		return name
+	}
+	var b strings.Builder
+	for len(name) > 0 {
+		r, size := utf8.DecodeRuneInString(name)
+		if r == utf8.RuneError && size == 1 {
+			fmt.Fprintf(&b, `\x%02x`, name[0])
+		} else {
+			b.WriteString(name[:size])
+		}
+		name = name[size:]
+	}
+	return b.String()
+}

@@ -32,9 +32,11 @@ type tally struct {
 	packets, bytes uint64
 	tcp, super     uint64 // super-packets of TCP, and all
 	large          uint64 // single packets that fill half of the MTU or more
-	bulk           uint64 // those of them that are TCP from the host's own addresses: its sockets could have sent super-packets
-	largest        int    // bytes, at the network layer
-	segment        int    // the largest segment size that a super-packet asked for, in bytes of payload
+	// bulk are those of them that are TCP from the host's own addresses, and not the last of what was written (PSH): more was to follow, and so
+	// the socket could have sent a super-packet. An answer that fits a single segment is none, however often it is given.
+	bulk    uint64
+	largest int // bytes, at the network layer
+	segment int // the largest segment size that a super-packet asked for, in bytes of payload
 }
 
 // Port is what is looked at: a device as it is now.
@@ -182,7 +184,7 @@ func (d *device) count(c class, f *wire.Frame, p *wire.Packet, local bool) {
 		t.super++ // the device has to do something about it
 	case 2*p.Length >= d.at.MTU:
 		t.large++
-		if local && p.Proto == tcp {
+		if local && p.Proto == tcp && !p.Push {
 			t.bulk++
 		}
 	}
@@ -197,7 +199,7 @@ const (
 // class is the class of a packet that leaves by a device.
 func (s *Sorter) class(d *device, p *wire.Packet) class {
 	// The first word of what UDP carries is an SPI only where it is one: not one of a flow's own.
-	if p.Proto == udp && p.SPI != 0 && !d.carrier() {
+	if p.Proto == udp && (p.SPI != 0 || p.Fragment) && !d.carrier() {
 		if c, ok := s.encapsulated(p); ok {
 			return c
 		}
@@ -290,7 +292,8 @@ func (s *Sorter) encapsulated(p *wire.Packet) (class, bool) {
 		return class{}, false
 	}
 	sa := s.sas[saKey{p.Dst, p.SPI, esp}]
-	if sa == nil && (p.Sport == natt || p.Dport == natt) && p.Payload > 8 {
+	// Of a fragment behind the first nothing but the hosts is known.
+	if sa == nil && (p.Fragment || (p.Sport == natt || p.Dport == natt) && p.Payload > 8) {
 		sa = s.pairs[pair{p.Src, p.Dst}]
 	}
 	if sa == nil || !sa.Encap {

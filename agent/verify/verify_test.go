@@ -125,6 +125,15 @@ func tcpTo(src, dst string, dport uint16, length int, more ...func(*wire.Frame))
 	return packet(src, dst, 6, length, []byte{0x9c, 0x40, byte(dport >> 8), byte(dport), 0, 0, 0, 1, 0, 0, 0, 2, 0x50, 0x10, 1, 0, 0, 0, 0, 0}, more...)
 }
 
+// behind makes a fragment behind the first of an IPv4 packet.
+func behind(f *wire.Frame) { f.Data[7] = 185 }
+
+// push sets PSH in a packet of TCP.
+func push(f *wire.Frame) {
+	at := map[bool]int{true: 20, false: 40}[f.Protocol == 0x800]
+	f.Data[at+13] |= 8
+}
+
 func signed(src, dst string, length int, more ...func(*wire.Frame)) wire.Frame {
 	head := []byte{0x9c, 0x40, 0, 179, 0, 0, 0, 1, 0, 0, 0, 2, 0xa0, 0x10, 1, 0, 0, 0, 0, 0, 19, 18}
 	return packet(src, dst, 6, length, append(head, make([]byte, 18)...), more...)
@@ -182,6 +191,11 @@ var scenes = []struct {
 		{0, 4, packet("fd01::1", "fd01::2", 51, 1500, []byte{6, 4, 0, 0, 0, 0, 9, 4, 0, 0, 0, 1})},
 		{0, 3, udpTo("10.5.1.1", "10.6.1.2", 4500, 1500, 0x777)},
 	}},
+	{name: "fragments of ESP, and of ESP in UDP, have neither SPI nor port", ports: []string{"nic1"}, sees: []sight{
+		{0, 30, espOf("10.1.1.1", "10.1.1.2", 0x902, 1500)}, {0, 30, packet("10.1.1.1", "10.1.1.2", 50, 100, make([]byte, 80), behind)},
+		{0, 30, udpTo("10.1.1.1", "10.1.1.3", 4500, 1500, 0x903)}, {0, 30, packet("10.1.1.1", "10.1.1.3", 17, 100, make([]byte, 80), behind)},
+		{0, 7, packet("10.1.1.1", "10.1.1.2", 17, 100, make([]byte, 80), behind)}, // between those two there is no ESP in UDP
+	}},
 	{name: "TSO off by hand", ports: []string{"nic2"}, sees: []sight{
 		{0, 20, tcpTo("10.1.1.1", "10.1.1.9", 80, 1500)}, {0, 20, tcpTo("fd01::1", "fd01::9", 80, 64000, super(wire.TCPv6))},
 	}},
@@ -198,6 +212,9 @@ var scenes = []struct {
 	{name: "only a NIC without TSO", ports: []string{"nic3"}, sees: []sight{{0, 20, tcpTo("10.1.1.1", "10.1.1.9", 80, 1500)}}},
 	{name: "sockets that have lost offload", ports: []string{"nic1"}, sees: []sight{{0, 20, tcpTo("10.1.1.1", "10.1.1.9", 80, 1500)}}},
 	{name: "too few to tell", ports: []string{"nic1"}, sees: []sight{{0, 19, tcpTo("10.7.0.1", "10.1.1.9", 80, 1500)}, {0, 50, tcpTo("fd01::1", "fd01::9", 80, 72)}}},
+	{name: "answers of one segment each: nothing to lose", ports: []string{"nic1"}, sees: []sight{
+		{0, 200, tcpTo("10.1.1.1", "10.1.1.9", 80, 1052, push)}, {0, 200, tcpTo("fd01::1", "fd01::9", 80, 1500, push)}, {0, 19, tcpTo("fd01::1", "fd01::9", 80, 1500)},
+	}},
 	{name: "forwarded, and UDP: nothing to lose", ports: []string{"nic1"}, sees: []sight{
 		{0, 100, tcpTo("10.5.0.1", "10.1.1.9", 80, 1500)}, {0, 100, udpTo("fd01::1", "fd01::9", 53, 1500, 0)},
 	}},

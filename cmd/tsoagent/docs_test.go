@@ -9,9 +9,9 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
-	"github.com/urfave/cli/v2"
 
 	"tsoagent/agent"
+	"tsoagent/cmd/internal/commandtest"
 	"tsoagent/cmd/internal/manual/manualtest"
 )
 
@@ -90,42 +90,9 @@ func TestEveryKeyHasAFlag(t *testing.T) {
 	}
 }
 
-func TestEveryFlagIsDocumented(t *testing.T) {
-	text := document(t, "commands.md")
-	app := newApp()
-	flags := app.Flags
-	for _, cmd := range app.Commands {
-		if !strings.Contains(text, "### tsoagent "+cmd.Name+"\n") {
-			t.Errorf("%s has no section in docs/commands.md", cmd.Name)
-		}
-		flags = append(flags, cmd.Flags...)
-	}
-	checkFlags(t, text, flags)
-}
+func TestEveryFlagIsDocumented(t *testing.T) { commandtest.Documented(t, newApp()) }
 
 func TestManualPages(t *testing.T) {
 	manualtest.Written(t, newApp(), "tsoagent.8", "tsoagent-run.8")
 	manualtest.Clean(t, &pages, newApp())
-}
-
-func checkFlags(t *testing.T, text string, flags []cli.Flag) {
-	t.Helper()
-	for _, f := range flags {
-		for _, name := range f.Names() {
-			dashes := "--"
-			if len(name) == 1 {
-				dashes = "-"
-			}
-			if !regexp.MustCompile("`" + dashes + name + "[ `]").MatchString(text) {
-				t.Errorf("%s%s is not in docs/commands.md", dashes, name)
-			}
-		}
-		if d, ok := f.(cli.DocGenerationFlag); ok {
-			for _, env := range d.GetEnvVars() {
-				if !strings.Contains(text, "`"+env+"`") {
-					t.Errorf("%s is not in docs/commands.md", env)
-				}
-			}
-		}
-	}
 }

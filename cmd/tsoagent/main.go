@@ -191,8 +191,14 @@ func run(c *cli.Context) error {
 	case err != nil:
 		return err
 	}
+	again := func() (agent.Config, error) {
+		if err := rereadable(c.String("config")); err != nil {
+			return agent.Config{}, err
+		}
+		return load(c)
+	}
 	s := &service{
-		fleet: f, log: log, load: func() (agent.Config, error) { return load(c) }, hup: hup, asks: make(chan chan<- error), notify: notifySystemd, watchdog: watchdog,
+		fleet: f, log: log, load: again, hup: hup, asks: make(chan chan<- error), notify: notifySystemd, watchdog: watchdog,
 		metrics: metricsServer{collector: metrics.NewCollector(version(), f), log: log},
 	}
 	g, serving := errgroup.WithContext(context.Background())

@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"log/slog"
 	"os"
@@ -76,11 +75,9 @@ func (s *service) ask(ctx, stopped context.Context) error {
 	case <-ctx.Done():
 		return ctx.Err()
 	case <-stopped.Done():
-		return errStopping
+		return agent.ErrStopping
 	}
 }
-
-var errStopping = errors.New("the agent is stopping")
 
 // reload reads the configuration again. If it is wrong, the one before it stays in use, and the error says why.
 func (s *service) reload(stopped, serving context.Context) error {
@@ -92,7 +89,7 @@ func (s *service) reload(stopped, serving context.Context) error {
 		err = s.fleet.Reload(stopped, cfg)
 	}
 	if stopped.Err() != nil || serving.Err() != nil {
-		return errStopping
+		return agent.ErrStopping
 	}
 	if err != nil {
 		s.log.Error("the configuration is not reloaded: the one before it stays in use", "err", err)
@@ -142,19 +139,42 @@ func (s *service) tell(states ...string) {
 }
 
 // status is the line that `systemctl status` shows.
-func (s *service) status() string {
-	g := s.fleet.Glance()
+func (s *service) status() string { return statusLine(s.fleet.Glance()) }
+
+func statusLine(g *agent.Glance) string {
 	if g == nil {
 		return "STATUS=reading the kernel's state"
 	}
-	text := fmt.Sprintf("%s: %d coverages, %d features, %d routes, %d clones", g.Mode, g.Coverages, g.Holds, g.Locks, g.Clones)
+	text := fmt.Sprintf("%s: %s, %s, %s, %s", g.Mode, count(g.Coverages, "coverage"), count(g.Holds, "feature"), count(g.Locks, "route"), count(g.Clones, "clone"))
 	if g.Namespaces > 1 {
-		text += fmt.Sprintf(" (and %d other namespaces)", g.Namespaces-1)
+		text += fmt.Sprintf(" (and %s)", count(g.Namespaces-1, "other namespace"))
+	}
+	switch {
+	case g.Paused > 0 && g.Paused == max(g.Namespaces, 1):
+		text += "; paused"
+	case g.Paused > 0:
+		text += fmt.Sprintf("; %s paused", count(g.Paused, "namespace"))
 	}
 	if g.Degraded {
 		text += "; needs a look"
 	}
 	return "STATUS=" + text + "; `tsoctl status` has more"
+}
+
+func count(n int, what string) string {
+	if n != 1 {
+		what += "s"
+	}
+	return fmt.Sprintf("%d %s", n, what)
+}
+
+// rereadable refuses to read again what can be read once: a pipe has nothing more to say, which would be taken for an empty
+// configuration, or keeps who reads it waiting.
+func rereadable(file string) error {
+	if info, err := os.Stat(file); err == nil && !info.Mode().IsRegular() {
+		return fmt.Errorf("%s is no regular file, and can't be read again", file)
+	}
+	return nil // an error is told by who reads it
 }
 
 // A metricsServer lets Prometheus scrape, with the configuration that it was given last.

@@ -5,6 +5,7 @@ import (
 	_ "embed"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"slices"
 	"strings"
@@ -103,15 +104,14 @@ func completions(app *cli.App, words []string) []completion {
 		}
 	}
 	var out []completion
-	switch name, value, has := strings.Cut(last, "="); {
+	switch name, _, has := strings.Cut(last, "="); {
 	case valueOf != nil:
-		out = values(valueOf, "")
+		out = values(cmd, valueOf, "")
 	case literal:
 	case has && strings.HasPrefix(last, "-"):
 		if f := flagNamed(flags(), strings.TrimLeft(name, "-")); f != nil && wantsValue(f) {
-			out = values(f, name+"=")
+			out = values(cmd, f, name+"=")
 		}
-		_ = value
 	case strings.HasPrefix(last, "-"):
 		for _, f := range flags() {
 			for _, n := range f.Names() {
@@ -153,8 +153,8 @@ func flagUsage(f cli.Flag) string {
 	return ""
 }
 
-// values are those that a flag can have, each after a prefix.
-func values(f cli.Flag, prefix string) []completion {
+// values are those that a command's flag can have, each after a prefix.
+func values(cmd *cli.Command, f cli.Flag, prefix string) []completion {
 	var list []string
 	switch f.Names()[0] {
 	case "output":
@@ -171,7 +171,11 @@ func values(f cli.Flag, prefix string) []completion {
 	case "sa":
 		list = probe.SANames()
 	case "for":
-		list = []string{"10m", "1h", "8h"}
+		if list = []string{"10m", "1h", "8h"}; cmd != nil && cmd.Name == "verify" {
+			list = []string{"5s", "30s", "2m"}
+		}
+	case "proto":
+		list = slices.Sorted(maps.Keys(protocols))
 	case "run-dir", "config", "state-dir", "dir":
 		return []completion{{anyFile, ""}}
 	}
@@ -192,7 +196,7 @@ func arguments(app *cli.App, cmd *cli.Command) []completion {
 		for _, c := range app.Commands {
 			out = append(out, completion{c.Name, c.Usage})
 		}
-	case "devices":
+	case "devices", "verify":
 		for _, name := range deviceNames() {
 			out = append(out, completion{name, ""})
 		}

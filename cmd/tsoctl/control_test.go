@@ -55,7 +55,7 @@ func someEvents() *api.EventList {
 		{Seq: 4, At: at.Add(2 * time.Second), Kind: api.EventNotice, Cause: "ipsec2: tx-tcp-segmentation turned on", Text: "hold is contested: staying out until its cause is gone: ipsec2, tx-tcp-segmentation", Seconds: 0.00031},
 		{Seq: 5, At: at.Add(3 * time.Second), Kind: api.EventFailed, Cause: "policy 18 added", Text: "mtu can't be locked: 10.4.0.0/16, network is down", Seconds: 1.24},
 		{Seq: 6, At: at.Add(4 * time.Second), Kind: api.EventSeen, Cause: "SA 0x100 to 192.0.2.2 soon to expire", Text: "nothing to do", Seconds: 0.25},
-		{Seq: 7, At: at.Add(5 * time.Second), Kind: api.EventDone, Cause: "its cause is gone, and it has been quiet", Text: "mtu given back: 10.2.0.0/16"},
+		{Seq: 7, At: at.Add(14 * time.Hour), Kind: api.EventDone, Cause: "its cause is gone, and it has been quiet", Text: "mtu given back: 10.2.0.0/16"},
 	}}
 }
 
@@ -110,6 +110,9 @@ func TestCompletions(t *testing.T) {
 		"status --run-dir /ru":        ":files",
 		"pause --":                    "--for --restore --netns --output --run-dir --config --help",
 		"pause --for ":                "10m 1h 8h",
+		"verify --for ":               "5s 30s 2m",
+		"verify --for=3":              "--for=30s",
+		"explain ::1 --proto t":       "tcp",
 		"pause --restore --f":         "--for",
 		"flows --state est":           "established",
 		"completion ":                 "bash fish zsh",
@@ -132,7 +135,7 @@ func TestCompletions(t *testing.T) {
 	if got := completions(app, nil); len(got) != len(app.Commands) {
 		t.Errorf("no words: %v", got)
 	}
-	for _, line := range []string{"probe --kind ", "probe --sa ", "devices l", "flows --dev l"} {
+	for _, line := range []string{"probe --kind ", "probe --sa ", "devices l", "verify l", "flows --dev l"} {
 		if words(line) == "" {
 			t.Errorf("no value for %q", line)
 		}

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"log/slog"
 	"slices"
-	"strings"
 
 	"github.com/urfave/cli/v2"
 
@@ -26,21 +25,8 @@ func devicesCommand() *cli.Command {
 	}
 }
 
-func locksCommand() *cli.Command {
-	return &cli.Command{
-		Name: "locks", Usage: "every route that gives covered flows an MTU, with its place and reason; works without an agent",
-		Description: "Shows the routes whose MTU is locked: in place, or as clones in a table of the agent's own, with the rules that lead\n" +
-			"there, and what takes the place of locks: clamps and the MTU of devices.",
-		OnUsageError: usage, Action: showLocks,
-	}
-}
-
 func showDevices(c *cli.Context) error {
-	cfg, err := configOf(c)
-	if err != nil {
-		return err
-	}
-	ns, err := netnsOf(c)
+	cfg, ns, err := call(c)
 	if err != nil {
 		return err
 	}
@@ -62,24 +48,6 @@ func showDevices(c *cli.Context) error {
 		d.Devices = slices.DeleteFunc(d.Devices, func(d api.DeviceReport) bool { return !slices.Contains(names, d.Device) })
 	}
 	return show(c, d, func(p page) { devicesTable(p, d) })
-}
-
-func showLocks(c *cli.Context) error {
-	cfg, ns, err := plainCall(c)
-	if err != nil {
-		return err
-	}
-	l, err := client.New(cfg.RunDir).LocksIn(c.Context, ns)
-	if errors.Is(err, client.ErrNoAgent) {
-		var r *agent.Report
-		if r, err = agent.LookIn(c.Context, cmp.Or(ns, netns.Host), cfg, logAbove(slog.LevelError), version(), nil); err == nil {
-			l = api.LocksOf(r)
-		}
-	}
-	if err != nil {
-		return err
-	}
-	return show(c, l, func(p page) { locksTable(p, l) })
 }
 
 // head says where a list comes from.
@@ -181,36 +149,4 @@ func carriesText(names []string) string {
 		return names[0]
 	}
 	return fmt.Sprintf("%d coverages", len(names))
-}
-
-func locksTable(p page, l *api.LockList) {
-	head(p, l.Live, l.Netns)
-	n := len(l.Locks) + len(l.Clones)
-	if n+len(l.Clamps)+len(l.DeviceMTUs) == 0 {
-		p.text(0, "nothing is locked: `tsoctl plan` says why for each coverage")
-		return
-	}
-	p.text(0, "%s in place, %s in tables of the agent's own", count(len(l.Locks), "lock", "locks"), count(len(l.Clones), "route", "routes"))
-	rows := [][]string{{"ROUTE", "MTU", "DEVICE", "PLACE", "BECAUSE"}}
-	for _, r := range l.Locks {
-		place := "itself"
-		if r.State == api.StateWanted {
-			place += ", wanted"
-		}
-		rows = append(rows, []string{r.Route, mtuText(r.MTU, r.Locked), strings.Join(r.Devices, ","), place, short(r.Because)})
-	}
-	for _, c := range l.Clones {
-		if c.Throw {
-			rows = append(rows, []string{c.Dst, "throw", "-", placeText(c), ""})
-			continue
-		}
-		rows = append(rows, []string{c.Dst, mtuText(c.MTU, c.Locked), strings.Join(c.Devices, ","), placeText(c), short(c.Because)})
-	}
-	if len(rows) > 1 {
-		p.table(rows)
-	}
-	r := &agent.Report{Rules: l.Rules, Clamps: l.Clamps, DeviceMTUs: l.DeviceMTUs}
-	lockTable(p, r)
-	mtuTable(p, r)
-	clampTable(p, r)
 }

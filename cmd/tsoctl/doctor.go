@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"os"
 	"time"
 
 	"github.com/urfave/cli/v2"
@@ -29,7 +30,9 @@ func runDoctor(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
+	stop := progressOn(os.Stderr).waiting("looking")
 	p, err := patient(c.Context, cfg, ns)
+	stop()
 	if err != nil {
 		return err
 	}

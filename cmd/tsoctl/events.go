@@ -39,18 +39,23 @@ func showEvents(c *cli.Context) error {
 		}
 		return show(c, l, func(p page) { eventsTable(p, l) })
 	}
-	p := pageOf(c.App.Writer)
+	p := diary{page: pageOf(c.App.Writer)}
 	err = cl.Follow(c.Context, ns, c.Uint64("since"), func(e api.EventLine) error {
 		switch option(c, "output") {
 		case "json":
-			return json.NewEncoder(c.App.Writer).Encode(e)
+			b, err := json.Marshal(e)
+			if err != nil {
+				return err
+			}
+			_, err = c.App.Writer.Write(append(inert(b), '\n'))
+			return err
 		case "yaml":
 			if _, err := fmt.Fprintln(c.App.Writer, "---"); err != nil {
 				return err
 			}
 			return showYAML(c.App.Writer, e)
 		}
-		eventLine(p, e)
+		p.line(e)
 		return nil
 	})
 	switch {
@@ -77,18 +82,26 @@ func eventsTable(p page, l *api.EventList) {
 	if l.Lost > 0 {
 		p.text(0, "! %s more, which the agent keeps no longer", count(l.Lost, "event", "events"))
 	}
+	d := diary{page: p}
 	for i := range l.Events {
-		eventLine(p, api.EventLine{Event: &l.Events[i]})
+		d.line(api.EventLine{Event: &l.Events[i]})
 	}
 	if len(l.Events) == 0 {
-		p.text(0, "no event since %s", l.Since.Format(time.DateTime))
+		p.text(0, "no event since %s", timeText(l.Since))
 	}
 }
 
-// eventLine is one event as a person reads it: the cause, the effect, and how long it took.
-func eventLine(p page, e api.EventLine) {
+// diary has events in lines of their own: on a terminal below the day on which they happened, elsewhere each with its day, so that it can
+// be searched for.
+type diary struct {
+	page
+	day string // of the line before
+}
+
+// line is one event as a person reads it: the cause, the effect, and how long it took.
+func (d *diary) line(e api.EventLine) {
 	if e.Event == nil {
-		p.text(0, "! %s are missing here: they came faster than they were read", count(e.Lost, "event", "events"))
+		d.text(0, "! %s are missing here: they came faster than they were read", count(e.Lost, "event", "events"))
 		return
 	}
 	text := e.Text
@@ -101,7 +114,16 @@ func eventLine(p page, e api.EventLine) {
 	if e.Seconds > 0 {
 		text += ", " + spanText(time.Duration(e.Seconds*float64(time.Second)))
 	}
-	p.text(0, "%s  %s", e.At.Local().Format("15:04:05.000"), text)
+	at := e.At.Local()
+	if d.width == 0 {
+		d.text(0, "%s  %s", at.Format(time.DateTime+".000"), text)
+		return
+	}
+	if day := at.Format(time.DateOnly); day != d.day {
+		d.day = day
+		d.text(0, "%s", day)
+	}
+	d.text(0, "%s  %s", at.Format("15:04:05.000"), text)
 }
 
 // spanText is a time in as many digits as matter: 0.05 ms, 3 ms, 250 ms, 1.2 s.

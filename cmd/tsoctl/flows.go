@@ -135,7 +135,7 @@ func (l *flowJSON) flow(f *flows.Flow) error {
 	if err := json.Indent(&l.buf, b, "    ", "  "); err != nil {
 		return err
 	}
-	_, err = l.w.Write(l.buf.Bytes())
+	_, err = l.w.Write(inert(l.buf.Bytes()))
 	return err
 }
 
@@ -148,7 +148,7 @@ func (l *flowJSON) end(r *flows.Result) error {
 	if l.n == 0 {
 		head = flowsHead + "\n  \"flows\": [],"
 	}
-	_, err = fmt.Fprintf(l.w, "%s%s\n", head, bytes.TrimPrefix(b, []byte(flowsHead)))
+	_, err = fmt.Fprintf(l.w, "%s%s\n", head, bytes.TrimPrefix(inert(b), []byte(flowsHead)))
 	return err
 }
 
@@ -303,9 +303,6 @@ func flowNotes(f *flows.Flow) []string {
 	return out
 }
 
-// gap is between columns.
-const gap = "  "
-
 // cells prints one row. Where the addresses have no room, the rest stands in its columns one line below.
 func (t *flowTable) cells(cells []string, note string) {
 	both := t.wide[0] + len(gap) + t.wide[1]
@@ -327,14 +324,6 @@ func (t *flowTable) cells(cells []string, note string) {
 	}
 	_, _ = t.page.Write(append(b, '\n')) // as with Fprintln, nothing helps where stdout is gone
 	t.line = b
-}
-
-// pad fills a line with blanks to a width.
-func pad(b []byte, width int) []byte {
-	for n := utf8.RuneCount(b); n < width; n++ {
-		b = append(b, ' ')
-	}
-	return b
 }
 
 func (t *flowTable) end(r *flows.Result) error {

@@ -144,19 +144,7 @@ func TestFlowsJSONGolden(t *testing.T) {
 	}{"flows": {someFlows(), someResult()}, "no-flows": {[]flows.Flow{}, empty()}} {
 		t.Run(name, func(t *testing.T) {
 			got := asJSON(t, tt.list, tt.result)
-			file := "testdata/" + name + ".json"
-			if *update {
-				if err := os.WriteFile(file, got, 0o644); err != nil {
-					t.Fatal(err)
-				}
-			}
-			want, err := os.ReadFile(file)
-			if err != nil {
-				t.Fatal(err)
-			}
-			if d := cmp.Diff(string(want), string(got)); d != "" {
-				t.Errorf("-update writes it (-want +got):\n%s", d)
-			}
+			golden(t, name+".json", got)
 			whole, err := json.MarshalIndent(flowsDocument{flows.Version, tt.list, *tt.result}, "", "  ")
 			if err != nil {
 				t.Fatal(err)

@@ -1,20 +1,19 @@
 package main
 
 import (
-	"errors"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"runtime"
 	"slices"
-	"strconv"
 	"strings"
-	"syscall"
 	"testing"
 
 	"github.com/rogpeppe/go-internal/testscript"
 	"golang.org/x/sys/unix"
+
+	"tsoagent/cmd/internal/commandtest"
 )
 
 func TestMain(m *testing.M) {
@@ -33,7 +32,7 @@ func TestScripts(t *testing.T) {
 	testscript.Run(t, testscript.Params{
 		Dir:   "testdata/script",
 		Setup: clean,
-		Cmds:  map[string]func(*testscript.TestScript, bool, []string){"exits": exits},
+		Cmds:  map[string]func(*testscript.TestScript, bool, []string){"exits": commandtest.Exits},
 	})
 }
 
@@ -44,7 +43,7 @@ func TestWithAgent(t *testing.T) {
 	bin := buildCommands(t)
 	testscript.Run(t, testscript.Params{
 		Dir:  "testdata/agent",
-		Cmds: map[string]func(*testscript.TestScript, bool, []string){"exits": exits},
+		Cmds: map[string]func(*testscript.TestScript, bool, []string){"exits": commandtest.Exits},
 		Setup: func(env *testscript.Env) error {
 			env.Setenv("PATH", bin+string(filepath.ListSeparator)+env.Getenv("PATH"))
 			ns, err := newNamespace()
@@ -111,41 +110,12 @@ func clean(env *testscript.Env) error {
 	return nil
 }
 
-// exits runs a command and wants an exit code: `exits 2 tsoctl foo`.
-func exits(ts *testscript.TestScript, _ bool, args []string) {
-	if len(args) < 2 {
-		ts.Fatalf("usage: exits CODE CMD…")
-	}
-	want, err := strconv.Atoi(args[0])
-	ts.Check(err)
-	have := 0
-	var exit *exec.ExitError
-	if err := ts.Exec(args[1], args[2:]...); errors.As(err, &exit) {
-		have = exit.ExitCode()
-	} else if err != nil {
-		ts.Fatalf("%v", err)
-	}
-	if have != want {
-		ts.Fatalf("exit code %d, want %d", have, want)
-	}
-}
-
 // TestUnprivileged runs the commands without any capability, as a user who is not root.
 func TestUnprivileged(t *testing.T) {
-	const nobody = 65534
-	self, err := os.ReadFile("/proc/self/exe")
-	if err != nil {
-		t.Fatal(err)
-	}
-	// Everybody may enter the directory, unlike that of t.TempDir.
-	dir, err := os.MkdirTemp("", "tsoctl-unprivileged-")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	bin := filepath.Join(dir, "tsoctl")
+	self := commandtest.NewSelf(t, "tsoctl")
+	dir := self.Dir
 	closed := filepath.Join(dir, "closed")
-	if err := errors.Join(os.Chmod(dir, 0o755), os.WriteFile(bin, self, 0o755), os.Mkdir(closed, 0o700)); err != nil {
+	if err := os.Mkdir(closed, 0o700); err != nil {
 		t.Fatal(err)
 	}
 	root := os.Geteuid() == 0
@@ -166,17 +136,11 @@ func TestUnprivileged(t *testing.T) {
 			if slices.Contains(tt.args, closed) && !root {
 				t.Skip("not root: no directory of somebody else can be made")
 			}
-			cmd := exec.Command(bin, tt.args...)
-			cmd.Env = []string{}
-			if root {
-				cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: nobody, Gid: nobody}}
+			out, text, code := self.Run(t, true, tt.args...)
+			if code != exitFailed || len(out) > 0 {
+				t.Errorf("exit code %d and %q, want %d and nothing", code, out, exitFailed)
 			}
-			out, err := cmd.CombinedOutput()
-			var exit *exec.ExitError
-			if !errors.As(err, &exit) || exit.ExitCode() != exitFailed {
-				t.Errorf("got %v, want exit code %d", err, exitFailed)
-			}
-			if text := string(out); !strings.Contains(text, tt.want) || strings.Count(text, "\n") != 1 {
+			if !strings.Contains(text, tt.want) || strings.Count(text, "\n") != 1 {
 				t.Errorf("got %q, want one line with %q", text, tt.want)
 			}
 		})

@@ -2,7 +2,7 @@ package main
 
 import (
 	"fmt"
-	"time"
+	"os"
 
 	"github.com/urfave/cli/v2"
 
@@ -43,7 +43,9 @@ func pause(c *cli.Context) error {
 		}
 		ask.For = c.Duration("for").String()
 	}
+	stop := progressOn(os.Stderr).waiting("waiting for the agent to take its hands off")
 	a, err := client.New(cfg.RunDir).Pause(c.Context, ns, ask)
+	stop()
 	return paused(c, a, withoutAgent(err, cfg.RunDir))
 }
 
@@ -52,7 +54,9 @@ func resume(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
+	stop := progressOn(os.Stderr).waiting("waiting for the agent to go on")
 	a, err := client.New(cfg.RunDir).Resume(c.Context, ns)
+	stop()
 	return paused(c, a, withoutAgent(err, cfg.RunDir))
 }
 
@@ -95,7 +99,7 @@ func pauseTable(p page, a *api.PauseAnswer) {
 
 // pausedText says since when, by whom and until when nothing is written, and what to do.
 func pausedText(p *api.Paused) string {
-	text := fmt.Sprintf("paused since %s by %s", p.Since.Local().Format(time.DateTime), p.By)
+	text := fmt.Sprintf("paused since %s by %s", timeText(p.Since), p.By)
 	switch {
 	case p.Left > 0:
 		text += fmt.Sprintf(": %s still to be given back, see `tsoctl events`", count(p.Left, "change is", "changes are"))
@@ -108,7 +112,7 @@ func pausedText(p *api.Paused) string {
 		text += fmt.Sprintf(" (%s)", count(p.Waiting, "change waits", "changes wait"))
 	}
 	if !p.Until.IsZero() {
-		return text + fmt.Sprintf(" until %s; `tsoctl resume` goes on now", p.Until.Local().Format(time.DateTime))
+		return text + fmt.Sprintf(" until %s; `tsoctl resume` goes on now", timeText(p.Until))
 	}
 	return text + "; `tsoctl resume` goes on"
 }

@@ -3,13 +3,11 @@ package main
 import (
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"slices"
 	"strings"
 
 	"github.com/urfave/cli/v2"
-	"golang.org/x/sys/unix"
 
 	"tsoagent/agent/probe"
 )
@@ -76,44 +74,6 @@ func probed(c *cli.Context, cfg probe.Config, dir string) (*probe.Result, error)
 		return nil, errors.New("interrupted: nothing is left behind, and no result was written")
 	}
 	return r, err
-}
-
-// progress tells a person how far the probe is: a bar on a terminal, else a line for each case.
-type progress struct {
-	w     io.Writer
-	width int // in columns, 0 where it is no terminal
-}
-
-func progressOn(f *os.File) *progress {
-	if size, err := unix.IoctlGetWinsize(int(f.Fd()), unix.TIOCGWINSZ); err == nil {
-		return &progress{f, max(int(size.Col), 40)}
-	}
-	return &progress{f, 0}
-}
-
-func (b *progress) tell(p probe.Progress) {
-	if b.width > 0 {
-		b.bar(p.Done, p.Total, fmt.Sprintf("%d/%d %s", p.Done, p.Total, p.Next))
-		return
-	}
-	if c := p.Case; c != nil {
-		fmt.Fprintf(b.w, "%d/%d %s %s %s: %s\n", p.Done, p.Total, c.Kind, c.Outer, c.Mode, c.Verdict)
-	}
-}
-
-// bar draws how much is done of a whole.
-func (b *progress) bar(done, of int, text string) {
-	const cells = 20
-	full := cells * done / of
-	line := fmt.Sprintf("[%s%s] %s", strings.Repeat("#", full), strings.Repeat(".", cells-full), text)
-	fmt.Fprintf(b.w, "\r%-*s", b.width-1, line[:min(len(line), b.width-1)])
-}
-
-// end takes the bar away.
-func (b *progress) end() {
-	if b.width > 0 {
-		fmt.Fprintf(b.w, "\r%*s\r", b.width-1, "")
-	}
 }
 
 func probeTable(p page, r *probe.Result, path string) {

@@ -3,18 +3,18 @@ package main
 import (
 	"bytes"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
-	"syscall"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 
 	"tsoagent/agent/probe"
+	"tsoagent/cmd/internal/commandtest"
 )
 
 func probed4(kind string, v probe.Verdict, on, off float64) probe.Case {
@@ -94,6 +94,29 @@ func TestProgress(t *testing.T) {
 	}
 }
 
+// TestWaiting tells what is waited for once a second has passed, and takes it away; where there is no terminal it says nothing.
+func TestWaiting(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		for _, tt := range []struct {
+			width int
+			took  time.Duration
+			want  string
+		}{
+			{0, time.Minute, ""},
+			{50, 900 * time.Millisecond, ""},
+			{50, 2500 * time.Millisecond, fmt.Sprintf("\r%-49s\r%-49s\r%49s\r", "reading: 1 s", "reading: 2 s", "")},
+		} {
+			var out bytes.Buffer
+			stop := (&progress{&out, tt.width}).waiting("reading")
+			time.Sleep(tt.took) // of the bubble's clock
+			stop()
+			if out.String() != tt.want {
+				t.Errorf("%d columns, %v: %q, want %q", tt.width, tt.took, out.String(), tt.want)
+			}
+		}
+	})
+}
+
 // TestProbeWithoutESP runs the command as it is on this kernel. Where that has ESP, the
 // scenario 60-probe shows what it does there.
 func TestProbeWithoutESP(t *testing.T) {
@@ -101,7 +124,7 @@ func TestProbeWithoutESP(t *testing.T) {
 		t.Skip("not root: no network namespace can be made")
 	}
 	dir := filepath.Join(t.TempDir(), "state")
-	out, errOut, code := runSelf(t, 0, "probe", "--kind", "vxlan", "-o", "json", "--state-dir", dir)
+	out, errOut, code := commandtest.NewSelf(t, "tsoctl").Run(t, false, "probe", "--kind", "vxlan", "-o", "json", "--state-dir", dir)
 	var r probe.Result
 	if err := json.Unmarshal(out, &r); err != nil {
 		t.Fatalf("%v in %s%s", err, out, errOut)
@@ -123,45 +146,8 @@ func TestProbeWithoutESP(t *testing.T) {
 
 func TestProbeSaysThatItNeedsRoot(t *testing.T) {
 	dir := t.TempDir()
-	const nobody = 65534
-	uid := 0
-	if os.Geteuid() == 0 {
-		uid = nobody
-	}
-	out, errOut, code := runSelf(t, uid, "probe", "--kind", "gre", "--state-dir", filepath.Join(dir, "state"))
+	out, errOut, code := commandtest.NewSelf(t, "tsoctl").Run(t, true, "probe", "--kind", "gre", "--state-dir", filepath.Join(dir, "state"))
 	if code != exitFailed || len(out) > 0 || !strings.HasPrefix(errOut, "tsoctl: run it as root (it needs CAP_SYS_ADMIN and CAP_NET_ADMIN") || strings.Count(errOut, "\n") != 1 {
 		t.Errorf("got exit code %d, %q and %q", code, out, errOut)
 	}
-}
-
-// runSelf runs this binary as tsoctl, as another user unless uid is 0.
-func runSelf(t *testing.T, uid int, args ...string) (stdout []byte, stderr string, code int) {
-	t.Helper()
-	self, err := os.ReadFile("/proc/self/exe")
-	if err != nil {
-		t.Fatal(err)
-	}
-	// Everybody may enter the directory, unlike that of t.TempDir. The binary's name says what it is to be.
-	dir, err := os.MkdirTemp("", "tsoctl-probe-")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	bin := filepath.Join(dir, "tsoctl")
-	if err := errors.Join(os.Chmod(dir, 0o755), os.WriteFile(bin, self, 0o755)); err != nil {
-		t.Fatal(err)
-	}
-	cmd := exec.CommandContext(t.Context(), bin, args...)
-	cmd.Env = []string{}
-	if uid != 0 {
-		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uint32(uid), Gid: uint32(uid)}}
-	}
-	var out, errOut bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &out, &errOut
-	err = cmd.Run()
-	var exit *exec.ExitError
-	if err != nil && !errors.As(err, &exit) {
-		t.Fatal(err)
-	}
-	return out.Bytes(), errOut.String(), cmd.ProcessState.ExitCode()
 }

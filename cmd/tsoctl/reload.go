@@ -3,7 +3,7 @@ package main
 import (
 	"errors"
 	"net/http"
-	"time"
+	"os"
 
 	"github.com/urfave/cli/v2"
 
@@ -28,7 +28,9 @@ func reload(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
+	stop := progressOn(os.Stderr).waiting("waiting until the configuration is in use")
 	a, err := client.New(cfg.RunDir).Reload(c.Context)
+	stop()
 	var refused *client.Error
 	if errors.As(err, &refused) && refused.Status == http.StatusConflict {
 		return cli.Exit(refused.Text, exitUsage)
@@ -41,7 +43,7 @@ func reload(c *cli.Context) error {
 
 func reloadTable(p page, a *api.ReloadAnswer) {
 	if a.Changed {
-		p.text(0, "another configuration is in use since %s", a.Configured.Local().Format(time.DateTime))
+		p.text(0, "another configuration is in use since %s", timeText(a.Configured))
 	} else {
 		p.text(0, "the configuration is as it was")
 	}

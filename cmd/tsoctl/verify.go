@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/urfave/cli/v2"
+	"golang.org/x/sys/unix"
 
 	"tsoagent/agent"
 	"tsoagent/agent/client"
@@ -41,11 +42,7 @@ func verifyCommand() *cli.Command {
 }
 
 func runVerify(c *cli.Context) error {
-	cfg, err := configOf(c)
-	if err != nil {
-		return err
-	}
-	ns, err := netnsOf(c)
+	cfg, ns, err := call(c)
 	if err != nil {
 		return err
 	}
@@ -112,10 +109,7 @@ func verified(ctx context.Context, w *verify.World, ns string, names []string, d
 	}
 	names = once(names)
 	if len(names) == 0 {
-		return &verify.Result{
-			Version: verify.Version, Netns: w.Netns, Live: w.Live, Stale: w.Stale, OK: true, Devices: []verify.DeviceResult{},
-			Says: nothingToLookAt,
-		}, nil
+		return nothingSeen(w, nothingToLookAt), nil
 	}
 	if len(names) > wire.MostTaps {
 		notes = append(notes, fmt.Sprintf("looked at %d of %d devices: name others to look at those", wire.MostTaps, len(names)))
@@ -138,10 +132,13 @@ func verified(ctx context.Context, w *verify.World, ns string, names []string, d
 		}
 		for _, name := range names {
 			port, tap, err := openPort(name, len(names))
-			if errors.Is(err, errNoDevice) && named {
+			switch {
+			case errors.Is(err, errNoDevice) && named:
 				return cli.Exit(err.Error(), exitUsage)
-			}
-			if err != nil {
+			case errors.Is(err, errNoDevice):
+				notes = append(notes, name+" went away before it could be looked at")
+				continue
+			case err != nil:
 				return err
 			}
 			ports, taps = append(ports, port), append(taps, tap)
@@ -150,6 +147,11 @@ func verified(ctx context.Context, w *verify.World, ns string, names []string, d
 	})
 	if err != nil {
 		return nil, err
+	}
+	if len(taps) == 0 {
+		r := nothingSeen(w, "what covered flows left by has gone: look again")
+		r.Notes = notes
+		return r, nil
 	}
 	sorter := verify.NewSorter(w, ports, local)
 	bar := progressOn(os.Stderr)
@@ -173,6 +175,13 @@ func verified(ctx context.Context, w *verify.World, ns string, names []string, d
 	r := sorter.Result(took.Seconds(), stats)
 	r.Notes = append(notes, r.Notes...)
 	return r, nil
+}
+
+// nothingSeen is a result where nothing could be looked at.
+func nothingSeen(w *verify.World, says string) *verify.Result {
+	return &verify.Result{
+		Version: verify.Version, Netns: w.Netns, Live: w.Live, Stale: w.Stale, OK: true, Devices: []verify.DeviceResult{}, Says: says,
+	}
 }
 
 // once leaves out what was there before.
@@ -222,6 +231,9 @@ func openPort(name string, of int) (verify.Port, *wire.Tap, error) {
 		return verify.Port{}, nil, fmt.Errorf("%w %q", errNoDevice, name)
 	}
 	tap, err := wire.Open(link.Index, of)
+	if errors.Is(err, unix.ENODEV) {
+		return verify.Port{}, nil, fmt.Errorf("%w %q any more", errNoDevice, name)
+	}
 	if errors.Is(err, os.ErrPermission) {
 		return verify.Port{}, nil, fmt.Errorf("CAP_NET_RAW is missing: run it as root: %w", err)
 	}
@@ -229,17 +241,12 @@ func openPort(name string, of int) (verify.Port, *wire.Tap, error) {
 		return verify.Port{}, nil, fmt.Errorf("look at %s: %w", name, err)
 	}
 	port := verify.Port{Index: int32(link.Index), Name: name, MTU: link.MTU}
-	if b, err := os.ReadFile("/proc/sys/net/ipv4/conf/" + name + "/disable_xfrm"); err == nil {
-		port.NoXFRM = strings.TrimSpace(string(b)) != "0"
+	for _, which := range []string{name, "all"} { // either will do (IN_DEV_ORCONF, include/linux/inetdevice.h)
+		if b, err := os.ReadFile("/proc/sys/net/ipv4/conf/" + which + "/disable_xfrm"); err == nil {
+			port.NoXFRM = port.NoXFRM || strings.TrimSpace(string(b)) != "0"
+		}
 	}
 	return port, tap, nil
-}
-
-// look shows how far a look is: on a terminal only.
-func (b *progress) look(done, of time.Duration, packets int) {
-	if b.width > 0 {
-		b.bar(int(done.Milliseconds()), int(of.Milliseconds()), fmt.Sprintf("%.1f of %.3g s, %s", done.Seconds(), of.Seconds(), count(packets, "packet", "packets")))
-	}
 }
 
 // verifyTable has a line for each class of packets, and one that says what to think of all.

@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -150,6 +151,55 @@ func TestVerifyOnAWire(t *testing.T) {
 	out, errOut, code = ctl(setpriv, "--bounding-set=-net_raw", "--inh-caps=-net_raw", tsoctl, "verify", "nic1")
 	if code != exitFailed || len(out) > 0 || !strings.HasPrefix(errOut, "tsoctl: CAP_NET_RAW is missing: run it as root") || strings.Count(errOut, "\n") != 1 {
 		t.Errorf("without CAP_NET_RAW: exit code %d, %s%s", code, out, errOut)
+	}
+}
+
+// What covered flows left by a moment ago can be gone: that is said, and the rest is looked at.
+func TestVerifyOfDevicesThatHaveGone(t *testing.T) {
+	if !netnstest.Private(t) {
+		return
+	}
+	netnstest.IP(t, "link set lo up")
+	for _, carriers := range [][]string{{"gone9", "lo"}, {"gone9"}} {
+		r, err := verified(t.Context(), &verify.World{Live: true, Carriers: carriers}, "", nil, leastLook)
+		if err != nil {
+			t.Errorf("%v: %v", carriers, err)
+			continue
+		}
+		if !slices.Contains(r.Notes, "gone9 went away before it could be looked at") || len(r.Devices) != len(carriers)-1 || !r.OK || r.Says == "" {
+			t.Errorf("%v: %+v", carriers, r)
+		}
+	}
+	if _, err := verified(t.Context(), &verify.World{}, "", []string{"gone9"}, leastLook); err == nil {
+		t.Error("one that was named, and isn't there, is no mistake")
+	}
+}
+
+// disable_xfrm holds for a device, and under all for each (IN_DEV_ORCONF, include/linux/inetdevice.h).
+func TestVerifySeesThatIPsecIsDisabled(t *testing.T) {
+	if !netnstest.Private(t) {
+		return
+	}
+	netnstest.IP(t, "link set lo up")
+	for _, tt := range []struct {
+		all, lo string
+		want    bool
+	}{{"0", "0", false}, {"1", "0", true}, {"0", "1", true}} {
+		for which, value := range map[string]string{"all": tt.all, "lo": tt.lo} {
+			if err := os.WriteFile("/proc/sys/net/ipv4/conf/"+which+"/disable_xfrm", []byte(value), 0o644); err != nil {
+				t.Fatal(err)
+			}
+		}
+		port, tap, err := openPort("lo", 1)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := tap.Close(); err != nil {
+			t.Error(err)
+		}
+		if port.NoXFRM != tt.want {
+			t.Errorf("all %s, lo %s: disabled %v", tt.all, tt.lo, port.NoXFRM)
+		}
 	}
 }
 

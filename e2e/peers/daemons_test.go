@@ -294,7 +294,7 @@ type gobgpd struct {
 
 // gobgp builds GoBGP's commands once, from the module beside this file, and returns their directory.
 var gobgp = sync.OnceValues(func() (string, error) {
-	dir := filepath.Join(workDir, "gobgp")
+	dir := filepath.Join(host.WorkDir(), "gobgp")
 	cmd := exec.Command("go", "build", "-buildvcs=false", "-trimpath", "-ldflags=-s -w", "-o", dir+"/", "tool")
 	cmd.Dir = "gobgp"
 	if out, err := cmd.CombinedOutput(); err != nil {

@@ -12,6 +12,8 @@ import (
 	"sync"
 	"syscall"
 	"testing"
+
+	"tsoagent/e2e/harness"
 )
 
 // capabilities are those of the unit, for setpriv.
@@ -80,7 +82,7 @@ func cover(t *testing.T, dst string) {
 // run starts an agent, which ends with the test, and waits until it is ready.
 func run(t *testing.T, args ...string) *agent {
 	t.Helper()
-	needPrograms(t, map[string]string{"setpriv": "util-linux"})
+	harness.NeedPrograms(t, map[string]string{"setpriv": "util-linux"})
 	a := &agent{t: t, dir: filepath.Join(t.TempDir(), "run"), address: "127.0.0.1:15450", log: new(log)}
 	cmd := exec.Command("setpriv", append([]string{
 		capabilities, "--no-new-privs", mustStage(t) + "/usr/sbin/tsoagent", "run",
@@ -128,7 +130,7 @@ func (a *agent) get(path string) (*http.Response, string) {
 
 // TestCapabilitiesOfTheUnitAreNeeded takes one after the other away.
 func TestCapabilitiesOfTheUnitAreNeeded(t *testing.T) {
-	need(t, map[string]string{"setpriv": "util-linux", "ip": "iproute2"})
+	host.Need(t, map[string]string{"setpriv": "util-linux", "ip": "iproute2"})
 	unitText, err := os.ReadFile(unit)
 	if err != nil {
 		t.Fatal(err)

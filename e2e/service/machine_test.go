@@ -24,7 +24,7 @@ type machine struct {
 // boot starts a machine with the tree as it would be installed. It ends with the test.
 func boot(t *testing.T) *machine {
 	t.Helper()
-	need(t, map[string]string{
+	host.Need(t, map[string]string{
 		"/lib/systemd/systemd": "systemd", "systemctl": "systemd", "journalctl": "systemd", "unshare": "util-linux", "nsenter": "util-linux",
 		"ip": "iproute2", "make": "make",
 	})

@@ -138,7 +138,7 @@ func (b *browser) screenshot(name string) {
 
 // TestStatusPage has a real browser show a real agent, on a phone and on a desktop.
 func TestStatusPage(t *testing.T) {
-	need(t, map[string]string{"chromium": "chromium", "ip": "iproute2"})
+	host.Need(t, map[string]string{"chromium": "chromium", "ip": "iproute2"})
 	network(t)
 	// What a device is called can be anything but a space or a slash.
 	ip(t, "link add <b>x type veth peer name n3\nlink set <b>x up\nlink set n3 up\nroute add 10.5.0.0/16 dev <b>x")
@@ -191,7 +191,7 @@ func TestStatusPage(t *testing.T) {
 
 // TestStatusPageOfAnAgentThatIsGone says so, and keeps what it has read.
 func TestStatusPageOfAnAgentThatIsGone(t *testing.T) {
-	need(t, map[string]string{"chromium": "chromium", "ip": "iproute2"})
+	host.Need(t, map[string]string{"chromium": "chromium", "ip": "iproute2"})
 	network(t)
 	cover(t, "10.3.0.0/16")
 	b := open(t, 390, 844)

@@ -88,11 +88,11 @@ func query(t *testing.T, expr string) []value {
 
 // TestPrometheusScrapesAnAgent has a real one read what the agent does, evaluate all rules, and answer what the dashboard asks.
 func TestPrometheusScrapesAnAgent(t *testing.T) {
-	need(t, map[string]string{"prometheus": "prometheus", "promtool": "prometheus", "ip": "iproute2"})
+	host.Need(t, map[string]string{"prometheus": "prometheus", "promtool": "prometheus", "ip": "iproute2"})
 	network(t)
 	cover(t, "10.3.0.0/16")
 	cover(t, "2001:db8:3::/48")
-	a := run(t)
+	a := run(t, "--shared-nics", "off") // so that something is held off
 	prometheus(t, a)
 	is := func(expr, want string) {
 		t.Helper()
@@ -156,10 +156,14 @@ func TestPrometheusScrapesAnAgent(t *testing.T) {
 	if err := json.Unmarshal(b, &dashboard); err != nil {
 		t.Fatal(err)
 	}
-	// Nothing is held off here, no connection has lost anything, and no diagnosis is made in the first minute.
-	empty := map[string]bool{
-		"Holds by device": true, "Managed features": true, "Connections that lost offload to somebody else's key": true, "Connections": true,
+	// The doctor asks for a diagnosis: the agent's own first one comes after a minute. No connection has lost anything here.
+	empty := map[string]bool{"Connections that lost offload to somebody else's key": true}
+	if out, err := exec.Command(mustStage(t)+"/usr/bin/tsoctl", "doctor", "--run-dir", a.dir).CombinedOutput(); err != nil {
+		t.Logf("tsoctl doctor: %v\n%s", err, out) // findings are no failure
 	}
+	within(t, "a diagnosis", func() bool { return len(query(t, `tsoagent_connections_readable`)) == 1 })
+	empty["Connections"] = query(t, `tsoagent_connections_readable`)[0].number() == "0"
+	is(`sum(tsoagent_holds{device="n0", state="in place"}) > bool 0`, "1")
 	fill := strings.NewReplacer("$__rate_interval", "5m", "$instance", ".*", "$netns", ".*")
 	for _, p := range dashboard.Panels {
 		found := 0

@@ -11,7 +11,7 @@ import (
 
 // TestReloadMovesTheMetrics has another address take effect at SIGHUP, and a wrong file none of its keys.
 func TestReloadMovesTheMetrics(t *testing.T) {
-	need(t, map[string]string{"ip": "iproute2"})
+	host.Need(t, map[string]string{"ip": "iproute2"})
 	network(t)
 	cover(t, "10.3.0.0/16")
 	file := filepath.Join(t.TempDir(), "tsoagent.yaml")

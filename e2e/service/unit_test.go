@@ -10,13 +10,15 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+
+	"tsoagent/e2e/harness"
 )
 
 const unit = "../../packaging/systemd/tsoagent.service"
 
 // TestUnitNamesDocumentsThatAreInstalled looks for each of them.
 func TestUnitNamesDocumentsThatAreInstalled(t *testing.T) {
-	need(t, map[string]string{"make": "make"})
+	host.Need(t, map[string]string{"make": "make"})
 	text, err := os.ReadFile(unit)
 	if err != nil {
 		t.Fatal(err)
@@ -70,7 +72,7 @@ func TestUnitUnderSystemd(t *testing.T) {
 	})
 
 	t.Run("is told to systemd", func(t *testing.T) {
-		if got := m.property("StatusText"); !strings.Contains(got, "enforce: 1 coverages, 0 features, 0 routes, 1 clones") {
+		if got := m.property("StatusText"); !strings.Contains(got, "enforce: 1 coverage, 0 features, 0 routes, 1 clone; `tsoctl status` has more") {
 			t.Errorf("status %q", got)
 		}
 		within(t, "the watchdog is fed", func() bool { return m.property("WatchdogTimestampMonotonic") != "0" })
@@ -115,11 +117,24 @@ func TestUnitUnderSystemd(t *testing.T) {
 	t.Run("reloads", func(t *testing.T) {
 		m.run("sed", "-i", "s/^presume_mtu.*/presume_mtu: 1380/", "/etc/tsoagent/tsoagent.yaml")
 		m.run("systemctl", "reload", "tsoagent.service")
-		m.locked("1380")
+		if got := m.clones(); !strings.Contains(got, "mtu lock 1380") {
+			t.Errorf("the reload has ended, and %q is in place", got)
+		}
 		m.run("sed", "-i", "s/^presume_mtu.*/presume_mtu: 12/", "/etc/tsoagent/tsoagent.yaml")
-		m.run("systemctl", "reload", "tsoagent.service")
 		const mistake = `tsoagent.yaml:8: presume_mtu: 12 is less than 576`
+		if out, err := m.try("systemctl", "reload", "tsoagent.service"); err == nil {
+			t.Errorf("it reloads what is wrong: %s", out)
+		}
 		within(t, "the mistake is logged", func() bool { return strings.Contains(m.log("-p", "3"), mistake) })
+		if log := m.log("-t", "tsoctl"); !strings.Contains(log, mistake) {
+			t.Errorf("the reload itself doesn't say what is wrong:\n%s", log)
+		}
+		if got := m.property("ExecReload"); !strings.Contains(got, "status=2") {
+			t.Errorf("the reload has ended otherwise: %s", got)
+		}
+		if got := m.property("ActiveState") + " " + m.property("SubState"); got != "active running" {
+			t.Errorf("after a reload that failed it is %s", got)
+		}
 		if _, err := m.try("tsoctl", "reload"); err == nil || !strings.Contains(err.Error(), mistake) {
 			t.Errorf("tsoctl reload: %v", err)
 		}
@@ -159,6 +174,9 @@ func TestUnitUnderSystemd(t *testing.T) {
 		m.run("systemctl", "restart", "tsoagent.service")
 		fed := m.property("WatchdogTimestampMonotonic")
 		within(t, "the watchdog is fed more than once", func() bool { return m.property("WatchdogTimestampMonotonic") != fed })
+		m.run("tsoctl", "pause")
+		within(t, "the status says that it is paused", func() bool { return strings.Contains(m.property("StatusText"), "1 clone; paused; `tsoctl status`") })
+		m.run("tsoctl", "resume")
 		before := m.property("MainPID")
 		m.run("kill", "-STOP", before)
 		within(t, "another process", func() bool {
@@ -261,23 +279,18 @@ func dropIn(t *testing.T, word string) string {
 
 // TestUnitIsRight has systemd look at the files without running them.
 func TestUnitIsRight(t *testing.T) {
-	needPrograms(t, map[string]string{"systemd-analyze": "systemd", "systemd-sysusers": "systemd", "systemd-tmpfiles": "systemd", "make": "make"})
-	if missing != "" {
-		t.Skip(missing)
-	}
+	harness.NeedPrograms(t, map[string]string{"systemd-analyze": "systemd", "systemd-sysusers": "systemd", "systemd-tmpfiles": "systemd", "make": "make"})
+	host.Need(t, nil)
 	staged := mustStage(t)
 	// What the unit names has to be where it says.
 	root := t.TempDir()
-	for _, dir := range []string{"usr/sbin", "usr/bin", "bin", "etc", "usr/lib/systemd/system"} {
+	for _, dir := range []string{"usr/sbin", "usr/bin", "etc", "usr/lib/systemd/system"} {
 		if err := os.MkdirAll(filepath.Join(root, dir), 0o755); err != nil {
 			t.Fatal(err)
 		}
 	}
 	if out, err := exec.Command("cp", "-a", staged+"/.", root).CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
-	}
-	if err := os.WriteFile(root+"/bin/kill", []byte("#!/bin/sh\n"), 0o755); err != nil {
-		t.Fatal(err)
 	}
 	for _, target := range []string{"sysinit", "basic", "shutdown", "multi-user", "network-pre"} {
 		if out, err := exec.Command("cp", "/lib/systemd/system/"+target+".target", root+"/usr/lib/systemd/system").CombinedOutput(); err != nil {
@@ -311,7 +324,7 @@ func TestUnitIsRight(t *testing.T) {
 
 // TestExposureInTheReadme holds what the documents say to what systemd says.
 func TestExposureInTheReadme(t *testing.T) {
-	needPrograms(t, map[string]string{"systemd-analyze": "systemd"})
+	harness.NeedPrograms(t, map[string]string{"systemd-analyze": "systemd"})
 	out, err := exec.Command("systemd-analyze", "security", "--offline=yes", "--no-pager", unit).CombinedOutput()
 	if err != nil {
 		t.Fatalf("%v: %s", err, out)

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"strconv"
 	"strings"
@@ -46,7 +47,7 @@ func Look(ctx context.Context, e *agent.Examination, p *doctor.Patient) error {
 			p.Clamps, err = readClamps()
 			return err
 		})
-		l.legacyTables()
+		l.legacyTables(os.DirFS("/proc/thread-self/net"))
 		l.notSeen("systemd-networkd", l.findNetworkd)
 		return nil
 	})
@@ -151,11 +152,15 @@ func dumpNFT(c *netlink.Conn, msg uint16) ([]netlink.Message, error) {
 }
 
 // legacyTables says which tables of iptables-legacy there are: their rules can't be read by netlink.
-func (p look) legacyTables() {
-	for _, f := range []struct{ file, tool string }{{"ip_tables_names", "iptables-legacy-save"}, {"ip6_tables_names", "ip6tables-legacy-save"}} {
-		b, err := os.ReadFile("/proc/thread-self/net/" + f.file)
+func (p look) legacyTables(net fs.FS) {
+	for _, f := range []struct{ file, tool string }{{"ip_tables_names", "iptables-legacy"}, {"ip6_tables_names", "ip6tables-legacy"}} {
+		b, err := fs.ReadFile(net, f.file)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // a kernel without them
+		}
+		p.notSeen("rules of "+f.tool, func() error { return err })
 		if names := strings.Fields(string(b)); err == nil && len(names) > 0 {
-			p.NotSeen = append(p.NotSeen, fmt.Sprintf("rules of iptables-legacy (tables %s): %s shows those with TCPMSS", strings.Join(names, ", "), f.tool))
+			p.NotSeen = append(p.NotSeen, fmt.Sprintf("rules of %s (tables %s): %[1]s-save shows those with TCPMSS", f.tool, strings.Join(names, ", ")))
 		}
 	}
 }
@@ -170,6 +175,7 @@ func (p look) findNetworkd() error {
 	if err != nil {
 		return err
 	}
+	var hidden error
 	for _, e := range entries {
 		pid, err := strconv.Atoi(e.Name())
 		if err != nil {
@@ -179,14 +185,25 @@ func (p look) findNetworkd() error {
 		if err != nil || strings.TrimSpace(string(comm)) != "systemd-network" { // cut to 15 bytes (TASK_COMM_LEN)
 			continue
 		}
-		if ns, err := os.Readlink("/proc/" + e.Name() + "/ns/net"); err != nil || ns != own {
-			continue
+		ns, err := os.Readlink("/proc/" + e.Name() + "/ns/net")
+		if err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, unix.ESRCH) { // it has not just ended
+			hidden = fmt.Errorf("whether pid %d is in this namespace: %w", pid, err)
 		}
-		n, err := readNetworkd(os.DirFS("/proc/" + e.Name() + "/root"))
-		n.PID = pid
-		p.Networkd = &n
-		return err
+		if err == nil && ns == own {
+			return p.readNetworkd(pid, os.DirFS("/proc/"+e.Name()+"/root"))
+		}
 	}
+	return hidden
+}
+
+// readNetworkd reads the configuration of a process as that sees it. One that can't be read is not judged.
+func (p look) readNetworkd(pid int, root fs.FS) error {
+	n, err := readNetworkd(root)
+	if err != nil {
+		return fmt.Errorf("the configuration of pid %d: %w", pid, err)
+	}
+	n.PID = pid
+	p.Networkd = &n
 	return nil
 }
 

@@ -4,11 +4,13 @@ import (
 	"encoding/binary"
 	"errors"
 	"io"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"testing/fstest"
 
@@ -304,6 +306,83 @@ func TestNetworkdIsFound(t *testing.T) {
 	pid := start("env")
 	if err := p.findNetworkd(); err != nil || p.Networkd == nil || p.Networkd.PID != pid || p.Networkd.Routes {
 		t.Errorf("found %+v, %v; want pid %d", p.Networkd, err, pid)
+	}
+	asNobody(t, "TestNetworkdOfSomebodyElse")
+}
+
+// asNobody runs a test of this program where this one runs, as a user who may not look at other users' processes.
+func asNobody(t *testing.T, name string) {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "host-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	self, err := os.ReadFile("/proc/self/exe")
+	if err != nil {
+		t.Fatal(err)
+	}
+	bin := dir + "/host.test"
+	if err := errors.Join(os.Chmod(dir, 0o755), os.WriteFile(bin, self, 0o755)); err != nil {
+		t.Fatal(err)
+	}
+	const nobody = 65534
+	cmd := exec.CommandContext(t.Context(), bin, "-test.run=^"+name+"$", "-test.v")
+	cmd.Dir, cmd.Env = dir, []string{"TSOAGENT_HOST_NOBODY=1"}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: nobody, Gid: nobody}}
+	if out, err := cmd.CombinedOutput(); err != nil || !strings.Contains(string(out), "--- PASS: "+name) {
+		t.Errorf("%v\n%s", err, out)
+	}
+}
+
+// TestNetworkdOfSomebodyElse runs as nobody: whether the process is in this namespace can't be seen, which is told.
+func TestNetworkdOfSomebodyElse(t *testing.T) {
+	if os.Getenv("TSOAGENT_HOST_NOBODY") == "" {
+		return // TestNetworkdIsFound runs it
+	}
+	p := look{&doctor.Patient{}}
+	if err := p.findNetworkd(); !errors.Is(err, os.ErrPermission) || p.Networkd != nil {
+		t.Errorf("found %+v, %v", p.Networkd, err)
+	}
+}
+
+// unreadable is a file system where nothing may be read.
+type unreadable struct{}
+
+func (unreadable) Open(name string) (fs.File, error) {
+	return nil, &fs.PathError{Op: "open", Path: name, Err: fs.ErrPermission}
+}
+
+// TestLegacyTablesAreTold: tables that iptables-legacy has made, and that nobody may say whether there are any.
+func TestLegacyTablesAreTold(t *testing.T) {
+	file := func(text string) *fstest.MapFile { return &fstest.MapFile{Data: []byte(text)} }
+	for name, tt := range map[string]struct {
+		net  fs.FS
+		want []string
+	}{
+		"no such kernel": {fstest.MapFS{}, nil},
+		"none":           {fstest.MapFS{"ip_tables_names": file(""), "ip6_tables_names": file("")}, nil},
+		"mangle":         {fstest.MapFS{"ip_tables_names": file("mangle\nfilter\n")}, []string{"rules of iptables-legacy (tables mangle, filter): iptables-legacy-save shows those with TCPMSS"}},
+		"not ours to read": {unreadable{}, []string{
+			"rules of iptables-legacy: open ip_tables_names: permission denied", "rules of ip6tables-legacy: open ip6_tables_names: permission denied",
+		}},
+	} {
+		p := look{&doctor.Patient{}}
+		p.legacyTables(tt.net)
+		if d := cmp.Diff(tt.want, p.NotSeen); d != "" {
+			t.Errorf("%s (-want +got):\n%s", name, d)
+		}
+	}
+}
+
+// TestNetworkdThatCannotBeReadIsNotJudged: what its configuration says is not known then, so it is not taken for the default.
+func TestNetworkdThatCannotBeReadIsNotJudged(t *testing.T) {
+	p := look{&doctor.Patient{}}
+	if err := p.readNetworkd(7, unreadable{}); !errors.Is(err, fs.ErrPermission) || p.Networkd != nil {
+		t.Errorf("%v, %+v", err, p.Networkd)
+	}
+	if err := p.readNetworkd(7, fstest.MapFS{}); err != nil || p.Networkd == nil || p.Networkd.PID != 7 || !p.Networkd.Rules {
+		t.Errorf("%v, %+v", err, p.Networkd)
 	}
 }
 

@@ -21,15 +21,31 @@ import (
 	"tsoagent/agent/verify"
 )
 
-var update = flag.Bool("update", false, "write what is rendered to testdata/tables.txtar")
+var update = flag.Bool("update", false, "write what is printed to the files in testdata")
 
-const golden = "testdata/tables.txtar"
+// golden holds what is printed to a file of testdata.
+func golden(t *testing.T, name string, got []byte) {
+	t.Helper()
+	file := "testdata/" + name
+	if *update {
+		if err := os.WriteFile(file, got, 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	want, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(string(want), string(got)); diff != "" {
+		t.Errorf("%s: -update writes it (-want +got)\n%s", file, diff)
+	}
+}
 
 // covered has a bit of everything.
 func covered() *agent.Report {
 	return &agent.Report{
 		Version: agent.ReportVersion, PID: 143, Mode: agent.Enforce, Live: true,
-		Since: time.Date(2026, 11, 22, 10, 33, 18, 0, time.UTC),
+		Since: time.Date(2026, 11, 22, 10, 33, 18, 0, time.Local),
 		Links: 7, Routes: 35, Policies: 8, SAs: 1,
 		Coverages: []agent.CoverageReport{
 			{
@@ -62,8 +78,8 @@ func covered() *agent.Report {
 			{Table: 5450, Dst: "10.3.7.0/24", Throw: true},
 		},
 		Rules: []agent.RuleReport{
-			{Family: "ipv4", Priority: 219, Table: 5451, Text: "from 10.9.0.0/24 ipproto 6 lookup 5451"},
-			{Family: "ipv4", Priority: 32765, Table: 5450, Text: "from 10.9.0.0/24 lookup 5450"},
+			{Family: "ipv4", Priority: 219, Table: 5451, Text: "from 10.9.0.0/24 ipproto 6 lookup 5451", State: agent.StateWanted},
+			{Family: "ipv4", Priority: 32765, Table: 5450, Text: "from 10.9.0.0/24 lookup 5450", State: agent.StateInPlace},
 		},
 	}
 }
@@ -174,19 +190,19 @@ func TestTables(t *testing.T) {
 		{"explain, block", 80, func(p page) { explainTable(p, block) }},
 		{"explain, presumed", 80, func(p page) { explainTable(p, presumed) }},
 		{"restore", 80, func(p page) {
-			restoreTable(p, &agent.Restored{Holds: 3, Locks: 1, Rules: 2, Clones: 2, Actions: 8}, false)
+			restoreTable(p, &agent.Restored{Holds: 3, Locks: 1, Rules: 2, Clones: 2, Actions: 8}, false, false)
 		}},
 		{"restore, several namespaces", 80, func(p page) {
 			restoreTable(p, &agent.Restored{
 				Findings:   []string{"the journals of 2 namespaces that are gone were removed"},
 				Namespaces: []agent.Restored{{Netns: "blue", Holds: 3, Locks: 1, Actions: 4}, {Netns: "pid:77", Rules: 1, Clones: 1, Actions: 2}, {Netns: "red"}},
-			}, false)
+			}, false, false)
 		}},
-		{"restore, one kind", 80, func(p page) { restoreTable(p, &agent.Restored{Locks: 2, Actions: 2}, false) }},
+		{"restore, one kind", 80, func(p page) { restoreTable(p, &agent.Restored{Locks: 2, Actions: 2}, false, false) }},
 		{"restore, nothing", 80, func(p page) {
-			restoreTable(p, &agent.Restored{Findings: []string{"journal entry x can't be used: unknown kind \"y\""}}, false)
+			restoreTable(p, &agent.Restored{Findings: []string{"journal entry x can't be used: unknown kind \"y\""}}, false, false)
 		}},
-		{"restore --stale", 80, func(p page) { restoreTable(p, &agent.Restored{Rules: 1, Clones: 10, Actions: 11}, true) }},
+		{"restore --stale", 80, func(p page) { restoreTable(p, &agent.Restored{Rules: 1, Clones: 10, Actions: 11}, true, false) }},
 		{"flows", 80, drawFlows(someFlows(), someResult())},
 		{"flows, on a wide terminal", 100, drawFlows(someFlows(), someResult())},
 		{"flows, not on a terminal", 0, drawFlows(someFlows(), someResult())},
@@ -206,8 +222,10 @@ func TestTables(t *testing.T) {
 		{"locks, none", 80, func(p page) { locksTable(p, api.LocksOf(&agent.Report{Netns: "blue"})) }},
 		{"events", 80, func(p page) { eventsTable(p, someEvents()) }},
 		{"events, not on a terminal", 0, func(p page) { eventsTable(p, someEvents()) }},
-		{"events, a hole", 80, func(p page) { eventLine(p, api.EventLine{Lost: 17}) }},
+		{"events, a hole", 80, func(p page) { (&diary{page: p}).line(api.EventLine{Lost: 17}) }},
 		{"events, none", 80, func(p page) { eventsTable(p, &api.EventList{Since: covered().Since, Netns: "blue"}) }},
+		{"reload", 80, func(p page) { reloadTable(p, &api.ReloadAnswer{Changed: true, Configured: covered().Since}) }},
+		{"reload, nothing new", 80, func(p page) { reloadTable(p, &api.ReloadAnswer{Configured: covered().Since}) }},
 		{"pause", 80, func(p page) {
 			pauseTable(p, &api.PauseAnswer{Namespaces: []api.PausedNamespace{
 				{Name: "host", Paused: &api.Paused{Since: covered().Since, By: api.Peer{PID: 7, Process: "tsoctl"}}},
@@ -225,7 +243,10 @@ func TestTables(t *testing.T) {
 		{"verify, nothing to look at", 80, func(p page) {
 			verifyTable(p, &verify.Result{OK: true, Live: true, Says: nothingToLookAt})
 		}},
-		{"restore --stale, nothing", 80, func(p page) { restoreTable(p, &agent.Restored{}, true) }},
+		{"restore, failed", 80, func(p page) {
+			restoreTable(p, &agent.Restored{Findings: []string{"x"}, Namespaces: []agent.Restored{{Netns: "blue", Rules: 1, Actions: 1}}}, false, true)
+		}},
+		{"restore --stale, nothing", 80, func(p page) { restoreTable(p, &agent.Restored{}, true, false) }},
 	} {
 		var b bytes.Buffer
 		tt.table(page{&b, tt.width})
@@ -241,19 +262,7 @@ func TestTables(t *testing.T) {
 		have.Files = append(have.Files, txtar.File{Name: tt.name, Data: b.Bytes()})
 	}
 	have.Comment = []byte("What tsoctl prints for people. go test ./cmd/tsoctl -run TestTables -update writes it.\n\n")
-	if *update {
-		if err := os.WriteFile(golden, txtar.Format(&have), 0o644); err != nil {
-			t.Fatal(err)
-		}
-		return
-	}
-	want, err := os.ReadFile(golden)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if diff := cmp.Diff(string(want), string(txtar.Format(&have))); diff != "" {
-		t.Errorf("tables differ, -update writes them (-want +got)\n%s", diff)
-	}
+	golden(t, "tables.txtar", txtar.Format(&have))
 }
 
 // TestJSONAndYAMLHaveTheSameNames reads both back.
@@ -285,6 +294,95 @@ func TestJSONAndYAMLHaveTheSameNames(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// TestStatusFitsItsScreen whatever there is, and what a person should look at is not what is left out.
+func TestStatusFitsItsScreen(t *testing.T) {
+	r := covered()
+	for i := range 300 {
+		dev := fmt.Sprintf("dev%d", i)
+		state := agent.StateInPlace
+		if i%50 == 49 {
+			state = agent.StateContested
+		}
+		r.Holds = append(r.Holds, agent.HoldReport{Device: dev, Feature: "tx-tcp-segmentation", State: state, Why: "somebody", Because: []string{"policy 1"}})
+		r.Lanes = append(r.Lanes, agent.LaneReport{Device: dev, IFB: "tsolane1", State: agent.StateRefused, Why: "no"})
+		r.DeviceMTUs = append(r.DeviceMTUs, agent.DeviceMTUReport{Device: dev, Why: "no"})
+		r.Findings = append(r.Findings, "finding "+dev)
+		r.Locks, r.Rules, r.Clamps = append(r.Locks, agent.LockReport{Route: dev}), append(r.Rules, agent.RuleReport{}), append(r.Clamps, agent.ClampReport{})
+		r.Namespaces = append(r.Namespaces, agent.NamespaceReport{Name: dev, State: agent.NetnsFollowed, Coverages: 1, Degraded: i%50 == 49})
+	}
+	for _, alone := range []bool{false, true} {
+		r.NotFollowed = alone
+		var b bytes.Buffer
+		statusTable(page{&b, 80}, r)
+		if lines := strings.Count(b.String(), "\n"); lines > 12*(screen+3) {
+			t.Errorf("%d lines:\n%s", lines, b.String())
+		}
+		want := []string{"dev299     followed, look  ", "more namespaces, see `tsoctl status -o json`\n", "and 288 more findings, see `tsoctl plan`\n"}
+		if !alone {
+			want = append(want, "dev299  tx-tcp-segmentation      contested  ", "! dev299 tx-tcp-segmentation: somebody\n", "more lanes, see `tsoctl plan`\n", "more device mtus, see `tsoctl locks`\n")
+		}
+		for _, text := range want {
+			if !strings.Contains(b.String(), text) {
+				t.Errorf("%q is not in it:\n%s", text, b.String())
+			}
+		}
+	}
+	for i := range r.Holds {
+		r.Holds[i].State, r.Holds[i].Why = agent.StateRefused, "it is fixed"
+	}
+	r.NotFollowed = false
+	var b bytes.Buffer
+	statusTable(page{&b, 80}, r)
+	if n := strings.Count(b.String(), ": it is fixed\n"); n != screen || !strings.Contains(b.String(), "! and 292 more features\n") {
+		t.Errorf("%d reasons:\n%s", n, b.String())
+	}
+}
+
+// TestTablesUseTheWidth that there is, while sentences stay readable; where the last column has no room it stands below.
+func TestTablesUseTheWidth(t *testing.T) {
+	words := strings.TrimSpace(strings.Repeat("word ", 24))
+	rows := [][]string{{"DEVICE", "BECAUSE"}, {"nic1", words}}
+	draw := func(width int) string {
+		var b bytes.Buffer
+		p := page{&b, width}
+		p.table(rows)
+		p.text(0, "%s", words)
+		return b.String()
+	}
+	if want := "\nDEVICE  BECAUSE\nnic1    " + words + "\n" + words[:99] + "\n  " + words[100:] + "\n"; draw(160) != want {
+		t.Errorf("160 columns:\n%s", draw(160))
+	}
+	rows = [][]string{{"ROUTE", "MTU", "DEVICE", "STATE"}, {"2001:db8:1234:5678:9abc:def0:1234:5678/128 metric 1024", "lock 1446", "enp65s0f0np0.10", "table 5450, wanted"}, {"::/0", "1400", "nic1", ""}}
+	var b bytes.Buffer
+	(page{&b, 80}).table(rows)
+	if want := `
+ROUTE                                                   MTU        DEVICE
+2001:db8:1234:5678:9abc:def0:1234:5678/128 metric 1024  lock 1446  enp65s0f0np0.10
+  table 5450, wanted
+::/0                                                    1400       nic1
+`; b.String() != want {
+		t.Errorf("80 columns:\n%s", b.String())
+	}
+}
+
+// TestTimesAreTheReaders whatever the zone of the agent is.
+func TestTimesAreTheReaders(t *testing.T) {
+	r := covered()
+	r.Since = r.Since.In(time.FixedZone("the agent's", 5*3600+1800))
+	var got, want bytes.Buffer
+	statusTable(page{&got, 80}, r)
+	statusTable(page{&want, 80}, covered())
+	if got.String() != want.String() {
+		t.Errorf("got\n%s, want\n%s", got.String(), want.String())
+	}
+	e := someEvents()
+	e.Events, e.Since = nil, r.Since
+	got.Reset()
+	if eventsTable(page{&got, 80}, e); !strings.Contains(got.String(), "no event since 2026-11-22 10:33:18\n") {
+		t.Errorf("no events: %s", got.String())
 	}
 }
 

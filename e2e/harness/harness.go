@@ -1,0 +1,120 @@
+// Package harness runs a package's tests in a process with namespaces of its own: what they change is nobody else's, and whatever ends that
+// process ends everything that it has started. It is for tests that run this project's binaries on the host's kernel.
+package harness
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"os/signal"
+	"runtime"
+	"syscall"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+// A Harness is how one package runs its tests. Its fields are set before Main, and not changed any more then.
+type Harness struct {
+	// Name is the package's. Directories, messages and the variable that tells the process of the tests from the first one are named by it.
+	Name string
+	// More are the namespaces beside those of mounts and PIDs (CLONE_NEW…), which Wants names all for people.
+	More  uintptr
+	Wants string
+	// Settle makes the namespaces fit to be used. /proc is there already.
+	Settle func() error
+
+	missing, workDir string
+}
+
+// Missing is why this machine can't run the tests that need the namespaces, or empty.
+func (h *Harness) Missing() string { return h.missing }
+
+// WorkDir holds what is built for all tests. It is empty where the namespaces are missing.
+func (h *Harness) WorkDir() string { return h.workDir }
+
+// Main is for TestMain: it runs the tests, and ends the process.
+func (h *Harness) Main(m *testing.M) { os.Exit(h.run(m)) }
+
+func (h *Harness) run(m *testing.M) int {
+	inside := "TSOAGENT_HARNESS_" + h.Name
+	if os.Getenv(inside) == "" {
+		if os.Geteuid() != 0 {
+			h.missing = "needs root, for namespaces"
+			return m.Run()
+		}
+		code, err := again(inside, h.More)
+		if errors.Is(err, unix.EPERM) {
+			h.missing = fmt.Sprintf("needs %s: %v", h.Wants, err)
+			return m.Run()
+		}
+		if err != nil {
+			fmt.Fprintf(os.Stderr, "%s: %v\n", h.Name, err)
+		}
+		return code
+	}
+	dir, err := os.MkdirTemp("", "tsoagent-"+h.Name+"-")
+	if err != nil {
+		panic(err)
+	}
+	defer os.RemoveAll(dir)
+	h.workDir = dir
+	err = unix.Mount("proc", "/proc", "proc", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "")
+	if err != nil {
+		err = fmt.Errorf("mount /proc: %w", err)
+	} else {
+		err = h.Settle()
+	}
+	if err != nil {
+		h.missing = fmt.Sprintf("needs %s: %v", h.Wants, err)
+	}
+	return m.Run()
+}
+
+// again runs this program again, in the namespaces, and returns its exit code. The error is EPERM if we may not make them.
+func again(inside string, more uintptr) (int, error) {
+	// The signal that ends the other one with this one comes when the thread ends that started it.
+	runtime.LockOSThread()
+	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
+	cmd.Args[0] = os.Args[0]
+	cmd.Env = append(os.Environ(), inside+"=1")
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
+	cmd.SysProcAttr = &syscall.SysProcAttr{Unshareflags: unix.CLONE_NEWNS, Cloneflags: unix.CLONE_NEWPID | more, Pdeathsig: syscall.SIGKILL}
+	// Who asks this one for a stack or to end means the other.
+	signals := make(chan os.Signal, 1)
+	signal.Notify(signals, syscall.SIGQUIT, syscall.SIGTERM, os.Interrupt)
+	if err := cmd.Start(); err != nil {
+		return 1, err
+	}
+	go func() {
+		for s := range signals {
+			_ = cmd.Process.Signal(s) // it may have ended already
+		}
+	}()
+	err := cmd.Wait()
+	var exit *exec.ExitError
+	if errors.As(err, &exit) && exit.Exited() {
+		err = nil // it has said itself what was wrong
+	}
+	return cmd.ProcessState.ExitCode(), err
+}
+
+// Need skips the test where the machine lacks the namespaces, or one of the Debian packages, each named with a program of its own.
+func (h *Harness) Need(t testing.TB, programs map[string]string) {
+	t.Helper()
+	if h.missing != "" {
+		t.Skip(h.missing)
+	}
+	NeedPrograms(t, programs)
+}
+
+// NeedPrograms skips the test where the machine lacks one of the Debian packages, each named with a program of its own.
+func NeedPrograms(t testing.TB, programs map[string]string) {
+	t.Helper()
+	for program, pkg := range programs {
+		if _, err := exec.LookPath(program); err != nil {
+			t.Skipf("needs %s, which Debian's package %s has (tools/install)", program, pkg)
+		}
+	}
+}
