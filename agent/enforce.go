@@ -59,7 +59,7 @@ func (a *Agent) failed(what string, err error, args ...any) {
 // forget drops claims on what is gone or was changed by somebody else since.
 func (a *Agent) forget(s *plan.Steps) {
 	for _, l := range s.LostLocks {
-		delete(a.st.locks, l.Key)
+		a.st.claim(l.Key, nil)
 		delete(a.st.stuck, l.Key) // a later lock of such a route begins anew
 		a.unbook(lockID(l.Key))
 		if l.Changed {

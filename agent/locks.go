@@ -40,7 +40,7 @@ func (a *Agent) setLocks(locks []plan.Lock, now time.Time) {
 	for i, l := range due {
 		if routes.MTUMetricOf(l.Route.Body) == l.Want {
 			// A crash came ahead of another value. IPv4 would tell nothing of the write.
-			a.st.locks[l.Route.Key()] = plan.LockClaim{Was: l.Owner, Ours: l.Want}
+			a.st.claim(l.Route.Key(), &plan.LockClaim{Was: l.Owner, Ours: l.Want})
 			continue
 		}
 		if a.halt.Load() {
@@ -73,7 +73,7 @@ func (a *Agent) setLock(l plan.Lock) {
 		if seq, err = a.rt.Replace(msg); err == nil {
 			a.st.writing[k].seq = seq
 			a.st.inflight[seq] = struct{}{}
-			a.st.locks[k] = plan.LockClaim{Was: l.Owner, Ours: l.Want}
+			a.st.claim(k, &plan.LockClaim{Was: l.Owner, Ours: l.Want})
 			failpoint("lock-written")
 			a.did("mtu locked", "route", k.String(), "mtu", l.Want.MTU, "dev", strings.Join(a.devices(l.Route.Body), ","), "because", ids(l.Because))
 			return
@@ -115,7 +115,7 @@ func (a *Agent) repair(w *write, echo routes.Route) {
 				a.failed("the owner's version can't be written again", err, "route", k.String())
 			}
 		}
-		delete(a.st.locks, k)
+		a.st.claim(k, nil)
 		a.unbook(lockID(k))
 		return
 	}
@@ -124,7 +124,7 @@ func (a *Agent) repair(w *write, echo routes.Route) {
 	case err != nil && same:
 		a.failed("journal can't be written", err)
 	case same:
-		a.st.locks[k] = plan.LockClaim{Was: l.Owner, Ours: l.Want}
+		a.st.claim(k, &plan.LockClaim{Was: l.Owner, Ours: l.Want})
 	case err != nil:
 		a.failed("journal can't be written", err)
 		l.Want = l.Owner // without a journal entry, no lock
@@ -246,7 +246,7 @@ func (a *Agent) unlock(list []plan.Unlock) {
 		}
 		failpoint("unlock-written")
 		delete(a.st.stuck, k)
-		delete(a.st.locks, k)
+		a.st.claim(k, nil)
 		delete(a.st.fights, k)
 		a.unbook(lockID(k))
 		a.did("mtu given back", "route", k.String(), "mtu", u.Was.MTU)

@@ -395,7 +395,6 @@ func TestStopIsNoAnswerToAPauseThatRestores(t *testing.T) {
 		if err := stop(); err == nil || !strings.Contains(err.Error(), "10.2.0.0/16") {
 			t.Errorf("the stop: %v", err)
 		}
-		close(w.a.ended) // as Run does
 		if err := <-said; !errors.Is(err, errEndedAgent) {
 			t.Errorf("who waits hears %v", err)
 		}

@@ -3,6 +3,7 @@ package agent
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 
 	"tsoagent/agent/plan"
@@ -17,6 +18,9 @@ func (a *Agent) readProbed() {
 	probed, finding := readProbe(a.cfg.StateDir)
 	if finding != "" && finding != a.probeFinding {
 		a.log.Info("probe", "finding", finding)
+	}
+	if !maps.Equal(a.probed, probed) {
+		a.st.changes.All = true
 	}
 	a.probed, a.probeFinding = probed, finding
 }

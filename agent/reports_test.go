@@ -23,8 +23,11 @@ func (w *world) agree() {
 	if g == nil || r == nil {
 		return
 	}
+	apart := *r
+	apart.Paused = nil
 	want := glance{
-		mode: r.Mode, paused: r.Paused, degraded: r.Degraded(), policies: r.Policies, coverages: len(r.Coverages),
+		faulty: apart.Degraded(),
+		mode:   r.Mode, paused: r.Paused, degraded: r.Degraded(), policies: r.Policies, coverages: len(r.Coverages),
 		holds: len(r.Holds), locks: len(r.Locks), rules: len(r.Rules), clones: len(r.Clones),
 	}
 	if *g != want {

@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"maps"
 	"slices"
 	"time"
 
@@ -210,6 +211,7 @@ func (a *Agent) input(now time.Time) plan.Input {
 		}
 	}
 	a.st.ways.settle(a.rt, a.st)
+	a.st.changes.Peers = append(a.st.changes.Peers, a.st.ways.others...)
 	in.Peers, in.Outers, in.L2TP = a.st.ways.pathTo, a.st.ways.pathOut, a.st.ways.l2tp
 	in.Probed = a.probed
 	return in
@@ -230,15 +232,19 @@ func (a *Agent) round(now time.Time) (next time.Duration, reached bool) {
 	in := a.input(now)
 	pl := &plan.Plan{}
 	if a.goal == protect || a.st.paused != nil {
-		pl = plan.Make(in)
-		a.st.current = pl.Current
-		a.remember(pl)
+		pl = a.st.planner.Plan(in, a.st.changes)
+		a.st.changes = plan.Changes{}
+		a.remember()
 	}
-	act := pl // what is worked towards
-	if a.goal != protect {
+	act, held := pl, plan.Held{Holds: a.st.holds, Locks: a.st.locks} // what is worked towards
+	var steps plan.Steps
+	if a.goal == protect {
+		steps = a.st.planner.Steps(in, held)
+	} else {
 		act = &plan.Plan{}
+		steps = plan.Diff(in, act, held)
+		a.st.planner.Relook()
 	}
-	steps := plan.Diff(in, act, plan.Held{Holds: a.st.holds, Locks: a.st.locks})
 	if a.once || a.goal != protect {
 		steps.Unlocks = slices.DeleteFunc(steps.Unlocks, func(u plan.Unlock) bool { return a.st.stuck[u.Route.Key()] >= stuckAfter })
 	}
@@ -345,11 +351,11 @@ func (a *Agent) ready(g *glance) {
 
 // remember keeps the last valid MTU of each coverage while its policy stays, in the journal too:
 // a restart in the middle of a rekey must not cost its flows the lock.
-func (a *Agent) remember(pl *plan.Plan) {
+func (a *Agent) remember() {
 	var entries []journal.Entry
-	for _, c := range pl.Current {
-		if mtu, ok := pl.MTU[c.ID]; ok {
-			a.st.last[c.ID] = mtu
+	for c, valid := range a.st.planner.Told() {
+		if valid != 0 {
+			a.st.last[c.ID] = valid
 		}
 		mtu, ok := a.st.last[c.ID] // also one that was inherited
 		if !ok || a.st.booked[c.ID] == mtu {
@@ -362,14 +368,20 @@ func (a *Agent) remember(pl *plan.Plan) {
 	}
 	var gone []string
 	if !a.st.db.Stale() {
-		for id := range a.st.last {
+		ended := slices.Values(a.st.ended)
+		if !a.st.planner.Followed() {
+			ended = maps.Keys(a.st.last)
+		}
+		for id := range ended {
 			_, lingers := a.st.lingering[id]
-			if _, there := a.st.db.Policy(id.Policy); !there && !lingers {
+			_, remembered := a.st.last[id]
+			if _, there := a.st.db.Policy(id.Policy); remembered && !there && !lingers {
 				delete(a.st.last, id)
 				delete(a.st.booked, id)
 				gone = append(gone, mtuID(id))
 			}
 		}
+		a.st.ended = nil
 	}
 	if a.cfg.Mode != Enforce {
 		return

@@ -29,9 +29,11 @@ type state struct {
 	forwarding    map[routes.Family]bool
 	ways          *ways
 
-	current   []xfrmwatch.Coverage
+	planner   plan.Planner
+	changes   plan.Changes // since the last plan
 	lingering map[xfrmwatch.CoverageID]lingerer
-	lingers   uint64 // counts what came to lingering, and went
+	lingers   uint64                 // counts what came to lingering, and went
+	ended     []xfrmwatch.CoverageID // that linger no more, since the last plan
 	last      map[xfrmwatch.CoverageID]int
 	booked    map[xfrmwatch.CoverageID]int // those of last that are in the journal
 	// adopted are the MTUs that the journal remembers, until the first plan.
@@ -162,6 +164,7 @@ func newState() *state {
 		inflight:      map[uint32]struct{}{},
 	}
 	s.fib.OnChange(s.changed)
+	s.db.OnChange(s.changedXFRM)
 	return s
 }
 
@@ -171,6 +174,34 @@ func (s *state) changed(c routes.Change) {
 		s.names = nil
 	}
 	s.ways.changed(c)
+	switch {
+	case c.Dst.IsValid():
+		s.changes.Dsts = append(s.changes.Dsts, c.Dst)
+	case !c.Addr: // no plan depends on addresses
+		s.changes.All = true
+	}
+}
+
+// changedXFRM hears of each change of the mirror of policies and SAs.
+func (s *state) changedXFRM(c xfrmwatch.Change) {
+	switch {
+	case c.All:
+		s.changes.All = true
+	case c.Policy != 0:
+		s.changes.Policies = append(s.changes.Policies, c.Policy)
+	default:
+		s.changes.SAs = append(s.changes.SAs, c.SA)
+	}
+}
+
+// claim notes that a route's lock is ours, with what it was, or with nil that it is no more.
+func (s *state) claim(k routes.Key, c *plan.LockClaim) {
+	if c == nil {
+		delete(s.locks, k)
+	} else {
+		s.locks[k] = *c
+	}
+	s.changes.Dsts = append(s.changes.Dsts, k.Dst)
 }
 
 // ready reports whether all sources have been read once.
@@ -222,21 +253,35 @@ func (s *state) linger(now time.Time, quiet time.Duration) {
 			s.lingerNoMore(id)
 		}
 	}
-	for _, c := range s.current {
-		if _, there := s.db.Policy(c.ID.Policy); there {
-			continue
-		}
-		if _, known := s.lingering[c.ID]; !known {
-			s.lingering[c.ID] = lingerer{c, now.Add(quiet)}
-			s.lingers++
+	var came []xfrmwatch.Coverage
+	leave := func(index xfrmwatch.PolicyIndex) {
+		for c := range s.planner.Coverages(index) {
+			if _, there := s.db.Policy(c.ID.Policy); there {
+				continue
+			}
+			if _, known := s.lingering[c.ID]; !known {
+				s.lingering[c.ID] = lingerer{c, now.Add(quiet)}
+				s.lingers++
+				came = append(came, c)
+			}
 		}
 	}
-	s.inherit()
+	if s.changes.All {
+		leave(0)
+	} else {
+		for _, index := range s.changes.Policies {
+			if _, there := s.db.Policy(index); !there {
+				leave(index)
+			}
+		}
+	}
+	s.inherit(came)
 }
 
 func (s *state) lingerNoMore(id xfrmwatch.CoverageID) {
 	delete(s.lingering, id)
 	s.lingers++
+	s.ended = append(s.ended, id)
 }
 
 // lives reports whether a coverage's policy is there and doesn't only linger.
@@ -247,8 +292,8 @@ func (s *state) lives(id xfrmwatch.CoverageID) bool {
 
 // inherit hands the last valid MTU of a policy that went away to the one that took its place
 // under another index, as a daemon leaves it that deletes and adds. A lock that comes back late
-// leaves new flows with a wrong MSS for life.
-func (s *state) inherit() {
+// leaves new flows with a wrong MSS for life. came are those that linger since just now.
+func (s *state) inherit(came []xfrmwatch.Coverage) {
 	if len(s.lingering) == 0 {
 		return
 	}
@@ -266,12 +311,31 @@ func (s *state) inherit() {
 	if len(gone) == 0 {
 		return
 	}
-	for c := range s.db.Coverages() {
+	take := func(c xfrmwatch.Coverage) {
 		if _, has := s.last[c.ID]; has {
-			continue
+			return
 		}
 		if mtu := gone[same{c.Selector, c.Policy.Mark, c.Policy.IfID}]; mtu != 0 {
 			s.last[c.ID] = mtu
+			s.changes.Policies = append(s.changes.Policies, c.ID.Policy)
+		}
+	}
+	if s.changes.All {
+		for c := range s.db.Coverages() {
+			take(c)
+		}
+		return
+	}
+	for _, l := range came {
+		for c := range s.planner.Alike(l) {
+			take(c)
+		}
+	}
+	for _, index := range s.changes.Policies {
+		if pol, there := s.db.Policy(index); there {
+			for _, c := range s.db.Coverage(pol) {
+				take(c)
+			}
 		}
 	}
 }

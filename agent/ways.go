@@ -37,6 +37,8 @@ type ways struct {
 	links map[routes.Ifindex]bool // those that leave by one of these are due
 	addrs map[netip.Addr]bool     // those from one of these, and from none
 	again map[*way]bool           // the question itself failed
+	// others are the peers to which the way is another one since the last time, or of which nobody asks any more.
+	others []plan.Peer
 
 	needs peerNeeds
 	// relink says that links came, went or changed since it was worked out which tunnels there are.
@@ -169,7 +171,9 @@ func (s *ways) touch(addr netip.Addr) {
 
 // settle brings the questions up to what is needed now, and asks those that are due.
 func (s *ways) settle(rt routeTable, st *state) {
+	s.others = nil
 	came, gone := s.needs.settle(st)
+	s.others = append(s.others, gone...)
 	for _, p := range gone {
 		s.remove(s.peers[p])
 		delete(s.peers, p)
@@ -251,8 +255,14 @@ func (s *ways) ask(rt routeTable, fib *routes.FIB, w *way) {
 	}
 	switch {
 	case w.outer == nil && path.MTU > 0:
+		if had, ok := s.pathTo[w.peer]; !ok || had != path {
+			s.others = append(s.others, w.peer)
+		}
 		s.pathTo[w.peer] = path
 	case w.outer == nil:
+		if _, had := s.pathTo[w.peer]; had {
+			s.others = append(s.others, w.peer)
+		}
 		delete(s.pathTo, w.peer)
 	case path.MTU > 0:
 		s.pathOut[w.outer.Index] = path

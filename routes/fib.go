@@ -26,6 +26,7 @@ type Change struct {
 	Family Family
 	Dst    netip.Prefix // of a route
 	Link   Ifindex
+	Addr   bool // only an address of the link
 	All    bool // rules, nexthop objects, a resync: anything may differ
 }
 
@@ -197,11 +198,11 @@ func (s *state) apply(ev Event, p *partial) (Effect, Change) {
 		}
 		_, had := m[ev.Addr.Prefix]
 		m[ev.Addr.Prefix] = struct{}{}
-		return Effect{Changed: !had}, Change{Link: ev.Addr.Ifindex}
+		return Effect{Changed: !had}, Change{Link: ev.Addr.Ifindex, Addr: true}
 	case AddrGone:
 		_, had := s.addrs[ev.Addr.Ifindex][ev.Addr.Prefix]
 		delete(s.addrs[ev.Addr.Ifindex], ev.Addr.Prefix)
-		return Effect{Changed: had}, Change{Link: ev.Addr.Ifindex}
+		return Effect{Changed: had}, Change{Link: ev.Addr.Ifindex, Addr: true}
 	case RuleSet:
 		return Effect{Changed: s.addRule(ev.Rule)}, Change{All: true}
 	case RuleGone:
