@@ -123,6 +123,12 @@ func (d *directory) lock() (*os.File, error) {
 	return f, nil
 }
 
+// unlock gives the lock back at once. A process that is just being started has a copy of the file until it runs its
+// own program (close-on-exec, fork(2)), and the lock would last as long as any copy (flock(2)).
+func unlock(f *os.File) error {
+	return os.NewSyscallError("flock", unix.Flock(int(f.Fd()), unix.LOCK_UN))
+}
+
 // keepDamaged gives the journal the second name journal.damaged, for a person to look at.
 func (d *directory) keepDamaged() error {
 	fd := int(d.Fd())

@@ -325,6 +325,9 @@ func (j *Journal) Close() error {
 
 func (j *Journal) release() error {
 	var errs []error
+	if j.lock != nil {
+		errs = append(errs, unlock(j.lock))
+	}
 	for _, f := range []*os.File{j.file, j.lock} {
 		if f != nil {
 			errs = append(errs, f.Close())

@@ -15,6 +15,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
+	"golang.org/x/sys/unix"
 )
 
 var here = Scope{BootID: "2b0e6d5c-boot", NetnsCookie: 7}
@@ -250,6 +251,20 @@ func TestSecondAgentIsRefused(t *testing.T) {
 	if got, want := other(), "open: <nil>"; got != want {
 		t.Errorf("after close: got %q, want %q", got, want)
 	}
+}
+
+// TestCloseUnlocks although a process that is being started still has a copy of the file.
+func TestCloseUnlocks(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "run")
+	j, _ := open(t, dir)
+	fd, err := unix.Dup(int(j.lock.Fd()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	closeJournal(t, j)
+	again, _ := open(t, dir)
+	closeJournal(t, again)
 }
 
 func TestUntrustedPlacesAreRefused(t *testing.T) {
