@@ -15,7 +15,6 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
-	"golang.org/x/sys/unix"
 )
 
 var here = Scope{BootID: "2b0e6d5c-boot", NetnsCookie: 7}
