@@ -6,6 +6,8 @@ import (
 	"slices"
 	"time"
 
+	"github.com/gaissmai/bart"
+
 	"tsoagent/agent/api"
 	"tsoagent/agent/plan"
 	"tsoagent/ethtool"
@@ -32,14 +34,21 @@ type state struct {
 	current   []xfrmwatch.Coverage
 	lingering map[xfrmwatch.CoverageID]lingerer
 	lingers   uint64 // counts what came to lingering, and went
-	last      map[xfrmwatch.CoverageID]int
-	booked    map[xfrmwatch.CoverageID]int // those of last that are in the journal
+	lingerers lingerList
+	// gone counts the events by which policies can have gone, and lookedFor is up to which of them current was looked through.
+	gone, lookedFor uint64
+	inherited       [2]uint64 // for which version of the policies, and of what lingers, MTUs were handed on
+	forgotten       [2]uint64 // for which gone and lingers they were forgotten
+	last            map[xfrmwatch.CoverageID]int
+	booked          map[xfrmwatch.CoverageID]int // those of last that are in the journal
 	// adopted are the MTUs that the journal remembers, until the first plan.
 	adopted []rememberedMTU
 	// tables are the numbers that an earlier run used, nil for none.
 	tables *ownTables
 
 	holds     map[plan.HoldKey]plan.HoldClaim
+	heldOn    map[ethtool.Ifindex][]ethtool.Feature // those of holds, by device
+	heldCount heldCount
 	locks     map[routes.Key]plan.LockClaim
 	mtus      map[routes.Ifindex]plan.MTUClaim
 	retakes   map[plan.HoldKey]int
@@ -50,6 +59,7 @@ type state struct {
 	flaps     map[ethtool.Ifindex]flap       // how long that waits
 	fights    map[routes.Key]fight           // how often a lock was written
 	resting   map[routes.Key]bool            // those of fights that came to their bound, and maybe rest no more
+	settleAt  time.Time                      // when fights are looked through again
 	placed    map[plan.ShapeID]fight         // how often rules were added
 	stuck     map[routes.Key]int             // how often a lock could not be given back
 	cloned    map[clonePlace]clonedAt        // what was written last into our tables, and how often
@@ -140,6 +150,7 @@ func newState() *state {
 		last:          map[xfrmwatch.CoverageID]int{},
 		booked:        map[xfrmwatch.CoverageID]int{},
 		holds:         map[plan.HoldKey]plan.HoldClaim{},
+		heldOn:        map[ethtool.Ifindex][]ethtool.Feature{},
 		locks:         map[routes.Key]plan.LockClaim{},
 		mtus:          map[routes.Ifindex]plan.MTUClaim{},
 		doubtful:      map[routes.Ifindex]bool{},
@@ -171,6 +182,38 @@ func (s *state) changed(c routes.Change) {
 		s.names = nil
 	}
 	s.ways.changed(c)
+}
+
+// hold notes a hold that is ours.
+func (s *state) hold(k plan.HoldKey, c plan.HoldClaim) {
+	if _, had := s.holds[k]; !had {
+		s.heldOn[k.Index] = append(s.heldOn[k.Index], k.Feature)
+		s.heldCount.known = false
+	}
+	s.holds[k] = c
+}
+
+// unhold notes that a hold is not ours any more.
+func (s *state) unhold(k plan.HoldKey) {
+	delete(s.holds, k)
+	s.heldCount.known = false
+	list := slices.DeleteFunc(s.heldOn[k.Index], func(f ethtool.Feature) bool { return f == k.Feature })
+	if s.heldOn[k.Index] = list; len(list) == 0 {
+		delete(s.heldOn, k.Index)
+	}
+}
+
+// holdsOn are the holds on one device. They can be dropped meanwhile.
+func (s *state) holdsOn(i routes.Ifindex) []plan.HoldKey {
+	list := s.heldOn[ethtool.Ifindex(i)]
+	if len(list) == 0 {
+		return nil
+	}
+	out := make([]plan.HoldKey, 0, len(list))
+	for _, f := range list {
+		out = append(out, plan.HoldKey{Index: ethtool.Ifindex(i), Feature: f})
+	}
+	return out
 }
 
 // ready reports whether all sources have been read once.
@@ -222,6 +265,11 @@ func (s *state) linger(now time.Time, quiet time.Duration) {
 			s.lingerNoMore(id)
 		}
 	}
+	if s.lookedFor == s.gone && s.lookedFor > 0 {
+		s.inherit()
+		return
+	}
+	s.lookedFor = s.gone
 	for _, c := range s.current {
 		if _, there := s.db.Policy(c.ID.Policy); there {
 			continue
@@ -249,35 +297,53 @@ func (s *state) lives(id xfrmwatch.CoverageID) bool {
 // under another index, as a daemon leaves it that deletes and adds. A lock that comes back late
 // leaves new flows with a wrong MSS for life.
 func (s *state) inherit() {
-	if len(s.lingering) == 0 {
+	now := [2]uint64{s.db.Version(), s.lingers}
+	if len(s.lingering) == 0 || s.inherited == now {
 		return
 	}
+	s.inherited = now
 	type same struct {
 		sel  xfrmwatch.Selector
 		mark xfrmwatch.Mark
 		ifID uint32
 	}
 	gone := map[same]int{}
+	var dsts bart.Lite
 	for id, l := range s.lingering {
 		if mtu := s.last[id]; mtu != 0 {
 			gone[same{l.cov.Selector, l.cov.Policy.Mark, l.cov.Policy.IfID}] = mtu
+			dsts.Insert(l.cov.Selector.Dst)
 		}
 	}
 	if len(gone) == 0 {
 		return
 	}
-	for c := range s.db.Coverages() {
-		if _, has := s.last[c.ID]; has {
+	for p := range s.db.Policies() {
+		if !dsts.OverlapsPrefix(p.Selector.Dst) {
 			continue
 		}
-		if mtu := gone[same{c.Selector, c.Policy.Mark, c.Policy.IfID}]; mtu != 0 {
-			s.last[c.ID] = mtu
+		for _, c := range s.db.Coverage(p) {
+			if _, has := s.last[c.ID]; has {
+				continue
+			}
+			if mtu := gone[same{c.Selector, c.Policy.Mark, c.Policy.IfID}]; mtu != 0 {
+				s.last[c.ID] = mtu
+			}
 		}
 	}
 }
 
+// lingerList is what lingers in order, as of a version of it. It is not changed once it is made.
+type lingerList struct {
+	list []xfrmwatch.Coverage
+	of   uint64
+}
+
 // lingeringCoverages are those kept, in a stable order.
 func (s *state) lingeringCoverages() []xfrmwatch.Coverage {
+	if s.lingerers.of == s.lingers && len(s.lingerers.list) == len(s.lingering) {
+		return s.lingerers.list
+	}
 	out := make([]xfrmwatch.Coverage, 0, len(s.lingering))
 	for _, l := range s.lingering {
 		out = append(out, l.cov)
@@ -285,5 +351,6 @@ func (s *state) lingeringCoverages() []xfrmwatch.Coverage {
 	slices.SortFunc(out, func(a, b xfrmwatch.Coverage) int {
 		return cmp.Or(cmp.Compare(a.Policy.Priority, b.Policy.Priority), cmp.Compare(a.ID.Policy, b.ID.Policy), a.ID.Peer.Compare(b.ID.Peer))
 	})
+	s.lingerers = lingerList{out, s.lingers}
 	return out
 }
