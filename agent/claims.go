@@ -184,7 +184,7 @@ func (a *Agent) adoptEntry(e journal.Entry) error {
 		if err := json.Unmarshal(e.Data, &h); err != nil {
 			return err
 		}
-		a.st.holds[plan.HoldKey{Index: h.Device.Index, Feature: h.Feature}] = h.HoldClaim
+		a.st.hold(plan.HoldKey{Index: h.Device.Index, Feature: h.Feature}, h.HoldClaim)
 	case kindLock:
 		var l lockedRoute
 		if err := json.Unmarshal(e.Data, &l); err != nil {

@@ -375,7 +375,7 @@ const eventsLost = "events were lost, reading again"
 // settleCauses ends a round. What it has written is looked at again, and that has the same causes.
 func (a *Agent) settleCauses(goesOn bool) {
 	c := &a.st.causes
-	if !goesOn {
+	if !goesOn && len(c.made) > 0 {
 		for _, s := range slices.SortedFunc(maps.Keys(c.made), func(a, b alike) int {
 			return cmp.Or(strings.Compare(a.kind, b.kind), strings.Compare(a.what, b.what))
 		}) {

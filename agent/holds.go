@@ -53,7 +53,7 @@ func (a *Agent) mayHold(h plan.Hold, retaken bool) bool {
 		return true
 	}
 	a.st.contested[k] = "somebody turned it on again after it was overruled once"
-	delete(a.st.holds, k)
+	a.st.unhold(k)
 	a.unbook(holdID(k))
 	a.notice("hold is contested: staying out until its cause is gone", "device", h.Device.Name, "feature", h.Feature)
 	return false
@@ -93,7 +93,7 @@ func (a *Agent) holdDevice(dev ethtool.Device, due []plan.Hold, at time.Time) {
 		}
 		_, had := a.st.holds[k]
 		again = again || !had
-		a.st.holds[k] = a.claimOf(h)
+		a.st.hold(k, a.claimOf(h))
 		delete(a.st.unsure, k)
 		delete(a.st.release, k)
 		a.did("feature held off", "device", dev.Name, "feature", h.Feature, "because", cmp.Or(causes(h.Because, h.Keys), h.Why))
@@ -120,7 +120,8 @@ func (a *Agent) afterFailedSet(dev ethtool.Device, due []plan.Hold, failed error
 	if err != nil {
 		for _, h := range due {
 			k := plan.HoldKey{Index: dev.Index, Feature: h.Feature}
-			a.st.holds[k], a.st.unsure[k] = a.claimOf(h), true
+			a.st.hold(k, a.claimOf(h))
+			a.st.unsure[k] = true
 		}
 		if !errors.Is(err, os.ErrNotExist) {
 			a.failed("features were to be held off, and can't be read back", errors.Join(failed, err), "device", dev.Name)
@@ -157,7 +158,7 @@ func (a *Agent) refuse(dev ethtool.Device, holds []plan.Hold, why string) {
 }
 
 func (a *Agent) dropHold(k plan.HoldKey) {
-	delete(a.st.holds, k)
+	a.st.unhold(k)
 	delete(a.st.retakes, k)
 	delete(a.st.unsure, k)
 	a.unbook(holdID(k))
@@ -285,10 +286,8 @@ func (a *Agent) forgiveHolds(pl *plan.Plan) {
 // forgetDevice drops the claims on a device that is gone. One that comes under its name or
 // index is another one.
 func (a *Agent) forgetDevice(i routes.Ifindex) {
-	for k := range a.st.holds {
-		if routes.Ifindex(k.Index) == i {
-			a.dropHold(k)
-		}
+	for _, k := range a.st.holdsOn(i) {
+		a.dropHold(k)
 	}
 	for _, m := range []map[plan.HoldKey]string{a.st.contested, a.st.refused} {
 		for k := range m {

@@ -199,6 +199,10 @@ func (s *state) rests(k routes.Key, now time.Time) bool {
 
 // settle forgets the writes that are too long ago to count.
 func (a *Agent) settleFights(now time.Time) {
+	if now.Before(a.st.settleAt) {
+		return // those that stay for so long count as little
+	}
+	a.st.settleAt = now.Add(fightWindow / 10)
 	over := func(f fight) bool { return now.Sub(f.since) > fightWindow && !now.Before(f.until) }
 	maps.DeleteFunc(a.st.fights, func(_ routes.Key, f fight) bool { return over(f) })
 	maps.DeleteFunc(a.st.placed, func(_ plan.ShapeID, f fight) bool { return over(f) })

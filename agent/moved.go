@@ -163,8 +163,8 @@ func (a *Agent) departed(ev routes.LinkGone) {
 		return
 	}
 	d := movedFrom(l, ev.To)
-	for k, c := range a.st.holds {
-		if routes.Ifindex(k.Index) == l.Index && (a.lastP != nil || c.Device.Name == l.Name && c.PermAddr == l.PermAddr) {
+	for _, k := range a.st.holdsOn(l.Index) {
+		if c := a.st.holds[k]; a.lastP != nil || c.Device.Name == l.Name && c.PermAddr == l.PermAddr {
 			d.Features = append(d.Features, k.Feature)
 		}
 	}
@@ -484,7 +484,9 @@ func (a *Agent) takeOver(l *routes.Link, d *movedDevice) error {
 			return err
 		}
 	}
-	maps.Copy(a.st.holds, claims)
+	for k, c := range claims {
+		a.st.hold(k, c)
+	}
 	a.st.taken += len(claims)
 	if _, ours := a.st.mtus[l.Index]; !ours && d.MTU != nil && l.MTU == d.MTU.Ours && !a.bookMTU(l, *d.MTU) {
 		return errNotBooked

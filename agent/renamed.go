@@ -15,12 +15,13 @@ func (a *Agent) renamed(l *routes.Link) {
 		return // adopted claims are checked first: the index can be another device's now
 	}
 	var entries []journal.Entry
-	for k, c := range a.st.holds {
-		if routes.Ifindex(k.Index) != l.Index || c.Device.Name == l.Name {
+	for _, k := range a.st.holdsOn(l.Index) {
+		c := a.st.holds[k]
+		if c.Device.Name == l.Name {
 			continue
 		}
 		c.Device.Name = l.Name
-		a.st.holds[k] = c
+		a.st.hold(k, c)
 		entries = append(entries, entry(holdID(k), kindHold, heldFeature{c, k.Feature}))
 	}
 	if len(entries) == 0 || a.cfg.Mode != Enforce {

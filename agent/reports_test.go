@@ -7,6 +7,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"tsoagent/routes"
 )
 
 // agree holds what is kept from round to round to what comes out from scratch: the counts to the report, and the ways of
@@ -15,6 +17,17 @@ func (w *world) agree() {
 	w.t.Helper()
 	if w.lookup == nil && w.a.lastP != nil {
 		w.sameWays()
+	}
+	n := 0
+	for i := range w.a.st.heldOn {
+		for _, k := range w.a.st.holdsOn(routes.Ifindex(i)) {
+			if _, ours := w.a.st.holds[k]; ours {
+				n++
+			}
+		}
+	}
+	if n != len(w.a.st.holds) {
+		w.t.Errorf("by device there are %d holds, in all %d", n, len(w.a.st.holds))
 	}
 	g, r := w.a.glance.Load(), w.a.Report()
 	if (g == nil) != (r == nil) {

@@ -142,10 +142,7 @@ func (a *Agent) foreignRule(r *routes.Rule) {
 // recheck reads the features of a device again when an event says that one we hold is on. The
 // event may be older than our own write: only what the kernel says now is somebody's change.
 func (a *Agent) recheck(f *ethtool.Features) {
-	for k := range a.st.holds {
-		if k.Index != f.Index {
-			continue
-		}
+	for _, k := range a.st.holdsOn(routes.Ifindex(f.Index)) {
 		if s, ok := f.Get(k.Feature); ok && s.Wanted {
 			if now, err := a.et.Features(ethtool.Device{Index: f.Index, Name: f.Name}); err == nil {
 				a.st.know(now)
@@ -201,7 +198,10 @@ func (a *Agent) input(now time.Time) plan.Input {
 	in := plan.Input{
 		Config: a.cfg.Plan, XFRM: a.st.db, FIB: a.st.fib, Features: a.st.features, Keys: a.st.keys.Keys, Trusted: a.st.keysTrusted, KeysStale: a.st.keysStale,
 		Lingering: a.st.lingeringCoverages(), Last: a.st.last, Locks: a.st.locks, MTUs: a.st.mtus, Holds: a.st.holds,
-		Withheld: map[plan.ShapeID]string{}, Forwarding: a.st.forwarding,
+		Forwarding: a.st.forwarding,
+	}
+	if len(a.st.withheld) > 0 {
+		in.Withheld = map[plan.ShapeID]string{}
 	}
 	for id, w := range a.st.withheld {
 		if now.Before(w.until) {
@@ -226,7 +226,7 @@ func (a *Agent) round(now time.Time) (next time.Duration, reached bool) {
 		}
 	}
 	a.st.linger(now, time.Duration(a.cfg.RestoreAfter))
-	a.st.forwarding = a.forwards.read()
+	a.st.forwarding = a.forwards.read(a.st.forwarding)
 	a.freshenMTUs()
 	a.settleUnsure()
 	in := a.input(now)

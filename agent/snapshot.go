@@ -181,18 +181,31 @@ func (a *Agent) glimpse(now time.Time) *glance {
 	if old := a.glance.Load(); old != nil && *old == g {
 		return old
 	}
-	a.glance.Store(&g)
-	return &g
+	fresh := g // only now, so that the others cost nothing
+	a.glance.Store(&fresh)
+	return &fresh
 }
 
-// holdCount is the number of the holds in a report.
+// heldCount is a number of holds, for those of a plan.
+type heldCount struct {
+	of    []plan.Hold
+	n     int
+	known bool
+}
+
+// holdCount is the number of the holds in a report. It is counted anew when there are others.
 func (a *Agent) holdCount(pl *plan.Plan) int {
+	c := &a.st.heldCount
+	if c.known && len(c.of) == len(pl.Holds) && (len(c.of) == 0 || &c.of[0] == &pl.Holds[0]) {
+		return c.n
+	}
 	n := len(a.st.holds)
 	for _, h := range pl.Holds {
 		if _, ours := a.st.holds[plan.HoldKey{Index: h.Device.Index, Feature: h.Feature}]; !ours {
 			n++
 		}
 	}
+	*c = heldCount{pl.Holds, n, true}
 	return n
 }
 

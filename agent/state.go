@@ -32,7 +32,9 @@ type state struct {
 	planner   plan.Planner
 	changes   plan.Changes // since the last plan
 	lingering map[xfrmwatch.CoverageID]lingerer
-	lingers   uint64                 // counts what came to lingering, and went
+	lingers   uint64 // counts what came to lingering, and went
+	lingerers lingerList
+	inherited [2]uint64              // for which version of the policies, and of what lingers, MTUs were handed on
 	ended     []xfrmwatch.CoverageID // that linger no more, since the last plan
 	last      map[xfrmwatch.CoverageID]int
 	booked    map[xfrmwatch.CoverageID]int // those of last that are in the journal
@@ -42,6 +44,8 @@ type state struct {
 	tables *ownTables
 
 	holds     map[plan.HoldKey]plan.HoldClaim
+	heldOn    map[ethtool.Ifindex][]ethtool.Feature // those of holds, by device
+	heldCount heldCount
 	locks     map[routes.Key]plan.LockClaim
 	mtus      map[routes.Ifindex]plan.MTUClaim
 	retakes   map[plan.HoldKey]int
@@ -52,6 +56,7 @@ type state struct {
 	flaps     map[ethtool.Ifindex]flap       // how long that waits
 	fights    map[routes.Key]fight           // how often a lock was written
 	resting   map[routes.Key]bool            // those of fights that came to their bound, and maybe rest no more
+	settleAt  time.Time                      // when fights are looked through again
 	placed    map[plan.ShapeID]fight         // how often rules were added
 	stuck     map[routes.Key]int             // how often a lock could not be given back
 	cloned    map[clonePlace]clonedAt        // what was written last into our tables, and how often
@@ -142,6 +147,7 @@ func newState() *state {
 		last:          map[xfrmwatch.CoverageID]int{},
 		booked:        map[xfrmwatch.CoverageID]int{},
 		holds:         map[plan.HoldKey]plan.HoldClaim{},
+		heldOn:        map[ethtool.Ifindex][]ethtool.Feature{},
 		locks:         map[routes.Key]plan.LockClaim{},
 		mtus:          map[routes.Ifindex]plan.MTUClaim{},
 		doubtful:      map[routes.Ifindex]bool{},
@@ -202,6 +208,38 @@ func (s *state) claim(k routes.Key, c *plan.LockClaim) {
 		s.locks[k] = *c
 	}
 	s.changes.Dsts = append(s.changes.Dsts, k.Dst)
+}
+
+// hold notes a hold that is ours.
+func (s *state) hold(k plan.HoldKey, c plan.HoldClaim) {
+	if _, had := s.holds[k]; !had {
+		s.heldOn[k.Index] = append(s.heldOn[k.Index], k.Feature)
+		s.heldCount.known = false
+	}
+	s.holds[k] = c
+}
+
+// unhold notes that a hold is not ours any more.
+func (s *state) unhold(k plan.HoldKey) {
+	delete(s.holds, k)
+	s.heldCount.known = false
+	list := slices.DeleteFunc(s.heldOn[k.Index], func(f ethtool.Feature) bool { return f == k.Feature })
+	if s.heldOn[k.Index] = list; len(list) == 0 {
+		delete(s.heldOn, k.Index)
+	}
+}
+
+// holdsOn are the holds on one device. They can be dropped meanwhile.
+func (s *state) holdsOn(i routes.Ifindex) []plan.HoldKey {
+	list := s.heldOn[ethtool.Ifindex(i)]
+	if len(list) == 0 {
+		return nil
+	}
+	out := make([]plan.HoldKey, 0, len(list))
+	for _, f := range list {
+		out = append(out, plan.HoldKey{Index: ethtool.Ifindex(i), Feature: f})
+	}
+	return out
 }
 
 // ready reports whether all sources have been read once.
@@ -294,9 +332,11 @@ func (s *state) lives(id xfrmwatch.CoverageID) bool {
 // under another index, as a daemon leaves it that deletes and adds. A lock that comes back late
 // leaves new flows with a wrong MSS for life. came are those that linger since just now.
 func (s *state) inherit(came []xfrmwatch.Coverage) {
-	if len(s.lingering) == 0 {
+	now := [2]uint64{s.db.Version(), s.lingers}
+	if len(s.lingering) == 0 || s.inherited == now {
 		return
 	}
+	s.inherited = now
 	type same struct {
 		sel  xfrmwatch.Selector
 		mark xfrmwatch.Mark
@@ -340,8 +380,17 @@ func (s *state) inherit(came []xfrmwatch.Coverage) {
 	}
 }
 
+// lingerList is what lingers in order, as of a version of it. It is not changed once it is made.
+type lingerList struct {
+	list []xfrmwatch.Coverage
+	of   uint64
+}
+
 // lingeringCoverages are those kept, in a stable order.
 func (s *state) lingeringCoverages() []xfrmwatch.Coverage {
+	if s.lingerers.of == s.lingers && len(s.lingerers.list) == len(s.lingering) {
+		return s.lingerers.list
+	}
 	out := make([]xfrmwatch.Coverage, 0, len(s.lingering))
 	for _, l := range s.lingering {
 		out = append(out, l.cov)
@@ -349,5 +398,6 @@ func (s *state) lingeringCoverages() []xfrmwatch.Coverage {
 	slices.SortFunc(out, func(a, b xfrmwatch.Coverage) int {
 		return cmp.Or(cmp.Compare(a.Policy.Priority, b.Policy.Priority), cmp.Compare(a.ID.Policy, b.ID.Policy), a.ID.Peer.Compare(b.ID.Peer))
 	})
+	s.lingerers = lingerList{out, s.lingers}
 	return out
 }

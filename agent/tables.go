@@ -28,6 +28,13 @@ func (a *Agent) moveClones(pl *plan.Plan, s *plan.Steps, now time.Time) {
 	failpoint("clone-journal-after")
 	broken := a.putClones(s.Clones, now)
 	failpoint("clone-written")
+	written := map[plan.ShapeID]map[netip.Prefix]bool{}
+	for _, c := range s.Clones {
+		if written[c.Shape] == nil {
+			written[c.Shape] = map[netip.Prefix]bool{}
+		}
+		written[c.Shape][c.Clone.Dst] = true
+	}
 	for i := range pl.Shapes {
 		sh := &pl.Shapes[i]
 		if why, no := broken[sh.ID]; no {
@@ -40,17 +47,11 @@ func (a *Agent) moveClones(pl *plan.Plan, s *plan.Steps, now time.Time) {
 				add = append(add, r)
 			}
 		}
-		written := map[netip.Prefix]bool{}
-		for _, c := range s.Clones {
-			if c.Shape == sh.ID {
-				written[c.Clone.Dst] = true
-			}
-		}
 		switch {
 		case len(add) > 0:
 			a.lead(sh, add, now)
-		case len(written) > 0:
-			probes := a.probes(sh, written)
+		case len(written[sh.ID]) > 0:
+			probes := a.probes(sh, written[sh.ID])
 			if why, _ := a.compare(probes, nil, a.ask(probes), sh); why != "" {
 				a.withhold(sh, why, now)
 			}

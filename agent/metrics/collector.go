@@ -15,9 +15,9 @@ import (
 	"tsoagent/agent/netns"
 )
 
-// Source is what metrics are made of. All of it is safe for concurrent use, and cheap (agent.Fleet).
+// Source is what metrics are made of. All of it is safe for concurrent use (agent.Fleet).
 type Source interface {
-	// Observations are the newest reports of all namespaces that have been read.
+	// Observations are the newest reports of all namespaces that have been read: they are made for the question.
 	Observations() []agent.Observation
 	// Status is what is true of the whole agent.
 	Status() agent.FleetStatus
