@@ -130,6 +130,7 @@ func (a *Agent) afterFailedSet(dev ethtool.Device, due []plan.Hold, failed error
 			a.log.Debug("device to hold is gone", "device", dev.Name)
 		}
 		delete(a.st.features, routes.Ifindex(dev.Index))
+		a.st.changes.Devices = true
 		a.look(routes.Ifindex(dev.Index))
 		return nil
 	}

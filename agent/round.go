@@ -64,12 +64,12 @@ func (a *Agent) apply(b batch) {
 		switch ev := ev.(type) {
 		case sockopt.Lost:
 			a.log.Warn("the TCP keys can't be read, trying again", "source", "sockopt", "err", ev.Err)
-			a.st.keysStale = true
+			a.st.keysStale, a.st.changes.Devices = true, true
 		case sockopt.KeysSet:
 			if a.lastP != nil {
 				a.st.causes.add(ev, "changed", b.at, false)
 			}
-			a.st.keys, a.st.keysTrusted, a.st.keysStale = ev, a.trust.users(), false
+			a.st.keys, a.st.keysTrusted, a.st.keysStale, a.st.changes.Devices = ev, a.trust.users(), false, true
 		}
 	}
 }

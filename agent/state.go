@@ -217,12 +217,14 @@ func (s *state) hold(k plan.HoldKey, c plan.HoldClaim) {
 		s.heldCount.known = false
 	}
 	s.holds[k] = c
+	s.changes.Devices = true
 }
 
 // unhold notes that a hold is not ours any more.
 func (s *state) unhold(k plan.HoldKey) {
 	delete(s.holds, k)
 	s.heldCount.known = false
+	s.changes.Devices = true
 	list := slices.DeleteFunc(s.heldOn[k.Index], func(f ethtool.Feature) bool { return f == k.Feature })
 	if s.heldOn[k.Index] = list; len(list) == 0 {
 		delete(s.heldOn, k.Index)
@@ -247,6 +249,7 @@ func (s *state) ready() bool { return !s.db.Stale() && !s.fib.Stale() && !s.feat
 
 // applyFeatures takes an event of the ethtool watcher.
 func (s *state) applyFeatures(ev ethtool.Event) {
+	s.changes.Devices = true
 	switch ev := ev.(type) {
 	case ethtool.Lost:
 		s.featuresStale, s.fresh = true, nil
@@ -270,6 +273,7 @@ func (s *state) applyFeatures(ev ethtool.Event) {
 // know takes features that were read from the kernel just now. A dump that is under way may
 // have read them earlier.
 func (s *state) know(f *ethtool.Features) {
+	s.changes.Devices = true
 	s.features[routes.Ifindex(f.Index)] = f
 	if s.fresh != nil {
 		s.fresh[routes.Ifindex(f.Index)] = f

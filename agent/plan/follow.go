@@ -21,6 +21,7 @@ func (p *planner) follow(in Input, ch Changes) bool {
 	p.Input = in
 	p.at = nil
 	clear(p.touched)
+	p.moved = false
 	var r region
 	p.followRoutes(&r, ch.Dsts)
 	if s := p.splits(); s != p.follower.splits {
@@ -39,7 +40,7 @@ func (p *planner) follow(in Input, ch Changes) bool {
 	if !p.followShapes(&r) {
 		return false
 	}
-	p.conclude()
+	p.conclude(&r, ch)
 	return true
 }
 
@@ -69,12 +70,14 @@ func (p *planner) followForeign(dst netip.Prefix) {
 func (p *planner) followWays(dst netip.Prefix) {
 	for _, w := range p.waysAt[dst] {
 		w.byDst.Delete(dst)
+		p.moved = true
 	}
 	delete(p.waysAt, dst)
 	for route := range p.FIB.At(dst) {
 		for _, nh := range route.Body.Nexthops {
 			if l := p.FIB.Link(nh.Oif); l != nil && l.Kind == "xfrm" && !l.ParentElsewhere {
 				p.addWays(route, l)
+				p.moved = true
 			}
 		}
 	}
@@ -192,6 +195,7 @@ func (p *planner) drop(r *region, e *entry) {
 		return
 	}
 	c.dropped = true
+	p.touched[c] = struct{}{}
 	if p.counts[e.ifID]--; e.ifID == 0 && e.all() {
 		p.wide--
 	}
@@ -385,8 +389,13 @@ func (p *planner) indexTrial(k routes.Key, t *trial) {
 }
 
 // conclude puts the plan together.
-func (p *planner) conclude() {
-	p.plan = &Plan{Shapes: p.plan.Shapes, complete: p.complete, counts: p}
+func (p *planner) conclude(r *region, ch Changes) {
+	old := p.plan
+	p.plan = &Plan{Shapes: old.Shapes, complete: p.complete, counts: p}
+	if !p.holdsChange(r, ch) {
+		p.plan.Holds, p.plan.Tunnels = old.Holds, old.Tunnels
+		return
+	}
 	for _, c := range p.heldOf {
 		c.held = nil
 	}
@@ -397,4 +406,17 @@ func (p *planner) conclude() {
 	p.share()
 	p.sortHolds()
 	p.judgeSigned()
+}
+
+// holdsChange reports whether the holds, or what is said of keys, can be others than before.
+func (p *planner) holdsChange(r *region, ch Changes) bool {
+	if ch.Devices || p.moved || p.wide > 0 && len(r.list) > 0 {
+		return true
+	}
+	for c := range p.touched {
+		if c.Policy.IfID != 0 || len(p.vtis) > 0 || c.entry.all() {
+			return true
+		}
+	}
+	return false
 }

@@ -30,6 +30,8 @@ type Changes struct {
 	Policies []xfrmwatch.PolicyIndex
 	// SAs are where SAs came, went or changed.
 	SAs []xfrmwatch.SAPlace
+	// Devices says that features, TCP keys, or the holds and who is trusted that count for them, changed.
+	Devices bool
 	// Peers are those for which the kernel answers something else, or that came or went.
 	Peers []Peer
 }
@@ -62,6 +64,7 @@ type follower struct {
 	common   common
 	foreign  map[routes.Family]map[routes.TableID]bool
 	touched  map[*coverage]struct{}
+	moved    bool // a way through an xfrm interface changed
 }
 
 // Told yields the coverages of which the newest plan may say something else than the one before it, with their

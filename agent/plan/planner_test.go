@@ -96,7 +96,9 @@ func (f *followed) differs() string {
 	if !maps.Equal(in.Outers, f.before.Outers) {
 		f.changes.All = true
 	}
+	f.changes.Devices = f.changes.Devices || !maps.Equal(in.Holds, f.before.Holds)
 	got := f.Plan(in, f.changes)
+	in.Holds = maps.Clone(in.Holds)
 	f.changes, f.before = Changes{}, in
 	want := Make(in)
 	if text, other := f.render(want, Steps{}), f.render(got.Complete(), Steps{}); text != other {
