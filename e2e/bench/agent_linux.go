@@ -16,8 +16,6 @@ import (
 	"strings"
 	"syscall"
 	"time"
-
-	"golang.org/x/sys/unix"
 )
 
 // Agent is a tsoagent that runs in this namespace.
@@ -39,14 +37,14 @@ const config = "presume_mtu: 1400\nmax_clones: 400000\nmetrics: " + metricsAt + 
 // longest bounds what is waited for. At full size a start takes seconds.
 const longest = 5 * time.Minute
 
-// startAgent starts bin/tsoagent and waits until it says that it is ready.
-func startAgent(bin, mode string) (*Agent, error) {
-	dir, err := os.MkdirTemp("", "bench-agent-")
+// startAgent starts bin/tsoagent and waits until it says that it is ready. If spawned is not nil it is called beside that.
+func startAgent(bin, mode string, spawned func(*Agent)) (*Agent, error) {
+	dir, err := os.MkdirTemp("/run", "agent-") // which is this namespace's own (Settle)
 	if err != nil {
 		return nil, err
 	}
 	a := &Agent{dir: dir, gone: make(chan struct{})}
-	if err := a.start(bin, mode); err != nil {
+	if err := a.start(bin, mode, spawned); err != nil {
 		text, _ := os.ReadFile(a.log())
 		return nil, errors.Join(fmt.Errorf("tsoagent: %w: %s", err, lastLine(text)), a.Stop())
 	}
@@ -56,7 +54,7 @@ func startAgent(bin, mode string) (*Agent, error) {
 func (a *Agent) log() string    { return filepath.Join(a.dir, "log") }
 func (a *Agent) socket() string { return filepath.Join(a.dir, "tsoagent.sock") }
 
-func (a *Agent) start(bin, mode string) error {
+func (a *Agent) start(bin, mode string, beside func(*Agent)) error {
 	ready, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Net: "unixgram", Name: filepath.Join(a.dir, "notify")})
 	if err != nil {
 		return err
@@ -84,6 +82,9 @@ func (a *Agent) start(bin, mode string) error {
 		close(a.gone)
 		_ = ready.Close() // nothing comes any more
 	}()
+	if beside != nil {
+		go beside(a)
+	}
 	if err := ready.SetReadDeadline(spawned.Add(longest)); err != nil {
 		return err
 	}
@@ -275,14 +276,3 @@ func (a *Agent) mallocs() (float64, error) {
 	}
 	return 0, errors.New("the heap profile does not count allocations")
 }
-
-// profile writes one of the agent's profiles to a file.
-func (a *Agent) profile(name, file string) error {
-	body, err := a.control("/debug/pprof/" + name)
-	if err != nil {
-		return err
-	}
-	return os.WriteFile(file, body, 0o644)
-}
-
-var _ = unix.EINTR

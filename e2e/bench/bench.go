@@ -13,9 +13,11 @@ type Options struct {
 	Scale  float64
 	Rounds int           // how often each figure is taken
 	Budget time.Duration // how long the policy events of one size of tables may take
-	Idle   time.Duration // how long the agent is watched while nothing happens
+	Idle   time.Duration // how long the agent is watched while nothing happens, and how long it has to give memory back
 	// Profiles is a directory for the agent's own profiles, empty for none: they cost what they measure.
 	Profiles string
+	// ProfileSeconds is how much of a start, of policy events and of a storm is in a profile of the CPU.
+	ProfileSeconds int
 	Progress io.Writer
 }
 
@@ -25,14 +27,13 @@ type Results struct {
 	Scale   float64 `json:"scale"`
 	Size    Size    `json:"size"`
 
-	Cold       map[string]*Cold  `json:"cold"` // by mode
-	Memory     MemoryFigures     `json:"memory"`
-	EmptyEvent Event             `json:"event_empty_tables"`
-	FullEvent  Event             `json:"event_full_tables"`
-	Storm      Storm             `json:"storm"`
-	Idle       Idle              `json:"idle"`
-	Took       float64           `json:"took_seconds"`
-	Notes      map[string]string `json:"notes,omitempty"`
+	Cold       map[string]*Cold `json:"cold"` // by mode
+	Memory     MemoryFigures    `json:"memory"`
+	EmptyEvent Event            `json:"event_empty_tables"`
+	FullEvent  Event            `json:"event_full_tables"`
+	Storm      Storm            `json:"storm"`
+	Idle       Idle             `json:"idle"`
+	Took       float64          `json:"took_seconds"`
 }
 
 // run is a run under way.
@@ -102,7 +103,7 @@ func (r *run) round(i int, mode string) error {
 		return err
 	}
 	if mode == enforce {
-		err = r.storm(a, 2*i+1)
+		err = r.during(a, "storm", func() error { return r.storm(a, 2*i+1) })
 	}
 	began := time.Now()
 	if stopped := a.Stop(); err == nil {

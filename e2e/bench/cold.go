@@ -3,7 +3,6 @@ package bench
 import (
 	"fmt"
 	"os/exec"
-	"path/filepath"
 	"strings"
 	"time"
 )
@@ -26,7 +25,7 @@ func (r *run) coldStart(mode string) (*Agent, error) {
 		}
 	}
 	r.out.Cold[mode].Start.Floor.add(time.Since(began))
-	a, err := startAgent(r.Bin, mode)
+	a, err := r.start(mode)
 	if err != nil {
 		return nil, err
 	}
@@ -43,12 +42,4 @@ func stopped(a *Agent, err error) error {
 		return fmt.Errorf("%w; %w", err, stop)
 	}
 	return err
-}
-
-// profiled takes one of the agent's profiles, if they are wanted.
-func (r *run) profiled(a *Agent, name, file string) error {
-	if r.Profiles == "" {
-		return nil
-	}
-	return a.profile(name, filepath.Join(r.Profiles, file))
 }

@@ -33,12 +33,16 @@ const aClone = time.Minute
 
 // event adds policies one by one under an agent, and under the straight line while the agent is frozen.
 func (r *run) event(into *Event) error {
-	a, err := startAgent(r.Bin, enforce)
+	a, err := startAgent(r.Bin, enforce, nil)
 	if err != nil {
 		return err
 	}
 	e := &eventRun{run: r, agent: a, into: into}
-	if err := e.measure(); err != nil {
+	name := "event-empty"
+	if into == &r.out.FullEvent {
+		name = "event-full"
+	}
+	if err := r.during(a, name, e.measure); err != nil {
 		return stopped(a, err)
 	}
 	return a.Stop()

@@ -22,7 +22,7 @@ type Idle struct {
 }
 
 func (r *run) idle() error {
-	a, err := startAgent(r.Bin, enforce)
+	a, err := startAgent(r.Bin, enforce, nil)
 	if err != nil {
 		return err
 	}

@@ -28,7 +28,7 @@ func (r *run) memoryReady(a *Agent, mode string) error {
 		return err
 	}
 	f.Ready[mode] = append(f.Ready[mode], m)
-	if err := r.profiled(a, "heap", mode+"-ready.heap"); err != nil {
+	if err := r.heapProfile(a, mode+"-ready"); err != nil {
 		return err
 	}
 	if _, err = a.quiet(settled); err != nil {
@@ -41,13 +41,10 @@ func (r *run) memoryReady(a *Agent, mode string) error {
 	return nil
 }
 
-// giveBack is how long the Go runtime has to give memory back to the kernel: it does so bit by bit.
-const giveBack = 20 * time.Second
-
 // shrink takes all but a hundredth of the tables away under an agent.
 func (r *run) shrink() error {
 	w := r.lab.world
-	a, err := startAgent(r.Bin, observe)
+	a, err := startAgent(r.Bin, observe, nil)
 	if err != nil {
 		return err
 	}
@@ -70,14 +67,14 @@ func (r *run) shrink() error {
 	if _, err := a.quiet(settled); err != nil {
 		return stopped(a, err)
 	}
-	wait(giveBack)
+	wait(r.Idle) // the Go runtime gives memory back to the kernel bit by bit
 	if r.out.Memory.Shrunk, err = a.Memory(); err != nil {
 		return stopped(a, err)
 	}
 	if err := a.Stop(); err != nil {
 		return err
 	}
-	if a, err = startAgent(r.Bin, observe); err != nil {
+	if a, err = startAgent(r.Bin, observe, nil); err != nil {
 		return err
 	}
 	if r.out.Memory.Fresh, err = a.Memory(); err != nil {

@@ -4,6 +4,8 @@
 //
 //	bench [-scale N] [-rounds N] [-o FILE] [-table FILE] [-profiles DIR]
 //	bench -check FILE
+//
+// With -scale it is quick to try: 0.01 takes a minute.
 package main
 
 import (
@@ -30,9 +32,10 @@ func run() error {
 	flag.Float64Var(&o.Scale, "scale", 1, "this part of the full size")
 	flag.IntVar(&o.Rounds, "rounds", 3, "take each figure so often")
 	flag.DurationVar(&o.Budget, "budget", 30*time.Second, "time for policy events, each with empty and with full tables")
-	flag.DurationVar(&o.Idle, "idle", 30*time.Second, "how long to watch the idle agent")
+	flag.DurationVar(&o.Idle, "idle", 30*time.Second, "how long to watch the idle agent, and to wait until memory is given back")
 	flag.StringVar(&o.Bin, "bin", "bin", "the directory of tsoagent and tsoctl")
 	flag.StringVar(&o.Profiles, "profiles", "", "save the agent's profiles in this directory; they cost time, so no figure counts then")
+	flag.IntVar(&o.ProfileSeconds, "profile-seconds", 15, "how much of a start, of policy events and of a storm is in a profile of the CPU")
 	out := flag.String("o", "", "write all samples as JSON to this file")
 	table := flag.String("table", "", "replace the table in this file")
 	check := flag.String("check", "", "only compare the samples in this file with the figures to reach")
