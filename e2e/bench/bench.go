@@ -18,7 +18,7 @@ type Options struct {
 	Profiles string
 	// ProfileSeconds is how much of a start, of policy events and of a storm is in a profile of the CPU.
 	ProfileSeconds int
-	Progress io.Writer
+	Progress       io.Writer
 }
 
 // Results are all figures of one run.
@@ -32,6 +32,7 @@ type Results struct {
 	EmptyEvent Event            `json:"event_empty_tables"`
 	FullEvent  Event            `json:"event_full_tables"`
 	Storm      Storm            `json:"storm"`
+	Writes     Writes           `json:"writes"`
 	Idle       Idle             `json:"idle"`
 	Took       float64          `json:"took_seconds"`
 }
@@ -66,7 +67,7 @@ func Run(o Options) (*Results, error) {
 		{"tables", r.lab.fill},
 		{"cold start, memory and storms", r.rounds},
 		{"policy events, full tables", func() error { return r.event(&r.out.FullEvent) }},
-		{"idle", r.idle},
+		{"idle, and all locks taken away and installed", r.idle},
 		{"memory after the tables shrink", r.shrink},
 	} {
 		r.say(step.what)

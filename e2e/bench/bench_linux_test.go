@@ -36,6 +36,7 @@ func TestSmallRun(t *testing.T) {
 	for what, ratio := range map[string]Ratio{
 		"cold start, observe": r.Cold[observe].Start, "cold start, enforce": r.Cold[enforce].Start, "storm": r.Storm.Time,
 		"event, empty tables": r.EmptyEvent.Done, "event, full tables": r.FullEvent.Done,
+		"locks installed": r.Writes.Install, "locks taken away": r.Writes.Remove,
 		"clone, empty tables": r.EmptyEvent.Written, "clone, full tables": r.FullEvent.Written,
 	} {
 		if ratio.Median() <= 0 || ratio.P99() <= 0 {
@@ -49,6 +50,9 @@ func TestSmallRun(t *testing.T) {
 	}
 	if len(r.Storm.Exact) != 1 || !r.Storm.Exact[0] {
 		t.Errorf("the state after the storm: %q", r.Storm.Differences)
+	}
+	if len(r.Storm.Moved) == 0 || r.Storm.Late > 0 {
+		t.Errorf("%d clones followed their routes, %d did not", len(r.Storm.Moved), r.Storm.Late)
 	}
 	if r.Idle.Seconds < 1 || r.Idle.EmptyRounds == 0 {
 		t.Errorf("idle %+v", r.Idle)

@@ -9,6 +9,8 @@ const (
 	reachEvent       = 1.5
 	reachEventP99    = 3.0
 	reachStorm       = 1.2
+	reachMoved       = 0.010 // seconds, of a covered route's clone in a storm
+	reachWrites      = 1.5
 	reachShrunk      = 2.0 // times a fresh agent: "a small multiple of what is left"
 	reachEmptyAllocs = 0
 )
@@ -49,6 +51,12 @@ func (r *Results) Missed() (lines []string) {
 			miss("state after storm %d: not exactly the kernel's", i+1)
 		}
 	}
+	atMost("storm, a clone follows its route, seconds at p99", r.Storm.Moved.P99(), reachMoved)
+	if r.Storm.Late > 0 {
+		miss("storm: %d clones did not follow their routes", r.Storm.Late)
+	}
+	atMost("locks installed by ip -batch, median", r.Writes.Install.Median(), reachWrites)
+	atMost("locks taken away by ip -batch, median", r.Writes.Remove.Median(), reachWrites)
 	atMost("resident memory when the tables have shrunk, by a fresh agent's", by(float64(r.Memory.Shrunk.RSS), float64(r.Memory.Fresh.RSS)), reachShrunk)
 	if r.Idle.Rounds > 0 {
 		miss("idle: %.0f rounds in %.0f s, to reach 0", r.Idle.Rounds, r.Idle.Seconds)

@@ -39,8 +39,9 @@ func good() *Results {
 	return &Results{
 		Scale: 1, Size: FullSize, Cold: map[string]*Cold{observe: {Start: even}, enforce: {Start: even}},
 		Memory:     MemoryFigures{Ready: mem, Quiet: mem, Shrunk: Memory{RSS: 20 << 20}, Fresh: Memory{RSS: 18 << 20}},
-		EmptyEvent: Event{even, even}, FullEvent: Event{even, even}, Storm: Storm{Time: even, Exact: []bool{true}},
-		Idle: Idle{Seconds: 30, EmptyRounds: 5},
+		EmptyEvent: Event{even, even}, FullEvent: Event{even, even}, Storm: Storm{Time: even, Exact: []bool{true}, Moved: Samples{0.001}},
+		Writes: Writes{Install: even, Remove: even},
+		Idle:   Idle{Seconds: 30, EmptyRounds: 5},
 	}
 }
 
@@ -64,6 +65,8 @@ func TestEachMissedFigureHasALine(t *testing.T) {
 			"policy event until written and read back, full tables, by a straight line, p99: 4, to reach 3",
 		}},
 		"storm":  {func(r *Results) { r.Storm.Time = slow; r.Storm.Exact = []bool{true, false} }, []string{"storm by a counting reader, median: 4, to reach 1.2", "state after storm 2: not exactly the kernel's"}},
+		"moved":  {func(r *Results) { r.Storm.Moved, r.Storm.Late = Samples{0.5}, 3 }, []string{"storm, a clone follows its route, seconds at p99: 0.5, to reach 0.01", "storm: 3 clones did not follow their routes"}},
+		"writes": {func(r *Results) { r.Writes.Remove = slow }, []string{"locks taken away by ip -batch, median: 4, to reach 1.5"}},
 		"shrunk": {func(r *Results) { r.Memory.Shrunk.RSS = 180 << 20 }, []string{"resident memory when the tables have shrunk, by a fresh agent's: 10, to reach 2"}},
 		"idle": {
 			func(r *Results) { r.Idle.Rounds, r.Idle.AllocsARound = 2, 7 },

@@ -35,7 +35,7 @@ func (r *run) idle() error {
 	if err := r.emptyRounds(a); err != nil {
 		return stopped(a, err)
 	}
-	return a.Stop()
+	return r.writes(a)
 }
 
 const (

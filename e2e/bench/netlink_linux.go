@@ -14,6 +14,9 @@ type sock struct {
 	fd  int
 	seq uint32
 	buf []byte
+
+	// sent, if not nil, is called ahead of each system call of a batch, with the number of the first message behind it.
+	sent func(next int)
 }
 
 // rcvbuf holds what a storm may leave unread for a moment.
@@ -52,6 +55,20 @@ func (s *sock) prepare(groups []int) error {
 }
 
 func (s *sock) close() { unix.Close(s.fd) }
+
+// onlyProtocol has the kernel keep all notifications of routes from this socket but those of routes with that protocol. A notification is
+// alone in its datagram.
+func (s *sock) onlyProtocol(protocol byte) error {
+	const protocolAt = unix.NLMSG_HDRLEN + 5 // of rtm_protocol
+	program := []unix.SockFilter{
+		{Code: unix.BPF_LD | unix.BPF_B | unix.BPF_ABS, K: protocolAt},
+		{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, K: uint32(protocol), Jf: 1},
+		{Code: unix.BPF_RET | unix.BPF_K, K: 1<<32 - 1},
+		{Code: unix.BPF_RET | unix.BPF_K},
+	}
+	err := unix.SetsockoptSockFprog(s.fd, unix.SOL_SOCKET, unix.SO_ATTACH_FILTER, &unix.SockFprog{Len: uint16(len(program)), Filter: &program[0]})
+	return os.NewSyscallError("setsockopt SO_ATTACH_FILTER", err)
+}
 
 // patience bounds how long a receive waits, 0 for ever.
 func (s *sock) patience(d time.Duration) error {
@@ -129,6 +146,9 @@ func (s *sock) batch(n int, typ, flags uint16, fill func(i int, b []byte) []byte
 			b = message(b, typ, flags, s.seq, func(b []byte) []byte { return fill(i, b) })
 		}
 		ne.PutUint16(b[last+6:], ne.Uint16(b[last+6:])|unix.NLM_F_ACK)
+		if s.sent != nil {
+			s.sent(i)
+		}
 		if err := unix.Sendto(s.fd, b, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
 			return os.NewSyscallError("sendto", err)
 		}

@@ -23,8 +23,13 @@ type Storm struct {
 	Exact []bool `json:"exact"`
 	// Differences is what was not, in words.
 	Differences []string `json:"differences,omitempty"`
-	Overruns    float64  `json:"overruns"` // of the agent's receive buffers, in all storms
-	Rounds      Samples  `json:"rounds"`   // of the agent's loop in each storm
+	// Moved is how long a clone took to follow its route, from when the route went to the kernel, among up to a thousand in one system call. Late
+	// is how many clones did not follow.
+	Moved Samples `json:"moved"`
+	Late  int     `json:"late"`
+
+	Overruns float64 `json:"overruns"` // of the agent's receive buffers, in all storms
+	Rounds   Samples `json:"rounds"`   // of the agent's loop in each storm
 }
 
 // gatewayOf is the step that storm i moves each route by, so that no two storms in a row write the same.
@@ -84,6 +89,10 @@ func (r *run) storm(a *Agent, i int) error {
 	if err != nil {
 		return err
 	}
+	clones, err := r.lab.watchClones()
+	if err != nil {
+		return err
+	}
 	began := time.Now()
 	if err := r.blow(i); err != nil {
 		return err
@@ -93,6 +102,12 @@ func (r *run) storm(a *Agent, i int) error {
 		r.out.Storm.Differences = append(r.out.Storm.Differences, err.Error())
 	}
 	r.out.Storm.Time.Ours.add(end.Sub(began))
+	moved, late, err := clones.lags(r.lab)
+	if err != nil {
+		return err
+	}
+	r.out.Storm.Moved = append(r.out.Storm.Moved, moved...)
+	r.out.Storm.Late += late
 	after, err := a.metrics()
 	if err != nil {
 		return err

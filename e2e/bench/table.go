@@ -78,6 +78,9 @@ func (r *Results) Markdown() string {
 		{"policy event until the clone is seen, by a straight line", r.FullEvent.Written},
 		{"the same with empty tables", r.EmptyEvent.Written},
 		{"storm: every route replaced once, by a reader that counts", r.Storm.Time},
+		{"a covered route of the storm is replaced, until its clone has followed", Ratio{Ours: r.Storm.Moved}},
+		{fmt.Sprintf("%d locks installed (`tsoctl resume`), by `ip -batch`", r.Writes.Routes), r.Writes.Install},
+		{"the same taken away (`tsoctl pause --restore`), by the same", r.Writes.Remove},
 		{"stop (`enforce`): all given back", Ratio{Ours: r.Cold[enforce].Stop}},
 	} {
 		ratio := func(x float64) string {
@@ -99,7 +102,8 @@ func (r *Results) Markdown() string {
 			exact++
 		}
 	}
-	fmt.Fprintf(&b, "\nAfter %d of %d storms the agent's state was exactly the kernel's (%.0f overruns, %.0f rounds at the median).\n", exact, len(r.Storm.Exact), r.Storm.Overruns, r.Storm.Rounds.Median())
+	fmt.Fprintf(&b, "\nAfter %d of %d storms the agent's state was exactly the kernel's (%.0f overruns, %d clones that did not follow, %.0f rounds at the median).\n",
+		exact, len(r.Storm.Exact), r.Storm.Overruns, r.Storm.Late, r.Storm.Rounds.Median())
 	i := r.Idle
 	fmt.Fprintf(&b, "In %.0f idle seconds: %.0f rounds, %.0f looks at TCP keys, %d wake-ups of threads (the Go runtime's among them), %.2f s of CPU.\nA round with nothing to do allocates %.0f objects.\n",
 		i.Seconds, i.Rounds, i.Looks, i.Wakeups, i.CPU, i.AllocsARound)
