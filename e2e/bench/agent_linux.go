@@ -176,8 +176,24 @@ func (a *Agent) cpu() (time.Duration, error) {
 // tick is the unit of times in /proc (USER_HZ).
 const tick = 10 * time.Millisecond
 
-// quiet waits until the agent has used no processor time worth mentioning for as long as that, and returns when it was busy last. It is asked
-// nothing meanwhile: what looks would be seen.
+// runnable reports whether a thread of the agent runs, or would if the machine let it.
+func (a *Agent) runnable() bool {
+	files, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", a.cmd.Process.Pid))
+	if err != nil {
+		return false
+	}
+	for _, file := range files {
+		text, err := os.ReadFile(file)
+		// The state is behind the name.
+		if at := bytes.LastIndexByte(text, ')'); err == nil && at >= 0 && bytes.HasPrefix(text[at:], []byte(") R")) {
+			return true
+		}
+	}
+	return false
+}
+
+// quiet waits until the agent has used no processor time worth mentioning, nor waited for any, for as long as that, and returns when it was
+// busy last. It is asked nothing meanwhile: what looks would be seen.
 func (a *Agent) quiet(long time.Duration) (time.Time, error) {
 	const look = 20 * time.Millisecond
 	busy, end := time.Now(), time.Now().Add(longest)
@@ -187,7 +203,7 @@ func (a *Agent) quiet(long time.Duration) (time.Time, error) {
 		var used time.Duration
 		used, err = a.cpu()
 		// A tick now and then is the runtime's own, giving memory back.
-		if used-before > tick {
+		if used-before > tick || a.runnable() {
 			busy, before = now, used
 		}
 		switch {

@@ -90,18 +90,12 @@ func (e *eventRun) byAgent(n int, done, written *Samples) error {
 		if err != nil {
 			return err
 		}
-		if _, err := e.agent.quiet(pause); err != nil {
-			return err
-		}
-		after, err := e.agent.metrics()
+		after, err := e.reacted(before[reactions])
 		if err != nil {
 			return err
 		}
 		if written == nil {
 			continue
-		}
-		if k := after[reactions] - before[reactions]; k < 1 {
-			return fmt.Errorf("the agent counts no reaction to a policy")
 		}
 		*done = append(*done, after[reactionSum]-before[reactionSum])
 		written.add(took)
@@ -110,6 +104,22 @@ func (e *eventRun) byAgent(n int, done, written *Samples) error {
 		}
 	}
 	return nil
+}
+
+// reacted waits until the agent is quiet and has counted a reaction, and returns its metrics.
+func (e *eventRun) reacted(before float64) (map[string]float64, error) {
+	for end := time.Now().Add(aClone); ; {
+		if _, err := e.agent.quiet(pause); err != nil {
+			return nil, err
+		}
+		m, err := e.agent.metrics()
+		switch {
+		case err != nil || m[reactions] > before:
+			return m, err
+		case time.Now().After(end):
+			return nil, errors.New("the agent counts no reaction to a policy")
+		}
+	}
 }
 
 // pause is between two events.

@@ -101,11 +101,14 @@ func (r *run) storm(a *Agent, i int) error {
 	if err != nil {
 		r.out.Storm.Differences = append(r.out.Storm.Differences, err.Error())
 	}
-	r.out.Storm.Time.Ours.add(end.Sub(began))
 	moved, late, err := clones.lags(r.lab)
 	if err != nil {
 		return err
 	}
+	if n := len(clones.seen); n > 0 && clones.seen[n-1].at.After(end) {
+		end = clones.seen[n-1].at // between two looks
+	}
+	r.out.Storm.Time.Ours.add(end.Sub(began))
 	r.out.Storm.Moved = append(r.out.Storm.Moved, moved...)
 	r.out.Storm.Late += late
 	after, err := a.metrics()
