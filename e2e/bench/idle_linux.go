@@ -1,7 +1,6 @@
 package bench
 
 import (
-	"fmt"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -11,7 +10,6 @@ import (
 type Idle struct {
 	Seconds float64 `json:"seconds"`
 	Rounds  float64 `json:"rounds"`
-	Events  float64 `json:"events"`
 	CPU     float64 `json:"cpu_seconds"`
 	Wakeups int64   `json:"wakeups"` // of all threads, the Go runtime's own among them
 	// Looks are at the keys of TCP sockets, of which the kernel sends no event; the resync is the other thing that a timer asks for.
@@ -41,7 +39,6 @@ func (r *run) idle() error {
 const (
 	roundsTotal = `tsoagent_rounds_total{netns="host"}`
 	keyLooks    = `tsoagent_tcp_key_looks_total{netns="host"}`
-	routeEvents = `tsoagent_source_events_total{netns="host",source="routes"}`
 )
 
 // watchIdle counts what happens by itself. The two scrapes at its ends are not in it: the first comes before, and the second after.
@@ -78,56 +75,59 @@ func (r *run) watchIdle(a *Agent) error {
 	if err != nil {
 		return err
 	}
-	i.Rounds, i.Events, i.Looks = after[roundsTotal]-before[roundsTotal], after[routeEvents]-before[routeEvents], after[keyLooks]-before[keyLooks]
+	i.Rounds, i.Looks = after[roundsTotal]-before[roundsTotal], after[keyLooks]-before[keyLooks]
 	return nil
 }
 
 // emptyRoundEvents is how many changes that concern nothing are made.
 const emptyRoundEvents = 5
 
-// emptyRounds changes a route that nothing covered uses, and back, and counts what the agent allocates for it. What the two looks at its
-// counter allocate is taken off.
+// emptyRounds changes a route that nothing covered uses, again and again, and counts what the agent allocates for it. What counting alone
+// allocates is taken off.
 func (r *run) emptyRounds(a *Agent) error {
-	_, err := a.mallocs() // the first costs more
+	change := func(k int) error {
+		return r.lab.write(unix.RTM_NEWROUTE, unix.NLM_F_CREATE|unix.NLM_F_REPLACE, []Route{{Dst: unused, Gateway: k % gateways}})
+	}
+	if _, _, err := a.allocations(change); err != nil { // the first ones cost more
+		return err
+	}
+	counting, _, err := a.allocations(func(int) error { return nil })
 	if err != nil {
 		return err
 	}
-	var at [3]float64
-	var rounds [2]float64
-	for i := range at {
-		if at[i], err = a.mallocs(); err != nil {
-			return err
-		}
-		if i == len(at)-1 {
-			break
-		}
-		m, err := a.metrics()
-		if err != nil {
-			return err
-		}
-		rounds[i] = m[roundsTotal]
-		if i == 0 {
-			continue
-		}
-		for k := range emptyRoundEvents {
-			if err := r.lab.write(unix.RTM_NEWROUTE, unix.NLM_F_CREATE|unix.NLM_F_REPLACE, []Route{{Dst: unused, Gateway: k % gateways}}); err != nil {
-				return err
-			}
-			if _, err := a.quiet(pause); err != nil {
-				return err
-			}
-		}
-	}
-	m, err := a.metrics()
+	all, rounds, err := a.allocations(change)
 	if err != nil {
 		return err
 	}
 	i := &r.out.Idle
-	if i.EmptyRounds = m[roundsTotal] - rounds[1]; i.EmptyRounds > 0 {
-		i.AllocsARound = max(0, (at[2]-at[1])-(at[1]-at[0])) / i.EmptyRounds
-	}
-	if i.EmptyRounds > 10*emptyRoundEvents {
-		return fmt.Errorf("%v rounds for %d events", i.EmptyRounds, emptyRoundEvents)
+	if i.EmptyRounds = rounds; rounds > 0 {
+		i.AllocsARound = max(0, all-counting) / rounds
 	}
 	return nil
+}
+
+// allocations counts the agent's allocations and rounds while something is done a few times, each time until it is quiet.
+func (a *Agent) allocations(do func(int) error) (mallocs, rounds float64, err error) {
+	count := func(sign float64) error {
+		m, err := a.metrics()
+		if err != nil {
+			return err
+		}
+		n, err := a.mallocs()
+		mallocs, rounds = mallocs+sign*n, rounds+sign*m[roundsTotal]
+		return err
+	}
+	if err := count(-1); err != nil {
+		return 0, 0, err
+	}
+	for k := range emptyRoundEvents {
+		if err := do(k); err != nil {
+			return 0, 0, err
+		}
+		if _, err := a.quiet(pause); err != nil {
+			return 0, 0, err
+		}
+	}
+	err = count(1)
+	return mallocs, rounds, err
 }
