@@ -67,10 +67,32 @@ func (r *Results) Markdown() string {
 	}
 	fmt.Fprintf(&b, "; %d rounds, %.0f s in all.\n\n", len(r.Cold[observe].Start.Ours), r.Took)
 	b.WriteString("| what | samples | median | p99 | floor, median | floor, p99 | ratio, median | ratio, p99 |\n| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n")
-	for _, row := range []struct {
-		what string
-		of   Ratio
-	}{
+	for _, row := range r.timeRows() {
+		fmt.Fprintf(&b, "| %s | %d | %s | %s | %s | %s | %s | %s |\n", row.what, len(row.of.Ours), seconds(row.of.Ours.Median()), seconds(row.of.Ours.P99()),
+			seconds(row.of.Floor.Median()), seconds(row.of.Floor.P99()), ratio(row.of.Median()), ratio(row.of.P99()))
+	}
+	b.WriteString("\n| memory | resident | peak | proportional |\n| --- | ---: | ---: | ---: |\n")
+	for _, row := range r.memoryRows() {
+		fmt.Fprintf(&b, "| %s | %s | %s | %s |\n", row.what, mib(row.m.RSS), mib(row.m.Peak), mib(row.m.PSS))
+	}
+	b.WriteString("\n" + r.sentences())
+	return b.String()
+}
+
+func ratio(x float64) string {
+	if x == 0 {
+		return "-"
+	}
+	return fmt.Sprintf("%.3g", x)
+}
+
+type timeRow struct {
+	what string
+	of   Ratio
+}
+
+func (r *Results) timeRows() []timeRow {
+	return []timeRow{
 		{"cold start to the first complete plan (`--mode observe`), by `ip route` + `ip xfrm policy`", r.Cold[observe].Start},
 		{"cold start with all locks written (`enforce`), by the same", r.Cold[enforce].Start},
 		{"policy event until all is written and read back, by a straight line", r.FullEvent.Done},
@@ -82,32 +104,23 @@ func (r *Results) Markdown() string {
 		{fmt.Sprintf("%d locks installed (`tsoctl resume`), by `ip -batch`", r.Writes.Routes), r.Writes.Install},
 		{"the same taken away (`tsoctl pause --restore`), by the same", r.Writes.Remove},
 		{"stop (`enforce`): all given back", Ratio{Ours: r.Cold[enforce].Stop}},
-	} {
-		ratio := func(x float64) string {
-			if x == 0 {
-				return "-"
-			}
-			return fmt.Sprintf("%.3g", x)
-		}
-		fmt.Fprintf(&b, "| %s | %d | %s | %s | %s | %s | %s | %s |\n", row.what, len(row.of.Ours), seconds(row.of.Ours.Median()), seconds(row.of.Ours.P99()),
-			seconds(row.of.Floor.Median()), seconds(row.of.Floor.P99()), ratio(row.of.Median()), ratio(row.of.P99()))
 	}
-	b.WriteString("\n| memory | resident | peak | proportional |\n| --- | ---: | ---: | ---: |\n")
-	for _, row := range r.memoryRows() {
-		fmt.Fprintf(&b, "| %s | %s | %s | %s |\n", row.what, mib(row.m.RSS), mib(row.m.Peak), mib(row.m.PSS))
-	}
+}
+
+// sentences are what is no time and no size.
+func (r *Results) sentences() string {
 	exact := 0
 	for _, ok := range r.Storm.Exact {
 		if ok {
 			exact++
 		}
 	}
-	fmt.Fprintf(&b, "\nAfter %d of %d storms the agent's state was exactly the kernel's (%.0f overruns, %d clones that did not follow, %.0f rounds at the median).\n",
-		exact, len(r.Storm.Exact), r.Storm.Overruns, r.Storm.Late, r.Storm.Rounds.Median())
 	i := r.Idle
-	fmt.Fprintf(&b, "In %.0f idle seconds: %.0f rounds, %.0f looks at TCP keys, %d wake-ups of threads (the Go runtime's among them), %.2f s of CPU.\nA round with nothing to do allocates %.0f objects.\n",
-		i.Seconds, i.Rounds, i.Looks, i.Wakeups, i.CPU, i.AllocsARound)
-	return b.String()
+	return fmt.Sprintf("After %d of %d storms the agent's state was exactly the kernel's (%.0f overruns, %d clones that did not follow, %.0f rounds at the median).\n",
+		exact, len(r.Storm.Exact), r.Storm.Overruns, r.Storm.Late, r.Storm.Rounds.Median()) +
+		fmt.Sprintf("In %.0f idle seconds: %.0f rounds, %.0f looks at TCP keys, %d wake-ups of threads (the Go runtime's among them), %.2f s of CPU.\n",
+			i.Seconds, i.Rounds, i.Looks, i.Wakeups, i.CPU) +
+		fmt.Sprintf("A round with nothing to do allocates %.0f objects.\n", i.AllocsARound)
 }
 
 type memoryRow struct {
