@@ -28,6 +28,7 @@ type Results struct {
 	Size    Size    `json:"size"`
 
 	Cold       map[string]*Cold `json:"cold"` // by mode
+	Plain      Cold             `json:"cold_empty_tables"`
 	Memory     MemoryFigures    `json:"memory"`
 	EmptyEvent Event            `json:"event_empty_tables"`
 	FullEvent  Event            `json:"event_full_tables"`
@@ -63,6 +64,7 @@ func Run(o Options) (*Results, error) {
 		what string
 		do   func() error
 	}{
+		{"cold starts, empty tables", r.plain},
 		{"policy events, empty tables", func() error { return r.event(&r.out.EmptyEvent) }},
 		{"tables", r.lab.fill},
 		{"cold start, memory and storms", r.rounds},

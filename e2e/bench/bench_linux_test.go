@@ -34,7 +34,7 @@ func TestSmallRun(t *testing.T) {
 		t.Fatal(err)
 	}
 	for what, ratio := range map[string]Ratio{
-		"cold start, observe": r.Cold[observe].Start, "cold start, enforce": r.Cold[enforce].Start, "storm": r.Storm.Time,
+		"cold start, observe": r.Cold[observe].Start, "cold start, enforce": r.Cold[enforce].Start, "storm": r.Storm.Time, "plain start": r.Plain.Start,
 		"event, empty tables": r.EmptyEvent.Done, "event, full tables": r.FullEvent.Done,
 		"locks installed": r.Writes.Install, "locks taken away": r.Writes.Remove,
 		"clone, empty tables": r.EmptyEvent.Written, "clone, full tables": r.FullEvent.Written,

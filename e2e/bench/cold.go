@@ -17,14 +17,45 @@ type Cold struct {
 // coldFloor is what the agent reads, too.
 var coldFloor = []string{"-4 route show table all", "-6 route show table all", "xfrm policy show"}
 
-func (r *run) coldStart(mode string) (*Agent, error) {
+// showAll adds how long iproute2 takes.
+func showAll(floor *Samples) error {
 	began := time.Now()
 	for _, args := range coldFloor {
 		if err := exec.Command("ip", strings.Fields(args)...).Run(); err != nil { // stdout is /dev/null
-			return nil, fmt.Errorf("ip %s: %w", args, err)
+			return fmt.Errorf("ip %s: %w", args, err)
 		}
 	}
-	r.out.Cold[mode].Start.Floor.add(time.Since(began))
+	floor.add(time.Since(began))
+	return nil
+}
+
+// plain starts agents on tables that are empty, as on a host without IPsec.
+func (r *run) plain() error {
+	for range max(r.Rounds, plainStarts) {
+		if err := showAll(&r.out.Plain.Start.Floor); err != nil {
+			return err
+		}
+		a, err := startAgent(r.Bin, enforce, nil)
+		if err != nil {
+			return err
+		}
+		r.out.Plain.Start.Ours.add(a.Ready)
+		began := time.Now()
+		if err := a.Stop(); err != nil {
+			return err
+		}
+		r.out.Plain.Stop.add(time.Since(began))
+	}
+	return nil
+}
+
+// plainStarts is how many of them there are: they are quick.
+const plainStarts = 10
+
+func (r *run) coldStart(mode string) (*Agent, error) {
+	if err := showAll(&r.out.Cold[mode].Start.Floor); err != nil {
+		return nil, err
+	}
 	a, err := r.start(mode)
 	if err != nil {
 		return nil, err

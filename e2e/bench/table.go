@@ -95,6 +95,7 @@ func (r *Results) timeRows() []timeRow {
 	return []timeRow{
 		{"cold start to the first complete plan (`--mode observe`), by `ip route` + `ip xfrm policy`", r.Cold[observe].Start},
 		{"cold start with all locks written (`enforce`), by the same", r.Cold[enforce].Start},
+		{"cold start on a plain host (`enforce`, empty tables), by the same", r.Plain.Start},
 		{"policy event until all is written and read back, by a straight line", r.FullEvent.Done},
 		{"the same with empty tables", r.EmptyEvent.Done},
 		{"policy event until the clone is seen, by a straight line", r.FullEvent.Written},

@@ -38,6 +38,7 @@ func run() error {
 	flag.IntVar(&o.ProfileSeconds, "profile-seconds", 15, "how much of a start, of policy events and of a storm is in a profile of the CPU")
 	out := flag.String("o", "", "write all samples as JSON to this file")
 	table := flag.String("table", "", "replace the table in this file")
+	from := flag.String("from", "", "measure nothing, and take the samples in this file")
 	check := flag.String("check", "", "only compare the samples in this file with the figures to reach")
 	straight := flag.Bool("straight-line", false, "be the floor of a policy event (what bench starts itself)")
 	count := flag.Int("count", 0, "be the floor of a storm: count so many notifications of routes (what bench starts itself)")
@@ -49,6 +50,12 @@ func run() error {
 		return bench.Straight(os.Stdin, os.Stdout)
 	case *count > 0:
 		return bench.Count(*count, os.Stdout)
+	case *from != "":
+		r, err := load(*from)
+		if err != nil {
+			return err
+		}
+		return show(r, *table)
 	case *check != "":
 		return checkFile(*check)
 	case os.Geteuid() != 0:
@@ -76,7 +83,6 @@ func measure(o bench.Options, out, table string) error {
 	if err != nil {
 		return err
 	}
-	fmt.Print(r.Markdown())
 	if out != "" {
 		text, err := json.MarshalIndent(r, "", "  ")
 		if err != nil {
@@ -86,20 +92,34 @@ func measure(o bench.Options, out, table string) error {
 			return err
 		}
 	}
-	if table != "" {
-		return r.WriteTable(table)
-	}
-	return nil
+	return show(r, table)
 }
 
-func checkFile(file string) error {
+// show prints the table, and puts it into a file if one is named.
+func show(r *bench.Results, table string) error {
+	fmt.Print(r.Markdown())
+	if table == "" {
+		return nil
+	}
+	return r.WriteTable(table)
+}
+
+func load(file string) (*bench.Results, error) {
 	text, err := os.ReadFile(file)
 	if err != nil {
-		return fmt.Errorf("%w (`make bench` writes it)", err)
+		return nil, fmt.Errorf("%w (`make bench` writes it)", err)
 	}
 	var r bench.Results
 	if err := json.Unmarshal(text, &r); err != nil {
-		return fmt.Errorf("%s: %w", file, err)
+		return nil, fmt.Errorf("%s: %w", file, err)
+	}
+	return &r, nil
+}
+
+func checkFile(file string) error {
+	r, err := load(file)
+	if err != nil {
+		return err
 	}
 	missed := r.Missed()
 	for _, line := range missed {
