@@ -60,22 +60,33 @@ func (e *eventRun) measure() error {
 	if _, err := e.agent.quiet(settled); err != nil {
 		return err
 	}
-	// The shape of these policies has its rules from the first one on.
+	// The shape of these policies has its rules from the first one on, which stays.
 	if err := e.byAgent(1, nil, nil); err != nil {
 		return err
 	}
+	first := e.added
+	e.added = nil
 	for end := time.Now().Add(e.Budget); len(e.into.Done.Ours) < fewSamples || time.Now().Before(end) && len(e.into.Done.Ours) < mostSamples; {
 		if err := e.byAgent(samplesAtATime, &e.into.Done.Ours, &e.into.Written.Ours); err != nil {
 			return fmt.Errorf("agent: %w", err)
+		}
+		if err := e.undo(); err != nil {
+			return err
+		}
+		if _, err := e.agent.quiet(settled); err != nil { // it gives back what it did for them
+			return err
 		}
 		if err := e.byStraightLine(samplesAtATime); err != nil {
 			return fmt.Errorf("straight line: %w", err)
 		}
 	}
-	if err := e.lab.writePolicies(xfrmDelPolicy, e.added); err != nil {
-		return err
-	}
-	_, err := e.agent.quiet(settled)
+	return e.lab.writePolicies(xfrmDelPolicy, first)
+}
+
+// undo takes the policies that were added away again: tables that are empty are to stay so.
+func (e *eventRun) undo() error {
+	err := e.lab.writePolicies(xfrmDelPolicy, e.added)
+	e.added = nil
 	return err
 }
 
@@ -215,14 +226,7 @@ func (e *eventRun) straightLine(n int) error {
 		e.into.Written.Floor.add(took)
 		e.into.Done.Floor.add(time.Duration(ns))
 	}
-	return e.undo(n)
-}
-
-// undo takes the last n policies and the straight line's routes away, before the agent looks again.
-func (e *eventRun) undo(n int) error {
-	last := e.added[len(e.added)-n:]
-	e.added = e.added[:len(e.added)-n]
-	if err := e.lab.writePolicies(xfrmDelPolicy, last); err != nil {
+	if err := e.undo(); err != nil {
 		return err
 	}
 	return ip(fmt.Sprintf("route flush table %d", straightTable))
