@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"errors"
 	"fmt"
+	"os"
 	"os/exec"
 	"strconv"
 	"strings"
@@ -205,6 +206,12 @@ func (e *eventRun) straightLine(n int) error {
 	if err := errors.Join(err1, err2); err != nil {
 		return err
 	}
+	log, err := os.Create("/run/straight.log") // this namespace's own
+	if err != nil {
+		return err
+	}
+	defer log.Close()
+	cmd.Stderr = log
 	if err := cmd.Start(); err != nil {
 		return err
 	}
@@ -217,7 +224,8 @@ func (e *eventRun) straightLine(n int) error {
 			return err
 		}
 		if !lines.Scan() {
-			return errors.New("it has ended")
+			text, _ := os.ReadFile(log.Name())
+			return fmt.Errorf("it has ended: %s", lastLine(text))
 		}
 		ns, err := strconv.ParseInt(lines.Text(), 10, 64)
 		if err != nil {

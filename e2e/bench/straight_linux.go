@@ -1,9 +1,11 @@
 package bench
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"net/netip"
+	"os"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -12,9 +14,11 @@ import (
 // The straight line is the floor of a policy event: what the agent has to ask of the kernel for one added policy, and nothing else, as
 // `strace -f` shows it in a namespace with nothing in the tables:
 //
-//	recvfrom  XFRM_MSG_NEWPOLICY         the event
+//	recvfrom  XFRM_MSG_NEWPOLICY         the event, and that there is no other
+//	pread64   twice                      whether the host forwards
 //	sendmsg   RTM_GETROUTE  recvfrom     the path to the tunnel's other end
 //	sendmsg   RTM_NEWROUTE  recvfrom     the clone with the locked MTU, acknowledged
+//	write                                the line of the log
 //	sendmsg   RTM_GETROUTE  recvfrom     three lookups of the covered flows: locally, as forwarded, without the rule
 //
 // The agent's answers end with an acknowledgement each, which costs another recvfrom: the answers here do, too.
@@ -46,6 +50,14 @@ func Straight(in io.Reader, out io.Writer) error {
 		unix.Exit(0)
 	}()
 	line := &straight{sock: routes, msg: make([]byte, 0, 4096)}
+	for _, file := range []string{"ipv4/ip_forward", "ipv6/conf/all/forwarding"} {
+		f, err := os.Open("/proc/sys/net/" + file)
+		if err != nil {
+			return err
+		}
+		defer f.Close()
+		line.forwarding = append(line.forwarding, f)
+	}
 	for {
 		var p Policy
 		added := false
@@ -62,6 +74,9 @@ func Straight(in io.Reader, out io.Writer) error {
 			continue
 		}
 		began := time.Now()
+		if _, _, err := unix.Recvfrom(events.fd, events.buf, unix.MSG_DONTWAIT); !errors.Is(err, unix.EAGAIN) {
+			return fmt.Errorf("another event, or %w", err)
+		}
 		if err := line.answer(p); err != nil {
 			return err
 		}
@@ -86,10 +101,17 @@ func policyOf(b []byte) Policy {
 
 type straight struct {
 	*sock
-	msg []byte
+	msg        []byte
+	forwarding []*os.File
 }
 
 func (s *straight) answer(p Policy) error {
+	var bit [1]byte
+	for _, f := range s.forwarding {
+		if _, err := f.ReadAt(bit[:], 0); err != nil {
+			return err
+		}
+	}
 	if err := s.lookup(p.Peer, localEnd, 0); err != nil {
 		return err
 	}
@@ -104,6 +126,7 @@ func (s *straight) answer(p Policy) error {
 	if err != nil {
 		return fmt.Errorf("clone %s: %w", p.Dst, err)
 	}
+	fmt.Fprintf(os.Stderr, "level=INFO msg=\"route cloned with a locked mtu\" route=%s table=%d mtu=1400 because=\"a policy\"\n", p.Dst, straightTable)
 	for i := range lookupsAfter {
 		if err := s.lookup(p.Dst.Addr(), netip.Addr{}, i); err != nil {
 			return err
