@@ -50,12 +50,11 @@ func Straight(in io.Reader, out io.Writer) error {
 		unix.Exit(0)
 	}()
 	line := &straight{sock: routes, msg: make([]byte, 0, 4096)}
-	for _, file := range []string{"ipv4/ip_forward", "ipv6/conf/all/forwarding"} {
+	for _, file := range []string{"ipv4/ip_forward", "ipv6/conf/all/forwarding"} { // open until the process ends
 		f, err := os.Open("/proc/sys/net/" + file)
 		if err != nil {
 			return err
 		}
-		defer f.Close()
 		line.forwarding = append(line.forwarding, f)
 	}
 	for {
