@@ -51,7 +51,8 @@ const (
 	enforce = "enforce"
 )
 
-// Run measures everything, in the namespace that the process is in. It is the caller's to make one.
+// Run measures everything, in the namespace that the process is in. It is the caller's to make one. With an error there is what was measured
+// until then.
 func Run(o Options) (*Results, error) {
 	began := time.Now()
 	w := NewWorld(FullSize.Scaled(o.Scale))
@@ -74,7 +75,7 @@ func Run(o Options) (*Results, error) {
 	} {
 		r.say(step.what)
 		if err := step.do(); err != nil {
-			return nil, fmt.Errorf("%s: %w", step.what, err)
+			return r.out, fmt.Errorf("%s: %w", step.what, err)
 		}
 	}
 	r.out.Took = time.Since(began).Seconds()

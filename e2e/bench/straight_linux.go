@@ -23,9 +23,9 @@ import (
 //
 // The agent's answers end with an acknowledgement each, which costs another recvfrom: the answers here do, too.
 
-// straightTable is a table that no rule leads to, straightProto the protocol of routes there.
+// straightTable is a table that no rule leads to, nor to the 99 behind it, straightProto the protocol of routes there.
 const (
-	straightTable = 9999
+	straightTable = 9900
 	straightProto = 85
 )
 

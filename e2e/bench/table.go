@@ -68,6 +68,9 @@ func (r *Results) Markdown() string {
 	fmt.Fprintf(&b, "; %d rounds, %.0f s in all.\n\n", len(r.Cold[observe].Start.Ours), r.Took)
 	b.WriteString("| what | samples | median | p99 | floor, median | floor, p99 | ratio, median | ratio, p99 |\n| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n")
 	for _, row := range r.timeRows() {
+		if len(row.of.Ours) == 0 {
+			continue // of a run that knew nothing of it
+		}
 		fmt.Fprintf(&b, "| %s | %d | %s | %s | %s | %s | %s | %s |\n", row.what, len(row.of.Ours), seconds(row.of.Ours.Median()), seconds(row.of.Ours.P99()),
 			seconds(row.of.Floor.Median()), seconds(row.of.Floor.P99()), ratio(row.of.Median()), ratio(row.of.P99()))
 	}

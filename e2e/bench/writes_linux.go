@@ -68,7 +68,7 @@ func (r *run) writesFloor(routes []string) error {
 		}{{"add", &r.out.Writes.Install.Floor}, {"del", &r.out.Writes.Remove.Floor}} {
 			var text strings.Builder
 			for _, route := range routes {
-				fmt.Fprintf(&text, "route %s %s table %d\n", step.verb, route, straightTable)
+				fmt.Fprintf(&text, "route %s %s\n", step.verb, route)
 			}
 			const file = "/run/batch" // this namespace's own
 			if err := os.WriteFile(file, []byte(text.String()), 0o644); err != nil {
@@ -76,7 +76,7 @@ func (r *run) writesFloor(routes []string) error {
 			}
 			began := time.Now()
 			if out, err := exec.Command("ip", "-batch", file).CombinedOutput(); err != nil {
-				return fmt.Errorf("ip -batch: %w: %s", err, lastLine(out))
+				return fmt.Errorf("ip -batch: %w: %s", err, bytes.TrimSpace(out))
 			}
 			step.into.add(time.Since(began))
 		}
@@ -84,10 +84,13 @@ func (r *run) writesFloor(routes []string) error {
 	return nil
 }
 
-// what `ip route show table all` adds to a route's words, and `ip route add` does not take there.
-var shown = regexp.MustCompile(` (table \d+|pref medium|linkdown|dead)\b`)
+// shown is what `ip route show table all` adds to a route's words, and `ip route add` does not take there.
+var shown = regexp.MustCompile(` (pref medium|linkdown|dead)\b`)
 
-// clones are the agent's routes in iproute2's words.
+// tables are the agent's. What one route is in each of them is as many in the tables of the floor.
+var tables = regexp.MustCompile(`\btable 54(\d\d)\b`)
+
+// clones are the agent's routes in iproute2's words, but for the table.
 func clones() (list []string, err error) {
 	for _, family := range []string{"-4", "-6"} {
 		out, err := exec.Command("ip", family, "route", "show", "table", "all", "proto", fmt.Sprint(ourProtocol)).Output()
@@ -95,7 +98,8 @@ func clones() (list []string, err error) {
 			return nil, fmt.Errorf("ip route show: %w", err)
 		}
 		for line := range bytes.Lines(out) {
-			list = append(list, shown.ReplaceAllString(string(bytes.TrimSpace(line)), ""))
+			words := shown.ReplaceAllString(string(bytes.TrimSpace(line)), "")
+			list = append(list, tables.ReplaceAllString(words, fmt.Sprintf("table %d$1", straightTable/100)))
 		}
 	}
 	return list, nil

@@ -80,19 +80,22 @@ func measure(o bench.Options, out, table string) error {
 	}
 	o.Self, o.Progress = "/proc/self/exe", os.Stderr
 	r, err := bench.Run(o)
+	if r != nil && out != "" {
+		err = errors.Join(err, save(r, out))
+	}
 	if err != nil {
 		return err
 	}
-	if out != "" {
-		text, err := json.MarshalIndent(r, "", "  ")
-		if err != nil {
-			return err
-		}
-		if err := os.WriteFile(out, append(text, '\n'), 0o644); err != nil {
-			return err
-		}
-	}
 	return show(r, table)
+}
+
+// save writes all samples to a file, also those of a run that went wrong in the end.
+func save(r *bench.Results, file string) error {
+	text, err := json.MarshalIndent(r, "", "  ")
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(file, append(text, '\n'), 0o644)
 }
 
 // show prints the table, and puts it into a file if one is named.
