@@ -57,7 +57,7 @@ func TestSmallRun(t *testing.T) {
 	if r.Idle.Seconds < 1 || r.Idle.EmptyRounds == 0 {
 		t.Errorf("idle %+v", r.Idle)
 	}
-	for _, name := range []string{"observe-start.cpu", "enforce-start.cpu", "enforce-ready.heap", "storm.cpu", "event-full.cpu"} {
+	for _, name := range []string{"observe-start.cpu", "enforce-start.cpu", "enforce-ready.heap", "shrunk.heap", "storm.cpu", "event-full.cpu"} {
 		if info, err := os.Stat(filepath.Join(dir, name)); err != nil || info.Size() == 0 {
 			t.Errorf("profile %s: %v", name, err)
 		}

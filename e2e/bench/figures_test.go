@@ -64,8 +64,14 @@ func TestEachMissedFigureHasALine(t *testing.T) {
 			"policy event until written and read back, full tables, by a straight line, median: 4, to reach 1.5",
 			"policy event until written and read back, full tables, by a straight line, p99: 4, to reach 3",
 		}},
-		"storm":  {func(r *Results) { r.Storm.Time = slow; r.Storm.Exact = []bool{true, false} }, []string{"storm by a counting reader, median: 4, to reach 1.2", "state after storm 2: not exactly the kernel's"}},
-		"moved":  {func(r *Results) { r.Storm.Moved, r.Storm.Late = Samples{0.5}, 3 }, []string{"storm, a clone follows its route, seconds at p99: 0.5, to reach 0.01", "storm: 3 clones did not follow their routes"}},
+		"storm": {
+			func(r *Results) { r.Storm.Time, r.Storm.Exact = slow, []bool{true, false} },
+			[]string{"storm by a counting reader, median: 4, to reach 1.2", "state after storm 2: not exactly the kernel's"},
+		},
+		"moved": {
+			func(r *Results) { r.Storm.Moved, r.Storm.Late = Samples{0.5}, 3 },
+			[]string{"storm, a clone follows its route, seconds at p99: 0.5, to reach 0.01", "storm: 3 clones did not follow their routes"},
+		},
 		"writes": {func(r *Results) { r.Writes.Remove = slow }, []string{"locks taken away by ip -batch, median: 4, to reach 1.5"}},
 		"shrunk": {func(r *Results) { r.Memory.Shrunk.RSS = 180 << 20 }, []string{"resident memory when the tables have shrunk, by a fresh agent's: 10, to reach 2"}},
 		"idle": {

@@ -71,6 +71,9 @@ func (r *run) shrink() error {
 	if r.out.Memory.Shrunk, err = a.Memory(); err != nil {
 		return stopped(a, err)
 	}
+	if err := r.heapProfile(a, "shrunk"); err != nil {
+		return stopped(a, err)
+	}
 	if err := a.Stop(); err != nil {
 		return err
 	}
