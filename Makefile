@@ -5,6 +5,8 @@
 # make build              bin/tsoagent and bin/tsoctl
 # make install            into DESTDIR (/): the commands, the unit, its group and directories, and the documentation
 # make testkernel         the test kernel, if it isn't in the cache (about 5 minutes on 2 processors)
+# make bench              how the agent does with a full BGP table and 100,000 tunnels, into docs/bench.md (root; some minutes, 4 GiB of memory)
+# make bench-check        compares what make bench measured with the figures to reach
 # make lint               golangci-lint and govulncheck
 # make fuzz               every fuzz target for FUZZTIME
 # make scenario NAME=…    one scenario in the test kernel, with its whole log (VARIANT=v4 or v6 where it has both)
@@ -16,7 +18,7 @@ FUZZTIME ?= 10s
 # belongs to somebody else.
 VCS := $(shell git status >/dev/null 2>&1 && echo auto || echo false)
 
-.PHONY: build install run test test-kernels testkernel demo scenario lint fuzz setup
+.PHONY: build install run test test-kernels testkernel demo scenario bench bench-check lint fuzz setup
 
 build:
 	CGO_ENABLED=0 go build -buildvcs=$(VCS) -o bin/ ./cmd/...
@@ -59,6 +61,17 @@ demo: setup testkernel
 
 scenario: setup testkernel
 	@go run ./e2e/cmd/scenario -v -variant "$(VARIANT)" e2e/testdata/scenarios/$(NAME).txtar
+
+# Profiles of the agent: bin/bench -profiles DIR. Another size: bin/bench -scale 0.01.
+bench: build bin/bench
+	@bin/bench -bin bin -o bin/bench.json -table docs/bench.md
+
+bench-check: bin/bench
+	@bin/bench -check bin/bench.json
+
+.PHONY: bin/bench
+bin/bench:
+	@go build -buildvcs=$(VCS) -o bin/bench ./e2e/cmd/bench
 
 lint:
 	@tools/lint || [ $$? -eq 4 ]

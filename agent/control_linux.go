@@ -125,6 +125,7 @@ func handler(s served, stopped <-chan struct{}) http.Handler {
 		})
 		paths = append(paths, op.Path)
 	}
+	profiles(mux)
 	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
 		answerError(w, http.StatusNotFound, fmt.Errorf("there is no %q; this agent has %s", r.URL.Path, strings.Join(paths, ", ")))
 	})

@@ -1,0 +1,164 @@
+package bench
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"net/netip"
+	"os"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// The straight line is the floor of a policy event: what the agent has to ask of the kernel for one added policy, and nothing else, as
+// `strace -f` shows it in a namespace with nothing in the tables:
+//
+//	recvfrom  XFRM_MSG_NEWPOLICY         the event, and that there is no other
+//	pread64   twice                      whether the host forwards
+//	sendmsg   RTM_GETROUTE  recvfrom     the path to the tunnel's other end
+//	sendmsg   RTM_NEWROUTE  recvfrom     the clone with the locked MTU, acknowledged
+//	write                                the line of the log
+//	sendmsg   RTM_GETROUTE  recvfrom     three lookups of the covered flows: locally, as forwarded, without the rule
+//
+// The agent's answers end with an acknowledgement each, which costs another recvfrom: the answers here do, too.
+
+// straightTable is a table that no rule leads to, nor to the 99 behind it, straightProto the protocol of routes there.
+const (
+	straightTable = 9900
+	straightProto = 85
+)
+
+// lookupsAfter is how many lookups follow the write.
+const lookupsAfter = 3
+
+// Straight answers policy events in a straight line until the input ends, with a line for each: how many nanoseconds it took.
+func Straight(in io.Reader, out io.Writer) error {
+	events, err := dial(unix.NETLINK_XFRM, xfrmPolicyGroup)
+	if err != nil {
+		return err
+	}
+	routes, err := dial(unix.NETLINK_ROUTE)
+	if err != nil {
+		return err
+	}
+	if _, err := fmt.Fprintln(out, "ready"); err != nil {
+		return err
+	}
+	go func() { // whoever started this one ends it
+		_, _ = io.Copy(io.Discard, in)
+		unix.Exit(0)
+	}()
+	line := &straight{sock: routes, msg: make([]byte, 0, 4096)}
+	for _, file := range []string{"ipv4/ip_forward", "ipv6/conf/all/forwarding"} { // open until the process ends
+		f, err := os.Open("/proc/sys/net/" + file)
+		if err != nil {
+			return err
+		}
+		line.forwarding = append(line.forwarding, f)
+	}
+	for {
+		var p Policy
+		added := false
+		err := events.receive(func(h header, b []byte) bool {
+			if added = h.typ == xfrmNewPolicy; added {
+				p = policyOf(b)
+			}
+			return true
+		})
+		if err != nil {
+			return err
+		}
+		if !added {
+			continue
+		}
+		began := time.Now()
+		if _, _, err := unix.Recvfrom(events.fd, events.buf, unix.MSG_DONTWAIT); !errors.Is(err, unix.EAGAIN) {
+			return fmt.Errorf("another event, or %w", err)
+		}
+		if err := line.answer(p); err != nil {
+			return err
+		}
+		if _, err := fmt.Fprintln(out, time.Since(began).Nanoseconds()); err != nil {
+			return err
+		}
+	}
+}
+
+// policyOf reads what the straight line needs of an IPv4 policy: its selector, and where its template leads.
+func policyOf(b []byte) Policy {
+	const selector, info, header = 56, 168, unix.SizeofNlAttr
+	p := Policy{
+		Dst: netip.PrefixFrom(netip.AddrFrom4([4]byte(b[0:4])), int(b[42])),
+		Src: netip.PrefixFrom(netip.AddrFrom4([4]byte(b[16:20])), int(b[43])),
+	}
+	if at := info + header; len(b) >= at+selector {
+		p.Peer = netip.AddrFrom4([4]byte(b[at : at+4]))
+	}
+	return p
+}
+
+type straight struct {
+	*sock
+	msg        []byte
+	forwarding []*os.File
+}
+
+func (s *straight) answer(p Policy) error {
+	var bit [1]byte
+	for _, f := range s.forwarding {
+		if _, err := f.ReadAt(bit[:], 0); err != nil {
+			return err
+		}
+	}
+	if err := s.lookup(p.Peer, localEnd, 0); err != nil {
+		return err
+	}
+	err := s.ask(unix.RTM_NEWROUTE, unix.NLM_F_CREATE|unix.NLM_F_REPLACE, func(b []byte) []byte {
+		b = append(b, unix.AF_INET, byte(p.Dst.Bits()), 0, 0, unix.RT_TABLE_COMPAT, straightProto, unix.RT_SCOPE_UNIVERSE, unix.RTN_UNICAST, 0, 0, 0, 0)
+		b = attr32(b, unix.RTA_TABLE, straightTable)
+		b = attr(b, unix.RTA_DST, p.Dst.Addr().AsSlice())
+		gw, _ := gateway(0, false)
+		b = attr(b, unix.RTA_GATEWAY, gw.AsSlice())
+		return attr(b, unix.RTA_METRICS, attr32(attr32(nil, unix.RTAX_LOCK, 1<<unix.RTAX_MTU), unix.RTAX_MTU, 1400))
+	})
+	if err != nil {
+		return fmt.Errorf("clone %s: %w", p.Dst, err)
+	}
+	fmt.Fprintf(os.Stderr, "level=INFO msg=\"route cloned with a locked mtu\" route=%s table=%d mtu=1400 because=\"a policy\"\n", p.Dst, straightTable)
+	for i := range lookupsAfter {
+		if err := s.lookup(p.Dst.Addr(), netip.Addr{}, i); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// lookup asks for the route to an address; the mark makes lookups differ.
+func (s *straight) lookup(dst, src netip.Addr, mark int) error {
+	err := s.ask(unix.RTM_GETROUTE, 0, func(b []byte) []byte {
+		bits := byte(0)
+		if src.IsValid() {
+			bits = 32
+		}
+		b = append(b, unix.AF_INET, 32, bits, 0, 0, 0, 0, 0, 0, 0x10, 0, 0) // RTM_F_LOOKUP_TABLE
+		b = attr(b, unix.RTA_DST, dst.AsSlice())
+		if src.IsValid() {
+			b = attr(b, unix.RTA_SRC, src.AsSlice())
+		}
+		return attr32(b, unix.RTA_MARK, uint32(mark))
+	})
+	if err != nil {
+		return fmt.Errorf("lookup %s: %w", dst, err)
+	}
+	return nil
+}
+
+func (s *straight) ask(typ, flags uint16, fill func([]byte) []byte) error {
+	s.seq++
+	s.msg = message(s.msg[:0], typ, flags|unix.NLM_F_ACK, s.seq, fill)
+	if err := unix.Sendto(s.fd, s.msg, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
+		return err
+	}
+	return s.acked(s.seq)
+}
