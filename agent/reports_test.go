@@ -3,16 +3,21 @@ package agent
 import (
 	"context"
 	"errors"
+	"fmt"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
+
+	"tsoagent/agent/plan"
 	"tsoagent/routes"
 )
 
-// agree holds what is kept from round to round to what comes out from scratch: the counts to the report, and the ways of
-// outer packets to the kernel's answers now.
+// agree holds what is kept from round to round to what comes out from scratch: the counts to the report, the ways of
+// outer packets to the kernel's answers now, and the plan to one that is made of the same input.
 func (w *world) agree() {
 	w.t.Helper()
 	if w.lookup == nil && w.a.lastP != nil {
@@ -29,6 +34,7 @@ func (w *world) agree() {
 	if n != len(w.a.st.holds) {
 		w.t.Errorf("by device there are %d holds, in all %d", n, len(w.a.st.holds))
 	}
+	w.samePlan()
 	g, r := w.a.glance.Load(), w.a.Report()
 	if (g == nil) != (r == nil) {
 		w.t.Errorf("the glance is %+v, the report %+v", g, r)
@@ -147,4 +153,23 @@ func TestReportsWhileTheLoopComesAndGoes(t *testing.T) {
 		cancel()
 		wg.Wait()
 	})
+}
+
+// samePlan compares the plan that was followed with the one from scratch. What was changed since without the planner
+// being told is a fault.
+func (w *world) samePlan() {
+	w.t.Helper()
+	ch := w.a.st.changes
+	if w.a.lastP == nil || w.a.goal != protect || ch.All || ch.Devices || len(ch.Dsts)+len(ch.Policies)+len(ch.SAs)+len(ch.Peers) > 0 {
+		return // the next round sees to it
+	}
+	text := func(pl *plan.Plan) string {
+		k := pl.Keep()
+		return fmt.Sprintf("holds %v\nlocks %v\nshapes %v\nlanes %v\ntunnels %v\nclamp %v\nmtus %v %v\nverdicts %+v\ncurrent %d",
+			k.Holds, k.Locks, k.Shapes, k.Lanes, k.Tunnels, k.Clamp, k.MTU, k.DeviceMTUs, k.Verdicts, len(k.Current))
+	}
+	in := w.a.lastIn
+	if got, want := text(w.a.lastP), text(plan.Make(in)); got != want {
+		w.t.Errorf("the plan that was followed is another one (-from scratch +followed):\n%s", cmp.Diff(strings.Split(want, "\n"), strings.Split(got, "\n")))
+	}
 }
