@@ -45,6 +45,7 @@ type tableKey struct {
 // state is all that a full dump replaces.
 type state struct {
 	links    map[Ifindex]*Link
+	sorted   []*Link // links in order, nil when that is to be made anew
 	addrs    map[Ifindex]map[netip.Prefix]struct{}
 	rules    map[Family][]*Rule
 	twice    map[Rule]struct{} // rules that were told while they were known
@@ -183,11 +184,12 @@ func (s *state) apply(ev Event, p *partial) (Effect, Change) {
 			same.MTU6 = 0
 			l = &same
 		}
-		s.links[l.Index] = l
+		s.links[l.Index], s.sorted = l, nil
 		return Effect{Changed: old == nil || *old != *l}, Change{Link: l.Index}
 	case LinkGone:
 		_, had := s.links[ev.Index]
 		delete(s.links, ev.Index)
+		s.sorted = nil
 		delete(s.addrs, ev.Index)
 		return Effect{Changed: had}, Change{Link: ev.Index}
 	case AddrSet:
@@ -336,13 +338,15 @@ func (s *state) get(f Family, id TableID, dst netip.Prefix) []*Body {
 	return p.Bodies()
 }
 
-// Links returns all devices in the order of their indexes.
+// Links returns all devices in the order of their indexes. The slice is not to be changed.
 func (f *FIB) Links() []*Link {
-	out := make([]*Link, 0, len(f.links))
-	for _, i := range slices.Sorted(maps.Keys(f.links)) {
-		out = append(out, f.links[i])
+	if f.sorted == nil {
+		f.sorted = make([]*Link, 0, len(f.links))
+		for _, i := range slices.Sorted(maps.Keys(f.links)) {
+			f.sorted = append(f.sorted, f.links[i])
+		}
 	}
-	return out
+	return f.sorted
 }
 
 // LinkCount is the number of devices.

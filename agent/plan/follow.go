@@ -275,23 +275,26 @@ func (p *planner) followPeers(r *region, ch Changes) bool {
 	return true
 }
 
-// coversIn are the coverages whose destinations overlap a region.
+// coversIn are the coverages whose destinations overlap a region. It is for when the entries themselves are up to
+// date: what the region gains afterwards is looked at, and the rest not again.
 func (p *planner) coversIn(r *region) []*coverage {
-	seen := map[*coverage]bool{}
-	var out []*coverage
-	for _, dst := range r.list {
+	if r.seen == nil {
+		r.seen = map[*coverage]bool{}
+	}
+	for _, dst := range r.list[r.looked:] {
 		for _, t := range p.byIfID {
 			overlapping(t, dst, func(_ netip.Prefix, es []*entry) {
 				for _, e := range es {
-					if e.cov != nil && !seen[e.cov] {
-						seen[e.cov] = true
-						out = append(out, e.cov)
+					if e.cov != nil && !r.seen[e.cov] {
+						r.seen[e.cov] = true
+						r.covers = append(r.covers, e.cov)
 					}
 				}
 			})
 		}
 	}
-	return out
+	r.looked = len(r.list)
+	return r.covers
 }
 
 // followTrials tries the routes in a region anew for a lock in place. Where one is locked or no more, that

@@ -193,6 +193,9 @@ func (p *planner) reorder(old []*shaped) bool {
 
 // followVRFs is noteVRFs for the coverages in a region.
 func (p *planner) followVRFs(r *region) {
+	if !slices.ContainsFunc(p.FIB.Links(), func(l *routes.Link) bool { return l.VRFTable != 0 }) {
+		return
+	}
 	for _, c := range p.coversIn(r) {
 		p.takeBack(c.own(phaseVRFs))
 	}

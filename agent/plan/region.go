@@ -17,6 +17,10 @@ type region struct {
 	routes []netip.Prefix
 	// tries are those that a coverage can fill now, or can fill no more.
 	tries []routes.Key
+	// covers are the coverages found so far, and how many of the list they were looked for at.
+	covers []*coverage
+	seen   map[*coverage]bool
+	looked int
 }
 
 // add adds a destination, and says whether it was not in it as a whole.
