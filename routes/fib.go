@@ -164,8 +164,14 @@ func (f *FIB) end(scope Scope) Effect {
 		f.part = nil
 		return f.prune(p)
 	case !scope.RoutesOnly && f.fresh != nil:
+		changes := []Change{{All: true}}
+		if !f.stale {
+			changes = f.state.differences(f.fresh)
+		}
 		f.state, f.fresh, f.stale = *f.fresh, nil, false
-		f.note(Change{All: true})
+		for _, c := range changes {
+			f.note(c)
+		}
 		return Effect{Changed: true}
 	}
 	return Effect{}
@@ -203,7 +209,9 @@ func (s *state) apply(ev Event, p *partial) (Effect, Change) {
 		return Effect{Changed: !had}, Change{Link: ev.Addr.Ifindex, Addr: true}
 	case AddrGone:
 		_, had := s.addrs[ev.Addr.Ifindex][ev.Addr.Prefix]
-		delete(s.addrs[ev.Addr.Ifindex], ev.Addr.Prefix)
+		if delete(s.addrs[ev.Addr.Ifindex], ev.Addr.Prefix); len(s.addrs[ev.Addr.Ifindex]) == 0 {
+			delete(s.addrs, ev.Addr.Ifindex)
+		}
 		return Effect{Changed: had}, Change{Link: ev.Addr.Ifindex, Addr: true}
 	case RuleSet:
 		return Effect{Changed: s.addRule(ev.Rule)}, Change{All: true}
