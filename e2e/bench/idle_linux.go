@@ -108,16 +108,17 @@ func (r *run) emptyRounds(a *Agent) error {
 
 // allocations counts the agent's allocations and rounds while something is done a few times, each time until it is quiet.
 func (a *Agent) allocations(do func(int) error) (mallocs, rounds float64, err error) {
-	count := func(sign float64) error {
+	ran := func() (float64, error) {
 		m, err := a.metrics()
-		if err != nil {
-			return err
-		}
-		n, err := a.mallocs()
-		mallocs, rounds = mallocs+sign*n, rounds+sign*m[roundsTotal]
-		return err
+		return m[roundsTotal], err
 	}
-	if err := count(-1); err != nil {
+	// What the metrics are made of is worked out when they are asked for: that is not to be among what is counted.
+	before, err := ran()
+	if err != nil {
+		return 0, 0, err
+	}
+	had, err := a.mallocs()
+	if err != nil {
 		return 0, 0, err
 	}
 	for k := range emptyRoundEvents {
@@ -128,6 +129,10 @@ func (a *Agent) allocations(do func(int) error) (mallocs, rounds float64, err er
 			return 0, 0, err
 		}
 	}
-	err = count(1)
-	return mallocs, rounds, err
+	has, err := a.mallocs()
+	if err != nil {
+		return 0, 0, err
+	}
+	after, err := ran()
+	return has - had, after - before, err
 }
