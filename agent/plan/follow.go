@@ -221,6 +221,7 @@ func (p *planner) drop(r *region, e *entry) {
 // leave ends a coverage's being in a shape.
 func (p *planner) leave(m *member) {
 	s, c := m.shape, m.cov
+	p.follower.regrouped = true
 	p.takeBack(&m.unit)
 	delete(p.serving, serves{c.entry, s.base})
 	last := len(s.members) - 1

@@ -142,12 +142,13 @@ func (p *planner) regroup(r *region) bool {
 		}
 	}
 	p.followVRFs(r)
-	if len(moved) == 0 {
-		return true
-	}
 	for _, dst := range moved {
 		r.add(dst)
 	}
+	if !p.follower.regrouped { // nor has a policy that is no more left one
+		return true
+	}
+	p.follower.regrouped = false
 	return p.reorder(old)
 }
 
