@@ -17,6 +17,9 @@ func (f *followed) genStep(t *rapid.T) []string {
 	if strings.Contains(f.text, " tun0 ") {
 		m.devices = []string{"tun0", "tun0v", "tun1", "vti0", "eth0"}
 	}
+	if m.some("apply", 2) {
+		m.line("apply %s", m.of("what", "", "", "", "clones", "locks", "rules"))
+	}
 	for range []int{1, 1, 1, 2, 4}[m.num("changes", 0, 4)] {
 		m.change()
 	}
@@ -46,9 +49,7 @@ func (m *maker) change() {
 		m.sa(m.num("SA", 1, 8))
 	case 12:
 		m.line("%s %d", m.of("death", "dying", "unsa"), m.num("SA", 1, 8))
-	case 13, 14:
-		m.line("apply %s", m.of("what", "", "", "clones", "locks", "rules"))
-	case 15, 16, 17, 18:
+	case 13, 14, 15, 16, 17, 18:
 		m.rare()
 	case 19:
 		m.line("peer %s %s", m.peer("peer"), m.of("mtu", "1300", "1400", "1480"))
@@ -93,7 +94,12 @@ func (m *maker) rare() {
 
 // do makes one change: a line of a world, or one of those that take something away.
 func (f *followed) do(what string, w *words) error {
+	if what != "apply" {
+		f.steps = Steps{} // those were for what was there
+	}
 	switch what {
+	case "apply":
+		return f.applySome(w)
 	case "replace":
 		f.replacing = true
 		defer func() { f.replacing = false }()
@@ -109,8 +115,6 @@ func (f *followed) do(what string, w *words) error {
 		f.gone = slices.DeleteFunc(slices.Clone(f.gone), func(c xfrmwatch.Coverage) bool { return index == 0 || c.ID.Policy == index })
 	case "dying", "unsa":
 		f.unsa(what, xfrmwatch.SPI(w.num()))
-	case "apply":
-		return f.applySome(w)
 	case "pause":
 		return f.pause()
 	case "resync", "lost":
@@ -203,10 +207,10 @@ func (f *followed) unsa(what string, spi xfrmwatch.SPI) {
 	}
 }
 
-// applySome does what the plan says, or a part of it, as the agent does.
+// applySome does what the newest plan says, or a part of it, as the agent does ahead of other changes.
 func (f *followed) applySome(w *words) error {
-	in := f.input()
-	s := Diff(in, Make(in), f.held)
+	s := f.steps
+	f.steps = Steps{}
 	switch {
 	case w.is("clones"):
 		s = Steps{Clones: s.Clones}

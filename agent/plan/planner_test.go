@@ -156,7 +156,8 @@ type followed struct {
 	changes Changes
 	before  Input
 	told    map[xfrmwatch.CoverageID]int
-	shapes  []ShapeID
+	shapes  []ShapeID // of the newest plan
+	steps   Steps     // to it
 	history []string
 }
 
@@ -234,6 +235,7 @@ func (f *followed) differs() error {
 	if diff := cmp.Diff(all, steps, comparePlans...); diff != "" {
 		return fmt.Errorf("the steps to the plan that was followed are others (-from scratch +followed):\n%s", diff)
 	}
+	f.steps = steps
 	if a, b := fmt.Sprint(want.MTU, want.Tunnels, len(want.Current)), fmt.Sprint(got.MTU, got.Tunnels, len(got.Current)); a != b {
 		return fmt.Errorf("the plan that was followed is another one:\n%s\n%s", a, b)
 	}
