@@ -485,3 +485,13 @@ func (f *FIB) DeviceRoutes(i Ifindex) (keys []Key, n int) {
 	}
 	return slices.SortedFunc(maps.Keys(d.keys), Key.Compare), d.n
 }
+
+// LeavingBy yields the keys of DeviceRoutes in no particular order, without looking at more than are taken. It is false
+// where there are too many to be indexed.
+func (f *FIB) LeavingBy(i Ifindex) (keys iter.Seq[Key], indexed bool) {
+	d := f.devices[i]
+	if d == nil {
+		return maps.Keys[map[Key]int](nil), true
+	}
+	return maps.Keys(d.keys), d.keys != nil
+}

@@ -91,6 +91,7 @@ type planner struct {
 	tunnels    map[routes.Ifindex]*tunnel
 	vtis       []*routes.Link
 	devices    map[routes.Ifindex]*dedicated     // the dedicated carriers
+	uppers     []*dedicated                      // those by which others of them send
 	senders    map[routes.Ifindex][]*routes.Link // the ports by which a bond, team or bridge sends now
 	taken      map[HoldKey]*held
 	signed     []*signed
@@ -259,7 +260,7 @@ func (p *planner) sortCovers() {
 // withRemembered adds the peers of a split transport policy whose SAs are gone: while the
 // policy stays, its last valid MTU stays.
 func (p *planner) withRemembered(pol *xfrmwatch.Policy, covs []xfrmwatch.Coverage) []xfrmwatch.Coverage {
-	if len(covs) == 0 || len(p.Last) == 0 || covs[len(covs)-1].Selector.Dst.IsSingleIP() {
+	if len(covs) == 0 || len(p.Last) == 0 || !pol.Templates[0].TakesFlow() || pol.Selector.Dst.IsSingleIP() {
 		return covs
 	}
 	if p.peers == nil {

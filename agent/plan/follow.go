@@ -137,7 +137,7 @@ func (p *planner) replacePolicy(r *region, index xfrmwatch.PolicyIndex) {
 	if !ok {
 		return
 	}
-	if _, maybe := pol.Covers(); len(pol.Templates) > 0 && pol.Templates[0].TakesFlow() || maybe {
+	if len(pol.Templates) > 0 && pol.Templates[0].TakesFlow() {
 		p.peers = nil // those that are remembered
 	}
 	for _, e := range p.entriesOf(pol) {
@@ -221,6 +221,7 @@ func (p *planner) drop(r *region, e *entry) {
 // leave ends a coverage's being in a shape.
 func (p *planner) leave(m *member) {
 	s, c := m.shape, m.cov
+	p.follower.regrouped = true
 	p.takeBack(&m.unit)
 	delete(p.serving, serves{c.entry, s.base})
 	last := len(s.members) - 1
@@ -415,6 +416,9 @@ func (p *planner) conclude(r *region, ch Changes) {
 func (p *planner) holdsChange(r *region, ch Changes) bool {
 	if ch.Devices || p.moved || p.wide > 0 && len(r.list) > 0 {
 		return true
+	}
+	if slices.ContainsFunc(p.uppers, func(d *dedicated) bool { return p.enters(d) != d.entered }) {
+		return true // by the routes that it has besides
 	}
 	for c := range p.touched {
 		if c.Policy.IfID != 0 || len(p.vtis) > 0 || c.entry.all() {

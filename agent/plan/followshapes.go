@@ -41,7 +41,7 @@ func (p *planner) followShapes(r *region) bool {
 		}
 	}
 	after := p.filled()
-	if p.limits(pending, slices.Equal(before, after)) || p.overLimits(after) {
+	if p.limits(pending, slices.Equal(before, after)) || p.overLimits() {
 		return false
 	}
 	tables := map[*shaped]routes.TableID{}
@@ -102,14 +102,23 @@ func (p *planner) filled() fillings {
 	return out
 }
 
-// overLimits reports whether the tables hold more than they may.
-func (p *planner) overLimits(f fillings) bool {
+// overLimits reports whether the tables hold more than they may, or a shape comes behind as many as have rules: it has
+// no room, whether it holds something or not.
+func (p *planner) overLimits() bool {
 	total, used := 0, map[routes.Family]int{}
-	for _, one := range f {
-		total += one.n
-		used[one.s.id.Flows.Family]++
+	for _, s := range p.shapes {
+		if s.why != "" {
+			continue
+		}
+		if used[s.id.Flows.Family] == MaxRules {
+			return true
+		}
+		if s.clones > 0 {
+			total += s.clones
+			used[s.id.Flows.Family]++
+		}
 	}
-	return total > p.Config.MaxClones || used[routes.IPv4] > MaxRules || used[routes.IPv6] > MaxRules
+	return total > p.Config.MaxClones
 }
 
 // regroup works out anew in which shapes the coverages in a region are, and what they hear of VRFs. It is
@@ -142,12 +151,13 @@ func (p *planner) regroup(r *region) bool {
 		}
 	}
 	p.followVRFs(r)
-	if len(moved) == 0 {
-		return true
-	}
 	for _, dst := range moved {
 		r.add(dst)
 	}
+	if !p.follower.regrouped { // nor has a policy that is no more left one
+		return true
+	}
+	p.follower.regrouped = false
 	return p.reorder(old)
 }
 

@@ -20,6 +20,8 @@ type dedicated struct {
 	// lower are the dedicated devices that it sends by, in a stack.
 	lower []*dedicated
 	upper bool // another dedicated device sends by it
+	// entered says that flows entered at it when the holds were worked out.
+	entered bool
 	// nested is a tunnel in another one or in an xfrm interface, which no probe tries.
 	nested bool
 }
@@ -28,7 +30,7 @@ type dedicated struct {
 // tunnels whose outer packets are covered, and devices all of whose unicast routes are covered.
 // In a stack of them it does so where flows enter it, and nowhere below.
 func (p *planner) hold() {
-	p.devices = map[routes.Ifindex]*dedicated{}
+	p.devices, p.uppers = map[routes.Ifindex]*dedicated{}, nil
 	add := func(l *routes.Link, covs ...*coverage) {
 		d := p.devices[l.Index]
 		if d == nil {
@@ -66,7 +68,14 @@ func (p *planner) hold() {
 	}
 	p.stack()
 	for _, l := range p.FIB.Links() {
-		if d := p.devices[l.Index]; d != nil && p.enters(d) {
+		d := p.devices[l.Index]
+		if d == nil {
+			continue
+		}
+		if d.entered = p.enters(d); d.upper {
+			p.uppers = append(p.uppers, d)
+		}
+		if d.entered {
 			for _, c := range d.covs {
 				v := p.holding(c)
 				v.Carriers = append(v.Carriers, l.Name)

@@ -299,7 +299,7 @@ func (w *world) coverages(p *xfrmwatch.Policy) []xfrmwatch.Coverage {
 		return nil
 	}
 	rest := covs[len(covs)-1]
-	split := !p.Selector.Dst.IsSingleIP()
+	split := p.Templates[0].TakesFlow() && !p.Selector.Dst.IsSingleIP()
 	for id := range w.last {
 		if split && id.Policy == p.Index && id.Peer.IsValid() && p.Selector.Dst.Contains(id.Peer) &&
 			!slices.ContainsFunc(covs, func(c xfrmwatch.Coverage) bool { return c.ID == id }) {

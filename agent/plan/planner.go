@@ -65,6 +65,8 @@ type follower struct {
 	foreign  map[routes.Family]map[routes.TableID]bool
 	touched  map[*coverage]struct{}
 	moved    bool // a way through an xfrm interface changed
+	// regrouped says that shapes got or lost members since they were put into order.
+	regrouped bool
 }
 
 // Told yields the coverages of which the newest plan may say something else than the one before it, with their

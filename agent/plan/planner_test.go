@@ -3,6 +3,8 @@ package plan
 import (
 	"fmt"
 	"maps"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -15,27 +17,24 @@ import (
 )
 
 // TestPlannerFollows lets random worlds change step by step, and compares after each the plan that was
-// followed with the one from scratch.
+// followed, and the steps to it, with those from scratch. What it finds is kept in testdata/follow. Look for more with
+//
+//	go test ./agent/plan -run PlannerFollows -rapid.seed=0 -rapid.checks=20000
 func TestPlannerFollows(t *testing.T) {
 	var anew, followed uint64
 	rapid.Check(t, func(t *rapid.T) {
-		text := genWorld(t)
-		f, err := newFollowed(text)
+		f, err := newFollowed(genFollowed(t))
 		if err != nil {
-			t.Fatalf("%v in\n%s", err, text)
+			t.Fatal(err)
 		}
 		defer func() { anew, followed = anew+f.Anew, followed+f.Follows }()
-		history := []string{text}
 		for i := range 1 + rapid.IntRange(0, 5).Draw(t, "steps") {
+			var lines []string
 			if i > 0 {
-				what, err := f.change(t)
-				if err != nil {
-					t.Fatalf("%v: %s", err, what)
-				}
-				history = append(history, what)
+				lines = f.genStep(t)
 			}
-			if diff := f.differs(); diff != "" {
-				t.Fatalf("the plan that was followed is another one (-from scratch +followed):\n%s\nafter\n%s", diff, strings.Join(history, "\n"))
+			if err := f.step(lines); err != nil {
+				t.Fatalf("%v\nafter\n%s", err, strings.Join(f.history, "\n"))
 			}
 		}
 	})
@@ -45,24 +44,134 @@ func TestPlannerFollows(t *testing.T) {
 	}
 }
 
+// TestPlannerFollowed repeats what TestPlannerFollows has found: a world, then its changes, with a line `--`
+// ahead of each step.
+func TestPlannerFollowed(t *testing.T) {
+	files, err := filepath.Glob("testdata/follow/*.txt")
+	if err != nil || len(files) == 0 {
+		t.Fatalf("no cases: %v", err)
+	}
+	for _, file := range files {
+		t.Run(strings.TrimSuffix(filepath.Base(file), ".txt"), func(t *testing.T) {
+			text, err := os.ReadFile(file)
+			if err != nil {
+				t.Fatal(err)
+			}
+			steps := strings.Split(string(text), "--\n")
+			f, err := newFollowed(steps[0])
+			if err != nil {
+				t.Fatal(err)
+			}
+			steps[0] = ""
+			for i, s := range steps {
+				if err := f.step(strings.Split(strings.TrimSpace(s), "\n")); err != nil {
+					t.Fatalf("step %d: %v", i, err)
+				}
+			}
+		})
+	}
+}
+
+// genFollowed is a world to follow. Half of them have little but policies that share shapes, and some so many shapes
+// that one more can be too many.
+func genFollowed(t *rapid.T) string {
+	m := &maker{t: t}
+	if !m.some("shapes", 2) {
+		return genWorld(t)
+	}
+	if m.some("config", 6) {
+		m.line("config %s", m.of("setting", "source_less_lookups off", "presume_mtu 1350", "max_clones 3", "max_clones 6", "max_clones_per_coverage 2"))
+	}
+	if m.some("forwarding", 2) {
+		m.line("forwarding")
+	}
+	for i, l := range []string{"lo mtu 65536", "eth0", "eth1 mtu 9000", "xfrm0 if_id 7", "xfrm1 if_id 8 mtu 1400", "red vrf 100", "eth2 master red", "xfrmx external", "eth3 down"} {
+		m.line("link %d %s", i+1, l)
+	}
+	m.v6 = m.some("ipv6", 3)
+	m.outside()
+	for range m.num("rules", 0, 4) / 3 {
+		m.rule()
+	}
+	for range m.num("routes", 0, 7) {
+		m.route()
+	}
+	for i := range m.num("policies", 2, 8) {
+		m.plain(i + 1)
+	}
+	if m.some("crowd", 20) {
+		m.crowd()
+	}
+	m.line("sa esp %s %s spi 1 reqid 1 gcm", m.self0(), m.peer0())
+	m.line("sa esp %s %s spi 2 reqid 2 cbc-sha256 if_id 7", m.self0(), m.peer0())
+	m.sa(3)
+	return strings.Join(m.lines, "\n") + "\n"
+}
+
+// plain is a policy with an SA, whose shape others have too.
+func (m *maker) plain(index int) {
+	src, ifID := m.src("src"), ""
+	if m.some("if_id", 4) {
+		ifID = "if_id 7"
+	}
+	reqid := 1
+	if ifID != "" {
+		reqid = 2
+	}
+	m.line("policy %d src %s dst %s priority %d %s tmpl esp tunnel %s %s reqid %d", index, src, m.dst("dst"), m.num("priority", 0, 6), ifID, m.self0(), m.peer0(), reqid)
+}
+
+// crowd are about as many shapes as have rules.
+func (m *maker) crowd() {
+	for i := range MaxRules - 3 {
+		src, dst := fmt.Sprintf("172.16.%d.0/24", i), "10.0.0.0/16"
+		if m.v6 {
+			src, dst = fmt.Sprintf("fd00:8:%x::/48", i), "fd00:1::/32"
+		}
+		m.line("policy %d src %s dst %s priority 2 tmpl esp tunnel %s %s reqid 1", 100+i, src, dst, m.self0(), m.peer0())
+	}
+}
+
+func (m *maker) self0() string {
+	if m.v6 {
+		return "fd00:9::1"
+	}
+	return "192.168.1.1"
+}
+
+func (m *maker) peer0() string {
+	if m.v6 {
+		return "fd00:2::1"
+	}
+	return "192.0.2.1"
+}
+
+func isV6(text string) bool { return strings.Contains(text, "fd00:2::/64") }
+
 // followed is a world whose plan is kept up to date.
 type followed struct {
 	*world
 	Planner
+	text    string
 	changes Changes
 	before  Input
+	told    map[xfrmwatch.CoverageID]int
+	shapes  []ShapeID // of the newest plan
+	steps   Steps     // to it
+	history []string
 }
 
 func newFollowed(text string) (*followed, error) {
 	w, err := newWorld(text)
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("%w in\n%s", err, text)
 	}
-	f := &followed{world: w, changes: Changes{All: true}}
+	f := &followed{world: w, text: text, changes: Changes{All: true}, told: map[xfrmwatch.CoverageID]int{}, history: []string{text}}
 	w.fib.OnChange(func(c routes.Change) {
-		if c.Dst.IsValid() {
+		switch {
+		case c.Dst.IsValid():
 			f.changes.Dsts = append(f.changes.Dsts, c.Dst)
-		} else {
+		case !c.Addr:
 			f.changes.All = true
 		}
 	})
@@ -79,9 +188,25 @@ func newFollowed(text string) (*followed, error) {
 	return f, nil
 }
 
-// differs plans, and compares with the plan from scratch. It is empty if they are equal. What the plan says
-// of MTUs is remembered.
-func (f *followed) differs() string {
+// step makes changes, plans, and compares.
+func (f *followed) step(lines []string) error {
+	f.history = append(f.history, "--")
+	for _, line := range lines {
+		if line, _, _ = strings.Cut(line, "#"); strings.TrimSpace(line) == "" {
+			continue
+		}
+		f.history = append(f.history, line)
+		words := &words{w: strings.Fields(line)}
+		if err := f.do(words.next(), words); err != nil {
+			return fmt.Errorf("%s: %w", line, err)
+		}
+	}
+	return f.differs()
+}
+
+// differs plans, and compares with the plan from scratch. What the plan says of MTUs is remembered.
+func (f *followed) differs() error {
+	f.lingering()
 	in := f.input()
 	for p, path := range in.Peers {
 		if old, ok := f.before.Peers[p]; !ok || old != path {
@@ -93,101 +218,83 @@ func (f *followed) differs() string {
 			f.changes.Peers = append(f.changes.Peers, p)
 		}
 	}
-	if !maps.Equal(in.Outers, f.before.Outers) {
-		f.changes.All = true
-	}
 	f.changes.Devices = f.changes.Devices || !maps.Equal(in.Holds, f.before.Holds)
 	got := f.Plan(in, f.changes)
 	in.Holds = maps.Clone(in.Holds)
 	f.changes, f.before = Changes{}, in
+	f.shapes = nil
+	for _, s := range got.Shapes {
+		f.shapes = append(f.shapes, s.ID)
+	}
 	want := Make(in)
 	if text, other := f.render(want, Steps{}), f.render(got.Complete(), Steps{}); text != other {
-		return cmp.Diff(strings.Split(text, "\n"), strings.Split(other, "\n"))
+		return fmt.Errorf("the plan that was followed is another one (-from scratch +followed):\n%s", cmp.Diff(strings.Split(text, "\n"), strings.Split(other, "\n")))
 	}
 	got.Complete()
 	steps, all := f.Steps(in, f.held), Diff(in, want, f.held)
 	if diff := cmp.Diff(all, steps, comparePlans...); diff != "" {
-		return diff
+		return fmt.Errorf("the steps to the plan that was followed are others (-from scratch +followed):\n%s", diff)
 	}
+	f.steps = steps
 	if a, b := fmt.Sprint(want.MTU, want.Tunnels, len(want.Current)), fmt.Sprint(got.MTU, got.Tunnels, len(got.Current)); a != b {
-		return a + "\n" + b
+		return fmt.Errorf("the plan that was followed is another one:\n%s\n%s", a, b)
 	}
-	for id, mtu := range got.MTU {
+	if got.LockCount() != len(want.Locks) || got.CoverageCount() != len(want.Verdicts) {
+		return fmt.Errorf("it counts %d locks and %d coverages; there are %d and %d", got.LockCount(), got.CoverageCount(), len(want.Locks), len(want.Verdicts))
+	}
+	return f.tells(want)
+}
+
+// tells checks what the planner says of its plan besides.
+func (f *followed) tells(want *Plan) error {
+	for c, mtu := range f.Told() {
+		f.told[c.ID] = mtu
+	}
+	byPolicy := map[xfrmwatch.PolicyIndex]int{}
+	for _, c := range want.Current {
+		byPolicy[c.ID.Policy]++
+		if mtu := want.MTU[c.ID]; f.told[c.ID] != mtu {
+			return fmt.Errorf("coverage %v has MTU %d, and it was told that it has %d", c.ID, mtu, f.told[c.ID])
+		}
+	}
+	for index, n := range byPolicy {
+		if have := len(slices.Collect(f.Coverages(index))); have != n {
+			return fmt.Errorf("policy %d has %d coverages, and %d are known", index, n, have)
+		}
+	}
+	if n := len(slices.Collect(f.Coverages(0))); n != len(want.Current) {
+		return fmt.Errorf("there are %d coverages, and %d are known", len(want.Current), n)
+	}
+	for id, mtu := range want.MTU {
 		f.last[id] = mtu
 	}
-	return ""
+	for id := range f.last {
+		_, there := f.db.Policy(id.Policy)
+		if !there && !f.db.Stale() && !slices.ContainsFunc(f.gone, func(c xfrmwatch.Coverage) bool { return c.ID == id }) {
+			delete(f.last, id)
+		}
+	}
+	return nil
 }
 
-// change changes something, and says what.
-func (f *followed) change(t *rapid.T) (string, error) {
-	m := &maker{t: t, v6: slices.ContainsFunc(f.fib.Links(), func(*routes.Link) bool { return len(f.fib.Tables(routes.IPv6)) > 0 }), devices: []string{"eth0", "eth1", "xfrm0"}}
-	switch m.num("change", 0, 9) {
-	case 0, 1, 2:
-		m.route()
-	case 3, 4:
-		return f.removeRoute(t)
-	case 5:
-		m.policy(m.num("policy", 1, 6))
-	case 6:
-		p, ok := f.db.Policy(xfrmwatch.PolicyIndex(m.num("policy", 1, 6)))
-		if !ok {
-			return "nothing", nil
-		}
-		if m.some("at once", 2) {
-			f.gone = nil
-		}
-		f.gone = slices.DeleteFunc(slices.Clone(f.gone), func(c xfrmwatch.Coverage) bool { return c.ID.Policy == p.Index })
-		f.gone = append(f.gone, f.db.Coverage(p)...)
-		f.db.Apply(xfrmwatch.PolicyGone{Index: p.Index})
-		return fmt.Sprintf("policy %d goes", p.Index), nil
-	case 7:
-		m.sa(m.num("SA", 1, 6))
-	case 8:
-		sas := slices.Collect(f.db.SAs())
-		if len(sas) == 0 {
-			return "nothing", nil
-		}
-		sa := rapid.SampledFrom(sas).Draw(t, "SA")
-		if m.some("dying", 2) {
-			f.db.Apply(xfrmwatch.SADying{Key: sa.Key})
-		} else {
-			f.db.Apply(xfrmwatch.SAGone{Key: sa.Key})
-		}
-		return fmt.Sprintf("SA %d dies", sa.SPI), nil
-	case 9: // the agent does what the plan says
-		in := f.input()
-		locks := maps.Clone(f.held.Locks)
-		if err := f.apply(Diff(in, Make(in), f.held)); err != nil {
-			return "applied", err
-		}
-		for k, c := range f.held.Locks {
-			if locks[k] != c {
-				f.changes.Dsts = append(f.changes.Dsts, k.Dst)
-			}
-		}
-		for k := range locks {
-			if _, ok := f.held.Locks[k]; !ok {
-				f.changes.Dsts = append(f.changes.Dsts, k.Dst)
-			}
-		}
-		return "applied", nil
-	}
-	line := strings.Fields(m.lines[0])
-	return m.lines[0], f.line(line[0], &words{w: line[1:]})
+// lingering drops what lingers of policies that are back, as the agent does ahead of a plan.
+func (f *followed) lingering() {
+	f.gone = slices.DeleteFunc(slices.Clone(f.gone), func(c xfrmwatch.Coverage) bool {
+		_, back := f.db.Policy(c.ID.Policy)
+		return back
+	})
 }
 
-func (f *followed) removeRoute(t *rapid.T) (string, error) {
-	var list []routes.Route
-	for _, fam := range []routes.Family{routes.IPv4, routes.IPv6} {
-		for _, id := range f.fib.Tables(fam) {
-			list = append(list, slices.Collect(f.fib.Table(fam, id))...)
+// locksChange notes the locks that were not the same before.
+func (f *followed) locksChange(before map[routes.Key]LockClaim) {
+	for k, c := range f.held.Locks {
+		if before[k] != c {
+			f.changes.Dsts = append(f.changes.Dsts, k.Dst)
 		}
 	}
-	if len(list) == 0 {
-		return "nothing", nil
+	for k := range before {
+		if _, ok := f.held.Locks[k]; !ok {
+			f.changes.Dsts = append(f.changes.Dsts, k.Dst)
+		}
 	}
-	slices.SortStableFunc(list, func(a, b routes.Route) int { return a.Key().Compare(b.Key()) })
-	r := rapid.SampledFrom(list).Draw(t, "route")
-	f.fib.Apply(routes.RouteGone{Route: r})
-	return fmt.Sprintf("route %s goes", r.Key()), nil
 }

@@ -186,6 +186,9 @@ func (p *planner) shapesOf(c *coverage) []placing {
 
 // join makes a coverage a member of a shape. nth tells its shapes apart.
 func (p *planner) join(s *shaped, c *coverage, dst netip.Prefix, nth int) {
+	if p.follower != nil {
+		p.follower.regrouped = true
+	}
 	m := &member{cov: c, shape: s, dst: dst, nth: nth, at: len(s.members), unit: unit{phase: phaseMembers, shape: s, key: routes.Key{Dst: dst}}}
 	s.members, c.members = append(s.members, m), append(c.members, m)
 	p.serving[serves{c.entry, s.base}] = s

@@ -1,10 +1,6 @@
 package plan
 
-import (
-	"slices"
-
-	"tsoagent/routes"
-)
+import "tsoagent/routes"
 
 // stack finds the devices that send by dedicated carriers alone and so are dedicated themselves: a
 // VLAN, macvlan or ipvlan above one, a bond or team all of whose ports are. A bridge is not among
@@ -77,6 +73,14 @@ func (p *planner) enters(d *dedicated) bool {
 	if m := p.FIB.Link(d.link.Master); m != nil && m.Kind != "vrf" && p.devices[m.Index] == nil {
 		return true // a port of what is no carrier itself, as a bridge
 	}
-	_, n := p.FIB.DeviceRoutes(d.link.Index)
-	return n > 0 && slices.ContainsFunc(p.routesBy(d.link), func(r routes.Route) bool { return r.Body.Type == routes.Unicast })
+	keys, indexed := p.FIB.LeavingBy(d.link.Index)
+	if !indexed {
+		return true // more than are known by their keys
+	}
+	for k := range keys {
+		if r, n := p.FIB.Get(k); n > 0 && r.Body.Type == routes.Unicast && !p.Config.OwnRoute(r) && !linkLocal(k.Dst) {
+			return true
+		}
+	}
+	return false
 }

@@ -82,7 +82,7 @@ func (w *world) route(f *words) error {
 	if err != nil {
 		return err
 	}
-	w.fib.Apply(routes.RouteSet{Route: r, Append: true})
+	w.fib.Apply(routes.RouteSet{Route: r, Append: !w.replacing, Replace: w.replacing})
 	return nil
 }
 

@@ -38,6 +38,7 @@ type world struct {
 	keys       []sockopt.Key
 	keysStale  bool
 	trusted    []uint32
+	replacing  bool // the next route replaces one
 }
 
 // newWorld reads the lines. Each family has the kernel's three rules unless a line says
