@@ -201,7 +201,7 @@ func TestOtherVersionsAreRefused(t *testing.T) {
 	eachAsk(t, func(t *testing.T, ask func(context.Context, *Client) error) {
 		for _, suffix := range []string{"namespaces", "diagnosis", "events,_followed"} {
 			if strings.HasSuffix(t.Name(), "/"+suffix) {
-				t.Skip("it has no version but the one of its path")
+				return // it has no version but the one of its path
 			}
 		}
 		for _, version := range []string{"0", "2"} {

@@ -54,11 +54,32 @@ func Private(t *testing.T) bool {
 	case err != nil:
 		t.Fatalf("%v\n%s", err, out)
 	case strings.Contains(string(out), "--- SKIP: "):
-		t.Skipf("skipped in its own process:\n%s", out)
+		t.Skip(skippedFor(string(out)))
 	case !strings.Contains(string(out), "--- PASS: "+t.Name()):
 		t.Fatalf("the test did not run in its own process:\n%s", out)
 	}
 	return false
+}
+
+// skippedFor is the reason that a test gives for being skipped: the line with its place, `file_test.go:12: reason`, ahead of what
+// says that it is.
+func skippedFor(out string) string {
+	lines := strings.Split(out, "\n")
+	for i, line := range lines {
+		if !strings.Contains(line, "--- SKIP: ") {
+			continue
+		}
+		for _, near := range []int{i + 1, i - 1} { // go test prints it behind, or with -v ahead
+			if near < 0 || near >= len(lines) {
+				continue
+			}
+			if _, reason, ok := strings.Cut(lines[near], "_test.go:"); ok {
+				_, reason, _ = strings.Cut(reason, ": ")
+				return reason
+			}
+		}
+	}
+	return "skipped in its own process:\n" + out
 }
 
 // IP runs lines of iproute2 commands. It is for tests that called Private.
