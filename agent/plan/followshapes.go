@@ -254,6 +254,14 @@ func (p *planner) redo(s *shaped, r *region, redo, want map[netip.Prefix]bool, g
 		return cmp.Or(cmp.Compare(a.Bits(), b.Bits()), routes.ComparePrefix(a, b))
 	}
 	for x := range redo {
+		// What is no point any more goes first: others look at which points there are (takesAll).
+		if at, ok := s.points.Get(x); ok && !want[x] && p.inside(r, x) {
+			p.pending.dst(x)
+			p.unsettle(s, x, at)
+			p.takeBack(&at.unit)
+			s.points.Delete(x)
+			continue
+		}
 		list = append(list, x)
 	}
 	slices.SortFunc(list, compare)
@@ -266,12 +274,7 @@ func (p *planner) redo(s *shaped, r *region, redo, want map[netip.Prefix]bool, g
 		was, had := s.kept.Get(x)
 		p.pending.dst(x)
 		p.unsettle(s, x, at)
-		if !want[x] && p.inside(r, x) {
-			p.takeBack(&at.unit)
-			s.points.Delete(x)
-		} else {
-			p.settlePoint(s, x, at)
-		}
+		p.settlePoint(s, x, at)
 		now, has := s.kept.Get(x)
 		if was == now && had == has {
 			continue

@@ -118,7 +118,11 @@ func (m *maker) plain(index int) {
 	if ifID != "" {
 		reqid = 2
 	}
-	m.line("policy %d src %s dst %s priority %d %s tmpl esp tunnel %s %s reqid %d", index, src, m.dst("dst"), m.num("priority", 0, 6), ifID, m.self0(), m.peer0(), reqid)
+	tmpl := fmt.Sprintf("tmpl esp tunnel %s %s reqid %d", m.self0(), m.peer0(), reqid)
+	if m.some("bypass", 6) {
+		tmpl = ""
+	}
+	m.line("policy %d src %s dst %s %s priority %d %s %s", index, src, m.dst("dst"), m.of("narrow", "", "", "", "proto tcp"), m.num("priority", 0, 6), ifID, tmpl)
 }
 
 // crowd are about as many shapes as have rules.
