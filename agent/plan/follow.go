@@ -24,6 +24,11 @@ func (p *planner) follow(in Input, ch Changes) bool {
 	p.moved = false
 	var r region
 	p.followRoutes(&r, ch.Dsts)
+	for i, was := range p.indexed {
+		if _, is := p.FIB.LeavingBy(i); is != was {
+			return false
+		}
+	}
 	if s := p.splits(); s != p.follower.splits {
 		return false
 	}
@@ -221,7 +226,7 @@ func (p *planner) drop(r *region, e *entry) {
 // leave ends a coverage's being in a shape.
 func (p *planner) leave(m *member) {
 	s, c := m.shape, m.cov
-	p.follower.regrouped = true
+	p.follower.regrouped, s.left = true, true
 	p.takeBack(&m.unit)
 	delete(p.serving, serves{c.entry, s.base})
 	last := len(s.members) - 1
@@ -369,7 +374,9 @@ func (p *planner) byItsDevices(k routes.Key) bool {
 			l, t := p.FIB.Link(nh.Oif), p.tunnels[nh.Oif]
 			switch {
 			case t != nil && len(t.covs) > 0:
-				return true
+				if _, indexed := p.FIB.LeavingBy(nh.Oif); indexed {
+					return true
+				}
 			case l == nil:
 			case l.Kind == "vti", l.Kind == "vti6":
 				return true

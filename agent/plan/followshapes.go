@@ -47,7 +47,7 @@ func (p *planner) followShapes(r *region) bool {
 	tables := map[*shaped]routes.TableID{}
 	for _, s := range p.shapes {
 		tables[s] = s.table
-		s.toAll, s.toServed = nil, nil
+		s.toAll, s.toServed, s.left = nil, nil, false
 	}
 	p.plan.Shapes = nil
 	if !p.place(after.shapes()) {
@@ -71,7 +71,7 @@ func (p *planner) limits(pending map[*shaped]map[*member]bool, same bool) bool {
 		case s.why == tooManyRules:
 			return !same
 		}
-		return !same || len(pending[s]) > 0
+		return !same || s.left || len(pending[s]) > 0
 	})
 }
 
@@ -147,7 +147,7 @@ func (p *planner) regroup(r *region) bool {
 				p.byShape[in.id] = s
 				p.shapes = append(p.shapes, s)
 			}
-			p.join(s, c, in.dst, i)
+			p.join(s, c, in, i)
 		}
 	}
 	p.followVRFs(r)
@@ -162,7 +162,7 @@ func (p *planner) regroup(r *region) bool {
 }
 
 // reorder sorts the shapes, forgets those without members and reports whether the others stand to each
-// other as before.
+// other, and to the rules that are not ours, as before.
 func (p *planner) reorder(old []*shaped) bool {
 	empty := func(s *shaped) bool { return len(s.members) == 0 }
 	for _, s := range p.shapes {
@@ -195,6 +195,9 @@ func (p *planner) reorder(old []*shaped) bool {
 	}
 	limited := false
 	for i, s := range p.shapes {
+		if s.base != s.first.base {
+			return false
+		}
 		s.order = i
 		limited = limited || s.why != ""
 	}
@@ -257,6 +260,14 @@ func (p *planner) redo(s *shaped, r *region, redo, want map[netip.Prefix]bool, g
 		return cmp.Or(cmp.Compare(a.Bits(), b.Bits()), routes.ComparePrefix(a, b))
 	}
 	for x := range redo {
+		// What is no point any more goes first: others look at which points there are (takesAll).
+		if at, ok := s.points.Get(x); ok && !want[x] && p.inside(r, x) {
+			p.pending.dst(x)
+			p.unsettle(s, x, at)
+			p.takeBack(&at.unit)
+			s.points.Delete(x)
+			continue
+		}
 		list = append(list, x)
 	}
 	slices.SortFunc(list, compare)
@@ -269,12 +280,7 @@ func (p *planner) redo(s *shaped, r *region, redo, want map[netip.Prefix]bool, g
 		was, had := s.kept.Get(x)
 		p.pending.dst(x)
 		p.unsettle(s, x, at)
-		if !want[x] && p.inside(r, x) {
-			p.takeBack(&at.unit)
-			s.points.Delete(x)
-		} else {
-			p.settlePoint(s, x, at)
-		}
+		p.settlePoint(s, x, at)
 		now, has := s.kept.Get(x)
 		if was == now && had == has {
 			continue

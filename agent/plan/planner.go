@@ -67,6 +67,9 @@ type follower struct {
 	moved    bool // a way through an xfrm interface changed
 	// regrouped says that shapes got or lost members since they were put into order.
 	regrouped bool
+	// indexed says of the dedicated devices above tunnels, and their like, whether their routes are known by their keys:
+	// those of a device that has very many are not (routes.FIB), and then none of them is tried.
+	indexed map[routes.Ifindex]bool
 }
 
 // Told yields the coverages of which the newest plan may say something else than the one before it, with their
@@ -160,7 +163,12 @@ func (p *planner) learn(in Input) {
 	f := &follower{
 		asked: in.Peers, policies: map[xfrmwatch.PolicyIndex][]*entry{}, gone: map[xfrmwatch.CoverageID]*entry{},
 		users: map[Peer][]*coverage{}, bySA: map[xfrmwatch.SAPlace][]xfrmwatch.PolicyIndex{}, splits: p.splits(),
-		pending: pending{all: true}, common: commonOf(in), touched: map[*coverage]struct{}{},
+		pending: pending{all: true}, common: commonOf(in), touched: map[*coverage]struct{}{}, indexed: map[routes.Ifindex]bool{},
+	}
+	for i, t := range p.tunnels {
+		if len(t.covs) > 0 && !t.link.Tunnel() {
+			_, f.indexed[i] = p.FIB.LeavingBy(i)
+		}
 	}
 	p.follower = f
 	for _, t := range p.byIfID {

@@ -72,6 +72,30 @@ func TestPlannerFollowed(t *testing.T) {
 	}
 }
 
+// TestPlannerFollowsManyRoutes has a VLAN above a tunnel get more routes than are known by their keys.
+func TestPlannerFollowsManyRoutes(t *testing.T) {
+	var world strings.Builder
+	world.WriteString("link 1 lo mtu 65536\nlink 2 eth0\nlink 10 tun0 gre local 192.168.1.1 remote 192.0.2.1 mtu 1476\n" +
+		"link 11 tun0v kind vlan parent tun0 mtu 1476\nroute 192.0.2.0/24 dev eth0 proto kernel\n" +
+		"policy 1 src 192.168.1.1/32 dst 192.0.2.1/32 proto gre tmpl esp transport reqid 1\n" +
+		"sa esp 192.168.1.1 192.0.2.1 spi 1 reqid 1 gcm transport\n")
+	for i := range 4095 {
+		fmt.Fprintf(&world, "route 10.%d.%d.0/24 dev tun0v\n", i/256, i%256)
+	}
+	f, err := newFollowed(world.String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, line := range []string{"", "route 10.100.0.0/24 dev tun0v", "route 10.101.0.0/24 dev tun0v", "route 10.102.0.0/24 dev tun0v", "unroute 100"} {
+		if err := f.step([]string{line}); err != nil {
+			t.Fatalf("%s: %v", line, err)
+		}
+	}
+	if f.Follows < 3 {
+		t.Errorf("only %d plans were followed", f.Follows)
+	}
+}
+
 // genFollowed is a world to follow. Half of them have little but policies that share shapes, and some so many shapes
 // that one more can be too many.
 func genFollowed(t *rapid.T) string {
@@ -118,7 +142,11 @@ func (m *maker) plain(index int) {
 	if ifID != "" {
 		reqid = 2
 	}
-	m.line("policy %d src %s dst %s priority %d %s tmpl esp tunnel %s %s reqid %d", index, src, m.dst("dst"), m.num("priority", 0, 6), ifID, m.self0(), m.peer0(), reqid)
+	tmpl := fmt.Sprintf("tmpl esp tunnel %s %s reqid %d", m.self0(), m.peer0(), reqid)
+	if m.some("bypass", 6) {
+		tmpl = ""
+	}
+	m.line("policy %d src %s dst %s %s priority %d %s %s", index, src, m.dst("dst"), m.of("narrow", "", "", "", "proto tcp"), m.num("priority", 0, 6), ifID, tmpl)
 }
 
 // crowd are about as many shapes as have rules.

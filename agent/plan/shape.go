@@ -18,6 +18,7 @@ type shaped struct {
 	members []*member
 	first   *member
 	order   int
+	left    bool // by a member, since the plan before
 	// why says why there is no room for it, empty if there is. The shapes behind it serve its flows then.
 	why string
 	// toAll and toServed are what its members hear, all of them or those that it has a clone for.
@@ -49,6 +50,7 @@ type serves struct {
 type member struct {
 	cov    *coverage
 	shape  *shaped
+	base   *routes.Rule // that of its own part: rules of one priority that lead to one table share shapes
 	dst    netip.Prefix
 	nth    int  // of its coverage's members
 	at     int  // where it is among the shape's
@@ -141,7 +143,7 @@ func (p *planner) group() []*shaped {
 				p.byShape[in.id] = s
 				shapes = append(shapes, s)
 			}
-			p.join(s, c, in.dst, i)
+			p.join(s, c, in, i)
 		}
 	}
 	return shapes
@@ -185,11 +187,11 @@ func (p *planner) shapesOf(c *coverage) []placing {
 }
 
 // join makes a coverage a member of a shape. nth tells its shapes apart.
-func (p *planner) join(s *shaped, c *coverage, dst netip.Prefix, nth int) {
+func (p *planner) join(s *shaped, c *coverage, in placing, nth int) {
 	if p.follower != nil {
 		p.follower.regrouped = true
 	}
-	m := &member{cov: c, shape: s, dst: dst, nth: nth, at: len(s.members), unit: unit{phase: phaseMembers, shape: s, key: routes.Key{Dst: dst}}}
+	m := &member{cov: c, shape: s, base: in.base, dst: in.dst, nth: nth, at: len(s.members), unit: unit{phase: phaseMembers, shape: s, key: routes.Key{Dst: in.dst}}}
 	s.members, c.members = append(s.members, m), append(c.members, m)
 	p.serving[serves{c.entry, s.base}] = s
 	if s.first == nil || m.ahead(s.first) {
@@ -315,9 +317,10 @@ func (p *planner) settlePoint(s *shaped, x netip.Prefix, at *point) {
 	}
 	s.mtus[int(clone.MTU.MTU)]++
 	for _, m := range c.members {
-		if m.shape == s {
+		if m.shape == s && routes.Contains(m.dst, x) {
 			at.of = m
 			m.clones++
+			break // of several, by rules of one priority
 		}
 	}
 }
