@@ -403,6 +403,7 @@ func (a *Agent) loop(ctx context.Context, failed <-chan error) error {
 			continue
 		case <-resync.C:
 			a.sources.resync()
+			a.st.changes.All = true // the plan is looked at as a whole, too
 			a.readProbed()
 			a.inbox.post(batch{offer: true, resync: true})
 			a.diagnoseSoon()
