@@ -226,7 +226,8 @@ func (a *Agent) recallMTUs() {
 	for _, m := range a.st.adopted {
 		p, ok := a.st.db.Policy(m.Policy)
 		if ok && p.Selector == m.Selector && p.Mark == m.Mark && p.IfID == m.IfID {
-			a.st.last[m.id()], a.st.booked[m.id()] = m.MTU, m.MTU
+			a.st.lasts(m.id(), m.MTU)
+			a.st.booked[m.id()] = m.MTU
 		} else {
 			a.unbook(mtuID(m.id()))
 		}

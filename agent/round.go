@@ -355,7 +355,7 @@ func (a *Agent) remember() {
 	var entries []journal.Entry
 	for c, valid := range a.st.planner.Told() {
 		if valid != 0 {
-			a.st.last[c.ID] = valid
+			a.st.lasts(c.ID, valid)
 		}
 		mtu, ok := a.st.last[c.ID] // also one that was inherited
 		if !ok || a.st.booked[c.ID] == mtu {
@@ -368,7 +368,7 @@ func (a *Agent) remember() {
 	}
 	var gone []string
 	if !a.st.db.Stale() {
-		ended := slices.Values(a.st.ended)
+		ended := a.st.outlived()
 		if !a.st.planner.Followed() {
 			ended = maps.Keys(a.st.last)
 		}
@@ -376,8 +376,7 @@ func (a *Agent) remember() {
 			_, lingers := a.st.lingering[id]
 			_, remembered := a.st.last[id]
 			if _, there := a.st.db.Policy(id.Policy); remembered && !there && !lingers {
-				delete(a.st.last, id)
-				delete(a.st.booked, id)
+				a.st.lastsNoMore(id)
 				gone = append(gone, mtuID(id))
 			}
 		}

@@ -2,6 +2,7 @@ package agent
 
 import (
 	"cmp"
+	"iter"
 	"net/netip"
 	"slices"
 	"time"
@@ -37,7 +38,8 @@ type state struct {
 	inherited [2]uint64              // for which version of the policies, and of what lingers, MTUs were handed on
 	ended     []xfrmwatch.CoverageID // that linger no more, since the last plan
 	last      map[xfrmwatch.CoverageID]int
-	booked    map[xfrmwatch.CoverageID]int // those of last that are in the journal
+	lastPeers map[xfrmwatch.PolicyIndex]map[netip.Addr]struct{} // the peers of splits that are among last
+	booked    map[xfrmwatch.CoverageID]int                      // those of last that are in the journal
 	// adopted are the MTUs that the journal remembers, until the first plan.
 	adopted []rememberedMTU
 	// tables are the numbers that an earlier run used, nil for none.
@@ -145,6 +147,7 @@ func newState() *state {
 		ways:          newWays(),
 		lingering:     map[xfrmwatch.CoverageID]lingerer{},
 		last:          map[xfrmwatch.CoverageID]int{},
+		lastPeers:     map[xfrmwatch.PolicyIndex]map[netip.Addr]struct{}{},
 		booked:        map[xfrmwatch.CoverageID]int{},
 		holds:         map[plan.HoldKey]plan.HoldClaim{},
 		heldOn:        map[ethtool.Ifindex][]ethtool.Feature{},
@@ -326,6 +329,46 @@ func (s *state) lingerNoMore(id xfrmwatch.CoverageID) {
 	s.ended = append(s.ended, id)
 }
 
+// lasts keeps the last valid MTU of a coverage.
+func (s *state) lasts(id xfrmwatch.CoverageID, mtu int) {
+	s.last[id] = mtu
+	if !id.Peer.IsValid() {
+		return
+	}
+	if s.lastPeers[id.Policy] == nil {
+		s.lastPeers[id.Policy] = map[netip.Addr]struct{}{}
+	}
+	s.lastPeers[id.Policy][id.Peer] = struct{}{}
+}
+
+// lastsNoMore forgets it.
+func (s *state) lastsNoMore(id xfrmwatch.CoverageID) {
+	delete(s.last, id)
+	delete(s.booked, id)
+	if delete(s.lastPeers[id.Policy], id.Peer); len(s.lastPeers[id.Policy]) == 0 {
+		delete(s.lastPeers, id.Policy)
+	}
+}
+
+// outlived yields the coverages that linger no more since the last plan, with the peers that their policies had earlier.
+func (s *state) outlived() iter.Seq[xfrmwatch.CoverageID] {
+	return func(yield func(xfrmwatch.CoverageID) bool) {
+		for _, id := range s.ended {
+			if !yield(id) {
+				return
+			}
+			if id.Peer.IsValid() {
+				continue // the rest of the split ends, too
+			}
+			for peer := range s.lastPeers[id.Policy] {
+				if !yield(xfrmwatch.CoverageID{Policy: id.Policy, Peer: peer}) {
+					return
+				}
+			}
+		}
+	}
+}
+
 // lives reports whether a coverage's policy is there and doesn't only linger.
 func (s *state) lives(id xfrmwatch.CoverageID) bool {
 	_, gone := s.lingering[id]
@@ -360,7 +403,7 @@ func (s *state) inherit(came []xfrmwatch.Coverage) {
 			return
 		}
 		if mtu := gone[same{c.Selector, c.Policy.Mark, c.Policy.IfID}]; mtu != 0 {
-			s.last[c.ID] = mtu
+			s.lasts(c.ID, mtu)
 			s.changes.Policies = append(s.changes.Policies, c.ID.Policy)
 		}
 	}

@@ -1,6 +1,7 @@
 package plan
 
 import (
+	"fmt"
 	"maps"
 	"slices"
 	"strings"
@@ -29,8 +30,10 @@ func (f *followed) genStep(t *rapid.T) []string {
 // change draws a change.
 func (m *maker) change() {
 	switch m.num("change", 0, 20) {
-	case 0, 1:
+	case 0:
 		m.route()
+	case 1:
+		m.wayThrough()
 	case 2, 3:
 		m.line("unroute %d", m.num("which", 0, 11))
 	case 4:
@@ -56,6 +59,19 @@ func (m *maker) change() {
 	case 20:
 		m.line("last %d %s", m.num("policy", 1, 8), m.of("mtu", "1446", "1300"))
 	}
+}
+
+// wayThrough is a route that leaves by xfrm interfaces, or by one and something else.
+func (m *maker) wayThrough() {
+	one := func() string {
+		return m.of("way", "dev xfrmx encap if_id 7", "dev xfrmx encap if_id 8", "dev xfrm0", "dev xfrm1", "dev eth0")
+	}
+	l := fmt.Sprintf("route %s table %s ", m.dst("dst"), m.table())
+	if m.some("several", 3) {
+		m.line("%snexthop %s nexthop %s", l, one(), one())
+		return
+	}
+	m.line("%s%s", l, one())
 }
 
 // rare draws what seldom happens, much of which concerns everything.

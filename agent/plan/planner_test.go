@@ -143,8 +143,11 @@ func (m *maker) plain(index int) {
 		reqid = 2
 	}
 	tmpl := fmt.Sprintf("tmpl esp tunnel %s %s reqid %d", m.self0(), m.peer0(), reqid)
-	if m.some("bypass", 6) {
+	switch m.num("template", 0, 9) {
+	case 0:
 		tmpl = ""
+	case 1:
+		tmpl = "tmpl esp transport reqid 1 " + tmpl
 	}
 	m.line("policy %d src %s dst %s %s priority %d %s %s", index, src, m.dst("dst"), m.of("narrow", "", "", "", "proto tcp"), m.num("priority", 0, 6), ifID, tmpl)
 }
