@@ -66,6 +66,7 @@ type planner struct {
 	Input
 	plan   *Plan
 	at     *unit // at work
+	spare  *unit // for the next that speaks of one coverage alone
 	covers []*coverage
 	trials map[routes.Key]*trial
 	wide   int            // how many coverages without an if_id take every flow to their destinations

@@ -308,7 +308,7 @@ func (p *planner) coversIn(r *region) []*coverage {
 func (p *planner) followTrials(r *region) {
 	for _, c := range p.coversIn(r) {
 		if c.Policy.IfID == 0 {
-			p.begin(c.own(phaseCandidates))
+			p.beginOwn(c, phaseCandidates)
 			list := p.candidates(c)
 			r.tries = append(r.tries, c.fills...)
 			p.fills(c, list)

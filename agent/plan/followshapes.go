@@ -210,7 +210,7 @@ func (p *planner) followVRFs(r *region) {
 		return
 	}
 	for _, c := range p.coversIn(r) {
-		p.takeBack(c.own(phaseVRFs))
+		p.beginOwn(c, phaseVRFs)
 	}
 	p.noteVRFsOf(p.coversIn(r))
 }

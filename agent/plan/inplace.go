@@ -24,7 +24,7 @@ func (p *planner) lockInPlace() {
 		}
 	}
 	for _, c := range p.covers {
-		p.begin(c.own(phaseCandidates))
+		p.beginOwn(c, phaseCandidates)
 		list := p.candidates(c)
 		try(list)
 		p.fills(c, list)

@@ -151,16 +151,6 @@ func (c *coverage) cut() Cut {
 	return c.held.Cut
 }
 
-// own is the unit of a phase that speaks of a coverage alone.
-func (c *coverage) own(at phase) *unit {
-	if i := slices.IndexFunc(c.mine, func(u *unit) bool { return u.phase == at }); i >= 0 {
-		return c.mine[i]
-	}
-	u := &unit{phase: at}
-	c.mine = append(c.mine, u)
-	return u
-}
-
 // sayValid notes the inner MTU that a coverage has by its valid SAs. A smaller MTU of a route is not the
 // coverage's: other routes can have a larger one.
 func (p *planner) sayValid(c *coverage) {

@@ -277,7 +277,7 @@ func (p *planner) basedOn(r *routes.Rule) *routes.Rule {
 // in a table.
 func (p *planner) notePartial() {
 	for _, c := range p.covers {
-		p.at = c.own(phasePartial)
+		p.beginOwn(c, phasePartial)
 		if !p.lockedWhole(c) {
 			p.note(c, "only a part of a route's flows are covered: no lock (partial: off)")
 		}

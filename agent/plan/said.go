@@ -56,6 +56,20 @@ func (p *planner) begin(u *unit) {
 	p.at = u
 }
 
+// beginOwn begins the unit of a phase that speaks of a coverage alone. Most have nothing to say, so that it becomes the coverage's
+// only when it says something.
+func (p *planner) beginOwn(c *coverage, at phase) {
+	if i := slices.IndexFunc(c.mine, func(u *unit) bool { return u.phase == at }); i >= 0 {
+		p.begin(c.mine[i])
+		return
+	}
+	if p.spare == nil {
+		p.spare = &unit{}
+	}
+	p.spare.phase = at
+	p.at = p.spare
+}
+
 func (p *planner) takeBack(u *unit) {
 	for i := range u.said {
 		p.touch(u.said[i].cov)
@@ -105,6 +119,9 @@ func (p *planner) on(c *coverage) *said {
 	}
 	if s := u.of(c); s != nil {
 		return s
+	}
+	if u == p.spare {
+		c.mine, p.spare = append(c.mine, u), nil
 	}
 	p.touch(c)
 	u.said = append(u.said, said{cov: c, at: len(c.units)})

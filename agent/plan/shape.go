@@ -158,7 +158,7 @@ type placing struct {
 
 // shapesOf are the shapes in which a coverage's flows are.
 func (p *planner) shapesOf(c *coverage) []placing {
-	p.begin(c.own(phaseGroups))
+	p.beginOwn(c, phaseGroups)
 	if l := p.vtiOf(c); l != nil {
 		// Its own lookups have the mark, and no packet: what it carries is locked on its routes.
 		return nil
@@ -245,7 +245,7 @@ func (p *planner) noteVRFsOf(covers []*coverage) {
 			if c.Policy.IfID != 0 || !c.tunnels {
 				continue
 			}
-			p.at = c.own(phaseVRFs)
+			p.beginOwn(c, phaseVRFs)
 			m, inside := p.FIB.Cover(c.flows.Family, l.VRFTable, c.Selector.Dst)
 			part := routes.Part{Containing: m, Inside: inside}
 			if p.leads(part) && !p.allLocked(part) {
