@@ -142,8 +142,9 @@ func (a *Agent) pauseNow(p api.Paused, now time.Time) {
 
 func (a *Agent) resumeNow(what string) {
 	if a.st.paused.Restore {
-		a.st.lingers++
-		clear(a.st.lingering) // what they held is given back: they would be protected anew, for a moment
+		for id := range a.st.lingering {
+			a.st.lingerNoMore(id) // what they held is given back: they would be protected anew, for a moment
+		}
 	}
 	a.st.paused = nil
 	a.goal = protect
