@@ -172,6 +172,9 @@ func TestResumeProtectsNothingThatIsGone(t *testing.T) {
 	w.took()
 	w.tell(nil)
 	w.quiet("resumed")
+	if len(w.a.st.last) > 0 || slices.ContainsFunc(w.ids(), func(id string) bool { return strings.HasPrefix(id, "mtu/") }) {
+		t.Errorf("of the policy it is remembered %v, %v", w.a.st.last, w.ids())
+	}
 }
 
 // A pause without restore stops one that is giving back.

@@ -201,7 +201,10 @@ func (p *planner) drop(r *region, e *entry) {
 	}
 	c.dropped = true
 	p.touched[c] = struct{}{}
-	if p.counts[e.ifID]--; e.ifID == 0 && e.all() {
+	if p.counts[e.ifID]--; p.counts[e.ifID] == 0 {
+		delete(p.counts, e.ifID)
+	}
+	if e.ifID == 0 && e.all() {
 		p.wide--
 	}
 	if p.firstOf(e) {
