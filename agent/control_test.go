@@ -46,7 +46,9 @@ func (w *world) serve() *client.Client {
 		for {
 			select {
 			case fn := <-w.a.calls:
+				w.loops.Lock()
 				fn()
+				w.loops.Unlock()
 			case <-ctx.Done():
 				return
 			}

@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -34,8 +35,9 @@ type world struct {
 	kernel *routes.FIB // what the kernel really has
 	feats  map[ethtool.Ifindex]*ethtool.Features
 	book   map[string]journal.Entry
-	queue  []batch // events on their way to the agent
-	live   bool    // events don't wait for the test: the agent's own loop runs
+	queue  []batch    // events on their way to the agent
+	live   bool       // events don't wait for the test: the agent's own loop runs
+	loops  sync.Mutex // a loop does one thing at a time: it makes rounds, or answers those who ask it
 	seq    uint32
 	ops    []string
 
@@ -187,6 +189,8 @@ func (w *world) step() (reached bool) {
 			w.a.inbox.post(b) // which never waits: nobody else reads
 		}
 	}
+	w.loops.Lock()
+	defer w.loops.Unlock()
 	w.next, reached = w.a.step(w.now)
 	return reached
 }

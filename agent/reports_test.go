@@ -20,6 +20,7 @@ import (
 // outer packets to the kernel's answers now, and the plan to one that is made of the same input.
 func (w *world) agree() {
 	w.t.Helper()
+	w.loops.Lock()
 	if w.lookup == nil && w.a.lastP != nil {
 		w.sameWays()
 	}
@@ -35,6 +36,7 @@ func (w *world) agree() {
 		w.t.Errorf("by device there are %d holds, in all %d", n, len(w.a.st.holds))
 	}
 	w.samePlan()
+	w.loops.Unlock()
 	g, r := w.a.glance.Load(), w.a.Report()
 	if (g == nil) != (r == nil) {
 		w.t.Errorf("the glance is %+v, the report %+v", g, r)
