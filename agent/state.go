@@ -184,18 +184,20 @@ func (s *state) changed(c routes.Change) {
 	}
 	s.ways.changed(c)
 	switch {
+	case s.changes.All: // whatever else there is
 	case c.Dst.IsValid():
 		s.changes.Dsts = append(s.changes.Dsts, c.Dst)
 	case !c.Addr: // no plan depends on addresses
-		s.changes.All = true
+		s.changes = plan.Changes{All: true}
 	}
 }
 
 // changedXFRM hears of each change of the mirror of policies and SAs.
 func (s *state) changedXFRM(c xfrmwatch.Change) {
 	switch {
+	case s.changes.All:
 	case c.All:
-		s.changes.All = true
+		s.changes = plan.Changes{All: true}
 	case c.Policy != 0:
 		s.changes.Policies = append(s.changes.Policies, c.Policy)
 	default:
