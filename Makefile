@@ -6,6 +6,7 @@
 # make install            into DESTDIR (/): the commands, the unit, its group and directories, and the documentation
 # make testkernel         the test kernel, if it isn't in the cache (about 5 minutes on 2 processors)
 # make bench              how the agent does with a full BGP table and 100,000 tunnels, into docs/bench.md (root; some minutes, 4 GiB of memory)
+# make soak             random worlds for the planner, whose seed differs each time, until CHECKS of each kind have passed
 # make bench-check        compares what make bench measured with the figures to reach
 # make lint               golangci-lint and govulncheck
 # make fuzz               every fuzz target for FUZZTIME
@@ -13,12 +14,13 @@
 
 MODE     ?= enforce
 FUZZTIME ?= 10s
+CHECKS   ?= 1000000
 
 # Go stamps the version from git, and refuses to build where git doesn't answer: no git, or a tree that
 # belongs to somebody else.
 VCS := $(shell git status >/dev/null 2>&1 && echo auto || echo false)
 
-.PHONY: build install run test test-kernels testkernel demo scenario bench bench-check lint fuzz setup
+.PHONY: build install run test test-kernels testkernel demo scenario bench bench-check soak lint fuzz setup
 
 build:
 	CGO_ENABLED=0 go build -buildvcs=$(VCS) -o bin/ ./cmd/...
@@ -65,6 +67,9 @@ scenario: setup testkernel
 # Profiles of the agent: bin/bench -profiles DIR. Another size: bin/bench -scale 0.01.
 bench: build bin/bench
 	@bin/bench -bin bin -o bin/bench.json -table docs/bench.md
+
+soak:
+	@go test ./agent/plan -run 'Promises|Changes|Planner' -timeout 0 -rapid.seed=0 -rapid.checks=$(CHECKS)
 
 bench-check: bin/bench
 	@bin/bench -check bin/bench.json
