@@ -6,7 +6,7 @@
 # make install            into DESTDIR (/): the commands, the unit, its group and directories, and the documentation
 # make testkernel         the test kernel, if it isn't in the cache (about 5 minutes on 2 processors)
 # make bench              how the agent does with a full BGP table and 100,000 tunnels, into docs/bench.md (root; some minutes, 4 GiB of memory)
-# make soak             random worlds for the planner, whose seed differs each time, until CHECKS of each kind have passed
+# make soak               random worlds for the planner, whose seed differs each time, until CHECKS of each kind have passed
 # make bench-check        compares what make bench measured with the figures to reach
 # make lint               golangci-lint and govulncheck
 # make fuzz               every fuzz target for FUZZTIME
