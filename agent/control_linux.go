@@ -16,7 +16,10 @@ import (
 	"os"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"tsoagent/agent/api"
 	"tsoagent/xfrmwatch"
@@ -42,14 +45,14 @@ func serve(ctx context.Context, path string, h http.Handler, log *slog.Logger) e
 	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return fmt.Errorf("agent: take over the control socket: %w", err)
 	}
-	l, err := (&net.ListenConfig{}).Listen(ctx, "unix", path)
+	l, err := (&net.ListenConfig{Control: bindMode}).Listen(ctx, "unix", path)
 	switch {
 	case err != nil && ctx.Err() != nil:
 		return nil // stopped while it started
 	case err != nil:
 		return fmt.Errorf("agent: listen on the control socket: %w", err)
 	}
-	if err := os.Chmod(path, 0o660); err != nil {
+	if err := os.Chmod(path, socketMode); err != nil { // the umask took its part of it
 		return errors.Join(fmt.Errorf("agent: set the mode of the control socket: %w", err), l.Close())
 	}
 	srv := &http.Server{
@@ -74,6 +77,19 @@ func serve(ctx context.Context, path string, h http.Handler, log *slog.Logger) e
 		return fmt.Errorf("agent: control socket: %w", err)
 	}
 	return nil
+}
+
+// socketMode says who may connect: root, and the group that an admin gives the socket to.
+const socketMode = 0o660
+
+// bindMode has bind make the socket with no more than its mode, whatever the umask is: unix_bind takes the mode of the
+// socket's own inode (net/unix/af_unix.c).
+func bindMode(_, _ string, conn syscall.RawConn) error {
+	var failed error
+	if err := conn.Control(func(fd uintptr) { failed = unix.Fchmod(int(fd), socketMode) }); err != nil {
+		return err
+	}
+	return failed
 }
 
 // farewell bounds how long answers that are under way may take when the agent stops.

@@ -66,11 +66,9 @@ func (w *world) serve() *client.Client {
 	})
 	c := client.New(w.a.cfg.RunDir)
 	w.t.Cleanup(c.Close)
+	// To connect is not enough: the socket takes connections before it has its mode.
 	within(w.t, 5*time.Second, "the socket answers", func() bool {
-		conn, err := net.Dial("unix", SocketPath(w.a.cfg.RunDir))
-		if err == nil {
-			_ = conn.Close()
-		}
+		_, err := c.Namespaces(w.t.Context())
 		return err == nil
 	})
 	return c
@@ -287,6 +285,23 @@ func TestQuestionWhileTheAgentStopsEnds(t *testing.T) {
 		}
 	case <-time.After(5 * time.Second):
 		t.Error("the question hangs")
+	}
+}
+
+// Between bind and chmod nobody may connect whom the mode keeps out.
+func TestSocketIsNeverOpenToOthers(t *testing.T) {
+	path := SocketPath(runDir(t))
+	l, err := (&net.ListenConfig{Control: bindMode}).Listen(t.Context(), "unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	fi, err := os.Stat(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if mode := fi.Mode().Perm(); mode&^socketMode != 0 {
+		t.Errorf("bind makes it with mode %o", mode)
 	}
 }
 
