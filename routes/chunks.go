@@ -131,6 +131,9 @@ func (c *chunks[E]) insert(l, i int, e E) {
 		c.first, c.lists = append(c.first, e), append(c.lists, []E{e})
 		return
 	}
+	if l == 0 && i == 0 {
+		c.first[0] = e
+	}
 	list := c.lists[l]
 	if len(list) < chunkLen {
 		c.lists[l] = slices.Insert(roomy(list), i, e)
