@@ -112,8 +112,8 @@ func (f *FIB) Apply(ev Event) Effect {
 // also in the middle of a dump, which may have passed by it already.
 func (f *FIB) Own(ev Event) {
 	e, c := f.apply(ev)
-	if d := f.dump; d != nil && d.facts != nil {
-		d.apply(ev)
+	if f.dump != nil {
+		f.dump.own(ev)
 	}
 	if e.Changed {
 		f.vers++

@@ -72,6 +72,23 @@ func (d *findings) apply(ev Event) (e Effect) {
 	return e
 }
 
+// own takes what the program itself wrote. In a dump by device it counts where that shows it, or has shown what it replaces.
+func (d *findings) own(ev Event) {
+	switch ev := ev.(type) {
+	case RouteSet:
+		b := ev.Route.Body
+		if d.scope.shows(b.Family) && (d.scope.covers(b) || d.get(ev.Route.tableKey(), ev.Route.Dst) != nil) {
+			setRoute(d, ev)
+		}
+	case RouteGone:
+		removeRoute(d, ev.Route)
+	default:
+		if d.facts != nil {
+			d.facts.apply(ev)
+		}
+	}
+}
+
 // confirm marks a destination that has this route alone, which the dump finds the first time.
 func (d *findings) confirm(r Route) bool {
 	k := r.tableKey()
