@@ -188,7 +188,8 @@ func (a *Agent) echo(ev routes.Event) {
 	case !ours:
 		// Of several with the key our write replaces the first; one that was appended is safe.
 		if first, n := a.st.fib.Get(r.Key()); n < 2 || first.Body == r.Body {
-			w.owner = &r
+			owner := r // r itself stays on the stack: each route event comes by here
+			w.owner = &owner
 		}
 	}
 }

@@ -181,6 +181,7 @@ func (f *FIB) end(scope Scope) (e Effect) {
 	f.sweep(d, &e, tell)
 	f.takeOther(d, &e, tell)
 	if d.facts != nil {
+		f.pack()
 		f.indexAll()
 	}
 	changed.each(f.note)

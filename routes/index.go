@@ -2,7 +2,6 @@ package routes
 
 import (
 	"iter"
-	"maps"
 	"net/netip"
 	"slices"
 )
@@ -10,9 +9,15 @@ import (
 // deviceRoutes indexes the unicast routes of one device. A device with more than
 // maxIndexedRoutes routes that is no tunnel counts them only: such a device is always shared.
 type deviceRoutes struct {
-	keys map[Key]int
-	n    int
+	n       int // routes
+	indexed bool
+	// few are the keys of those that are indexed, each as often as it has routes; from fewKeys on they are counted in many. A host
+	// can have very many devices of one or two routes, and the smallest map takes as much as eight keys.
+	few  []Key
+	many map[Key]int
 }
+
+const fewKeys = 8
 
 const maxIndexedRoutes = 4096
 
@@ -52,15 +57,15 @@ func (f *FIB) index(r Route, by int) {
 	for i := range r.Body.leaving() {
 		d := f.devices[i]
 		if d == nil {
-			d = &deviceRoutes{keys: map[Key]int{}}
+			d = &deviceRoutes{indexed: true}
 			f.devices[i] = d
 		}
 		d.n += by
 		switch {
 		case d.n <= 0:
 			delete(f.devices, i)
-		case d.keys == nil || !f.indexes(i, d.n):
-			d.keys = nil
+		case !d.indexed || !f.indexes(i, d.n):
+			*d = deviceRoutes{n: d.n}
 		default:
 			d.count(r.Key(), by)
 		}
@@ -71,8 +76,39 @@ func (f *FIB) index(r Route, by int) {
 func (f *FIB) indexes(i Ifindex, n int) bool { return n <= maxIndexedRoutes || f.links[i].Tunnel() }
 
 func (d *deviceRoutes) count(k Key, by int) {
-	if d.keys[k] += by; d.keys[k] <= 0 {
-		delete(d.keys, k)
+	switch {
+	case d.many != nil:
+	case by < 0:
+		if i := slices.Index(d.few, k); i >= 0 {
+			d.few = slices.Delete(d.few, i, i+1)
+		}
+		return
+	case len(d.few) < fewKeys:
+		d.few = append(d.few, k)
+		return
+	default:
+		d.many = make(map[Key]int, 2*fewKeys)
+		for _, k := range d.few {
+			d.many[k]++
+		}
+		d.few = nil
+	}
+	if d.many[k] += by; d.many[k] <= 0 {
+		delete(d.many, k)
+	}
+}
+
+// keys yields each key once, in no particular order.
+func (d *deviceRoutes) keys(yield func(Key) bool) {
+	for i, k := range d.few {
+		if !slices.Contains(d.few[:i], k) && !yield(k) {
+			return
+		}
+	}
+	for k := range d.many {
+		if !yield(k) {
+			return
+		}
 	}
 }
 
@@ -90,15 +126,15 @@ func (f *FIB) indexAll() {
 		}
 	}
 	for i, d := range f.devices {
-		if f.indexes(i, d.n) {
-			d.keys = make(map[Key]int, d.n)
+		if d.indexed = f.indexes(i, d.n); d.indexed && d.n > fewKeys {
+			d.many = make(map[Key]int, d.n)
 		}
 	}
 	indexed := make([]bool, len(f.sets.list)) // the sets with a route of an indexed device
 	for n, set := range f.sets.list {
 		for _, b := range set.paths.Bodies() {
 			for i := range b.leaving() {
-				indexed[n] = indexed[n] || f.devices[i].keys != nil
+				indexed[n] = indexed[n] || f.devices[i].indexed
 			}
 		}
 	}
@@ -115,7 +151,7 @@ func (f *FIB) indexAll() {
 func (f *FIB) indexSet(dst netip.Prefix, bodies []*Body) {
 	for _, b := range bodies {
 		for i := range b.leaving() {
-			if d := f.devices[i]; d.keys != nil {
+			if d := f.devices[i]; d.indexed {
 				d.count(Route{dst, b}.Key(), 1)
 			}
 		}
@@ -129,10 +165,10 @@ func (f *FIB) DeviceRoutes(i Ifindex) (keys []Key, n int) {
 	if d == nil {
 		return nil, 0
 	}
-	if d.keys == nil {
+	if !d.indexed {
 		return nil, d.n
 	}
-	return slices.SortedFunc(maps.Keys(d.keys), Key.Compare), d.n
+	return slices.SortedFunc(d.keys, Key.Compare), d.n
 }
 
 // LeavingBy yields the keys of DeviceRoutes in no particular order, without looking at more than are taken. It is false
@@ -140,7 +176,7 @@ func (f *FIB) DeviceRoutes(i Ifindex) (keys []Key, n int) {
 func (f *FIB) LeavingBy(i Ifindex) (keys iter.Seq[Key], indexed bool) {
 	d := f.devices[i]
 	if d == nil {
-		return maps.Keys[map[Key]int](nil), true
+		return func(func(Key) bool) {}, true
 	}
-	return maps.Keys(d.keys), d.keys != nil
+	return d.keys, d.indexed
 }

@@ -143,6 +143,42 @@ func TestAFullTableIsSmall(t *testing.T) {
 	runtime.KeepAlive(b)
 }
 
+// TestADeviceForEachRouteIsSmall: with a device for each customer no two routes share anything, and each device has its index.
+func TestADeviceForEachRouteIsSmall(t *testing.T) {
+	const n = 20_000
+	b := &bigTable{tb: t, f: NewFIB(), base: liveHeap()}
+	route := func(i int) RouteSet {
+		return RouteSet{Route: parsed(t, &b.in, netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 0, byte(i >> 8), byte(i)}), 32).String(), Ifindex(2+i))}
+	}
+	dump := func(each int) {
+		b.f.Apply(ResyncBegin{})
+		for i := 0; i < n; i += each {
+			b.f.Apply(route(i))
+		}
+		b.f.Apply(ResyncEnd{})
+	}
+	dump(1)
+	if held := b.bytes(); held > n*800 {
+		t.Errorf("%d routes of as many devices hold %d bytes each", n, held/n)
+	}
+	for i := range n {
+		if i%100 != 0 {
+			b.f.Apply(RouteGone{Route: route(i).Route})
+		}
+	}
+	for range 4 { // bodies that nobody has are forgotten bit by bit
+		dump(100)
+		runtime.GC()
+		for range n {
+			route(0)
+		}
+	}
+	if held := b.bytes(); b.f.Len() != n/100 || held > n/100*800+200<<10 {
+		t.Errorf("%d routes are left, with %d bytes", b.f.Len(), held)
+	}
+	runtime.KeepAlive(b)
+}
+
 // BenchmarkFullTable is the memory of a full table and of dumps of it.
 func BenchmarkFullTable(b *testing.B) {
 	t := newBigTable(b, 1_048_577, 200_000)

@@ -76,13 +76,35 @@ func (s *routeSets) drop(n setNumber) {
 	}
 }
 
-// cloned is a map of the size that it needs.
+// cloned is the map in the size that it needs. maps.Clone keeps the size that it once had.
 func cloned[K comparable, V any](m map[K]V) map[K]V {
 	out := make(map[K]V, len(m))
 	for k, v := range m {
 		out[k] = v
 	}
 	return out
+}
+
+// packed renumbers the sets if there were very many more once, and returns the new number of each old one, else nil.
+func (s *routeSets) packed() (now []setNumber) {
+	if len(s.list) < 1024 || len(s.free) < len(s.list)*3/4 {
+		return nil
+	}
+	now = make([]setNumber, len(s.list))
+	left := make([]routeSet, 0, len(s.list)-len(s.free))
+	numbers := make(map[setKey]setNumber, len(s.numbers))
+	for old, set := range s.list {
+		if set.uses == 0 {
+			continue
+		}
+		n := setNumber(len(left))
+		now[old], left = n, append(left, set)
+		if k, shared := keyOf(set.paths.bodies); shared {
+			numbers[k] = n
+		}
+	}
+	*s = routeSets{list: left, numbers: numbers, peak: len(numbers)}
+	return now
 }
 
 func (s *routeSets) paths(n setNumber) *Paths { return s.list[n].paths }
@@ -132,6 +154,15 @@ func (s *store) put(k tableKey, dst netip.Prefix, bodies []*Body) {
 	if had {
 		s.n -= len(s.sets.paths(old).bodies)
 		s.sets.drop(old)
+	}
+}
+
+// pack gives memory back that sets took which are gone.
+func (s *store) pack() {
+	if now := s.sets.packed(); now != nil {
+		for _, t := range s.tables {
+			t.rewrite(func(_ netip.Prefix, n setNumber, _ bool) (setNumber, bool) { return now[n], true })
+		}
 	}
 }
 

@@ -195,16 +195,18 @@ const maxHeld = 1 << 16
 // single route that ends with what the last of them says. Where several have one key, a replace
 // that is told twice hits another route than it did, which a removal then takes along. So keys
 // with several such events are in doubt, but not those that were only replaced.
-func inDoubt(held []Event) map[Family]bool {
+func inDoubt(held [][]Event) map[Family]bool {
 	doubt := map[Family]bool{}
 	seen := map[Key]int{}
 	each := func(f func(k Key, only bool)) {
-		for _, ev := range held {
-			switch ev := ev.(type) {
-			case RouteSet:
-				f(ev.Route.Key(), ev.Replace)
-			case RouteGone:
-				f(ev.Route.Key(), false)
+		for _, batch := range held {
+			for _, ev := range batch {
+				switch ev := ev.(type) {
+				case RouteSet:
+					f(ev.Route.Key(), ev.Replace)
+				case RouteGone:
+					f(ev.Route.Key(), false)
+				}
 			}
 		}
 	}
