@@ -165,9 +165,9 @@ func (p Part) answers() bool {
 	if first, ok := p.Containing.First(); !ok || p.Containing.throws(first) || p.Containing.SourceSpecific() {
 		return false
 	}
-	n := 0
+	n, rule := 0, p.Rule // p itself stays on the stack
 	for m := range p.Inside {
-		if first, ok := m.First(); ok && m.throws(first) || suppressed(p.Rule, m) {
+		if first, ok := m.First(); ok && m.throws(first) || suppressed(rule, m) {
 			return false
 		}
 		if n++; n == maxIndexedRoutes {
