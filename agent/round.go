@@ -254,6 +254,7 @@ func (a *Agent) round(now time.Time) (next time.Duration, reached bool) {
 	more := a.moreSteps(in, act)
 	wrote, failures, actions := false, a.stats.Failed, a.stats.Actions
 	if a.writes() {
+		a.telling.later = true
 		if !a.setMore(act, &more, now) {
 			steps.Unlocks = nil
 		}
@@ -262,6 +263,8 @@ func (a *Agent) round(now time.Time) (next time.Duration, reached bool) {
 			a.dropMore(act, &more, now)
 		}
 		a.reacted(a.stats.Actions != actions)
+		a.telling.later = false
+		a.tellDone()
 		wrote = a.stats.Actions != actions || a.again && !a.once
 	} else {
 		a.lookAtMore(now)
@@ -317,6 +320,7 @@ const (
 // closeBooks takes what is no claim out of the journal once everything is given back.
 func (a *Agent) closeBooks() {
 	ids := []string{"tables"}
+	a.st.tablesBooked = false
 	if a.goal == restoreAll && a.st.paused == nil {
 		for id := range a.st.last {
 			ids = append(ids, mtuID(id))

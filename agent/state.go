@@ -44,6 +44,8 @@ type state struct {
 	adopted []rememberedMTU
 	// tables are the numbers that an earlier run used, nil for none.
 	tables *ownTables
+	// tablesBooked says that this run has put those of its own into the journal.
+	tablesBooked bool
 
 	holds     map[plan.HoldKey]plan.HoldClaim
 	heldOn    map[ethtool.Ifindex][]ethtool.Feature // those of holds, by device

@@ -17,13 +17,13 @@ import (
 // The kernel's errors can be told apart by errors.Is with a syscall.Errno; their text holds
 // the kernel's own explanation.
 type Table struct {
-	c   *conn
+	c   *talk
 	dec Decoder
 }
 
 // OpenTable opens a Table in the network namespace of the calling thread.
 func OpenTable() (*Table, error) {
-	c, err := dialRoute(1 << 20)
+	c, err := dialTalk(1 << 20)
 	if err != nil {
 		return nil, err
 	}
