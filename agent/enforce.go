@@ -11,7 +11,6 @@ import (
 // next round looks whether it is in place.
 func (a *Agent) enforce(pl *plan.Plan, s *plan.Steps, now time.Time) bool {
 	before := a.stats.Actions
-	a.settleFights(now)
 	stale := a.st.db.Stale() || a.st.fib.Stale()
 	staleLanes := stale || a.st.keysStale
 	for _, do := range [...]func(){

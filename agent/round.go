@@ -265,6 +265,7 @@ func (a *Agent) round(now time.Time) (next time.Duration, reached bool) {
 		a.reacted(a.stats.Actions != actions)
 		a.telling.later = false
 		a.tellDone()
+		a.settleFights(now)
 		wrote = a.stats.Actions != actions || a.again && !a.once
 	} else {
 		a.lookAtMore(now)

@@ -290,6 +290,7 @@ func (s *state) know(f *ethtool.Features) {
 // linger keeps the coverages whose policy went away since the last plan, and lets those go
 // whose policy is back or whose time is over.
 func (s *state) linger(now time.Time, quiet time.Duration) {
+	some := len(s.lingering) > 0
 	for id, l := range s.lingering {
 		_, back := s.db.Policy(id.Policy)
 		switch {
@@ -301,6 +302,9 @@ func (s *state) linger(now time.Time, quiet time.Duration) {
 		case !now.Before(l.until):
 			s.lingerNoMore(id)
 		}
+	}
+	if some && len(s.lingering) == 0 {
+		s.lingering = map[xfrmwatch.CoverageID]lingerer{} // as emptied does
 	}
 	var came []xfrmwatch.Coverage
 	leave := func(index xfrmwatch.PolicyIndex) {

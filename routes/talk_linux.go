@@ -162,6 +162,34 @@ func (t *talk) request(typ, flags uint16, payload []byte, f func(Header, []byte)
 	return m.Header.Sequence, t.answers(m.Header.Sequence, f)
 }
 
+// ask sends one request that has one answer, and passes it to f. Nothing acknowledges it: the kernel answers, or it says why not.
+func (t *talk) ask(typ uint16, payload []byte, f func(Header, []byte) error) error {
+	m, err := t.Send(netlink.Message{Header: netlink.Header{Type: netlink.HeaderType(typ), Flags: netlink.Request}, Data: payload})
+	if err != nil {
+		return err
+	}
+	for {
+		b, err := t.receive()
+		if err != nil {
+			return err
+		}
+		for len(b) > 0 {
+			h, data, rest, err := nextMessage(b)
+			if err != nil {
+				return err
+			}
+			b = rest
+			switch {
+			case h.Seq != m.Header.Sequence: // left over
+			case h.Type == unix.NLMSG_ERROR:
+				return ackError(h, data)
+			default:
+				return f(h, data)
+			}
+		}
+	}
+}
+
 // forceReadBuffer sets the receive buffer past net.core.rmem_max where we may (CAP_NET_ADMIN),
 // else as far as it goes.
 func forceReadBuffer(fd, n int) error {
