@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"os"
 	"sync/atomic"
 
@@ -32,7 +33,8 @@ func dialTalk(rcvbuf int) (t *talk, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("routes: open rtnetlink: %w", os.NewSyscallError("socket", err))
 	}
-	t = &talk{fd: fd, in: make([]byte, bufLen)}
+	// Another one may have had the port, and be told of still: its numbers are others.
+	t = &talk{fd: fd, in: make([]byte, bufLen), seq: rand.Uint32()}
 	if err := t.prepare(rcvbuf); err != nil {
 		_ = unix.Close(fd)
 		return nil, fmt.Errorf("routes: open rtnetlink: %w", err)
@@ -82,7 +84,7 @@ func (t *talk) PID() uint32 { return t.port }
 // Send sends one message, whose sequence number it fills in.
 func (t *talk) Send(m netlink.Message) (netlink.Message, error) {
 	t.out = t.append(t.out[:0], &m)
-	return m, t.flush()
+	return m, t.send(t.out)
 }
 
 // SendMessages sends several messages in one system call, and fills their sequence numbers in.
@@ -91,28 +93,36 @@ func (t *talk) SendMessages(ms []netlink.Message) ([]netlink.Message, error) {
 	for i := range ms {
 		t.out = t.append(t.out, &ms[i])
 	}
-	return ms, t.flush()
+	return ms, t.send(t.out)
+}
+
+// next is the sequence number of another request, which is never 0: that is one of notifications.
+func (t *talk) next() uint32 {
+	if t.seq++; t.seq == 0 {
+		t.seq++
+	}
+	return t.seq
 }
 
 func (t *talk) append(b []byte, m *netlink.Message) []byte {
-	t.seq = max(t.seq+1, 1) // 0 is that of notifications
-	m.Header.Sequence = t.seq
+	m.Header.Sequence = t.next()
 	m.Header.Length = uint32(unix.NLMSG_HDRLEN + len(m.Data))
 	b = binary.NativeEndian.AppendUint32(b, m.Header.Length)
 	b = binary.NativeEndian.AppendUint16(b, uint16(m.Header.Type))
 	b = binary.NativeEndian.AppendUint16(b, uint16(m.Header.Flags))
-	b = binary.NativeEndian.AppendUint32(b, t.seq)
+	b = binary.NativeEndian.AppendUint32(b, m.Header.Sequence)
 	b = binary.NativeEndian.AppendUint32(b, t.port)
 	b = append(b, m.Data...)
 	return append(b, make([]byte, align4(len(m.Data))-len(m.Data))...)
 }
 
-func (t *talk) flush() error {
+// send sends messages to the kernel, which has handled them when it returns.
+func (t *talk) send(msgs []byte) error {
 	if t.done.Load() {
 		return os.ErrClosed
 	}
 	for {
-		err := unix.Sendto(t.fd, t.out, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK})
+		err := unix.Sendto(t.fd, msgs, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK})
 		if err != unix.EINTR {
 			return os.NewSyscallError("sendto", err)
 		}
