@@ -18,7 +18,7 @@ import (
 //	pread64   twice                      whether the host forwards
 //	sendto    RTM_GETROUTE  recvfrom     the path to the tunnel's other end
 //	sendto    RTM_NEWROUTE  recvfrom     the clone with the locked MTU, acknowledged
-//	sendto    RTM_GETROUTE  recvfrom     two lookups: the device that the covered flows come in by, and where they go now
+//	sendto    RTM_GETROUTE  recvfrom     where the covered flows go now
 //	write                                the line of the log, when all is done: neither has it in its time
 
 // straightTable is a table that no rule leads to, nor to the 99 behind it, straightProto the protocol of routes there.
@@ -26,9 +26,6 @@ const (
 	straightTable = 9900
 	straightProto = 85
 )
-
-// lookupsAfter is how many lookups follow the write.
-const lookupsAfter = 2
 
 // Straight answers policy events in a straight line until the input ends, with a line for each: how many nanoseconds it took.
 func Straight(in io.Reader, out io.Writer) error {
@@ -111,7 +108,7 @@ func (s *straight) answer(p Policy) error {
 			return err
 		}
 	}
-	if err := s.lookup(p.Peer, localEnd, 0); err != nil {
+	if err := s.lookup(p.Peer, localEnd); err != nil {
 		return err
 	}
 	err := s.ask(unix.RTM_NEWROUTE, unix.NLM_F_CREATE|unix.NLM_F_REPLACE|unix.NLM_F_ACK, func(b []byte) []byte {
@@ -125,16 +122,11 @@ func (s *straight) answer(p Policy) error {
 	if err != nil {
 		return fmt.Errorf("clone %s: %w", p.Dst, err)
 	}
-	for i := range lookupsAfter {
-		if err := s.lookup(p.Dst.Addr(), netip.Addr{}, i); err != nil {
-			return err
-		}
-	}
-	return nil
+	return s.lookup(p.Dst.Addr(), netip.Addr{})
 }
 
-// lookup asks for the route to an address; the mark makes lookups differ.
-func (s *straight) lookup(dst, src netip.Addr, mark int) error {
+// lookup asks for the route to an address.
+func (s *straight) lookup(dst, src netip.Addr) error {
 	err := s.ask(unix.RTM_GETROUTE, 0, func(b []byte) []byte {
 		bits := byte(0)
 		if src.IsValid() {
@@ -145,7 +137,7 @@ func (s *straight) lookup(dst, src netip.Addr, mark int) error {
 		if src.IsValid() {
 			b = attr(b, unix.RTA_SRC, src.AsSlice())
 		}
-		return attr32(b, unix.RTA_MARK, uint32(mark))
+		return b
 	})
 	if err != nil {
 		return fmt.Errorf("lookup %s: %w", dst, err)
