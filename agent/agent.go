@@ -261,11 +261,13 @@ func (a *Agent) checkTables() error {
 func newAgent(cfg Config, log *slog.Logger, version string) *Agent {
 	cfg = cfg.WithDefaults()
 	started := time.Now()
-	return &Agent{
+	a := &Agent{
 		cfg: cfg, dir: cfg.RunDir, log: log, version: version, started: started, ring: newRing(started), clock: time.Now,
-		inbox: newInbox(), calls: make(chan func()), ended: make(chan struct{}), reports: newReports(), st: newState(), conns: newConnections(),
+		inbox: newInbox(), calls: make(chan func()), ended: make(chan struct{}), reports: newReports(), conns: newConnections(),
 		trust: newKeyTrust(cfg.TCPKeysTrust),
 	}
+	a.st = newState(&a.cfg.Plan)
+	return a
 }
 
 func (a *Agent) dial() error {

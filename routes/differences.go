@@ -25,7 +25,7 @@ func (s *state) differences(fresh *state) []Change {
 	fresh.links, fresh.sorted, fresh.rules, fresh.nexthops = s.links, s.sorted, s.rules, s.nexthops
 	var out []Change
 	tell := func(k tableKey, dst netip.Prefix) bool {
-		out = append(out, Change{Family: k.family, Dst: dst})
+		out = append(out, Change{Family: k.family, Dst: dst, Table: k.id})
 		return len(out) < manyDifferences
 	}
 	for k, t := range fresh.tables {

@@ -59,11 +59,11 @@ func (b *Body) hasWay(n Nexthop) bool {
 	return slices.ContainsFunc(b.Nexthops, func(have Nexthop) bool { return sameNexthop(have, n) })
 }
 
-// setRoute applies RTM_NEWROUTE. The kernel's order within a destination is kept: IPv4 by TOS
+// setRoute applies RTM_NEWROUTE, and returns the routes that were at the destination. The kernel's order within a destination is kept: IPv4 by TOS
 // (falling) and metric, IPv6 by metric; among equals the flags decide.
-func (s *state) setRoute(ev RouteSet) Effect {
+func (s *state) setRoute(ev RouteSet) (e Effect, old []*Body) {
 	r := ev.Route
-	old := s.get(r.Body.Family, r.Body.Table, r.Dst)
+	old = s.get(r.Body.Family, r.Body.Table, r.Dst)
 	var equals []int
 	known := false
 	for i, b := range old {
@@ -74,12 +74,11 @@ func (s *state) setRoute(ev RouteSet) Effect {
 	}
 	if known {
 		if ev.Replace && len(equals) > 1 { // which of them it replaced is not said
-			return Effect{Resync: resyncOf(r.Body)}
+			return Effect{Resync: resyncOf(r.Body)}, old
 		}
-		return Effect{}
+		return Effect{}, old
 	}
 	bodies := slices.Clone(old)
-	var e Effect
 	switch {
 	case len(equals) == 0:
 		bodies = insertBody(bodies, r.Body, false)
@@ -121,7 +120,7 @@ func (s *state) setRoute(ev RouteSet) Effect {
 	}
 	s.store(r.Dst, r.Body.Family, r.Body.Table, old, bodies)
 	e.Changed = true
-	return e
+	return e, old
 }
 
 // resyncOf is the dump that shows what a replace did. On IPv6 it may have hit a route of another
@@ -150,11 +149,10 @@ func insertBody(bodies []*Body, b *Body, first bool) []*Body {
 	return slices.Insert(bodies, i, b)
 }
 
-// removeRoute applies RTM_DELROUTE.
-func (s *state) removeRoute(r Route) Effect {
-	old := s.get(r.Body.Family, r.Body.Table, r.Dst)
+// removeRoute applies RTM_DELROUTE, and returns the routes that were at the destination.
+func (s *state) removeRoute(r Route) (e Effect, old []*Body) {
+	old = s.get(r.Body.Family, r.Body.Table, r.Dst)
 	i := slices.IndexFunc(old, func(b *Body) bool { return b.same(r.Body) })
-	var e Effect
 	if i < 0 {
 		i = slices.IndexFunc(old, func(b *Body) bool { return b.sameKey(r.Body) && b.sameWays(r.Body) })
 		if i >= 0 && !Equal(old[i], r.Body) {
@@ -165,13 +163,13 @@ func (s *state) removeRoute(r Route) Effect {
 	if i < 0 {
 		if slices.ContainsFunc(old, r.Body.sameKey) {
 			// One nexthop of an IPv6 multipath route: the event does not say what is left.
-			return Effect{Resync: &Scope{RoutesOnly: true, Family: r.Body.Family}}
+			return Effect{Resync: &Scope{RoutesOnly: true, Family: r.Body.Family}}, old
 		}
-		return Effect{}
+		return Effect{}, old
 	}
 	s.store(r.Dst, r.Body.Family, r.Body.Table, old, slices.Delete(slices.Clone(old), i, i+1))
 	e.Changed = true
-	return e
+	return e, old
 }
 
 // prune ends a partial resync: what it found replaces what the mirror has in its scope.
@@ -229,7 +227,7 @@ func (f *FIB) prune(p *partial) (e Effect) {
 			continue
 		}
 		f.store(at.dst, at.k.family, at.k.id, old, next)
-		f.note(Change{Family: at.k.family, Dst: at.dst})
+		f.note(Change{Family: at.k.family, Dst: at.dst, Table: at.k.id})
 		e.Changed = true
 	}
 	return e
