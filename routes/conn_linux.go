@@ -4,7 +4,9 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"os"
+	"slices"
 	"syscall"
 	"time"
 
@@ -30,6 +32,7 @@ type conn struct {
 	*netlink.Conn
 	raw syscall.RawConn
 	buf []byte
+	seq uint32 // of the newest request
 }
 
 // bufLen is more than the kernel ever puts into a datagram of a dump (32 KiB, netlink_dump).
@@ -43,7 +46,7 @@ func dialRoute(rcvbuf int) (*conn, error) {
 	if err != nil {
 		return nil, fmt.Errorf("routes: open rtnetlink: %w", err)
 	}
-	c := &conn{Conn: nc, buf: make([]byte, bufLen)}
+	c := &conn{Conn: nc, buf: make([]byte, bufLen), seq: rand.Uint32()}
 	if err := nc.SetOption(netlink.CapAcknowledge, true); err != nil {
 		_ = nc.Close()
 		return nil, fmt.Errorf("routes: open rtnetlink: %w", err)
@@ -214,8 +217,9 @@ func (c *conn) answers(seq uint32, f func(Header, []byte) error) error {
 func (c *conn) request(typ, flags uint16, payload []byte, f func(Header, []byte) error) (seq uint32, err error) {
 	m, err := c.Send(netlink.Message{
 		Header: netlink.Header{
-			Type:  netlink.HeaderType(typ),
-			Flags: netlink.Request | netlink.HeaderFlags(flags),
+			Type:     netlink.HeaderType(typ),
+			Flags:    netlink.Request | netlink.HeaderFlags(flags),
+			Sequence: c.next(),
 		},
 		Data: payload,
 	})
@@ -223,6 +227,61 @@ func (c *conn) request(typ, flags uint16, payload []byte, f func(Header, []byte)
 		return 0, err
 	}
 	return m.Header.Sequence, c.answers(m.Header.Sequence, f)
+}
+
+// next is the sequence number of another request, which is never 0: that is for the library to
+// choose.
+func (c *conn) next() uint32 {
+	if c.seq++; c.seq == 0 {
+		c.seq++
+	}
+	return c.seq
+}
+
+// send sends messages to the kernel, which has handled them when it returns.
+func (c *conn) send(msgs []byte) error {
+	var serr error
+	err := c.raw.Write(func(fd uintptr) bool {
+		for {
+			serr = unix.Sendto(int(fd), msgs, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK})
+			if serr != unix.EINTR {
+				return serr != unix.EAGAIN
+			}
+		}
+	})
+	return errors.Join(err, os.NewSyscallError("sendto", serr))
+}
+
+// acknowledged reads the answers to requests, up to and with the acknowledgement of the last one,
+// and fills the errors in. The error is for the connection.
+func (c *conn) acknowledged(results []Result) error {
+	if err := c.SetReadDeadline(time.Now().Add(answerTimeout)); err != nil {
+		return err
+	}
+	for {
+		b, _, err := c.receive(true)
+		if err != nil {
+			return err
+		}
+		for len(b) > 0 {
+			h, data, rest, err := nextMessage(b)
+			if err != nil {
+				return err
+			}
+			b = rest
+			i := slices.IndexFunc(results, func(r Result) bool { return r.Seq == h.Seq })
+			if i < 0 || h.Type != unix.NLMSG_ERROR {
+				continue
+			}
+			err = ackError(h, data)
+			if k := (*kernelError)(nil); err != nil && !errors.As(err, &k) {
+				return err
+			}
+			if results[i].Err = err; i == len(results)-1 {
+				return nil
+			}
+		}
+	}
 }
 
 // barrier returns after whatever holds the kernel's routing lock now has let go of it. The
