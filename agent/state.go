@@ -118,7 +118,9 @@ type clonePlace struct {
 
 type clonedAt struct {
 	fight
-	clone plan.Clone
+	throw bool
+	of    *routes.Body // nil for a throw
+	mtu   plan.MTUMetric
 }
 
 type withheldShape struct {

@@ -2,6 +2,7 @@ package plan
 
 import (
 	"cmp"
+	"iter"
 	"net/netip"
 	"slices"
 
@@ -105,21 +106,41 @@ type place struct {
 	dst   netip.Prefix
 }
 
-func diffTables(s *Steps, in Input, pl *Plan, stale bool) {
-	have := map[place][]routes.Route{}
-	rules := ownRules(in.FIB, in.Config)
-	for _, f := range []routes.Family{routes.IPv4, routes.IPv6} {
-		for _, id := range in.FIB.Tables(f) {
-			if !in.Config.OwnTable(id) {
-				continue
-			}
-			for r := range in.FIB.Table(f, id) {
-				if in.Config.OwnRoute(r) {
-					at := place{id, r.Dst}
-					have[at] = append(have[at], r)
+// ownRoutes yields what is in place in our tables.
+func ownRoutes(in Input) iter.Seq[routes.Route] {
+	return func(yield func(routes.Route) bool) {
+		for _, f := range []routes.Family{routes.IPv4, routes.IPv6} {
+			for _, id := range in.FIB.Tables(f) {
+				if !in.Config.OwnTable(id) {
+					continue
+				}
+				for r := range in.FIB.Table(f, id) {
+					if in.Config.OwnRoute(r) && !yield(r) {
+						return
+					}
 				}
 			}
 		}
+	}
+}
+
+func diffTables(s *Steps, in Input, pl *Plan, stale bool) {
+	rules := ownRules(in.FIB, in.Config)
+	if len(pl.Shapes) == 0 { // as where everything is given back
+		if stale {
+			return
+		}
+		for _, r := range rules {
+			s.DropRules = append(s.DropRules, *r)
+		}
+		s.DropClones = slices.Collect(ownRoutes(in))
+		sortDropped(s.DropClones)
+		return
+	}
+	have := map[place][]routes.Route{}
+	for r := range ownRoutes(in) {
+		at := place{r.Body.Table, r.Dst}
+		have[at] = append(have[at], r)
 	}
 	want := map[place]bool{}
 	for i := range pl.Shapes {
@@ -176,7 +197,14 @@ func addRules(s *Steps, have []*routes.Rule, want []routes.Rule) []*routes.Rule 
 // sortDropped puts clones before throws: a throw that goes first would uncover what lies above it.
 func sortDropped(list []routes.Route) {
 	slices.SortFunc(list, func(a, b routes.Route) int {
-		return cmp.Or(cmp.Compare(a.Body.Type, b.Body.Type), a.Key().Compare(b.Key()))
+		x, y := a.Body, b.Body
+		if x.Type != y.Type || x.Family != y.Family || x.Table != y.Table {
+			return cmp.Or(cmp.Compare(x.Type, y.Type), cmp.Compare(x.Family, y.Family), cmp.Compare(x.Table, y.Table))
+		}
+		if c := routes.ComparePrefix(a.Dst, b.Dst); c != 0 {
+			return c
+		}
+		return a.Key().Compare(b.Key())
 	})
 }
 
@@ -208,6 +236,10 @@ func (c Clone) Metric() uint32 {
 	return c.MTU.MTU
 }
 
+// ranks is how many there are of rank.
+const ranks = 3
+
+// rank says which steps go first: what moves, then throws.
 func (c CloneStep) rank() int {
 	switch {
 	case c.Moved:

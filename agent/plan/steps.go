@@ -1,7 +1,6 @@
 package plan
 
 import (
-	"cmp"
 	"maps"
 	"net/netip"
 	"slices"
@@ -91,46 +90,79 @@ func (p *planner) stepRules(s *Steps, stale bool) {
 	}
 }
 
+// stepClones compares what our tables hold at some destinations with what they are to hold. There can be very many of
+// both, so they are put into order by destination first, and the steps not again.
 func (p *planner) stepClones(s *Steps, dsts map[netip.Prefix]struct{}, stale bool) {
 	if len(dsts) == 0 {
 		return
 	}
-	byTable := map[routes.Family]map[routes.TableID]*Shape{routes.IPv4: {}, routes.IPv6: {}}
-	order := map[ShapeID]int{}
-	for i := range p.plan.Shapes {
-		sh := &p.plan.Shapes[i]
-		byTable[sh.ID.Flows.Family][sh.Table], order[sh.ID] = sh, i
-	}
-	for dst := range dsts {
-		have := map[routes.TableID][]routes.Route{}
+	found := make([]stepsOf, len(p.plan.Shapes))
+	list := slices.AppendSeq(make([]netip.Prefix, 0, len(dsts)), maps.Keys(dsts))
+	slices.SortFunc(list, routes.ComparePrefix)
+	var have, at []routes.Route // at one destination, and in one table
+	for _, dst := range list {
+		have = have[:0]
 		for r := range p.FIB.At(dst) {
 			if p.Config.OwnTable(r.Body.Table) && p.Config.OwnRoute(r) {
-				have[r.Body.Table] = append(have[r.Body.Table], r)
+				have = append(have, r)
 			}
 		}
-		for table, sh := range byTable[routes.FamilyOf(dst.Addr())] {
+		f := routes.FamilyOf(dst.Addr())
+		for i := range p.plan.Shapes {
+			sh := &p.plan.Shapes[i]
+			if sh.ID.Flows.Family != f {
+				continue
+			}
 			c, ok := sh.Clone(dst)
 			if !ok {
 				continue
 			}
-			if step, differs := cloneStep(c, have[table]); differs {
-				step.Table, step.Shape = table, sh.ID
-				s.Clones = append(s.Clones, step)
+			at = at[:0]
+			have = slices.DeleteFunc(have, func(r routes.Route) bool {
+				if r.Body.Table != sh.Table {
+					return false
+				}
+				at = append(at, r)
+				return true
+			})
+			if step, differs := cloneStep(c, at); differs {
+				step.Table, step.Shape = sh.Table, sh.ID
+				found[i][step.rank()] = append(found[i][step.rank()], step)
 				p.pending.dst(dst)
 			}
-			delete(have, table)
 		}
-		for _, rs := range have {
+		if len(have) > 0 {
 			p.pending.dst(dst)
 			if !stale {
-				s.DropClones = append(s.DropClones, rs...)
+				s.DropClones = append(s.DropClones, have...)
 			}
 		}
 	}
-	slices.SortFunc(s.Clones, func(a, b CloneStep) int {
-		return cmp.Or(cmp.Compare(a.rank(), b.rank()), cmp.Compare(order[a.Shape], order[b.Shape]), routes.ComparePrefix(a.Clone.Dst, b.Clone.Dst))
-	})
+	s.Clones = inOrder(found)
 	sortDropped(s.DropClones)
+}
+
+// stepsOf are the steps for one shape by their ranks, each in the order of destinations.
+type stepsOf [ranks][]CloneStep
+
+// inOrder puts the steps for all shapes into the order in which they are done.
+func inOrder(of []stepsOf) []CloneStep {
+	n := 0
+	for i := range of {
+		for _, list := range of[i] {
+			n += len(list)
+		}
+	}
+	if n == 0 {
+		return nil
+	}
+	out := make([]CloneStep, 0, n)
+	for rank := range ranks {
+		for i := range of {
+			out = append(out, of[i][rank]...)
+		}
+	}
+	return out
 }
 
 func (p *planner) stepLocks(s *Steps, keys map[routes.Key]struct{}, held Held, stale bool) {
