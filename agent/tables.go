@@ -174,21 +174,27 @@ func (a *Agent) mayClone(c *plan.CloneStep, now time.Time) bool {
 // batch does the writes and returns the error of each. The loop waits for their echoes.
 func (a *Agent) batch(writes []routes.Write) []error {
 	out := make([]error, len(writes))
-	if len(writes) == 0 {
-		return out
-	}
-	results, err := a.rt.Batch(writes)
-	for i := range out {
-		switch {
-		case i >= len(results):
-			out[i] = err
-		case results[i].Err != nil:
-			out[i] = results[i].Err
-		default:
-			a.st.inflight[results[i].Seq] = struct{}{}
-		}
+	for i, res := range a.results(writes) {
+		out[i] = res.Err
 	}
 	return out
+}
+
+// results does the writes and returns what became of each. The loop waits for their echoes.
+func (a *Agent) results(writes []routes.Write) []routes.Result {
+	if len(writes) == 0 {
+		return nil
+	}
+	results, err := a.rt.Batch(writes)
+	for _, res := range results {
+		if res.Err == nil {
+			a.st.inflight[res.Seq] = struct{}{}
+		}
+	}
+	for len(results) < len(writes) {
+		results = append(results, routes.Result{Err: err})
+	}
+	return results
 }
 
 func (a *Agent) didClone(c *plan.CloneStep) {
