@@ -143,12 +143,13 @@ func diffTables(s *Steps, in Input, pl *Plan, stale bool) {
 		have[at] = append(have[at], r)
 	}
 	want := map[place]bool{}
+	same := sameWays{}
 	for i := range pl.Shapes {
 		sh := &pl.Shapes[i]
 		for c := range sh.Clones() {
 			at := place{sh.Table, c.Dst}
 			want[at] = true
-			if step, ok := cloneStep(c, have[at]); ok {
+			if step, ok := cloneStep(c, have[at], same); ok {
 				step.Table, step.Shape = sh.Table, sh.ID
 				s.Clones = append(s.Clones, step)
 			}
@@ -210,12 +211,12 @@ func sortDropped(list []routes.Route) {
 
 // cloneStep is what brings the routes of ours at one destination to what the clone says, false
 // if they are that already.
-func cloneStep(c Clone, have []routes.Route) (CloneStep, bool) {
+func cloneStep(c Clone, have []routes.Route, same sameWays) (CloneStep, bool) {
 	step := CloneStep{Clone: c, Moved: len(have) > 0}
 	there := false
 	for _, r := range have {
 		switch {
-		case c.matches(r.Body):
+		case c.matches(r.Body, same):
 			there = true
 		case r.Body.Priority != c.Metric():
 			step.Old = append(step.Old, r)
@@ -250,15 +251,27 @@ func (c CloneStep) rank() int {
 	return 2
 }
 
+// sameWays remembers what routes.SameWays said of the bodies that very many routes share.
+type sameWays map[[2]*routes.Body]bool
+
+func (s sameWays) are(a, b *routes.Body) bool {
+	same, known := s[[2]*routes.Body{a, b}]
+	if !known {
+		same = routes.SameWays(a, b)
+		s[[2]*routes.Body{a, b}] = same
+	}
+	return same
+}
+
 // matches reports whether a route of ours is what the clone is to be.
-func (c Clone) matches(b *routes.Body) bool {
+func (c Clone) matches(b *routes.Body, same sameWays) bool {
 	if b.Priority != c.Metric() {
 		return false
 	}
 	if c.Throw {
 		return b.Type == routes.Throw
 	}
-	return b.Type == routes.Unicast && b.NHID == 0 && routes.SameWays(b, c.Of.Body) && b.PrefSrc == c.Of.Body.PrefSrc &&
+	return b.Type == routes.Unicast && b.NHID == 0 && same.are(b, c.Of.Body) && b.PrefSrc == c.Of.Body.PrefSrc &&
 		routes.MTUMetricOf(b) == c.MTU && b.Metrics.AdvMSS == c.AdvMSS
 }
 

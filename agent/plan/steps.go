@@ -90,16 +90,26 @@ func (p *planner) stepRules(s *Steps, stale bool) {
 	}
 }
 
+// found is a step for a clone, as far as the clone itself does not say it. There can be very many of them.
+type found struct {
+	dst   netip.Prefix
+	shape int // its place in the plan
+	rank  int
+	moved bool
+	old   []routes.Route
+}
+
 // stepClones compares what our tables hold at some destinations with what they are to hold. There can be very many of
-// both, so they are put into order by destination first, and the steps not again.
+// both: they are put into order by destination first, and the steps not again.
 func (p *planner) stepClones(s *Steps, dsts map[netip.Prefix]struct{}, stale bool) {
 	if len(dsts) == 0 {
 		return
 	}
-	found := make([]stepsOf, len(p.plan.Shapes))
 	list := slices.AppendSeq(make([]netip.Prefix, 0, len(dsts)), maps.Keys(dsts))
 	slices.SortFunc(list, routes.ComparePrefix)
+	var steps []found
 	var have, at []routes.Route // at one destination, and in one table
+	same := sameWays{}
 	for _, dst := range list {
 		have = have[:0]
 		for r := range p.FIB.At(dst) {
@@ -125,9 +135,8 @@ func (p *planner) stepClones(s *Steps, dsts map[netip.Prefix]struct{}, stale boo
 				at = append(at, r)
 				return true
 			})
-			if step, differs := cloneStep(c, at); differs {
-				step.Table, step.Shape = sh.Table, sh.ID
-				found[i][step.rank()] = append(found[i][step.rank()], step)
+			if step, differs := cloneStep(c, at, same); differs {
+				steps = append(steps, found{dst, i, step.rank(), step.Moved, step.Old})
 				p.pending.dst(dst)
 			}
 		}
@@ -138,29 +147,30 @@ func (p *planner) stepClones(s *Steps, dsts map[netip.Prefix]struct{}, stale boo
 			}
 		}
 	}
-	s.Clones = inOrder(found)
+	s.Clones = p.inOrder(steps)
 	sortDropped(s.DropClones)
 }
 
-// stepsOf are the steps for one shape by their ranks, each in the order of destinations.
-type stepsOf [ranks][]CloneStep
-
-// inOrder puts the steps for all shapes into the order in which they are done.
-func inOrder(of []stepsOf) []CloneStep {
-	n := 0
-	for i := range of {
-		for _, list := range of[i] {
-			n += len(list)
-		}
-	}
-	if n == 0 {
+// inOrder makes steps of what was found in the order of destinations: by their ranks, then by shapes.
+func (p *planner) inOrder(list []found) []CloneStep {
+	if len(list) == 0 {
 		return nil
 	}
-	out := make([]CloneStep, 0, n)
-	for rank := range ranks {
-		for i := range of {
-			out = append(out, of[i][rank]...)
-		}
+	shapes := len(p.plan.Shapes)
+	next := make([]int, ranks*shapes+1) // where the next step goes, by rank and shape
+	for i := range list {
+		next[list[i].rank*shapes+list[i].shape+1]++
+	}
+	for i := range next[1:] {
+		next[i+1] += next[i]
+	}
+	out := make([]CloneStep, len(list))
+	for i := range list {
+		f := &list[i]
+		sh, at := &p.plan.Shapes[f.shape], &next[f.rank*shapes+f.shape]
+		c, _ := sh.Clone(f.dst)
+		out[*at] = CloneStep{Table: sh.Table, Shape: sh.ID, Clone: c, Moved: f.moved, Old: f.old}
+		*at++
 	}
 	return out
 }
