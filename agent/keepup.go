@@ -64,7 +64,7 @@ func (a *Agent) countOwn(events []routes.Event) (n int) {
 
 // take is all that the watchers have brought.
 func (a *Agent) take() []batch {
-	out := append(a.early.batches, a.inbox.take()...)
+	brought := a.early.batches
 	a.early = early{}
-	return out
+	return append(brought, a.inbox.take()...)
 }
