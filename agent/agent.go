@@ -57,6 +57,7 @@ type Agent struct {
 	started time.Time
 
 	inbox    *inbox
+	early    early
 	calls    chan func()
 	ended    chan struct{} // closed when Run returns
 	reports  reports
@@ -262,11 +263,13 @@ func (a *Agent) checkTables() error {
 func newAgent(cfg Config, log *slog.Logger, version string) *Agent {
 	cfg = cfg.WithDefaults()
 	started := time.Now()
-	return &Agent{
+	a := &Agent{
 		cfg: cfg, dir: cfg.RunDir, log: log, version: version, started: started, ring: newRing(started), clock: time.Now,
-		inbox: newInbox(), calls: make(chan func()), ended: make(chan struct{}), reports: newReports(), st: newState(), conns: newConnections(),
+		inbox: newInbox(), calls: make(chan func()), ended: make(chan struct{}), reports: newReports(), conns: newConnections(),
 		trust: newKeyTrust(cfg.TCPKeysTrust),
 	}
+	a.st = newState(&a.cfg.Plan)
+	return a
 }
 
 func (a *Agent) dial() error {
@@ -440,7 +443,7 @@ func (a *Agent) resyncIn() time.Duration {
 // step drains all that is pending, then plans and acts once. next is when it wants to be called
 // again without an event, 0 for not; reached says that the goal is reached.
 func (a *Agent) step(now time.Time) (next time.Duration, reached bool) {
-	for _, b := range a.inbox.take() {
+	for _, b := range a.take() {
 		if a.since.IsZero() || !b.at.IsZero() && b.at.Before(a.since) {
 			a.since = b.at
 		}
@@ -466,7 +469,11 @@ func (a *Agent) step(now time.Time) (next time.Duration, reached bool) {
 		clear(a.st.writing)
 	}
 	a.stats.Rounds++
-	return a.round(now)
+	next, reached = a.round(now)
+	if len(a.early.batches) > 0 { // the signal for it was taken, too
+		next = time.Nanosecond
+	}
+	return next, reached
 }
 
 var errEndedAgent = errors.New("the agent of this namespace has ended, or another one takes its place: try again in a moment")

@@ -29,7 +29,7 @@ type outcome struct {
 // written and is not on its way rests, or failed.
 func (a *Agent) unlocked(pl, act *plan.Plan, s *plan.Steps) map[routes.Key]bool {
 	locks := s.Locks
-	if act != pl {
+	if act != pl && pl.LockCount() > 0 {
 		locks = pl.Complete().Locks // the steps know nothing of them
 	}
 	var out map[routes.Key]bool

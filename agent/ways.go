@@ -19,6 +19,7 @@ import (
 //	a route came, went or changed       those to whose address it leads
 //	a link, or an address of it         those that leave by it, or can: the other ways of its routes
 //	a rule, a nexthop object, a dump    all
+//	a rule of ours                      those to whose address a route of the table leads that it leads to
 //	a policy or an SA                   its peers: what PMTU discovery has learnt has no event
 //	a full resync                       all, for the same reason
 //
@@ -36,6 +37,7 @@ type ways struct {
 	due   map[*way]bool
 	links map[routes.Ifindex]bool // those that leave by one of these are due
 	addrs map[netip.Addr]bool     // those from one of these, and from none
+	ours  map[ourTable]bool       // those in one of these
 	again map[*way]bool           // the question itself failed
 	// others are the peers to which the way is another one since the last time, or of which nobody asks any more.
 	others []plan.Peer
@@ -44,6 +46,12 @@ type ways struct {
 	// relink says that links came, went or changed since it was worked out which tunnels there are.
 	relink bool
 	l2tp   map[routes.Ifindex]routes.Encap
+}
+
+// ourTable is a table of ours to which a rule came or went.
+type ourTable struct {
+	family routes.Family
+	table  routes.TableID
 }
 
 // A way is one question.
@@ -57,7 +65,7 @@ func newWays() *ways {
 	return &ways{
 		peers: map[plan.Peer]*way{}, outers: map[routes.Ifindex]*way{},
 		pathTo: map[plan.Peer]plan.Path{}, pathOut: map[routes.Ifindex]plan.Path{},
-		due: map[*way]bool{}, links: map[routes.Ifindex]bool{}, addrs: map[netip.Addr]bool{}, again: map[*way]bool{},
+		due: map[*way]bool{}, links: map[routes.Ifindex]bool{}, addrs: map[netip.Addr]bool{}, ours: map[ourTable]bool{}, again: map[*way]bool{},
 		needs: newPeerNeeds(), relink: true,
 	}
 }
@@ -120,6 +128,9 @@ func (s *ways) changed(c routes.Change) {
 		s.route(c.Dst)
 	}
 }
+
+// through hears of a rule of ours that came or went. What leaves the table meanwhile, or comes to it, has events of its own.
+func (s *ways) through(r *routes.Rule) { s.ours[ourTable{r.Family, r.Table}] = true }
 
 // route makes the ways due to whose address a route leads.
 func (s *ways) route(dst netip.Prefix) {
@@ -186,11 +197,12 @@ func (s *ways) settle(rt routeTable, st *state) {
 	if s.relink {
 		s.tunnels(st)
 	}
-	s.gather()
+	s.gather(st.fib)
 	for w := range s.due {
 		s.ask(rt, st.fib, w)
 	}
 	s.due, s.links, s.addrs = emptied(s.due), emptied(s.links), emptied(s.addrs)
+	clear(s.ours)
 	s.all, s.relink = false, false
 }
 
@@ -219,8 +231,13 @@ func (s *ways) tunnels(st *state) {
 }
 
 // gather makes due what hangs on links and addresses, what failed, or all.
-func (s *ways) gather() {
+func (s *ways) gather(fib *routes.FIB) {
 	maps.Copy(s.due, s.again)
+	for t := range s.ours {
+		for r := range fib.Table(t.family, t.table) {
+			s.route(r.Dst)
+		}
+	}
 	if !s.all && len(s.links)+len(s.addrs) == 0 {
 		return
 	}

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"os"
+	"slices"
 	"sync/atomic"
 
 	"github.com/mdlayher/netlink"
@@ -87,15 +88,6 @@ func (t *talk) Send(m netlink.Message) (netlink.Message, error) {
 	return m, t.send(t.out)
 }
 
-// SendMessages sends several messages in one system call, and fills their sequence numbers in.
-func (t *talk) SendMessages(ms []netlink.Message) ([]netlink.Message, error) {
-	t.out = t.out[:0]
-	for i := range ms {
-		t.out = t.append(t.out, &ms[i])
-	}
-	return ms, t.send(t.out)
-}
-
 // next is the sequence number of another request, which is never 0: that is one of notifications.
 func (t *talk) next() uint32 {
 	if t.seq++; t.seq == 0 {
@@ -170,6 +162,35 @@ func (t *talk) request(typ, flags uint16, payload []byte, f func(Header, []byte)
 		return 0, err
 	}
 	return m.Header.Sequence, t.answers(m.Header.Sequence, f)
+}
+
+// acknowledged reads the answers to requests, up to and with the acknowledgement of the last one,
+// and fills the errors in. The error is for the connection.
+func (t *talk) acknowledged(results []Result) error {
+	for {
+		b, err := t.receive()
+		if err != nil {
+			return err
+		}
+		for len(b) > 0 {
+			h, data, rest, err := nextMessage(b)
+			if err != nil {
+				return err
+			}
+			b = rest
+			i := slices.IndexFunc(results, func(r Result) bool { return r.Seq == h.Seq })
+			if i < 0 || h.Type != unix.NLMSG_ERROR {
+				continue
+			}
+			err = ackError(h, data)
+			if k := (*kernelError)(nil); err != nil && !errors.As(err, &k) {
+				return err
+			}
+			if results[i].Err = err; i == len(results)-1 {
+				return nil
+			}
+		}
+	}
 }
 
 // ask sends one request that has one answer, and passes it to f. Nothing acknowledges it: the kernel answers, or it says why not.

@@ -32,6 +32,10 @@ func (p *planner) follow(in Input, ch Changes) bool {
 	p.rerouted = nil
 	var r region
 	p.followRoutes(&r, ch.Dsts)
+	p.followOurs(&r, ch.Ours)
+	if (ch.OurRules || p.foreign == nil) && slices.ContainsFunc(p.shapes, func(s *shaped) bool { return s.why != "" }) {
+		return false // what went can leave a table to one without room
+	}
 	for i, was := range p.indexed {
 		if _, is := p.FIB.LeavingBy(i); is != was {
 			return false
@@ -65,6 +69,31 @@ func (p *planner) followRoutes(r *region, dsts []netip.Prefix) {
 		p.followForeign(dst)
 		p.pending.dst(dst)
 	}
+}
+
+// followOurs takes what changed of ours in our own tables. Plans follow from that only by the ways to peers (followPeers), so
+// nothing else is looked at again but whether it is in place; where somebody else leads there, too, it is as in any table.
+func (p *planner) followOurs(r *region, dsts []netip.Prefix) {
+	if len(dsts) == 0 {
+		return
+	}
+	if p.ledTo() {
+		p.followRoutes(r, dsts)
+		return
+	}
+	for _, dst := range dsts {
+		p.pending.dst(dst)
+	}
+}
+
+// ledTo reports whether a rule or a VRF that is not ours leads to one of our tables.
+func (p *planner) ledTo() bool {
+	for _, f := range []routes.Family{routes.IPv4, routes.IPv6} {
+		if slices.ContainsFunc(p.FIB.Rules(f), func(r *routes.Rule) bool { return p.Config.OwnTable(r.Table) && !p.Config.OwnRule(r) }) {
+			return true
+		}
+	}
+	return slices.ContainsFunc(p.FIB.Links(), func(l *routes.Link) bool { return p.Config.OwnTable(l.VRFTable) })
 }
 
 // followForeign has the tables of ours looked through again if somebody else's route may have come or gone there.
@@ -265,10 +294,12 @@ func (p *planner) followPeers(r *region, ch Changes) bool {
 	for _, peer := range ch.Peers {
 		seen[peer] = true
 	}
-	for _, dst := range ch.Dsts {
-		for _, uses := range p.outer.Subnets(dst) {
-			for _, u := range uses {
-				seen[u.Peer] = true
+	for _, dsts := range [][]netip.Prefix{ch.Dsts, ch.Ours} {
+		for _, dst := range dsts {
+			for _, uses := range p.outer.Subnets(dst) {
+				for _, u := range uses {
+					seen[u.Peer] = true
+				}
 			}
 		}
 	}

@@ -144,6 +144,7 @@ func (p *planner) regroup(r *region) bool {
 			if s == nil {
 				s = &shaped{id: in.id, base: in.base}
 				p.empty(s)
+				s.why = p.bars(s, p.follower.splits, 0)
 				p.byShape[in.id] = s
 				p.shapes = append(p.shapes, s)
 			}

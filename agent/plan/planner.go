@@ -26,6 +26,10 @@ type Changes struct {
 	// Dsts are the destinations of routes that came, went or changed, in whatever table, and of those whose
 	// lock is or is not ours now.
 	Dsts []netip.Prefix
+	// Ours are the destinations of routes of ours that came, went or changed in our own tables.
+	Ours []netip.Prefix
+	// OurRules says that rules of ours came or went.
+	OurRules bool
 	// Policies came, went, changed or changed places, or their coverages linger or do no more.
 	Policies []xfrmwatch.PolicyIndex
 	// SAs are where SAs came, went or changed.
@@ -34,6 +38,21 @@ type Changes struct {
 	Devices bool
 	// Peers are those for which the kernel answers something else, or that came or went.
 	Peers []Peer
+}
+
+// Route adds a change of the routing mirror.
+func (ch *Changes) Route(cfg *Config, c routes.Change) {
+	switch {
+	case ch.All: // whatever else there is
+	case c.Rule != nil && cfg.OwnRule(c.Rule):
+		ch.OurRules = true
+	case c.Dst.IsValid() && c.Protocol == cfg.Protocol && cfg.OwnTable(c.Table):
+		ch.Ours = append(ch.Ours, c.Dst)
+	case c.Dst.IsValid():
+		ch.Dsts = append(ch.Dsts, c.Dst)
+	case !c.Addr: // no plan depends on addresses
+		*ch = Changes{All: true}
+	}
 }
 
 // Plan is the plan for an input that differs in nothing but the changes from the one before it.
@@ -176,6 +195,7 @@ func (p *planner) learn(in Input) {
 			_, f.indexed[i] = p.FIB.LeavingBy(i)
 		}
 	}
+	f.foreign = p.takenTables()
 	p.follower = f
 	for _, t := range p.byIfID {
 		for _, es := range t.All() {

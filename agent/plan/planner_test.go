@@ -198,14 +198,8 @@ func newFollowed(text string) (*followed, error) {
 		return nil, fmt.Errorf("%w in\n%s", err, text)
 	}
 	f := &followed{world: w, text: text, changes: Changes{All: true}, told: map[xfrmwatch.CoverageID]int{}, history: []string{text}}
-	w.fib.OnChange(func(c routes.Change) {
-		switch {
-		case c.Dst.IsValid():
-			f.changes.Dsts = append(f.changes.Dsts, c.Dst)
-		case !c.Addr:
-			f.changes.All = true
-		}
-	})
+	cfg := w.cfg.WithDefaults()
+	w.fib.OnChange(func(c routes.Change) { f.changes.Route(&cfg, c) })
 	w.db.OnChange(func(c xfrmwatch.Change) {
 		switch {
 		case c.All:
