@@ -153,13 +153,13 @@ func (p *planner) replacePolicy(r *region, index xfrmwatch.PolicyIndex) {
 // insert adds an entry to a plan that there is already.
 func (p *planner) insert(r *region, e *entry) {
 	if p.firstOf(e) {
-		p.markWays(r, e.ifID)
+		p.markWays(r, e.pol.IfID)
 	}
 	for _, peer := range p.add(e) {
 		r.add(peer)
 	}
 	p.follower.learn(e)
-	r.add(e.sel.Dst)
+	r.add(e.sel().Dst)
 	if e.cov != nil {
 		p.touched[e.cov] = struct{}{}
 		i, _ := slices.BinarySearchFunc(p.covers[:len(p.covers)-1], e.cov, compareCovers)
@@ -168,12 +168,12 @@ func (p *planner) insert(r *region, e *entry) {
 	}
 }
 
-func compareCovers(a, b *coverage) int { return a.entry.rank.compare(b.entry.rank) }
+func compareCovers(a, b *coverage) int { return a.entry.compare(&b.entry) }
 
 // firstOf reports whether an entry is of the only coverage with its if_id, when it comes or has gone: then
 // the routes by its xfrm interfaces are looked at, or are no more.
 func (p *planner) firstOf(e *entry) bool {
-	return e.cov != nil && e.ifID != 0 && p.counts[e.ifID] == 0
+	return e.cov != nil && e.pol.IfID != 0 && p.counts[e.pol.IfID] == 0
 }
 
 func (p *planner) markWays(r *region, ifID uint32) {
@@ -186,14 +186,14 @@ func (p *planner) markWays(r *region, ifID uint32) {
 
 // drop takes an entry out of the plan.
 func (p *planner) drop(r *region, e *entry) {
-	t := p.byIfID[e.ifID]
-	have, _ := t.Get(e.sel.Dst)
-	if have = remove(have, e); len(have) > 0 {
-		t.Insert(e.sel.Dst, have)
-	} else if t.Delete(e.sel.Dst); t.Size() == 0 {
-		delete(p.byIfID, e.ifID)
+	t := p.byIfID[e.pol.IfID]
+	have, _ := t.Get(e.sel().Dst)
+	if have = have.without(e); have != nil {
+		t.Insert(e.sel().Dst, have)
+	} else if t.Delete(e.sel().Dst); t.Size() == 0 {
+		delete(p.byIfID, e.pol.IfID)
 	}
-	r.add(e.sel.Dst)
+	r.add(e.sel().Dst)
 	p.follower.unlearn(e)
 	c := e.cov
 	if c == nil {
@@ -201,14 +201,14 @@ func (p *planner) drop(r *region, e *entry) {
 	}
 	c.dropped = true
 	p.touched[c] = struct{}{}
-	if p.counts[e.ifID]--; p.counts[e.ifID] == 0 {
-		delete(p.counts, e.ifID)
+	if p.counts[e.pol.IfID]--; p.counts[e.pol.IfID] == 0 {
+		delete(p.counts, e.pol.IfID)
 	}
-	if e.ifID == 0 && e.all() {
+	if e.pol.IfID == 0 && e.all() {
 		p.wide--
 	}
 	if p.firstOf(e) {
-		p.markWays(r, e.ifID)
+		p.markWays(r, e.pol.IfID)
 	}
 	if i, ok := slices.BinarySearchFunc(p.covers, c, compareCovers); ok {
 		p.covers = slices.Delete(p.covers, i, i+1)
@@ -216,13 +216,15 @@ func (p *planner) drop(r *region, e *entry) {
 	for _, peer := range p.useOuter(c, -1) {
 		r.add(peer)
 	}
-	r.tries = append(r.tries, c.fills...)
+	r.tries = append(r.tries, c.fills()...)
 	p.fills(c, nil)
-	for _, m := range slices.Clone(c.members) {
+	for m := range c.members.each {
 		p.leave(m)
 	}
-	for _, u := range c.mine {
-		p.takeBack(u)
+	if c.aside != nil {
+		for _, u := range c.aside.mine {
+			p.takeBack(u)
+		}
 	}
 }
 
@@ -230,14 +232,17 @@ func (p *planner) drop(r *region, e *entry) {
 func (p *planner) leave(m *member) {
 	s, c := m.shape, m.cov
 	p.follower.regrouped, s.left = true, true
-	p.takeBack(&m.unit)
-	delete(p.serving, serves{c.entry, s.base})
+	p.notFull(m)
 	last := len(s.members) - 1
 	s.members[last].at = m.at
 	s.members[m.at] = s.members[last]
 	s.members[last] = nil
 	s.members = s.members[:last]
-	c.members = remove(c.members, m)
+	at := &c.members
+	for *at != m {
+		at = &(*at).next
+	}
+	*at = m.next
 	if s.first == m {
 		s.first = nil
 		for _, o := range s.members {
@@ -278,7 +283,7 @@ func (p *planner) followPeers(r *region, ch Changes) bool {
 		}
 		r.add(netip.PrefixFrom(peer.Addr, peer.Addr.BitLen()))
 		for _, c := range p.follower.users[peer] {
-			r.add(c.Selector.Dst)
+			r.add(c.sel().Dst)
 		}
 	}
 	return true
@@ -292,8 +297,8 @@ func (p *planner) coversIn(r *region) []*coverage {
 	}
 	for _, dst := range r.list[r.looked:] {
 		for _, t := range p.byIfID {
-			overlapping(t, dst, func(_ netip.Prefix, es []*entry) {
-				for _, e := range es {
+			overlapping(t, dst, func(_ netip.Prefix, e *entry) {
+				for e := range e.each {
 					if e.cov != nil && !r.seen[e.cov] {
 						r.seen[e.cov] = true
 						r.covers = append(r.covers, e.cov)
@@ -310,12 +315,12 @@ func (p *planner) coversIn(r *region) []*coverage {
 // becomes a part of the region.
 func (p *planner) followTrials(r *region) {
 	for _, c := range p.coversIn(r) {
-		if c.Policy.IfID == 0 {
+		if c.pol.IfID == 0 {
 			p.beginOwn(c, phaseCandidates)
 			list := p.candidates(c)
-			r.tries = append(r.tries, c.fills...)
+			r.tries = append(r.tries, c.fills()...)
 			p.fills(c, list)
-			r.tries = append(r.tries, c.fills...)
+			r.tries = append(r.tries, c.fills()...)
 		}
 	}
 	for _, dst := range r.routes {
@@ -411,7 +416,7 @@ func (p *planner) conclude(r *region, ch Changes) {
 		return
 	}
 	for _, c := range p.heldOf {
-		c.held = nil
+		c.aside.held = nil
 	}
 	p.heldOf, p.taken, p.signed = nil, nil, nil
 	p.begin(&p.held)
@@ -431,7 +436,7 @@ func (p *planner) holdsChange(r *region, ch Changes) bool {
 		return true // by the routes that it has besides
 	}
 	for c := range p.touched {
-		if c.Policy.IfID != 0 || len(p.vtis) > 0 || c.entry.all() {
+		if c.pol.IfID != 0 || len(p.vtis) > 0 || c.all() {
 			return true
 		}
 	}

@@ -16,7 +16,7 @@ func (p *planner) followShapes(r *region) bool {
 	}
 	pending := map[*shaped]map[*member]bool{}
 	mark := func(c *coverage) {
-		for _, m := range c.members {
+		for m := range c.members.each {
 			if pending[m.shape] == nil {
 				pending[m.shape] = map[*member]bool{}
 			}
@@ -128,15 +128,11 @@ func (p *planner) regroup(r *region) bool {
 	old := slices.Clone(p.shapes)
 	for _, c := range p.coversIn(r) {
 		placings := p.shapesOf(c)
-		same := len(placings) == len(c.members)
-		for i, in := range placings {
-			same = same && c.members[i].shape.id == in.id && c.members[i].dst == in.dst
-		}
-		if same {
+		if c.isPlaced(placings) {
 			continue
 		}
-		moved = append(moved, c.Selector.Dst)
-		for _, m := range slices.Clone(c.members) {
+		moved = append(moved, c.sel().Dst)
+		for m := range c.members.each {
 			p.leave(m)
 		}
 		for i, in := range placings {
@@ -159,6 +155,18 @@ func (p *planner) regroup(r *region) bool {
 	}
 	p.follower.regrouped = false
 	return p.reorder(old)
+}
+
+// isPlaced reports whether a coverage's members are where they belong.
+func (c *coverage) isPlaced(placings []placing) bool {
+	i := 0
+	for m := range c.members.each {
+		if i == len(placings) || m.shape.id != placings[i].id || m.dst() != placings[i].dst {
+			return false
+		}
+		i++
+	}
+	return i == len(placings)
 }
 
 // reorder sorts the shapes, forgets those without members and reports whether the others stand to each
@@ -227,10 +235,10 @@ func (p *planner) refill(s *shaped, r *region, pending func() map[*member]bool, 
 				continue
 			}
 			seen[m], again = true, true
-			was := m.full
+			was := m.full != nil
 			own, ok := p.pointsOf(s, m)
-			if was != m.full {
-				grow(m.dst)
+			if was == ok {
+				grow(m.dst())
 			}
 			if ok {
 				for _, x := range own {

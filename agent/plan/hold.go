@@ -41,7 +41,7 @@ func (p *planner) hold() {
 	}
 	if p.counts[0] < len(p.covers) { // some have an if_id
 		for _, c := range p.covers {
-			if c.Maybe || c.Policy.IfID == 0 {
+			if c.maybe || c.pol.IfID == 0 {
 				continue
 			}
 			for _, l := range p.carriers(c) {
@@ -97,7 +97,7 @@ func (p *planner) wrapped(t *tunnel) Tunnel {
 	out.Encap.Header += tag
 	out.MTU, _ = p.wraps(t)
 	for _, c := range first.own {
-		out.Own = append(out.Own, c.ID)
+		out.Own = append(out.Own, c.id())
 	}
 	return out
 }
@@ -126,7 +126,7 @@ func (p *planner) holdOn(d *dedicated) {
 		return
 	}
 	if c := p.offloaded(d.covs); c != nil {
-		p.noteOn(d, "%s keeps its features: an SA of policy %d is offloaded to a device with %s active", name, c.ID.Policy, ethtool.ESPSegmentation)
+		p.noteOn(d, "%s keeps its features: an SA of policy %d is offloaded to a device with %s active", name, c.pol.Index, ethtool.ESPSegmentation)
 		return
 	}
 	features := p.Config.features(name)
@@ -188,7 +188,7 @@ func (p *planner) addHold(l *routes.Link, f ethtool.Feature, covs []*coverage, c
 			continue
 		}
 		have.by[c] = true
-		h.Because = append(h.Because, c.ID)
+		h.Because = append(h.Because, c.id())
 		if v := p.holding(c); v.Cut != CutDevice {
 			v.Cut = cut
 		}
@@ -236,10 +236,10 @@ func (p *planner) breaksUDP(d *dedicated) bool {
 // probeKeys name what a probe has to have tried for a coverage's SAs.
 func probeKeys(kind string, c *coverage) iter.Seq[ProbeKey] {
 	return func(yield func(ProbeKey) bool) {
-		for _, st := range c.Steps {
+		for _, st := range c.steps {
 			for _, sa := range st.SAs {
 				k := ProbeKey{Kind: kind, Family: routes.Family(sa.Family), Mode: st.Template.Mode, SA: sa.Suite()}
-				if sa.Encap.Type != 0 || len(c.Steps) > 1 {
+				if sa.Encap.Type != 0 || len(c.steps) > 1 {
 					k.SA += ", encapsulated" // which no probe tries
 				}
 				if !yield(k) {
@@ -267,8 +267,8 @@ func (p *planner) noteVTIs() {
 
 // vtiOf is the vti whose key is the mark of a coverage's policy, nil if there is none.
 func (p *planner) vtiOf(c *coverage) *routes.Link {
-	m := c.Policy.Mark
-	if c.Policy.IfID != 0 || m.Mask == 0 {
+	m := c.pol.Mark
+	if c.pol.IfID != 0 || m.Mask == 0 {
 		return nil
 	}
 	for _, l := range p.vtis {
@@ -282,7 +282,7 @@ func (p *planner) vtiOf(c *coverage) *routes.Link {
 // offloaded returns a coverage whose SA is offloaded to a device that segments ESP itself.
 func (p *planner) offloaded(covs []*coverage) *coverage {
 	for _, c := range covs {
-		for _, st := range c.Steps {
+		for _, st := range c.steps {
 			for _, sa := range st.SAs {
 				if sa.OffloadDev == 0 {
 					continue
@@ -365,13 +365,13 @@ func (p *planner) whole(dst netip.Prefix) []*coverage {
 	var covs []*coverage
 	for _, e := range p.overlapping(0, dst, true) {
 		switch {
-		case e.cov == nil && e.block:
+		case e.cov == nil && e.blocks():
 			continue
-		case e.cov == nil || e.cov.Maybe:
+		case e.cov == nil || e.cov.maybe:
 			return nil
 		}
 		covs = append(covs, e.cov)
-		if e.all() && routes.Contains(e.sel.Dst, dst) {
+		if e.all() && routes.Contains(e.sel().Dst, dst) {
 			return covs
 		}
 	}
@@ -384,10 +384,10 @@ func (p *planner) whole(dst netip.Prefix) []*coverage {
 // bareMTU is the inner MTU of a coverage no route of which was looked at, for the verdict.
 func (p *planner) bareMTU(c *coverage) int {
 	// Only a tunnel's path is known without the flow's own route.
-	if n := len(c.Steps); n > 0 && c.Steps[n-1].Template.Mode == xfrmwatch.Tunnel {
-		if mtu, status := c.MTU(p.peerMTU, anyRoute); status == xfrmwatch.MTUKnown {
+	if n := len(c.steps); n > 0 && c.steps[n-1].Template.Mode == xfrmwatch.Tunnel {
+		if mtu, status := c.whole().MTU(p.peerMTU, anyRoute); status == xfrmwatch.MTUKnown {
 			return mtu
 		}
 	}
-	return p.Last[c.ID]
+	return p.Last[c.id()]
 }

@@ -20,11 +20,11 @@ func (p *planner) complete(pl *Plan) {
 	slices.SortFunc(pl.Locks, func(a, b Lock) int { return a.Route.Key().Compare(b.Route.Key()) })
 	for _, c := range p.covers {
 		if !c.gone {
-			pl.Current = append(pl.Current, c.Coverage)
+			pl.Current = append(pl.Current, c.whole())
 		}
 		v, valid := p.judged(c)
 		if valid != 0 {
-			pl.MTU[c.ID] = valid
+			pl.MTU[c.id()] = valid
 		}
 		pl.Verdicts = append(pl.Verdicts, v)
 	}
@@ -37,10 +37,10 @@ func (p *planner) complete(pl *Plan) {
 // its valid SAs, in bytes, 0 for none.
 func (p *planner) judged(c *coverage) (v Verdict, valid int) {
 	v = Verdict{
-		ID: c.ID, Selector: c.Selector, Priority: c.Policy.Priority, IfID: c.Policy.IfID, Mark: c.Policy.Mark,
-		Maybe: c.Maybe, Gone: c.gone, Cut: CutSocket,
+		ID: c.id(), Selector: *c.sel(), Priority: c.pol.Priority, IfID: c.pol.IfID, Mark: c.pol.Mark,
+		Maybe: c.maybe, Gone: c.gone, Cut: CutSocket,
 	}
-	if h := c.held; h != nil {
+	if h := c.held(); h != nil {
 		v.Cut, v.Carriers, v.Held = h.Cut, h.Carriers, h.Held
 	}
 	shapes := false // whether those have had their say
@@ -69,7 +69,7 @@ func (p *planner) judged(c *coverage) (v Verdict, valid int) {
 	if !shapes {
 		c.hearShapes(&v)
 	}
-	if h := c.held; h != nil {
+	if h := c.held(); h != nil {
 		for _, n := range h.Notes {
 			v.note(n)
 		}
@@ -94,7 +94,7 @@ func (c *coverage) validMTU() int {
 
 // hearShapes adds what a coverage's shapes say.
 func (c *coverage) hearShapes(v *Verdict) {
-	for _, m := range c.members {
+	for m := range c.members.each {
 		if m.shape.why != "" {
 			v.note(m.shape.why)
 		}
@@ -112,7 +112,7 @@ func (c *coverage) hearShapes(v *Verdict) {
 // noteStanding adds what a coverage's own standing says, and why there is nothing else to say.
 func (p *planner) noteStanding(c *coverage, v *Verdict) {
 	switch {
-	case v.MTU == 0 && c.Larval && p.Last[c.ID] == 0:
+	case v.MTU == 0 && c.larval && p.Last[c.id()] == 0:
 		v.note("no valid SA yet: no lock before the first one (presume_mtu sets one)")
 	case len(v.Locked) == 0 && len(v.Notes) == 0 && p.Config.MTU == MTUOff:
 		v.note("no lock (mtu: off)")
@@ -125,7 +125,7 @@ func (p *planner) noteStanding(c *coverage, v *Verdict) {
 	if v.Maybe {
 		v.note("all templates are optional: locked, but never a reason for a hold")
 	}
-	for _, st := range c.Steps {
+	for _, st := range c.steps {
 		for _, sa := range st.SAs {
 			if why := p.unbound(sa); why != "" {
 				v.note(fmt.Sprintf("SA %#x to %s %s: rekey, so that the next one is not bound to it", uint32(sa.SPI), sa.Dst, why))
@@ -136,24 +136,25 @@ func (p *planner) noteStanding(c *coverage, v *Verdict) {
 
 // holding is what the holds say of a coverage.
 func (p *planner) holding(c *coverage) *Verdict {
-	if c.held == nil {
-		c.held = &Verdict{Cut: CutSocket}
+	a := c.besides()
+	if a.held == nil {
+		a.held = &Verdict{Cut: CutSocket}
 		p.heldOf = append(p.heldOf, c)
 	}
-	return c.held
+	return a.held
 }
 
 // cut is where the holds cut a coverage's segments.
 func (c *coverage) cut() Cut {
-	if c.held == nil {
-		return CutSocket
+	if h := c.held(); h != nil {
+		return h.Cut
 	}
-	return c.held.Cut
+	return CutSocket
 }
 
 // sayValid notes the inner MTU that a coverage has by its valid SAs. A smaller MTU of a route is not the
 // coverage's: other routes can have a larger one.
 func (p *planner) sayValid(c *coverage) {
-	mtu, _ := c.MTU(p.peerMTU, anyRoute)
+	mtu, _ := c.whole().MTU(p.peerMTU, anyRoute)
 	p.valid(c, mtu)
 }

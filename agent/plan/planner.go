@@ -82,7 +82,7 @@ func (pl *Planner) Told() iter.Seq2[xfrmwatch.Coverage, int] {
 			each = maps.Keys(p.touched)
 		}
 		for c := range each {
-			if !c.gone && !c.dropped && !yield(c.Coverage, c.validMTU()) {
+			if !c.gone && !c.dropped && !yield(c.whole(), c.validMTU()) {
 				return
 			}
 		}
@@ -100,14 +100,14 @@ func (pl *Planner) Coverages(index xfrmwatch.PolicyIndex) iter.Seq[xfrmwatch.Cov
 		}
 		if index != 0 && pl.p.follower != nil {
 			for _, e := range pl.p.policies[index] {
-				if e.cov != nil && !yield(e.cov.Coverage) {
+				if e.cov != nil && !yield(e.cov.whole()) {
 					return
 				}
 			}
 			return
 		}
 		for _, c := range pl.p.covers {
-			if !c.gone && (index == 0 || c.ID.Policy == index) && !yield(c.Coverage) {
+			if !c.gone && (index == 0 || c.pol.Index == index) && !yield(c.whole()) {
 				return
 			}
 		}
@@ -120,9 +120,9 @@ func (pl *Planner) Alike(o xfrmwatch.Coverage) iter.Seq[xfrmwatch.Coverage] {
 		if pl.p == nil || pl.p.byIfID[o.Policy.IfID] == nil {
 			return
 		}
-		es, _ := pl.p.byIfID[o.Policy.IfID].Get(o.Selector.Dst)
-		for _, e := range es {
-			if c := e.cov; c != nil && !c.gone && c.Selector == o.Selector && c.Policy.Mark == o.Policy.Mark && !yield(c.Coverage) {
+		at, _ := pl.p.byIfID[o.Policy.IfID].Get(o.Selector.Dst)
+		for e := range at.each {
+			if c := e.cov; c != nil && !c.gone && *c.sel() == o.Selector && c.pol.Mark == o.Policy.Mark && !yield(c.whole()) {
 				return
 			}
 		}
@@ -172,8 +172,8 @@ func (p *planner) learn(in Input) {
 	}
 	p.follower = f
 	for _, t := range p.byIfID {
-		for _, es := range t.All() {
-			for _, e := range es {
+		for _, at := range t.All() {
+			for e := range at.each {
 				f.learn(e)
 			}
 		}
@@ -230,47 +230,47 @@ func (p *planner) nested(peer Peer) bool {
 func (f *follower) learn(e *entry) {
 	c := e.cov
 	switch {
-	case e.rank.gone:
-		f.gone[c.ID] = e
+	case e.gone:
+		f.gone[c.id()] = e
 	default:
-		f.policies[e.index] = append(f.policies[e.index], e)
+		f.policies[e.pol.Index] = append(f.policies[e.pol.Index], e)
 	}
 	if c == nil {
 		return
 	}
-	for _, peer := range peersIn(c.Coverage) {
+	for _, peer := range peersIn(c) {
 		f.users[peer] = append(f.users[peer], c)
 	}
-	if e.rank.gone {
+	if e.gone {
 		return
 	}
-	for _, at := range saPlaces(c.Policy) {
-		if list := f.bySA[at]; !slices.Contains(list, c.ID.Policy) {
-			f.bySA[at] = append(list, c.ID.Policy)
+	for _, at := range saPlaces(c.pol) {
+		if list := f.bySA[at]; !slices.Contains(list, c.pol.Index) {
+			f.bySA[at] = append(list, c.pol.Index)
 		}
 	}
 }
 
 func (f *follower) unlearn(e *entry) {
 	c := e.cov
-	if e.rank.gone {
-		delete(f.gone, c.ID)
+	if e.gone {
+		delete(f.gone, c.id())
 	}
 	if c == nil {
 		return
 	}
-	for _, peer := range peersIn(c.Coverage) {
+	for _, peer := range peersIn(c) {
 		if list := remove(f.users[peer], c); len(list) > 0 {
 			f.users[peer] = list
 		} else {
 			delete(f.users, peer)
 		}
 	}
-	if e.rank.gone {
+	if e.gone {
 		return
 	}
-	for _, at := range saPlaces(c.Policy) {
-		if list := remove(f.bySA[at], c.ID.Policy); len(list) > 0 {
+	for _, at := range saPlaces(c.pol) {
+		if list := remove(f.bySA[at], c.pol.Index); len(list) > 0 {
 			f.bySA[at] = list
 		} else {
 			delete(f.bySA, at)
@@ -301,14 +301,14 @@ func saPlaces(pol *xfrmwatch.Policy) []xfrmwatch.SAPlace {
 }
 
 // peersIn are the peers whose paths an answer about a coverage can depend on.
-func peersIn(c xfrmwatch.Coverage) []Peer {
+func peersIn(c *coverage) []Peer {
 	var out []Peer
 	add := func(peer Peer) {
 		if !slices.Contains(out, peer) {
 			out = append(out, peer)
 		}
 	}
-	for _, st := range c.Steps {
+	for _, st := range c.steps {
 		if st.Template.TakesFlow() {
 			continue
 		}
@@ -316,7 +316,7 @@ func peersIn(c xfrmwatch.Coverage) []Peer {
 			add(PeerOf(sa))
 		}
 	}
-	if peer, ok := policyPeer(c.Policy); ok && len(c.Steps) == 0 {
+	if peer, ok := policyPeer(c.pol); ok && len(c.steps) == 0 {
 		add(peer)
 	}
 	return out

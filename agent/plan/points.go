@@ -62,8 +62,8 @@ func (p *planner) settlePoint(s *shaped, x netip.Prefix, at *point) {
 		return
 	}
 	s.mtus[int(clone.MTU.MTU)]++
-	for _, m := range c.members {
-		if m.shape == s && routes.Contains(m.dst, x) {
+	for m := range c.members.each {
+		if m.shape == s && routes.Contains(m.dst(), x) {
 			at.of = m
 			m.clones++
 			break // of several, by rules of one priority
@@ -85,16 +85,15 @@ func (s *shaped) minMTU() int {
 // pointsOf are the destinations at which the outcome can differ inside a member's destination:
 // itself, and each route, policy and outer peer inside it.
 func (p *planner) pointsOf(s *shaped, m *member) ([]netip.Prefix, bool) {
-	p.begin(&m.unit)
-	m.full = false
-
+	p.notFull(m)
 	var points []netip.Prefix
 	full := func() bool {
 		if len(points) <= p.Config.MaxClonesPerCoverage {
 			return false
 		}
-		p.note(m.cov, fmt.Sprintf("no lock: more than %d routes and policies inside %s (max_clones_per_coverage)", p.Config.MaxClonesPerCoverage, m.dst))
-		m.full = true
+		m.full = &unit{phase: phaseMembers, shape: s, key: routes.Key{Dst: m.dst()}}
+		p.begin(m.full)
+		p.note(m.cov, fmt.Sprintf("no lock: more than %d routes and policies inside %s (max_clones_per_coverage)", p.Config.MaxClonesPerCoverage, m.dst()))
 		return true
 	}
 	for _, seed := range p.seeds(s, m) {
@@ -111,8 +110,8 @@ func (p *planner) pointsOf(s *shaped, m *member) ([]netip.Prefix, bool) {
 			}
 		}
 		for _, t := range p.byIfID {
-			for pfx, es := range t.Subnets(seed) {
-				if pfx == seed || !slices.ContainsFunc(es, func(e *entry) bool { _, some := e.takes(s.id.Flows); return some }) {
+			for pfx, e := range t.Subnets(seed) {
+				if pfx == seed || !e.anyTakes(s.id.Flows) {
 					continue
 				}
 				if points = append(points, pfx); full() {
@@ -124,26 +123,34 @@ func (p *planner) pointsOf(s *shaped, m *member) ([]netip.Prefix, bool) {
 	return points, true
 }
 
+// notFull takes back that there is too much to look at for a member.
+func (p *planner) notFull(m *member) {
+	if m.full != nil {
+		p.takeBack(m.full)
+		m.full = nil
+	}
+}
+
 // seeds are the destinations where a member's flows can need a clone: all of its destination,
 // or, for a policy with an if_id, those that routes through its xfrm interfaces leave of it.
 func (p *planner) seeds(s *shaped, m *member) []netip.Prefix {
-	if m.cov.Policy.IfID == 0 {
-		return []netip.Prefix{m.dst}
+	if m.cov.pol.IfID == 0 {
+		return []netip.Prefix{m.dst()}
 	}
 	var seeds []netip.Prefix
 	add := func(keys []routes.Key) {
 		for _, k := range keys {
-			if x, ok := routes.Intersect(k.Dst, m.dst); ok && k.Table == s.id.Table && !p.locked[k] {
+			if x, ok := routes.Intersect(k.Dst, m.dst()); ok && k.Table == s.id.Table && !p.locked[k] {
 				seeds = append(seeds, x)
 			}
 		}
 	}
-	for _, w := range p.waysOf(m.cov.Policy.IfID) {
-		for _, keys := range w.byDst.Supernets(m.dst) {
+	for _, w := range p.waysOf(m.cov.pol.IfID) {
+		for _, keys := range w.byDst.Supernets(m.dst()) {
 			add(keys)
 		}
-		for pfx, keys := range w.byDst.Subnets(m.dst) {
-			if pfx != m.dst {
+		for pfx, keys := range w.byDst.Subnets(m.dst()) {
+			if pfx != m.dst() {
 				add(keys)
 			}
 		}
@@ -208,7 +215,7 @@ func (p *planner) decide(s *shaped, x netip.Prefix, above *coverage) (Clone, *co
 	if own := r.Body.Metrics.AdvMSS; own != 0 {
 		adv = min(adv, own)
 	}
-	return Clone{Dst: x, Of: r, MTU: p.metric(mtu), AdvMSS: adv, Because: c.ID}, c
+	return Clone{Dst: x, Of: r, MTU: p.metric(mtu), AdvMSS: adv, Because: c.id()}, c
 }
 
 // loops reports whether the route leads to the loopback device, whose packets XFRM leaves alone
@@ -317,13 +324,13 @@ func (p *planner) winnerAt(s *shaped, x netip.Prefix, w way) *coverage {
 			p.note(e.cov, fmt.Sprintf("%s: a bypass with priority over this policy can leave flows to the device's own: no lock there", x))
 			for _, own := range p.applying(w, x, true) {
 				if own.cov != nil && own != e {
-					p.note(own.cov, fmt.Sprintf("%s: a bypass can leave it flows past policy %d: no lock there", x, e.cov.ID.Policy))
+					p.note(own.cov, fmt.Sprintf("%s: a bypass can leave it flows past policy %d: no lock there", x, e.cov.pol.Index))
 				}
 			}
 			return nil
 		}
 		for _, q := range parts {
-			if ahead := p.serving[serves{q, s.base}]; ahead == nil || ahead.order >= s.order || !ahead.takesAll(x, s) {
+			if ahead := q.servedBy(s.base); ahead == nil || ahead.order >= s.order || !ahead.takesAll(x, s) {
 				p.note(e.cov, fmt.Sprintf("%s: a policy with priority over this one takes a part of the flows: no lock there", x))
 				return nil
 			}

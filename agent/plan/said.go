@@ -59,9 +59,11 @@ func (p *planner) begin(u *unit) {
 // beginOwn begins the unit of a phase that speaks of a coverage alone. Most have nothing to say, so that it becomes the coverage's
 // only when it says something.
 func (p *planner) beginOwn(c *coverage, at phase) {
-	if i := slices.IndexFunc(c.mine, func(u *unit) bool { return u.phase == at }); i >= 0 {
-		p.begin(c.mine[i])
-		return
+	if c.aside != nil {
+		if i := slices.IndexFunc(c.aside.mine, func(u *unit) bool { return u.phase == at }); i >= 0 {
+			p.begin(c.aside.mine[i])
+			return
+		}
 	}
 	if p.spare == nil {
 		p.spare = &unit{}
@@ -121,7 +123,8 @@ func (p *planner) on(c *coverage) *said {
 		return s
 	}
 	if u == p.spare {
-		c.mine, p.spare = append(c.mine, u), nil
+		a := c.besides()
+		a.mine, p.spare = append(a.mine, u), nil
 	}
 	p.touch(c)
 	u.said = append(u.said, said{cov: c, at: len(c.units)})
