@@ -117,10 +117,10 @@ func (p *planner) leftAgain(c *coverage, path int) (int, string) {
 		}
 	case p.Last[c.id()] != 0:
 		mtu = min(p.Last[c.id()], path)
-		p.note(c, fmt.Sprintf("%s; the last valid MTU stays", status))
+		p.noteShared(c, p.stays[status])
 	case p.Config.PresumeMTU != 0 && !c.maybe:
 		mtu = min(p.Config.PresumeMTU, path)
-		p.note(c, fmt.Sprintf("%s; presume_mtu %d", status, p.Config.PresumeMTU))
+		p.noteShared(c, p.presumed[status])
 	default:
 		return 0, cmp.Or(p.lost(c), status.String())
 	}

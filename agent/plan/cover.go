@@ -124,11 +124,13 @@ type planner struct {
 	taken      map[HoldKey]*held
 	signed     []*signed
 	ports      map[routes.Ifindex][]*routes.Link // those that have a master, by the master
+	// What is said of coverages without a valid MTU now, by why that is: that the last one stays, or one is presumed.
+	stays, presumed map[xfrmwatch.MTUStatus][]string
 }
 
 func newPlanner(in Input) *planner {
 	in.Config = in.Config.WithDefaults()
-	return &planner{
+	p := &planner{
 		Input:   in,
 		plan:    &Plan{},
 		byIfID:  map[uint32]*bart.Table[*entry]{},
@@ -138,7 +140,13 @@ func newPlanner(in Input) *planner {
 		base:    unit{phase: phaseTunnels},
 		held:    unit{phase: phaseHolds},
 		locked:  map[routes.Key]bool{},
+		stays:   map[xfrmwatch.MTUStatus][]string{}, presumed: map[xfrmwatch.MTUStatus][]string{},
 	}
+	for s := xfrmwatch.MTUKnown; s <= xfrmwatch.MTUUnknownPath; s++ {
+		p.stays[s] = []string{fmt.Sprintf("%s; the last valid MTU stays", s)}
+		p.presumed[s] = []string{fmt.Sprintf("%s; presume_mtu %d", s, in.Config.PresumeMTU)}
+	}
+	return p
 }
 
 // Make works out the plan. It is from scratch: what it costs grows with all that is covered.
@@ -281,10 +289,10 @@ func (p *planner) mtuAt(c *coverage, path int, f routes.Family) (int, string) {
 		switch {
 		case p.Last[c.id()] != 0:
 			mtu = min(p.Last[c.id()], path)
-			p.note(c, fmt.Sprintf("%s; the last valid MTU stays", status))
+			p.noteShared(c, p.stays[status])
 		case p.Config.PresumeMTU != 0 && !c.maybe:
 			mtu = min(p.Config.PresumeMTU, path)
-			p.note(c, fmt.Sprintf("%s; presume_mtu %d", status, p.Config.PresumeMTU))
+			p.noteShared(c, p.presumed[status])
 		default:
 			return 0, cmp.Or(p.lost(c), status.String())
 		}

@@ -253,7 +253,7 @@ func (p *planner) refill(s *shaped, r *region, pending func() map[*member]bool, 
 	}
 	for x := range want {
 		if _, have := s.points.Get(x); !have && r.overlaps(x) {
-			s.points.Insert(x, &point{unit: unit{phase: phaseClones, shape: s, key: routes.Key{Dst: x}}})
+			s.points.Insert(x, s.newPoint(x))
 			redo[x] = true
 		}
 	}
@@ -285,12 +285,11 @@ func (p *planner) redo(s *shaped, r *region, redo, want map[netip.Prefix]bool, g
 		if !ok {
 			continue
 		}
-		was, had := s.kept.Get(x)
+		was, had := at.because, at.has
 		p.pending.dst(x)
 		p.unsettle(s, x, at)
 		p.settlePoint(s, x, at)
-		now, has := s.kept.Get(x)
-		if was == now && had == has {
+		if was == at.because && had == at.has {
 			continue
 		}
 		for y := range s.points.Subnets(x) {
@@ -312,16 +311,15 @@ func (p *planner) unsettle(s *shaped, x netip.Prefix, at *point) {
 	if !at.has {
 		return
 	}
-	s.kept.Delete(x)
 	s.clones--
 	if at.of != nil {
 		at.of.clones--
 	}
-	if !at.clone.Throw {
-		mtu := int(at.clone.MTU.MTU)
+	if at.because != nil {
+		mtu := int(at.mtu)
 		if s.mtus[mtu]--; s.mtus[mtu] == 0 {
 			delete(s.mtus, mtu)
 		}
 	}
-	at.has, at.of, at.clone = false, nil, Clone{}
+	at.clear()
 }

@@ -36,7 +36,8 @@ func (p *planner) lockInPlace() {
 func (p *planner) trial(k routes.Key) *trial {
 	t := p.trials[k]
 	if t == nil {
-		t = &trial{unit: unit{phase: phaseTrials, key: k}}
+		t = &trial{unit: unit{phase: phaseTrials}, key: k}
+		t.route = &t.key
 		p.trials[k] = t
 	}
 	return t
@@ -64,6 +65,7 @@ func (p *planner) fills(c *coverage, list []routes.Route) {
 // trial is a route that was looked at for a lock in place.
 type trial struct {
 	unit
+	key  routes.Key
 	lock *Lock // nil for none
 	// fills is how many coverages without an if_id have it among the routes that they can fill.
 	fills   int

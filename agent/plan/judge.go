@@ -50,19 +50,20 @@ func (p *planner) judged(c *coverage) (v Verdict, valid int) {
 			c.hearShapes(&v)
 		}
 		s := u.of(c)
-		if s.left != 0 && (v.MTU == 0 || s.left < v.MTU) {
-			v.MTU = s.left
+		if left := int(s.left); left != 0 && (v.MTU == 0 || left < v.MTU) {
+			v.MTU = left
 		}
-		if s.valid != 0 && (valid == 0 || s.valid < valid) {
-			valid = s.valid
+		if s.valid != 0 && (valid == 0 || int(s.valid) < valid) {
+			valid = int(s.valid)
 		}
-		for _, n := range s.notes {
+		notes, locked := s.words()
+		for _, n := range notes {
 			v.note(n)
 		}
-		v.Locked = append(v.Locked, s.locked...)
+		v.Locked = append(v.Locked, locked...)
 		if u.phase == phaseClones {
-			if at, _ := u.shape.points.Get(u.key.Dst); at.of != nil && at.of.cov == c {
-				v.Locked = append(v.Locked, fmt.Sprintf("%s table %d mtu %d", at.clone.Dst, u.shape.table, at.clone.MTU.MTU))
+			if at, _ := u.shape.points.Get(u.dst); at.of != nil && at.of.cov == c {
+				v.Locked = append(v.Locked, fmt.Sprintf("%s table %d mtu %d", u.dst, u.shape.table, at.mtu))
 			}
 		}
 	}
@@ -85,8 +86,8 @@ func (p *planner) judged(c *coverage) (v Verdict, valid int) {
 func (c *coverage) validMTU() int {
 	valid := 0
 	for _, u := range c.units {
-		if s := u.of(c); s.valid != 0 && (valid == 0 || s.valid < valid) {
-			valid = s.valid
+		if s := u.of(c); s.valid != 0 && (valid == 0 || int(s.valid) < valid) {
+			valid = int(s.valid)
 		}
 	}
 	return valid

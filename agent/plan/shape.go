@@ -25,10 +25,9 @@ type shaped struct {
 	toAll, toServed []string
 
 	// What fill works out.
-	clones int                   // how many points have one, throws included
-	mtus   map[int]int           // how many clones have each MTU, in bytes
-	points bart.Table[*point]    // the destinations that were looked at
-	kept   bart.Table[*coverage] // that of a clone, nil for a throw
+	clones int                // how many points have one, throws included
+	mtus   map[int]int        // how many clones have each MTU, in bytes
+	points bart.Table[*point] // the destinations that were looked at
 	table  routes.TableID
 }
 
@@ -145,7 +144,7 @@ func (p *planner) empty(s *shaped) {
 		m.clones = 0
 	}
 	s.clones, s.mtus, s.table = 0, map[int]int{}, 0
-	s.points, s.kept = bart.Table[*point]{}, bart.Table[*coverage]{}
+	s.points = bart.Table[*point]{}
 	s.toAll, s.toServed = nil, nil
 }
 

@@ -27,7 +27,7 @@ func (sh *Shape) Clones() iter.Seq[Clone] {
 	}
 	return func(yield func(Clone) bool) {
 		for _, at := range sh.live.points.AllSorted() {
-			if at.has && !yield(at.clone) {
+			if at.has && !yield(at.clone()) {
 				return
 			}
 		}
@@ -52,7 +52,7 @@ func (sh *Shape) Clone(dst netip.Prefix) (Clone, bool) {
 		return sh.kept[i], true
 	}
 	if at, ok := sh.live.points.Get(dst); ok && at.has {
-		return at.clone, true
+		return at.clone(), true
 	}
 	return Clone{}, false
 }
@@ -66,8 +66,12 @@ func (sh *Shape) Inside(dst netip.Prefix, a netip.Addr) (netip.Prefix, bool) {
 		}
 		return sh.kept[i].Dst, true
 	}
-	in, _, ok := sh.live.kept.LookupPrefixLPM(netip.PrefixFrom(a, a.BitLen()))
-	return in, ok && in.Bits() > dst.Bits()
+	for in, at := range sh.live.points.Supernets(netip.PrefixFrom(a, a.BitLen())) {
+		if at.has {
+			return in, in.Bits() > dst.Bits()
+		}
+	}
+	return netip.Prefix{}, false
 }
 
 // CoverageCount is how many coverages and TCP keys there are, LockCount how many locks in place.

@@ -56,8 +56,10 @@ func (pl *Planner) Steps(in Input, held Held) Steps {
 // pendAll makes everything that is wanted or in place something to look at.
 func (p *planner) pendAll(in Input, held Held, todo *pending) {
 	for _, s := range p.shapes {
-		for x := range s.kept.All() {
-			todo.dst(x)
+		for x, at := range s.points.All() {
+			if at.has {
+				todo.dst(x)
+			}
 		}
 	}
 	for _, f := range []routes.Family{routes.IPv4, routes.IPv6} {
