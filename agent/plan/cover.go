@@ -111,11 +111,12 @@ type planner struct {
 	heldOf     []*coverage                            // of whom the holds say something
 	peers      map[xfrmwatch.PolicyIndex][]netip.Addr // of splits, as remembered
 	byIfID     map[uint32]*bart.Table[*entry]
-	outer      bart.Table[peerUses] // the destinations of outer packets
+	outer      bart.Table[*peerUse] // the destinations of outer packets
 	ways       map[uint32][]*ways   // by if_id
-	toPeers    map[Peer][]routes.Nexthop
-	locked     map[routes.Key]bool // routes that are locked in place
-	lockCount  int                 // how many trials have a lock
+	reached    map[Peer]*wayTo      // the ways to peers without us
+	sharedWays map[Path][]*wayTo    // those that there are, or were
+	locked     map[routes.Key]bool  // routes that are locked in place
+	lockCount  int                  // how many trials have a lock
 	tunnels    map[routes.Ifindex]*tunnel
 	vtis       []*routes.Link
 	devices    map[routes.Ifindex]*dedicated     // the dedicated carriers
@@ -129,9 +130,13 @@ type planner struct {
 }
 
 func newPlanner(in Input) *planner {
+	if in.Peers == nil {
+		in.Peers = PathsTo(nil)
+	}
 	in.Config = in.Config.WithDefaults()
 	p := &planner{
 		Input:   in,
+		reached: map[Peer]*wayTo{}, sharedWays: map[Path][]*wayTo{},
 		plan:    &Plan{},
 		byIfID:  map[uint32]*bart.Table[*entry]{},
 		trials:  map[routes.Key]*trial{},
@@ -324,8 +329,8 @@ func (p *planner) peerMTU(sa *xfrmwatch.SA) (int, bool) {
 // toPeer is the same, or why it isn't known though there is a way.
 func (p *planner) toPeer(sa *xfrmwatch.SA) (int, string) {
 	peer := PeerOf(sa)
-	path := p.Peers[peer]
-	return p.through(p.toPeers[peer], path.MTU, func() []espPackets { return []espPackets{espOf(sa)} })
+	w := p.wayTo(peer)
+	return p.through(w.ways, w.path.MTU, func() []espPackets { return []espPackets{espOf(sa)} })
 }
 
 // lost says why the MTU on the way to a coverage's peers isn't known though there is a way, or is

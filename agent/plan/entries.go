@@ -119,14 +119,16 @@ func (p *planner) useOuter(c *coverage, by int) (changed []netip.Prefix) {
 		}
 		to := netip.PrefixFrom(t.Dst, t.Dst.BitLen())
 		have, _ := p.outer.Get(to)
-		n := len(have)
+		others := false
 		for _, peer := range peersOf(c, t) { // thousands of policies can have one peer
-			have = have.use(peer, by)
+			var other bool
+			have, other = have.use(peer, by)
+			others = others || other
 		}
-		if len(have) != n {
+		if others {
 			changed = append(changed, to)
 		}
-		if len(have) > 0 {
+		if have != nil {
 			p.outer.Insert(to, have)
 		} else {
 			p.outer.Delete(to)
@@ -135,24 +137,35 @@ func (p *planner) useOuter(c *coverage, by int) (changed []netip.Prefix) {
 	return changed
 }
 
-// peerUses are the peers at one address, with how many templates use each.
-type peerUses []peerUse
-
+// peerUse is a peer, with how many templates use it, and the others at its address.
 type peerUse struct {
 	Peer
-	n int
+	n    int
+	next *peerUse
 }
 
-// use counts templates that come, or go where by is -1.
-func (u peerUses) use(peer Peer, by int) peerUses {
-	i := slices.IndexFunc(u, func(have peerUse) bool { return have.Peer == peer })
-	if i < 0 {
-		return append(u, peerUse{peer, by})
+// each yields a peer and the others at its address.
+func (u *peerUse) each(yield func(*peerUse) bool) {
+	for ; u != nil; u = u.next {
+		if !yield(u) {
+			return
+		}
 	}
-	if u[i].n += by; u[i].n == 0 {
-		return slices.Delete(u, i, i+1)
+}
+
+// use counts templates that come, or go where by is -1. It returns the first that is left, and whether there are
+// others now.
+func (u *peerUse) use(peer Peer, by int) (first *peerUse, others bool) {
+	first = u
+	for at := &first; *at != nil; at = &(*at).next {
+		if have := *at; have.Peer == peer {
+			if have.n += by; have.n == 0 {
+				*at = have.next
+			}
+			return first, have.n == 0
+		}
 	}
-	return u
+	return &peerUse{peer, by, first}, true
 }
 
 // sortCovers brings the coverages into the kernel's order.

@@ -17,7 +17,7 @@ func (p *planner) follow(in Input, ch Changes) bool {
 	if !p.follower.common.is(in) || in.XFRM != p.XFRM || in.FIB != p.FIB {
 		return false
 	}
-	p.follower.asked, in.Peers, in.Outers = in.Peers, p.Peers, p.Outers
+	in.Outers = p.Outers
 	p.Input = in
 	p.at = nil
 	clear(p.touched)
@@ -111,7 +111,7 @@ func (p *planner) followPolicies(r *region, ch Changes) {
 	}
 	for _, at := range ch.SAs {
 		for _, place := range []xfrmwatch.SAPlace{at, {Reqid: at.Reqid}} {
-			for _, index := range slices.Clone(p.follower.bySA[place]) {
+			for _, index := range slices.Collect(p.bySA.Of(place)) {
 				again(index)
 			}
 		}
@@ -134,10 +134,9 @@ func (p *planner) followPolicies(r *region, ch Changes) {
 }
 
 func (p *planner) replacePolicy(r *region, index xfrmwatch.PolicyIndex) {
-	for _, e := range p.follower.policies[index] {
+	for _, e := range p.entriesAt(index) {
 		p.drop(r, e)
 	}
-	delete(p.follower.policies, index)
 	pol, ok := p.XFRM.Policy(index)
 	if !ok {
 		return
@@ -262,27 +261,26 @@ func (p *planner) followPeers(r *region, ch Changes) bool {
 	}
 	for _, dst := range ch.Dsts {
 		for _, uses := range p.outer.Subnets(dst) {
-			for _, u := range uses {
+			for u := range uses.each {
 				seen[u.Peer] = true
 			}
 		}
 	}
 	for peer := range seen {
-		old, ways := p.Peers[peer], p.toPeers[peer]
-		if path, ok := p.follower.asked[peer]; ok {
-			p.Peers[peer], p.toPeers[peer] = p.withoutUs(path, lookup{dst: peer.Addr, src: peer.Src, mark: peer.Mark.Value & peer.Mark.Mask, proto: protoESP})
+		old := p.wayTo(peer)
+		if path, ok := p.Peers.Path(peer); ok {
+			p.reach(peer, path)
 		} else {
-			delete(p.Peers, peer)
-			delete(p.toPeers, peer)
+			delete(p.reached, peer)
 		}
 		if p.nested(peer) {
 			return false
 		}
-		if p.Peers[peer] == old && slices.Equal(p.toPeers[peer], ways) {
+		if p.wayTo(peer) == old {
 			continue
 		}
 		r.add(netip.PrefixFrom(peer.Addr, peer.Addr.BitLen()))
-		for _, c := range p.follower.users[peer] {
+		for c := range p.users.Of(peer) {
 			r.add(c.sel().Dst)
 		}
 	}

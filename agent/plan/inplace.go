@@ -463,13 +463,19 @@ func (p *planner) sourceDecides(f routes.Family, src netip.Addr) bool {
 // outerBy reports whether outer packets can leave by a route: one of its devices is that of one
 // of the peers, or it isn't known where a peer's packets leave. The kernel answers for those without a
 // TOS; ESP has that of what is inside (xfrm_get_tos, net/xfrm/xfrm_policy.c).
-func (p *planner) outerBy(peers peerUses, r routes.Route) bool {
+func (p *planner) outerBy(peers *peerUse, r routes.Route) bool {
 	b := r.Body
-	return slices.ContainsFunc(peers, func(peer peerUse) bool {
-		path := p.Peers[peer.Peer]
+	uses := func(peer Peer) bool {
+		path := p.wayTo(peer).path
 		if by, ok := p.ownersRouteTo(b.Family, b.Table, peer.Addr, peer.Src); ok && by.Body.Src.IsValid() || path.Table != b.Table && p.sourceDecides(b.Family, peer.Src) {
 			return true // what is asked without the SA's source, as where that is not here yet, goes by others
 		}
 		return path.Oif == 0 || b.TOS != 0 || slices.ContainsFunc(b.Nexthops, func(n routes.Nexthop) bool { return n.Oif == path.Oif })
-	})
+	}
+	for peer := range peers.each {
+		if uses(peer.Peer) {
+			return true
+		}
+	}
+	return false
 }

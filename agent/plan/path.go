@@ -11,10 +11,8 @@ import (
 // of ours is that of the route below, and a lock of ours is no path's MTU: else each plan would
 // follow from the one before, and a clone that is to go would still decide what replaces it.
 func (p *planner) readPaths() {
-	peers := make(map[Peer]Path, len(p.Peers))
-	p.toPeers = make(map[Peer][]routes.Nexthop, len(p.Peers))
-	for peer, path := range p.Peers {
-		peers[peer], p.toPeers[peer] = p.withoutUs(path, lookup{dst: peer.Addr, src: peer.Src, mark: peer.Mark.Value & peer.Mark.Mask, proto: protoESP})
+	for peer, path := range p.Peers.All() {
+		p.reach(peer, path)
 	}
 	outers := make(map[routes.Ifindex]Path, len(p.Outers))
 	for _, o := range OutersOf(p.FIB, p.L2TP) {
@@ -24,7 +22,36 @@ func (p *planner) readPaths() {
 			outers[o.Index], _ = p.withoutUs(path, at)
 		}
 	}
-	p.Peers, p.Outers = peers, outers
+	p.Outers = outers
+}
+
+// wayTo is a path without us, and all ways of its route. Peers share them.
+type wayTo struct {
+	path Path
+	ways []routes.Nexthop
+}
+
+// reach works out the path to a peer without us, from what the kernel answered.
+func (p *planner) reach(peer Peer, path Path) {
+	path, ways := p.withoutUs(path, lookup{dst: peer.Addr, src: peer.Src, mark: peer.Mark.Value & peer.Mark.Mask, proto: protoESP})
+	same := p.sharedWays[path]
+	i := slices.IndexFunc(same, func(w *wayTo) bool { return slices.Equal(w.ways, ways) })
+	if i < 0 {
+		i, same = len(same), append(same, &wayTo{path, ways})
+		p.sharedWays[path] = same
+	}
+	p.reached[peer] = same[i]
+}
+
+// noWay is that to a peer to whom there is none.
+var noWay = &wayTo{}
+
+// wayTo is the way to a peer.
+func (p *planner) wayTo(peer Peer) *wayTo {
+	if w := p.reached[peer]; w != nil {
+		return w
+	}
+	return noWay
 }
 
 // protoESP is the protocol of an SA's packets (IPPROTO_ESP, linux/in.h).

@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"slices"
 
+	"tsoagent/agent/index"
 	"tsoagent/routes"
 	"tsoagent/xfrmwatch"
 )
@@ -54,11 +55,10 @@ func (pl *Planner) Plan(in Input, ch Changes) *Plan {
 
 // follower is what a planner knows besides to follow changes.
 type follower struct {
-	asked    map[Peer]Path // as the kernel answered
-	policies map[xfrmwatch.PolicyIndex][]*entry
+	policies index.Index[xfrmwatch.PolicyIndex, *entry]
 	gone     map[xfrmwatch.CoverageID]*entry
-	users    map[Peer][]*coverage
-	bySA     map[xfrmwatch.SAPlace][]xfrmwatch.PolicyIndex
+	users    index.Index[Peer, *coverage]
+	bySA     index.Index[xfrmwatch.SAPlace, xfrmwatch.PolicyIndex]
 	splits   string
 	pending  pending
 	common   common
@@ -99,7 +99,7 @@ func (pl *Planner) Coverages(index xfrmwatch.PolicyIndex) iter.Seq[xfrmwatch.Cov
 			return
 		}
 		if index != 0 && pl.p.follower != nil {
-			for _, e := range pl.p.policies[index] {
+			for _, e := range pl.p.entriesAt(index) {
 				if e.cov != nil && !yield(e.cov.whole()) {
 					return
 				}
@@ -161,8 +161,7 @@ func (p *planner) learn(in Input) {
 		return
 	}
 	f := &follower{
-		asked: in.Peers, policies: map[xfrmwatch.PolicyIndex][]*entry{}, gone: map[xfrmwatch.CoverageID]*entry{},
-		users: map[Peer][]*coverage{}, bySA: map[xfrmwatch.SAPlace][]xfrmwatch.PolicyIndex{}, splits: p.splits(),
+		gone: map[xfrmwatch.CoverageID]*entry{}, splits: p.splits(),
 		pending: pending{all: true}, common: commonOf(in), touched: map[*coverage]struct{}{}, indexed: map[routes.Ifindex]bool{},
 	}
 	for i, t := range p.tunnels {
@@ -200,7 +199,7 @@ func (p *planner) regional() bool {
 	if c.MTU == MTUOff || c.Partial != PartialTable || c.CarrierMTU == CarrierDevice || c.shares() {
 		return false
 	}
-	for peer := range p.Peers {
+	for peer := range p.reached {
 		if p.nested(peer) {
 			return false
 		}
@@ -221,7 +220,7 @@ func (p *planner) regional() bool {
 
 // nested reports whether the way to a peer leads, or may lead, into what policies decide about once more.
 func (p *planner) nested(peer Peer) bool {
-	return slices.ContainsFunc(p.toPeers[peer], func(nh routes.Nexthop) bool {
+	return slices.ContainsFunc(p.wayTo(peer).ways, func(nh routes.Nexthop) bool {
 		l := p.FIB.Link(nh.Oif)
 		return nh.Encap || p.tunnels[nh.Oif] != nil || p.partly(nh.Oif) || l != nil && slices.Contains([]string{"xfrm", "vti", "vti6"}, l.Kind)
 	})
@@ -233,21 +232,19 @@ func (f *follower) learn(e *entry) {
 	case e.gone:
 		f.gone[c.id()] = e
 	default:
-		f.policies[e.pol.Index] = append(f.policies[e.pol.Index], e)
+		f.policies.Add(e.pol.Index, e)
 	}
 	if c == nil {
 		return
 	}
 	for _, peer := range peersIn(c) {
-		f.users[peer] = append(f.users[peer], c)
+		f.users.Add(peer, c)
 	}
 	if e.gone {
 		return
 	}
 	for _, at := range saPlaces(c.pol) {
-		if list := f.bySA[at]; !slices.Contains(list, c.pol.Index) {
-			f.bySA[at] = append(list, c.pol.Index)
-		}
+		f.bySA.Add(at, c.pol.Index)
 	}
 }
 
@@ -255,27 +252,33 @@ func (f *follower) unlearn(e *entry) {
 	c := e.cov
 	if e.gone {
 		delete(f.gone, c.id())
+	} else {
+		f.policies.Remove(e.pol.Index, e)
 	}
 	if c == nil {
 		return
 	}
 	for _, peer := range peersIn(c) {
-		if list := remove(f.users[peer], c); len(list) > 0 {
-			f.users[peer] = list
-		} else {
-			delete(f.users, peer)
-		}
+		f.users.Remove(peer, c)
 	}
 	if e.gone {
 		return
 	}
 	for _, at := range saPlaces(c.pol) {
-		if list := remove(f.bySA[at], c.pol.Index); len(list) > 0 {
-			f.bySA[at] = list
-		} else {
-			delete(f.bySA, at)
+		f.bySA.Remove(at, c.pol.Index) // of a split, with its first part
+	}
+}
+
+// entriesAt are the entries of a policy, without those that linger, in order.
+func (f *follower) entriesAt(index xfrmwatch.PolicyIndex) []*entry {
+	var out []*entry
+	for e := range f.policies.Of(index) {
+		if e.pol.Index == index {
+			out = append(out, e)
 		}
 	}
+	slices.SortFunc(out, (*entry).compare)
+	return out
 }
 
 func remove[T comparable](list []T, x T) []T {

@@ -252,7 +252,7 @@ func (p *planner) nics(c *coverage) []*routes.Link {
 	oifs := map[routes.Ifindex]bool{}
 	if peers := outermost(c); len(peers) > 0 {
 		for _, peer := range peers {
-			oifs[p.Peers[peer].Oif] = true
+			oifs[p.wayTo(peer).path.Oif] = true
 		}
 	} else {
 		p.devicesOf(p.parts(c), c.sel().Dst, p.holding(c), oifs)

@@ -1,0 +1,80 @@
+// Package index finds what belongs to a key where there are very many keys, nearly all with one value: it keeps no
+// keys, a sixth of what a map of lists takes.
+package index
+
+import (
+	"hash/maphash"
+	"iter"
+	"slices"
+)
+
+// Index finds values by a key. It may find values of other keys, too: ask what is found. The zero value is ready. It
+// is not safe for concurrent use.
+type Index[K, V comparable] struct {
+	seed maphash.Seed
+	one  map[uint64]V   // by the key's hash
+	more map[uint64][]V // where there are several
+}
+
+func (x *Index[K, V]) hash(k K) uint64 {
+	if x.one == nil {
+		x.seed, x.one, x.more = maphash.MakeSeed(), map[uint64]V{}, map[uint64][]V{}
+	}
+	return maphash.Comparable(x.seed, k)
+}
+
+// Add adds a value to those of a key. One that is there already is not added again.
+func (x *Index[K, V]) Add(k K, v V) {
+	h := x.hash(k)
+	if list := x.more[h]; len(list) > 0 {
+		if !slices.Contains(list, v) {
+			x.more[h] = append(list, v)
+		}
+		return
+	}
+	switch have, ok := x.one[h]; {
+	case !ok:
+		x.one[h] = v
+	case have != v:
+		x.more[h] = []V{have, v}
+		delete(x.one, h)
+	}
+}
+
+// Remove takes a value from those of a key, if it is there.
+func (x *Index[K, V]) Remove(k K, v V) {
+	h := x.hash(k)
+	if have, ok := x.one[h]; ok && have == v {
+		delete(x.one, h)
+	}
+	list := x.more[h]
+	i := slices.Index(list, v)
+	if i < 0 {
+		return
+	}
+	if list = slices.Delete(list, i, i+1); len(list) > 1 {
+		x.more[h] = list
+		return
+	}
+	x.one[h] = list[0]
+	delete(x.more, h)
+}
+
+// Of yields the values of a key. They must not change meanwhile.
+func (x *Index[K, V]) Of(k K) iter.Seq[V] {
+	return func(yield func(V) bool) {
+		h := x.hash(k)
+		if v, ok := x.one[h]; ok {
+			yield(v)
+			return
+		}
+		for _, v := range x.more[h] {
+			if !yield(v) {
+				return
+			}
+		}
+	}
+}
+
+// Len is how many keys have values, those with the same hash counted as one.
+func (x *Index[K, V]) Len() int { return len(x.one) + len(x.more) }
