@@ -211,8 +211,11 @@ func (a *Agent) input(now time.Time) plan.Input {
 		}
 	}
 	a.st.ways.settle(a.rt, a.st)
-	a.st.changes.Peers = append(a.st.changes.Peers, a.st.ways.others...)
-	in.Peers, in.Outers, in.L2TP = a.st.ways.pathTo, a.st.ways.pathOut, a.st.ways.l2tp
+	if !a.st.changes.All {
+		a.st.changes.Peers = append(a.st.changes.Peers, a.st.ways.others...)
+	}
+	a.st.ways.others = nil
+	in.Peers, in.Outers, in.L2TP = a.st.ways, a.st.ways.pathOut, a.st.ways.l2tp
 	in.Probed = a.probed
 	return in
 }
