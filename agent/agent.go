@@ -92,11 +92,14 @@ type Agent struct {
 	heir  bool // it took over what another one of this process has left
 	// onReady is called when the first plan is in place, nil for nothing.
 	onReady func()
-	again   bool // something has to be looked at once more
-	st      *state
-	lastP   *plan.Plan
-	lastIn  plan.Input // what lastP follows from
-	came    outcome    // of the last round
+	// worked hears how much a round did, in events and coverages; nil for nobody.
+	worked   func(n int)
+	toldWork uint64 // the events that it has heard of
+	again    bool   // something has to be looked at once more
+	st       *state
+	lastP    *plan.Plan
+	lastIn   plan.Input // what lastP follows from
+	came     outcome    // of the last round
 	// diagnosis is the newest one, nil for none.
 	diagnosis *Diagnosis
 	stats     Counters
@@ -465,7 +468,22 @@ func (a *Agent) step(now time.Time) (next time.Duration, reached bool) {
 		clear(a.st.writing)
 	}
 	a.stats.Rounds++
-	return a.round(now)
+	next, reached = a.round(now)
+	a.tellWork()
+	return next, reached
+}
+
+// tellWork tells how much was done since the last round.
+func (a *Agent) tellWork() {
+	if a.worked == nil {
+		return
+	}
+	n := int(a.stats.Events - a.toldWork)
+	if !a.st.planner.Followed() {
+		n += a.lastP.CoverageCount()
+	}
+	a.toldWork = a.stats.Events
+	a.worked(n)
 }
 
 var errEndedAgent = errors.New("the agent of this namespace has ended, or another one takes its place: try again in a moment")

@@ -10,8 +10,8 @@ import (
 
 // Keep is a copy of the plan that stays as it is when its planner makes the next one.
 func (pl *Plan) Keep() *Plan {
-	kept := *pl.Complete()
-	kept.counts = nil
+	kept := *pl // whose verdicts go with it
+	kept.Complete().counts = nil
 	kept.Shapes = slices.Clone(pl.Shapes)
 	for i := range kept.Shapes {
 		sh := &kept.Shapes[i]
