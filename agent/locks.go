@@ -207,6 +207,9 @@ func (a *Agent) settleFights(now time.Time) {
 	maps.DeleteFunc(a.st.fights, func(_ routes.Key, f fight) bool { return over(f) })
 	maps.DeleteFunc(a.st.placed, func(_ plan.ShapeID, f fight) bool { return over(f) })
 	maps.DeleteFunc(a.st.cloned, func(_ clonePlace, c clonedAt) bool { return over(c.fight) })
+	if len(a.st.cloned) == 0 {
+		a.st.cloned = map[clonePlace]clonedAt{} // a map does not shrink, and the start wrote all clones
+	}
 }
 
 // stuckAfter is how often a restore tries to give a route's MTU back. The kernel refuses to

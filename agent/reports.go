@@ -20,7 +20,7 @@ import (
 type reports struct {
 	// version counts what can have changed a report, 0 before the first plan. The loop raises it.
 	version atomic.Uint64
-	newest atomic.Pointer[made]
+	newest  atomic.Pointer[made]
 	// turn holds the token of who makes one. It can be waited for until a context ends.
 	turn chan struct{}
 	// looping says that the loop was started: it, and nobody else, reads its state until it ends.

@@ -117,7 +117,9 @@ type clonePlace struct {
 
 type clonedAt struct {
 	fight
-	clone plan.Clone
+	body  *routes.Body // of the route that was cloned, nil for a throw
+	mtu   plan.MTUMetric
+	throw bool
 }
 
 type withheldShape struct {

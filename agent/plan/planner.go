@@ -132,7 +132,7 @@ func (pl *Planner) Alike(o xfrmwatch.Coverage) iter.Seq[xfrmwatch.Coverage] {
 // Relook has the next Steps look at everything: what is in place is what another plan wanted.
 func (pl *Planner) Relook() {
 	if pl.p != nil && pl.p.follower != nil {
-		pl.p.pending.all = true
+		pl.p.pending = pending{all: true}
 	}
 }
 

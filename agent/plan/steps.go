@@ -12,12 +12,15 @@ import (
 // pending is where what is in place may differ from what is wanted: what changed since the last look, and what
 // differed then.
 type pending struct {
-	all   bool // nothing was looked at yet
+	all   bool // nothing was looked at yet: whatever else there is
 	dsts  map[netip.Prefix]struct{}
 	locks map[routes.Key]struct{}
 }
 
 func (p *pending) dst(dst netip.Prefix) {
+	if p.all {
+		return
+	}
 	if p.dsts == nil {
 		p.dsts = map[netip.Prefix]struct{}{}
 	}
@@ -25,6 +28,9 @@ func (p *pending) dst(dst netip.Prefix) {
 }
 
 func (p *pending) lock(k routes.Key) {
+	if p.all {
+		return
+	}
 	if p.locks == nil {
 		p.locks = map[routes.Key]struct{}{}
 	}
@@ -44,6 +50,7 @@ func (pl *Planner) Steps(in Input, held Held) Steps {
 	p.pending = pending{}
 	var s Steps
 	if todo.all {
+		todo = pending{}
 		p.pendAll(in, held, &todo)
 	}
 	p.stepRules(&s, stale)
