@@ -125,7 +125,7 @@ func newFleet(ctx context.Context, cfg Config, log *slog.Logger, version string,
 		if err != nil {
 			return nil, errors.Join(err, host.Close())
 		}
-		a.others, a.worked = f, f.heap.Did
+		a.others, a.heap = f, &f.heap
 		m := &member{id: host.ID(), names: []string{netns.Host}, agent: a, cancel: func(error) {}, turn: make(chan struct{})}
 		m.handOn(a)
 		f.members[host.ID()] = m

@@ -105,9 +105,7 @@ func (a *Agent) keep(o *observed) {
 		return
 	}
 	a.reports.newest.Store(&made{large: weak.Make(o)})
-	if a.worked != nil {
-		a.worked(n)
-	}
+	a.heap.Did(n)
 }
 
 // take is a snapshot of the state: the loop makes it, or has left it behind. Before there is a loop, whoever makes the

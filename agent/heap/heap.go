@@ -22,7 +22,7 @@ const (
 )
 
 // Keeper has memory given back when much was done and no more comes. Without work it does nothing, and wakes nobody.
-// The zero value is ready. It is safe for concurrent use.
+// The zero value is ready, nil is none. It is safe for concurrent use.
 type Keeper struct {
 	mu    sync.Mutex
 	done  int
@@ -33,7 +33,7 @@ type Keeper struct {
 
 // Did notes how much was done at once, in events or coverages.
 func (k *Keeper) Did(n int) {
-	if n == 0 {
+	if k == nil || n == 0 {
 		return
 	}
 	k.mu.Lock()
@@ -47,6 +47,21 @@ func (k *Keeper) Did(n int) {
 		return
 	}
 	k.timer.Reset(quiet)
+}
+
+// Settled says that what was done is over, and no more of it comes: the start of an agent.
+func (k *Keeper) Settled() {
+	if k == nil {
+		return
+	}
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.done < large {
+		return
+	}
+	k.done, k.due = 0, false
+	k.timer.Stop()
+	go k.giveBack()
 }
 
 func (k *Keeper) giveBack() {

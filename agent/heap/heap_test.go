@@ -38,5 +38,12 @@ func TestKeeperWaitsForQuiet(t *testing.T) {
 			time.Sleep(quiet / 4)
 		}
 		want(2, "when but little goes on")
+		k.Settled()
+		want(2, "when nothing was to be over")
+		k.Did(large)
+		k.Settled()
+		want(3, "when that is over")
+		time.Sleep(time.Hour)
+		want(3, "in the hour after")
 	})
 }
