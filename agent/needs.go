@@ -3,8 +3,8 @@ package agent
 import (
 	"slices"
 
-	"tsoagent/agent/index"
 	"tsoagent/agent/plan"
+	"tsoagent/index"
 	"tsoagent/xfrmwatch"
 )
 

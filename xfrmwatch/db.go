@@ -137,7 +137,7 @@ func (db *DB) touched(ev Event) []SAPlace {
 	}
 	var out []SAPlace
 	for _, k := range keys {
-		if sa := db.cur.sas.byKey[k]; sa != nil {
+		if sa := db.cur.sas.byKey[k].SA; sa != nil {
 			out = append(out, SAPlace{sa.Dst, sa.Reqid})
 		}
 	}
@@ -160,7 +160,7 @@ func (db *DB) apply(t *tables, ev Event) (changed bool) {
 	case SAGone:
 		changed = t.sas.remove(ev.Key)
 	case SADying:
-		if sa := t.sas.byKey[ev.Key]; sa != nil && !sa.Dying {
+		if sa := t.sas.byKey[ev.Key].SA; sa != nil && !sa.Dying {
 			dying := *sa
 			dying.Dying = true
 			t.sas.put(&dying)
@@ -252,8 +252,8 @@ func (db *DB) Precedes(a, b *Policy) bool {
 
 // SA returns the SA with that key.
 func (db *DB) SA(key SAKey) (*SA, bool) {
-	sa, ok := db.cur.sas.byKey[key]
-	return sa, ok
+	held, ok := db.cur.sas.byKey[key]
+	return held.SA, ok
 }
 
 // SAs yields all SAs, sorted by destination, protocol, SPI and mark.
@@ -262,7 +262,7 @@ func (db *DB) SAs() iter.Seq[*SA] {
 		if db.sas == nil {
 			db.sas = make([]*SA, 0, len(db.cur.sas.byKey))
 			for _, sa := range db.cur.sas.byKey {
-				db.sas = append(db.sas, sa)
+				db.sas = append(db.sas, sa.SA)
 			}
 			slices.SortFunc(db.sas, func(a, b *SA) int { return a.Key.compare(b.Key) })
 		}

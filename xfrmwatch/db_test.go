@@ -112,20 +112,23 @@ func agree(t *rapid.T, db *DB, o *slowDB) {
 		last = sa
 	}
 	// The indexes hold each SA once, and nothing else.
-	n := 0
-	for k, list := range db.cur.sas.byDst {
-		n += len(list)
-		for _, sa := range list {
-			if k != (dstReqid{sa.Dst, sa.Reqid}) || db.cur.sas.byKey[sa.Key] != sa {
-				t.Fatalf("index %v holds %+v", k, sa)
-			}
+	places, split := map[dstReqid]int{}, map[dstReqid]int{}
+	for key, sa := range db.cur.sas.byKey {
+		k := dstReqid{sa.Dst, sa.Reqid}
+		if list := slices.Collect(db.cur.sas.byDst.Of(k)); !slices.Contains(list, sa.SA) || key != sa.Key {
+			t.Fatalf("index %v does not hold %+v", k, sa)
 		}
-		if db.cur.sas.peers[k.reqid][k.dst] != len(list) {
-			t.Fatalf("peers of %v", k)
+		if places[k]++; sa.Mode.takesFlow() {
+			split[k]++
 		}
 	}
-	if n != len(o.sas) || len(db.cur.sas.born) != n {
-		t.Fatalf("%d indexed, %d births, want %d", n, len(db.cur.sas.born), len(o.sas))
+	for k, n := range places {
+		if list := slices.Collect(db.cur.sas.byDst.Of(k)); len(list) != n || db.cur.sas.peers[k.reqid][k.dst] != split[k] {
+			t.Fatalf("index %v holds %+v, and %d peers", k, list, db.cur.sas.peers[k.reqid][k.dst])
+		}
+	}
+	if n := len(db.cur.sas.byKey); n != len(o.sas) || db.cur.sas.byDst.Len() != len(places) {
+		t.Fatalf("%d SAs, %d places indexed, want %d and %d", n, db.cur.sas.byDst.Len(), len(o.sas), len(places))
 	}
 }
 

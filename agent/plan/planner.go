@@ -6,7 +6,7 @@ import (
 	"net/netip"
 	"slices"
 
-	"tsoagent/agent/index"
+	"tsoagent/index"
 	"tsoagent/routes"
 	"tsoagent/xfrmwatch"
 )
@@ -265,7 +265,7 @@ func (f *follower) unlearn(e *entry) {
 		return
 	}
 	for _, at := range saPlaces(c.pol) {
-		f.bySA.Remove(at, c.pol.Index) // of a split, with its first part
+		f.bySA.Remove(at, c.pol.Index)
 	}
 }
 

@@ -23,29 +23,27 @@ func (x *Index[K, V]) hash(k K) uint64 {
 	return maphash.Comparable(x.seed, k)
 }
 
-// Add adds a value to those of a key. One that is there already is not added again.
+// Add adds a value to those of a key. One that is there already is there twice then.
 func (x *Index[K, V]) Add(k K, v V) {
 	h := x.hash(k)
 	if list := x.more[h]; len(list) > 0 {
-		if !slices.Contains(list, v) {
-			x.more[h] = append(list, v)
-		}
+		x.more[h] = append(list, v)
 		return
 	}
-	switch have, ok := x.one[h]; {
-	case !ok:
-		x.one[h] = v
-	case have != v:
+	if have, ok := x.one[h]; ok {
 		x.more[h] = []V{have, v}
 		delete(x.one, h)
+		return
 	}
+	x.one[h] = v
 }
 
-// Remove takes a value from those of a key, if it is there.
+// Remove takes a value from those of a key, if it is there: once, where it is there several times.
 func (x *Index[K, V]) Remove(k K, v V) {
 	h := x.hash(k)
 	if have, ok := x.one[h]; ok && have == v {
 		delete(x.one, h)
+		return
 	}
 	list := x.more[h]
 	i := slices.Index(list, v)
@@ -63,6 +61,9 @@ func (x *Index[K, V]) Remove(k K, v V) {
 // Of yields the values of a key. They must not change meanwhile.
 func (x *Index[K, V]) Of(k K) iter.Seq[V] {
 	return func(yield func(V) bool) {
+		if x.one == nil {
+			return
+		}
 		h := x.hash(k)
 		if v, ok := x.one[h]; ok {
 			yield(v)
