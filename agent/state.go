@@ -330,6 +330,9 @@ func (s *state) linger(now time.Time, quiet time.Duration) {
 func (s *state) lingerNoMore(id xfrmwatch.CoverageID) {
 	delete(s.lingering, id)
 	s.lingers++
+	if len(s.lingering) == 0 {
+		s.lingering, s.lingerers = map[xfrmwatch.CoverageID]lingerer{}, lingerList{of: s.lingers} // a map does not shrink
+	}
 	s.ended = append(s.ended, id)
 }
 

@@ -12,13 +12,13 @@ import (
 // is not safe for concurrent use.
 type Index[K, V comparable] struct {
 	seed maphash.Seed
-	one  map[uint64]V   // by the key's hash
-	more map[uint64][]V // where there are several
+	one  Shrinking[uint64, V] // by the key's hash
+	more map[uint64][]V       // where there are several
 }
 
 func (x *Index[K, V]) hash(k K) uint64 {
-	if x.one == nil {
-		x.seed, x.one, x.more = maphash.MakeSeed(), map[uint64]V{}, map[uint64][]V{}
+	if x.more == nil {
+		x.seed, x.more = maphash.MakeSeed(), map[uint64][]V{}
 	}
 	return maphash.Comparable(x.seed, k)
 }
@@ -30,19 +30,19 @@ func (x *Index[K, V]) Add(k K, v V) {
 		x.more[h] = append(list, v)
 		return
 	}
-	if have, ok := x.one[h]; ok {
+	if have, ok := x.one.Map[h]; ok {
 		x.more[h] = []V{have, v}
-		delete(x.one, h)
+		x.one.Delete(h)
 		return
 	}
-	x.one[h] = v
+	x.one.Set(h, v)
 }
 
 // Remove takes a value from those of a key, if it is there: once, where it is there several times.
 func (x *Index[K, V]) Remove(k K, v V) {
 	h := x.hash(k)
-	if have, ok := x.one[h]; ok && have == v {
-		delete(x.one, h)
+	if have, ok := x.one.Map[h]; ok && have == v {
+		x.one.Delete(h)
 		return
 	}
 	list := x.more[h]
@@ -54,18 +54,18 @@ func (x *Index[K, V]) Remove(k K, v V) {
 		x.more[h] = list
 		return
 	}
-	x.one[h] = list[0]
+	x.one.Set(h, list[0])
 	delete(x.more, h)
 }
 
 // Of yields the values of a key. They must not change meanwhile.
 func (x *Index[K, V]) Of(k K) iter.Seq[V] {
 	return func(yield func(V) bool) {
-		if x.one == nil {
+		if x.more == nil {
 			return
 		}
 		h := x.hash(k)
-		if v, ok := x.one[h]; ok {
+		if v, ok := x.one.Map[h]; ok {
 			yield(v)
 			return
 		}
@@ -78,4 +78,4 @@ func (x *Index[K, V]) Of(k K) iter.Seq[V] {
 }
 
 // Len is how many keys have values, those with the same hash counted as one.
-func (x *Index[K, V]) Len() int { return len(x.one) + len(x.more) }
+func (x *Index[K, V]) Len() int { return len(x.one.Map) + len(x.more) }

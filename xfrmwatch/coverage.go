@@ -229,7 +229,7 @@ func (db *DB) candidates(p *Policy, t Template, sel Selector, remote, local neti
 		// A selector with more sources than the SAs have: the others take a wildcard SA.
 		exact = append(exact, wild...)
 	}
-	born := func(sa *SA) int64 { return db.cur.sas.byKey[sa.Key].born }
+	born := func(sa *SA) int64 { return db.cur.sas.byKey.Map[sa.Key].born }
 	slices.SortFunc(exact, func(a, b *SA) int {
 		if a.Dying != b.Dying {
 			if b.Dying {

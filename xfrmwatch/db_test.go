@@ -113,7 +113,7 @@ func agree(t *rapid.T, db *DB, o *slowDB) {
 	}
 	// The indexes hold each SA once, and nothing else.
 	places, split := map[dstReqid]int{}, map[dstReqid]int{}
-	for key, sa := range db.cur.sas.byKey {
+	for key, sa := range db.cur.sas.byKey.Map {
 		k := dstReqid{sa.Dst, sa.Reqid}
 		if list := slices.Collect(db.cur.sas.byDst.Of(k)); !slices.Contains(list, sa.SA) || key != sa.Key {
 			t.Fatalf("index %v does not hold %+v", k, sa)
@@ -127,7 +127,7 @@ func agree(t *rapid.T, db *DB, o *slowDB) {
 			t.Fatalf("index %v holds %+v, and %d peers", k, list, db.cur.sas.peers[k.reqid][k.dst])
 		}
 	}
-	if n := len(db.cur.sas.byKey); n != len(o.sas) || db.cur.sas.byDst.Len() != len(places) {
+	if n := len(db.cur.sas.byKey.Map); n != len(o.sas) || db.cur.sas.byDst.Len() != len(places) {
 		t.Fatalf("%d SAs, %d places indexed, want %d and %d", n, db.cur.sas.byDst.Len(), len(o.sas), len(places))
 	}
 }
@@ -279,7 +279,7 @@ func TestLarvalIsResolved(t *testing.T) {
 	valid.SPI, valid.Larval, valid.AEAD = 5, false, Algorithm{"rfc4106(gcm(aes))", 128}
 	db.Apply(SASet{SA: larval})
 	db.Apply(SASet{SA: valid.keyed()})
-	if keys := slices.Collect(maps.Keys(db.cur.sas.byKey)); len(keys) != 1 || keys[0].SPI != 5 {
+	if keys := slices.Collect(maps.Keys(db.cur.sas.byKey.Map)); len(keys) != 1 || keys[0].SPI != 5 {
 		t.Errorf("got %v, want the valid one alone", keys)
 	}
 }

@@ -8,6 +8,7 @@ import (
 
 	"github.com/gaissmai/bart"
 
+	"tsoagent/index"
 	"tsoagent/routes"
 	"tsoagent/xfrmwatch"
 )
@@ -111,12 +112,12 @@ type planner struct {
 	heldOf     []*coverage                            // of whom the holds say something
 	peers      map[xfrmwatch.PolicyIndex][]netip.Addr // of splits, as remembered
 	byIfID     map[uint32]*bart.Table[*entry]
-	outer      bart.Table[*peerUse] // the destinations of outer packets
-	ways       map[uint32][]*ways   // by if_id
-	reached    map[Peer]*wayTo      // the ways to peers without us
-	sharedWays map[Path][]*wayTo    // those that there are, or were
-	locked     map[routes.Key]bool  // routes that are locked in place
-	lockCount  int                  // how many trials have a lock
+	outer      bart.Table[*peerUse]          // the destinations of outer packets
+	ways       map[uint32][]*ways            // by if_id
+	reached    index.Shrinking[Peer, *wayTo] // the ways to peers without us
+	sharedWays map[Path][]*wayTo             // those that there are, or were
+	locked     map[routes.Key]bool           // routes that are locked in place
+	lockCount  int                           // how many trials have a lock
 	tunnels    map[routes.Ifindex]*tunnel
 	vtis       []*routes.Link
 	devices    map[routes.Ifindex]*dedicated     // the dedicated carriers
@@ -135,17 +136,17 @@ func newPlanner(in Input) *planner {
 	}
 	in.Config = in.Config.WithDefaults()
 	p := &planner{
-		Input:   in,
-		reached: map[Peer]*wayTo{}, sharedWays: map[Path][]*wayTo{},
-		plan:    &Plan{},
-		byIfID:  map[uint32]*bart.Table[*entry]{},
-		trials:  map[routes.Key]*trial{},
-		counts:  map[uint32]int{},
-		byShape: map[ShapeID]*shaped{},
-		base:    unit{phase: phaseTunnels},
-		held:    unit{phase: phaseHolds},
-		locked:  map[routes.Key]bool{},
-		stays:   map[xfrmwatch.MTUStatus][]string{}, presumed: map[xfrmwatch.MTUStatus][]string{},
+		Input:      in,
+		sharedWays: map[Path][]*wayTo{},
+		plan:       &Plan{},
+		byIfID:     map[uint32]*bart.Table[*entry]{},
+		trials:     map[routes.Key]*trial{},
+		counts:     map[uint32]int{},
+		byShape:    map[ShapeID]*shaped{},
+		base:       unit{phase: phaseTunnels},
+		held:       unit{phase: phaseHolds},
+		locked:     map[routes.Key]bool{},
+		stays:      map[xfrmwatch.MTUStatus][]string{}, presumed: map[xfrmwatch.MTUStatus][]string{},
 	}
 	for s := xfrmwatch.MTUKnown; s <= xfrmwatch.MTUUnknownPath; s++ {
 		p.stays[s] = []string{fmt.Sprintf("%s; the last valid MTU stays", s)}

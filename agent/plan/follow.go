@@ -8,6 +8,9 @@ import (
 	"tsoagent/xfrmwatch"
 )
 
+// largeChange is how many coverages are touched by what does not come each day.
+const largeChange = 1000
+
 // follow brings the plan up to a new input by what changed. It is false if it has to be worked out from
 // scratch.
 func (p *planner) follow(in Input, ch Changes) bool {
@@ -20,6 +23,9 @@ func (p *planner) follow(in Input, ch Changes) bool {
 	in.Outers = p.Outers
 	p.Input = in
 	p.at = nil
+	if len(p.touched) > largeChange {
+		p.touched = map[*coverage]struct{}{} // a map does not shrink
+	}
 	clear(p.touched)
 	p.moved = false
 	var r region
@@ -271,7 +277,7 @@ func (p *planner) followPeers(r *region, ch Changes) bool {
 		if path, ok := p.Peers.Path(peer); ok {
 			p.reach(peer, path)
 		} else {
-			delete(p.reached, peer)
+			p.reached.Delete(peer)
 		}
 		if p.nested(peer) {
 			return false

@@ -2,9 +2,7 @@ package plan
 
 import (
 	"fmt"
-	"os"
 	"runtime"
-	"runtime/pprof"
 	"strings"
 	"testing"
 )
@@ -13,18 +11,19 @@ import (
 // there is nothing to do: in the mirror of policies, and in the plan. The world is that of the benchmark (e2e/bench):
 // most policies' nets are behind the default route, and each has a peer of its own.
 func BenchmarkMemory(b *testing.B) {
-	for _, n := range []int{1000, 20000} {
-		b.Run(fmt.Sprint(n), func(b *testing.B) {
-			if testing.Short() && n > 1000 {
+	for _, sas := range []bool{false, true} {
+		n := 20000
+		b.Run(fmt.Sprintf("sas=%v", sas), func(b *testing.B) {
+			if testing.Short() {
 				b.Skip("large")
 			}
 			for b.Loop() {
 				before := inUse()
-				f, err := newFollowed(customers(n))
+				f, err := newFollowed(customers(n, sas))
 				if err != nil {
 					b.Fatal(err)
 				}
-				f.history = nil
+				f.history, f.text = nil, ""
 				mirror := inUse()
 				in := f.input()
 				peers := inUse()
@@ -34,19 +33,14 @@ func BenchmarkMemory(b *testing.B) {
 				b.ReportMetric(float64(mirror-before)/float64(n), "mirror-B/policy")
 				b.ReportMetric(float64(peers-mirror)/float64(n), "paths-B/policy")
 				b.ReportMetric(float64(made-peers)/float64(n), "plan-B/policy")
-				if dir := os.Getenv("MEMPROF"); dir != "" {
-					out, _ := os.Create(fmt.Sprintf("%s/mem%d.pb.gz", dir, n))
-					pprof.Lookup("heap").WriteTo(out, 0)
-					out.Close()
-				}
 				runtime.KeepAlive(f)
-				runtime.KeepAlive(in)
 			}
 		})
 	}
 }
 
-func customers(n int) string {
+// customers is that world with n policies, with an SA for each or without.
+func customers(n int, sas bool) string {
 	var text strings.Builder
 	text.WriteString("config max_clones 200000\nconfig presume_mtu 1400\nlink 1 lo\nlink 2 eth0\n" +
 		"route 192.0.2.0/24 dev eth0 proto kernel\nroute 0.0.0.0/0 via 192.0.2.9 dev eth0\nroute ::/0 via 2001:db8::9 dev eth0\n")
@@ -60,7 +54,11 @@ func customers(n int) string {
 		case 9:
 			src, dst = fmt.Sprintf("fd%d::/32", 16+i/10%2), fmt.Sprintf("fd10:%x:%x::/48", i>>16, i&0xffff)
 		}
-		fmt.Fprintf(&text, "policy %d src %s dst %s tmpl esp tunnel 192.0.2.1 %d.%d.%d.1 reqid %[1]d\n", i+1, src, dst, 20+i>>16, i>>8&255, i&255)
+		peer := fmt.Sprintf("%d.%d.%d.1", 20+i>>16, i>>8&255, i&255)
+		fmt.Fprintf(&text, "policy %d src %s dst %s tmpl esp tunnel 192.0.2.1 %s reqid %[1]d\n", i+1, src, dst, peer)
+		if sas {
+			fmt.Fprintf(&text, "sa esp 192.0.2.1 %s spi %d reqid %[2]d gcm\n", peer, i+1)
+		}
 	}
 	return text.String()
 }

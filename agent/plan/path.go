@@ -40,7 +40,7 @@ func (p *planner) reach(peer Peer, path Path) {
 		i, same = len(same), append(same, &wayTo{path, ways})
 		p.sharedWays[path] = same
 	}
-	p.reached[peer] = same[i]
+	p.reached.Set(peer, same[i])
 }
 
 // noWay is that to a peer to whom there is none.
@@ -48,7 +48,7 @@ var noWay = &wayTo{}
 
 // wayTo is the way to a peer.
 func (p *planner) wayTo(peer Peer) *wayTo {
-	if w := p.reached[peer]; w != nil {
+	if w := p.reached.Map[peer]; w != nil {
 		return w
 	}
 	return noWay
