@@ -8,7 +8,6 @@ import (
 
 	"github.com/gaissmai/bart"
 
-	"tsoagent/index"
 	"tsoagent/routes"
 	"tsoagent/xfrmwatch"
 )
@@ -112,12 +111,12 @@ type planner struct {
 	heldOf     []*coverage                            // of whom the holds say something
 	peers      map[xfrmwatch.PolicyIndex][]netip.Addr // of splits, as remembered
 	byIfID     map[uint32]*bart.Table[*entry]
-	outer      bart.Table[*peerUse]          // the destinations of outer packets
-	ways       map[uint32][]*ways            // by if_id
-	reached    index.Shrinking[Peer, *wayTo] // the ways to peers without us
-	sharedWays map[Path][]*wayTo             // those that there are, or were
-	locked     map[routes.Key]bool           // routes that are locked in place
-	lockCount  int                           // how many trials have a lock
+	outer      bart.Table[*peerUse] // the destinations of outer packets
+	ways       map[uint32][]*ways   // by if_id
+	reached    map[Peer]*wayTo      // the ways to those that no template has, without us
+	sharedWays map[Path][]*wayTo    // those that there are, or were
+	locked     map[routes.Key]bool  // routes that are locked in place
+	lockCount  int                  // how many trials have a lock
 	tunnels    map[routes.Ifindex]*tunnel
 	vtis       []*routes.Link
 	devices    map[routes.Ifindex]*dedicated     // the dedicated carriers
@@ -127,7 +126,7 @@ type planner struct {
 	signed     []*signed
 	ports      map[routes.Ifindex][]*routes.Link // those that have a master, by the master
 	// What is said of coverages without a valid MTU now, by why that is: that the last one stays, or one is presumed.
-	stays, presumed map[xfrmwatch.MTUStatus][]string
+	stays, presumed map[xfrmwatch.MTUStatus]*[]string
 }
 
 func newPlanner(in Input) *planner {
@@ -136,21 +135,21 @@ func newPlanner(in Input) *planner {
 	}
 	in.Config = in.Config.WithDefaults()
 	p := &planner{
-		Input:      in,
-		sharedWays: map[Path][]*wayTo{},
-		plan:       &Plan{},
-		byIfID:     map[uint32]*bart.Table[*entry]{},
-		trials:     map[routes.Key]*trial{},
-		counts:     map[uint32]int{},
-		byShape:    map[ShapeID]*shaped{},
-		base:       unit{phase: phaseTunnels},
-		held:       unit{phase: phaseHolds},
-		locked:     map[routes.Key]bool{},
-		stays:      map[xfrmwatch.MTUStatus][]string{}, presumed: map[xfrmwatch.MTUStatus][]string{},
+		Input:   in,
+		reached: map[Peer]*wayTo{}, sharedWays: map[Path][]*wayTo{},
+		plan:    &Plan{},
+		byIfID:  map[uint32]*bart.Table[*entry]{},
+		trials:  map[routes.Key]*trial{},
+		counts:  map[uint32]int{},
+		byShape: map[ShapeID]*shaped{},
+		base:    unit{phase: phaseTunnels},
+		held:    unit{phase: phaseHolds},
+		locked:  map[routes.Key]bool{},
+		stays:   map[xfrmwatch.MTUStatus]*[]string{}, presumed: map[xfrmwatch.MTUStatus]*[]string{},
 	}
 	for s := xfrmwatch.MTUKnown; s <= xfrmwatch.MTUUnknownPath; s++ {
-		p.stays[s] = []string{fmt.Sprintf("%s; the last valid MTU stays", s)}
-		p.presumed[s] = []string{fmt.Sprintf("%s; presume_mtu %d", s, in.Config.PresumeMTU)}
+		p.stays[s] = &[]string{fmt.Sprintf("%s; the last valid MTU stays", s)}
+		p.presumed[s] = &[]string{fmt.Sprintf("%s; presume_mtu %d", s, in.Config.PresumeMTU)}
 	}
 	return p
 }

@@ -120,10 +120,16 @@ func (p *planner) useOuter(c *coverage, by int) (changed []netip.Prefix) {
 		to := netip.PrefixFrom(t.Dst, t.Dst.BitLen())
 		have, _ := p.outer.Get(to)
 		others := false
+		var moved []*peerUse                 // with the way that is known, where it belongs now
 		for _, peer := range peersOf(c, t) { // thousands of policies can have one peer
-			var other bool
-			have, other = have.use(peer, by)
-			others = others || other
+			way, other := p.wayTo(peer), false
+			if have, other = have.use(peer, by); other {
+				others = true
+				delete(p.reached, peer)
+			}
+			if other && way != noWay {
+				moved = append(moved, &peerUse{Peer: peer, way: way})
+			}
 		}
 		if others {
 			changed = append(changed, to)
@@ -132,6 +138,9 @@ func (p *planner) useOuter(c *coverage, by int) (changed []netip.Prefix) {
 			p.outer.Insert(to, have)
 		} else {
 			p.outer.Delete(to)
+		}
+		for _, u := range moved {
+			p.setWay(u.Peer, u.way)
 		}
 	}
 	return changed
@@ -142,6 +151,7 @@ type peerUse struct {
 	Peer
 	n    int
 	next *peerUse
+	way  *wayTo // without us, nil for none
 }
 
 // each yields a peer and the others at its address.
@@ -165,7 +175,7 @@ func (u *peerUse) use(peer Peer, by int) (first *peerUse, others bool) {
 			return first, have.n == 0
 		}
 	}
-	return &peerUse{peer, by, first}, true
+	return &peerUse{Peer: peer, n: by, next: first}, true
 }
 
 // sortCovers brings the coverages into the kernel's order.

@@ -277,7 +277,7 @@ func (p *planner) followPeers(r *region, ch Changes) bool {
 		if path, ok := p.Peers.Path(peer); ok {
 			p.reach(peer, path)
 		} else {
-			p.reached.Delete(peer)
+			p.setWay(peer, nil)
 		}
 		if p.nested(peer) {
 			return false

@@ -37,7 +37,7 @@ func (p *planner) trial(k routes.Key) *trial {
 	t := p.trials[k]
 	if t == nil {
 		t = &trial{unit: unit{phase: phaseTrials}, key: k}
-		t.route = &t.key
+		t.rest = &rest{route: &t.key}
 		p.trials[k] = t
 	}
 	return t

@@ -71,3 +71,19 @@ func inUse() int64 {
 	runtime.ReadMemStats(&m)
 	return int64(m.HeapAlloc)
 }
+
+// TestKeptPlanTakesItsVerdictsAlong keeps a plan, as a report does: what it says in words must not stay with the plan that
+// is followed.
+func TestKeptPlanTakesItsVerdictsAlong(t *testing.T) {
+	f, err := newFollowed(customers(10, true))
+	if err != nil {
+		t.Fatal(err)
+	}
+	pl := f.Plan(f.input(), f.changes)
+	if kept := pl.Keep(); len(kept.Verdicts) != 10 {
+		t.Errorf("%d verdicts are kept, want 10", len(kept.Verdicts))
+	}
+	if pl.Verdicts != nil || len(pl.Complete().Verdicts) != 10 {
+		t.Errorf("%d verdicts stayed with the plan", len(pl.Verdicts))
+	}
+}

@@ -40,7 +40,32 @@ func (p *planner) reach(peer Peer, path Path) {
 		i, same = len(same), append(same, &wayTo{path, ways})
 		p.sharedWays[path] = same
 	}
-	p.reached.Set(peer, same[i])
+	p.setWay(peer, same[i])
+}
+
+// setWay notes the way to a peer, nil for none.
+func (p *planner) setWay(peer Peer, w *wayTo) {
+	if u := p.use(peer); u != nil {
+		u.way = w
+		return
+	}
+	if p.reached[peer] = w; w == nil {
+		delete(p.reached, peer)
+	}
+}
+
+// use is a peer that templates use, nil for another one.
+func (p *planner) use(peer Peer) *peerUse {
+	if !peer.Addr.IsValid() {
+		return nil
+	}
+	at, _ := p.outer.Get(netip.PrefixFrom(peer.Addr, peer.Addr.BitLen()))
+	for u := range at.each {
+		if u.Peer == peer {
+			return u
+		}
+	}
+	return nil
 }
 
 // noWay is that to a peer to whom there is none.
@@ -48,10 +73,14 @@ var noWay = &wayTo{}
 
 // wayTo is the way to a peer.
 func (p *planner) wayTo(peer Peer) *wayTo {
-	if w := p.reached.Map[peer]; w != nil {
-		return w
+	w := p.reached[peer]
+	if u := p.use(peer); u != nil {
+		w = u.way
 	}
-	return noWay
+	if w == nil {
+		return noWay
+	}
+	return w
 }
 
 // protoESP is the protocol of an SA's packets (IPPROTO_ESP, linux/in.h).

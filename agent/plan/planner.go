@@ -199,7 +199,7 @@ func (p *planner) regional() bool {
 	if c.MTU == MTUOff || c.Partial != PartialTable || c.CarrierMTU == CarrierDevice || c.shares() {
 		return false
 	}
-	for peer := range p.reached.Map {
+	for peer := range p.Peers.All() {
 		if p.nested(peer) {
 			return false
 		}

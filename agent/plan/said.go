@@ -31,19 +31,24 @@ const (
 
 // unit is a piece of the planner's work.
 type unit struct {
-	route *routes.Key  // the route, nil for none
 	shape *shaped      // of a destination in a table of ours
 	dst   netip.Prefix // that destination
 	first said         // of no coverage for nothing
-	more  *moreSaid    // nil for nothing
+	rest  *rest        // nil for nothing
 	phase phase
+}
+
+// rest is what few units have.
+type rest struct {
+	route *routes.Key // the route of a trial
+	moreSaid
 }
 
 // said is what a unit says of one coverage.
 type said struct {
 	cov   *coverage
-	notes []string // can be shared
-	at    int32    // where the unit is among those of the coverage
+	notes *[]string // nil for none. They can be shared, and are never changed
+	at    int32     // where the unit is among those of the coverage
 	// left is the least inner MTU found for the verdict, valid the one by a valid SA now; both in bytes, 0
 	// for none.
 	left, valid int32
@@ -60,17 +65,21 @@ const manySaid = 8
 
 // words are the notes, and what is locked.
 func (s *said) words() (notes, locked []string) {
-	n := len(s.notes) - int(s.locked)
-	return s.notes[:n], s.notes[n:]
+	if s.notes == nil {
+		return nil, nil
+	}
+	all := *s.notes
+	n := len(all) - int(s.locked)
+	return all[:n], all[n:]
 }
 
 // all yields what a unit says.
 func (u *unit) all(yield func(*said) bool) {
-	if u.first.cov != nil && !yield(&u.first) || u.more == nil {
+	if u.first.cov != nil && !yield(&u.first) || u.rest == nil {
 		return
 	}
-	for i := range u.more.list {
-		if !yield(&u.more.list[i]) {
+	for i := range u.rest.list {
+		if !yield(&u.rest.list[i]) {
 			return
 		}
 	}
@@ -103,7 +112,10 @@ func (p *planner) takeBack(u *unit) {
 		p.touch(s.cov)
 		s.cov.forget(s.at)
 	}
-	u.first, u.more = said{}, nil
+	u.first = said{}
+	if u.rest != nil {
+		u.rest.moreSaid = moreSaid{}
+	}
 }
 
 // touch notes that what is said of a coverage is not what it was in the plan before.
@@ -128,18 +140,19 @@ func (u *unit) of(c *coverage) *said {
 	if u.first.cov == c {
 		return &u.first
 	}
-	if u.more == nil {
+	if u.rest == nil {
 		return nil
 	}
-	if index := u.more.index; index != nil {
-		if i, ok := index[c]; ok {
-			return &u.more.list[i]
+	more := &u.rest.moreSaid
+	if more.index != nil {
+		if i, ok := more.index[c]; ok {
+			return &more.list[i]
 		}
 		return nil
 	}
-	for i := range u.more.list {
-		if u.more.list[i].cov == c {
-			return &u.more.list[i]
+	for i := range more.list {
+		if more.list[i].cov == c {
+			return &more.list[i]
 		}
 	}
 	return nil
@@ -165,10 +178,10 @@ func (p *planner) on(c *coverage) *said {
 		u.first = s
 		return &u.first
 	}
-	if u.more == nil {
-		u.more = &moreSaid{}
+	if u.rest == nil {
+		u.rest = &rest{}
 	}
-	return u.more.add(s)
+	return u.rest.add(s)
 }
 
 func (m *moreSaid) add(s said) *said {
@@ -190,17 +203,18 @@ func (p *planner) note(c *coverage, text string) {
 	s := p.on(c)
 	notes, locked := s.words()
 	if !slices.Contains(notes, text) {
-		s.notes = slices.Concat(notes, []string{text}, locked)
+		all := slices.Concat(notes, []string{text}, locked)
+		s.notes = &all
 	}
 }
 
 // noteShared is the same for a list of one sentence that very many coverages hear.
-func (p *planner) noteShared(c *coverage, text []string) {
-	if s := p.on(c); len(s.notes) == 0 {
+func (p *planner) noteShared(c *coverage, text *[]string) {
+	if s := p.on(c); s.notes == nil {
 		s.notes = text
 		return
 	}
-	p.note(c, text[0])
+	p.note(c, (*text)[0])
 }
 
 // left says what inner MTU, in bytes, a coverage has somewhere: the verdict tells the least.
@@ -220,7 +234,9 @@ func (p *planner) valid(c *coverage, mtu int) {
 // locks says what is locked for a coverage.
 func (p *planner) locks(c *coverage, what string) {
 	s := p.on(c)
-	s.notes, s.locked = slices.Concat(s.notes, []string{what}), s.locked+1
+	notes, locked := s.words()
+	all := slices.Concat(notes, locked, []string{what})
+	s.notes, s.locked = &all, s.locked+1
 }
 
 // anyLocked reports whether something was locked for a coverage so far.
@@ -238,8 +254,8 @@ func (c *coverage) sorted() []*unit {
 		if a.shape != b.shape && a.shape != nil && b.shape != nil {
 			return cmp.Compare(a.shape.order, b.shape.order)
 		}
-		if a.route != nil && b.route != nil {
-			return a.route.Compare(*b.route)
+		if a.phase == phaseTrials {
+			return a.rest.route.Compare(*b.rest.route)
 		}
 		return routes.ComparePrefix(a.dst, b.dst)
 	})
