@@ -30,7 +30,7 @@ type split struct {
 
 // aside is what few coverages have.
 type aside struct {
-	held  *Verdict     // what the holds say of it, nil for nothing
+	held  *Verdict     // what the holds on shared NICs say of it, nil for nothing
 	mine  []*unit      // those that speak of it alone
 	fills []routes.Key // the routes that it can fill as a whole
 	// again is set while it is worked out what its packets that are IPsec already have left, circles
@@ -81,7 +81,7 @@ func (c *coverage) fills() []routes.Key {
 	return c.aside.fills
 }
 
-// held is what the holds say of the coverage, nil for nothing.
+// held is what the holds on shared NICs say of the coverage, nil for nothing.
 func (c *coverage) held() *Verdict {
 	if c.aside == nil {
 		return nil
@@ -108,7 +108,6 @@ type planner struct {
 	byShape    map[ShapeID]*shaped
 	base       unit                                   // what the tunnels say
 	held       unit                                   // what the holds say that is no hold's own
-	heldOf     []*coverage                            // of whom the holds say something
 	peers      map[xfrmwatch.PolicyIndex][]netip.Addr // of splits, as remembered
 	byIfID     map[uint32]*bart.Table[*entry]
 	outer      bart.Table[*peerUse] // the destinations of outer packets
@@ -119,7 +118,11 @@ type planner struct {
 	lockCount  int                  // how many trials have a lock
 	tunnels    map[routes.Ifindex]*tunnel
 	vtis       []*routes.Link
-	devices    map[routes.Ifindex]*dedicated     // the dedicated carriers
+	based      map[routes.Ifindex]*dedicated // the dedicated carriers, but for those in stacks above others
+	carry      map[*coverage][]*dedicated    // by which of them a coverage's flows leave
+	wholes     []wholeDevice
+	devices    map[routes.Ifindex]*dedicated     // all dedicated carriers
+	holds      []Hold                            // of the plan, those of dedicated carriers without their causes
 	uppers     []*dedicated                      // those by which others of them send
 	senders    map[routes.Ifindex][]*routes.Link // the ports by which a bond, team or bridge sends now
 	taken      map[HoldKey]*held
@@ -178,12 +181,8 @@ func (p *planner) make() {
 			p.notePartial()
 		}
 	}
-	p.begin(&p.held)
-	p.hold()
-	p.holdESP()
-	p.share()
-	p.sortHolds()
-	p.judgeSigned()
+	p.findCarriers()
+	p.concludeHolds()
 }
 
 // way is what applies to what leaves by a route besides the policies without an if_id. The zero
