@@ -27,6 +27,7 @@ import (
 	"time"
 
 	"tsoagent/agent/api"
+	"tsoagent/agent/heap"
 	"tsoagent/agent/journal"
 	"tsoagent/agent/netns"
 	"tsoagent/agent/plan"
@@ -92,12 +93,15 @@ type Agent struct {
 	alone bool
 	heir  bool // it took over what another one of this process has left
 	// onReady is called when the first plan is in place, nil for nothing.
-	onReady func()
-	again   bool // something has to be looked at once more
-	st      *state
-	lastP   *plan.Plan
-	lastIn  plan.Input // what lastP follows from
-	came    outcome    // of the last round
+	onReady  func()
+	heap     *heap.Keeper // of the process, nil for none
+	toldWork uint64       // the events that it has heard of
+	settled  bool         // the goal was reached once
+	again    bool         // something has to be looked at once more
+	st       *state
+	lastP    *plan.Plan
+	lastIn   plan.Input // what lastP follows from
+	came     outcome    // of the last round
 	// diagnosis is the newest one, nil for none.
 	diagnosis *Diagnosis
 	telling   telling
@@ -473,7 +477,22 @@ func (a *Agent) step(now time.Time) (next time.Duration, reached bool) {
 	if len(a.early.batches) > 0 { // the signal for it was taken, too
 		next = time.Nanosecond
 	}
+	a.tellWork(reached)
 	return next, reached
+}
+
+// tellWork tells how much was done since the last round, and once that the start is over.
+func (a *Agent) tellWork(reached bool) {
+	n := int(a.stats.Events - a.toldWork)
+	if !a.st.planner.Followed() {
+		n += a.lastP.CoverageCount()
+	}
+	a.toldWork = a.stats.Events
+	a.heap.Did(n)
+	if reached && !a.settled {
+		a.settled = true
+		a.heap.Settled()
+	}
 }
 
 var errEndedAgent = errors.New("the agent of this namespace has ended, or another one takes its place: try again in a moment")

@@ -121,9 +121,9 @@ type clonePlace struct {
 
 type clonedAt struct {
 	fight
-	throw bool
-	of    *routes.Body // nil for a throw
+	body  *routes.Body // of the route that was cloned, nil for a throw
 	mtu   plan.MTUMetric
+	throw bool
 }
 
 type withheldShape struct {
@@ -353,6 +353,9 @@ func (s *state) linger(now time.Time, quiet time.Duration) {
 func (s *state) lingerNoMore(id xfrmwatch.CoverageID) {
 	delete(s.lingering, id)
 	s.lingers++
+	if len(s.lingering) == 0 {
+		s.lingering, s.lingerers = map[xfrmwatch.CoverageID]lingerer{}, lingerList{of: s.lingers} // a map does not shrink
+	}
 	s.ended = append(s.ended, id)
 }
 

@@ -163,8 +163,8 @@ func (a *Agent) throwInstead(c *plan.CloneStep) error {
 func (a *Agent) mayClone(c *plan.CloneStep, now time.Time) bool {
 	at := clonePlace{c.Table, c.Clone.Dst}
 	last, again := a.st.cloned[at]
-	if !again || last.throw != c.Clone.Throw || last.of != c.Clone.Of.Body || last.mtu != c.Clone.MTU {
-		last = clonedAt{throw: c.Clone.Throw, of: c.Clone.Of.Body, mtu: c.Clone.MTU}
+	if !again || last.throw != c.Clone.Throw || last.body != c.Clone.Of.Body || last.mtu != c.Clone.MTU {
+		last = clonedAt{body: c.Clone.Of.Body, mtu: c.Clone.MTU, throw: c.Clone.Throw}
 	}
 	may, _ := last.once(now)
 	a.st.cloned[at] = last

@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"slices"
 
+	"tsoagent/index"
 	"tsoagent/routes"
 	"tsoagent/xfrmwatch"
 )
@@ -73,11 +74,10 @@ func (pl *Planner) Plan(in Input, ch Changes) *Plan {
 
 // follower is what a planner knows besides to follow changes.
 type follower struct {
-	asked    map[Peer]Path // as the kernel answered
-	policies map[xfrmwatch.PolicyIndex][]*entry
+	policies index.Index[xfrmwatch.PolicyIndex, *entry]
 	gone     map[xfrmwatch.CoverageID]*entry
-	users    map[Peer][]*coverage
-	bySA     map[xfrmwatch.SAPlace][]xfrmwatch.PolicyIndex
+	users    index.Index[Peer, *coverage]
+	bySA     index.Index[xfrmwatch.SAPlace, xfrmwatch.PolicyIndex]
 	splits   string
 	pending  pending
 	common   common
@@ -107,7 +107,7 @@ func (pl *Planner) Told() iter.Seq2[xfrmwatch.Coverage, int] {
 			each = maps.Keys(p.touched)
 		}
 		for c := range each {
-			if !c.gone && !c.dropped && !yield(c.Coverage, c.validMTU()) {
+			if !c.gone && !c.dropped && !yield(c.whole(), c.validMTU()) {
 				return
 			}
 		}
@@ -124,15 +124,15 @@ func (pl *Planner) Coverages(index xfrmwatch.PolicyIndex) iter.Seq[xfrmwatch.Cov
 			return
 		}
 		if index != 0 && pl.p.follower != nil {
-			for _, e := range pl.p.policies[index] {
-				if e.cov != nil && !yield(e.cov.Coverage) {
+			for _, e := range pl.p.entriesAt(index) {
+				if e.cov != nil && !yield(e.cov.whole()) {
 					return
 				}
 			}
 			return
 		}
 		for _, c := range pl.p.covers {
-			if !c.gone && (index == 0 || c.ID.Policy == index) && !yield(c.Coverage) {
+			if !c.gone && (index == 0 || c.pol.Index == index) && !yield(c.whole()) {
 				return
 			}
 		}
@@ -145,9 +145,9 @@ func (pl *Planner) Alike(o xfrmwatch.Coverage) iter.Seq[xfrmwatch.Coverage] {
 		if pl.p == nil || pl.p.byIfID[o.Policy.IfID] == nil {
 			return
 		}
-		es, _ := pl.p.byIfID[o.Policy.IfID].Get(o.Selector.Dst)
-		for _, e := range es {
-			if c := e.cov; c != nil && !c.gone && c.Selector == o.Selector && c.Policy.Mark == o.Policy.Mark && !yield(c.Coverage) {
+		at, _ := pl.p.byIfID[o.Policy.IfID].Get(o.Selector.Dst)
+		for e := range at.each {
+			if c := e.cov; c != nil && !c.gone && *c.sel() == o.Selector && c.pol.Mark == o.Policy.Mark && !yield(c.whole()) {
 				return
 			}
 		}
@@ -157,7 +157,7 @@ func (pl *Planner) Alike(o xfrmwatch.Coverage) iter.Seq[xfrmwatch.Coverage] {
 // Relook has the next Steps look at everything: what is in place is what another plan wanted.
 func (pl *Planner) Relook() {
 	if pl.p != nil && pl.p.follower != nil {
-		pl.p.pending.all = true
+		pl.p.pending = pending{all: true}
 	}
 }
 
@@ -186,8 +186,7 @@ func (p *planner) learn(in Input) {
 		return
 	}
 	f := &follower{
-		asked: in.Peers, policies: map[xfrmwatch.PolicyIndex][]*entry{}, gone: map[xfrmwatch.CoverageID]*entry{},
-		users: map[Peer][]*coverage{}, bySA: map[xfrmwatch.SAPlace][]xfrmwatch.PolicyIndex{}, splits: p.splits(),
+		gone: map[xfrmwatch.CoverageID]*entry{}, splits: p.splits(),
 		pending: pending{all: true}, common: commonOf(in), touched: map[*coverage]struct{}{}, indexed: map[routes.Ifindex]bool{},
 	}
 	for i, t := range p.tunnels {
@@ -198,8 +197,8 @@ func (p *planner) learn(in Input) {
 	f.foreign = p.takenTables()
 	p.follower = f
 	for _, t := range p.byIfID {
-		for _, es := range t.All() {
-			for _, e := range es {
+		for _, at := range t.All() {
+			for e := range at.each {
 				f.learn(e)
 			}
 		}
@@ -226,7 +225,7 @@ func (p *planner) regional() bool {
 	if c.MTU == MTUOff || c.Partial != PartialTable || c.CarrierMTU == CarrierDevice || c.shares() {
 		return false
 	}
-	for peer := range p.Peers {
+	for peer := range p.Peers.All() {
 		if p.nested(peer) {
 			return false
 		}
@@ -247,7 +246,7 @@ func (p *planner) regional() bool {
 
 // nested reports whether the way to a peer leads, or may lead, into what policies decide about once more.
 func (p *planner) nested(peer Peer) bool {
-	return slices.ContainsFunc(p.toPeers[peer], func(nh routes.Nexthop) bool {
+	return slices.ContainsFunc(p.wayTo(peer).ways, func(nh routes.Nexthop) bool {
 		l := p.FIB.Link(nh.Oif)
 		return nh.Encap || p.tunnels[nh.Oif] != nil || p.partly(nh.Oif) || l != nil && slices.Contains([]string{"xfrm", "vti", "vti6"}, l.Kind)
 	})
@@ -256,52 +255,56 @@ func (p *planner) nested(peer Peer) bool {
 func (f *follower) learn(e *entry) {
 	c := e.cov
 	switch {
-	case e.rank.gone:
-		f.gone[c.ID] = e
+	case e.gone:
+		f.gone[c.id()] = e
 	default:
-		f.policies[e.index] = append(f.policies[e.index], e)
+		f.policies.Add(e.pol.Index, e)
 	}
 	if c == nil {
 		return
 	}
-	for _, peer := range peersIn(c.Coverage) {
-		f.users[peer] = append(f.users[peer], c)
+	for _, peer := range peersIn(c) {
+		f.users.Add(peer, c)
 	}
-	if e.rank.gone {
+	if e.gone {
 		return
 	}
-	for _, at := range saPlaces(c.Policy) {
-		if list := f.bySA[at]; !slices.Contains(list, c.ID.Policy) {
-			f.bySA[at] = append(list, c.ID.Policy)
-		}
+	for _, at := range saPlaces(c.pol) {
+		f.bySA.Add(at, c.pol.Index)
 	}
 }
 
 func (f *follower) unlearn(e *entry) {
 	c := e.cov
-	if e.rank.gone {
-		delete(f.gone, c.ID)
+	if e.gone {
+		delete(f.gone, c.id())
+	} else {
+		f.policies.Remove(e.pol.Index, e)
 	}
 	if c == nil {
 		return
 	}
-	for _, peer := range peersIn(c.Coverage) {
-		if list := remove(f.users[peer], c); len(list) > 0 {
-			f.users[peer] = list
-		} else {
-			delete(f.users, peer)
-		}
+	for _, peer := range peersIn(c) {
+		f.users.Remove(peer, c)
 	}
-	if e.rank.gone {
+	if e.gone {
 		return
 	}
-	for _, at := range saPlaces(c.Policy) {
-		if list := remove(f.bySA[at], c.ID.Policy); len(list) > 0 {
-			f.bySA[at] = list
-		} else {
-			delete(f.bySA, at)
+	for _, at := range saPlaces(c.pol) {
+		f.bySA.Remove(at, c.pol.Index)
+	}
+}
+
+// entriesAt are the entries of a policy, without those that linger, in order.
+func (f *follower) entriesAt(index xfrmwatch.PolicyIndex) []*entry {
+	var out []*entry
+	for e := range f.policies.Of(index) {
+		if e.pol.Index == index {
+			out = append(out, e)
 		}
 	}
+	slices.SortFunc(out, (*entry).compare)
+	return out
 }
 
 func remove[T comparable](list []T, x T) []T {
@@ -327,14 +330,14 @@ func saPlaces(pol *xfrmwatch.Policy) []xfrmwatch.SAPlace {
 }
 
 // peersIn are the peers whose paths an answer about a coverage can depend on.
-func peersIn(c xfrmwatch.Coverage) []Peer {
+func peersIn(c *coverage) []Peer {
 	var out []Peer
 	add := func(peer Peer) {
 		if !slices.Contains(out, peer) {
 			out = append(out, peer)
 		}
 	}
-	for _, st := range c.Steps {
+	for _, st := range c.steps {
 		if st.Template.TakesFlow() {
 			continue
 		}
@@ -342,7 +345,7 @@ func peersIn(c xfrmwatch.Coverage) []Peer {
 			add(PeerOf(sa))
 		}
 	}
-	if peer, ok := policyPeer(c.Policy); ok && len(c.Steps) == 0 {
+	if peer, ok := policyPeer(c.pol); ok && len(c.steps) == 0 {
 		add(peer)
 	}
 	return out

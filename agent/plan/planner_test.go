@@ -233,13 +233,17 @@ func (f *followed) step(lines []string) error {
 func (f *followed) differs() error {
 	f.lingering()
 	in := f.input()
-	for p, path := range in.Peers {
-		if old, ok := f.before.Peers[p]; !ok || old != path {
+	before := f.before.Peers
+	if before == nil {
+		before = PathsTo(nil)
+	}
+	for p, path := range in.Peers.All() {
+		if old, ok := before.Path(p); !ok || old != path {
 			f.changes.Peers = append(f.changes.Peers, p)
 		}
 	}
-	for p := range f.before.Peers {
-		if _, ok := in.Peers[p]; !ok {
+	for p := range before.All() {
+		if _, ok := in.Peers.Path(p); !ok {
 			f.changes.Peers = append(f.changes.Peers, p)
 		}
 	}

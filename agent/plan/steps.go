@@ -11,12 +11,15 @@ import (
 // pending is where what is in place may differ from what is wanted: what changed since the last look, and what
 // differed then.
 type pending struct {
-	all   bool // nothing was looked at yet
+	all   bool // nothing was looked at yet: whatever else there is
 	dsts  map[netip.Prefix]struct{}
 	locks map[routes.Key]struct{}
 }
 
 func (p *pending) dst(dst netip.Prefix) {
+	if p.all {
+		return
+	}
 	if p.dsts == nil {
 		p.dsts = map[netip.Prefix]struct{}{}
 	}
@@ -24,6 +27,9 @@ func (p *pending) dst(dst netip.Prefix) {
 }
 
 func (p *pending) lock(k routes.Key) {
+	if p.all {
+		return
+	}
 	if p.locks == nil {
 		p.locks = map[routes.Key]struct{}{}
 	}
@@ -43,6 +49,7 @@ func (pl *Planner) Steps(in Input, held Held) Steps {
 	p.pending = pending{}
 	var s Steps
 	if todo.all {
+		todo = pending{}
 		p.pendAll(in, held, &todo)
 	}
 	p.stepRules(&s, stale)
@@ -55,8 +62,10 @@ func (pl *Planner) Steps(in Input, held Held) Steps {
 // pendAll makes everything that is wanted or in place something to look at.
 func (p *planner) pendAll(in Input, held Held, todo *pending) {
 	for _, s := range p.shapes {
-		for x := range s.kept.All() {
-			todo.dst(x)
+		for x, at := range s.points.All() {
+			if at.has {
+				todo.dst(x)
+			}
 		}
 	}
 	for _, f := range []routes.Family{routes.IPv4, routes.IPv6} {
