@@ -52,11 +52,47 @@ func (p *planner) follow(in Input, ch Changes) bool {
 // followRoutes marks the routes that changed, and brings the ways through xfrm interfaces up to date.
 func (p *planner) followRoutes(r *region, dsts []netip.Prefix) {
 	for _, dst := range dsts {
+		if p.aloof(dst) {
+			continue
+		}
 		r.addRoutes(dst)
 		p.followWays(dst)
 		p.followForeign(dst)
 		p.pending.dst(dst)
 	}
+}
+
+// aloof reports whether no route to a destination can concern the plan: nothing covered, no tunnel's or peer's
+// outer packets and no route that is tried are at, inside or around it, and the routes there neither leave by a
+// device that makes them be tried nor stand in a table of ours. In a full table nearly all are so.
+func (p *planner) aloof(dst netip.Prefix) bool {
+	if p.covered(dst) || p.outer.OverlapsPrefix(dst) || p.trialsAt.OverlapsPrefix(dst) || p.tunnelDsts.OverlapsPrefix(dst) || len(p.waysAt[dst]) > 0 {
+		return false
+	}
+	if f := routes.FamilyOf(dst.Addr()); len(p.foreign[f]) > 0 {
+		return false
+	}
+	for r := range p.FIB.At(dst) {
+		if p.Config.OwnTable(r.Body.Table) {
+			return false
+		}
+		for _, nh := range r.Body.Nexthops {
+			if l := p.FIB.Link(nh.Oif); p.tunnels[nh.Oif] != nil || l.Tunnel() || nh.Encap {
+				return false
+			}
+		}
+	}
+	return true
+}
+
+// covered reports whether the destination of a policy is at, inside or around a destination.
+func (p *planner) covered(dst netip.Prefix) bool {
+	for _, t := range p.byIfID {
+		if t.OverlapsPrefix(dst) {
+			return true
+		}
+	}
+	return false
 }
 
 // followForeign has the tables of ours looked through again if somebody else's route may have come or gone there.
