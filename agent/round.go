@@ -232,7 +232,9 @@ func (a *Agent) round(now time.Time) (next time.Duration, reached bool) {
 	in := a.input(now)
 	pl := &plan.Plan{}
 	if a.goal == protect || a.st.paused != nil {
+		a.backlog.grow(a.st)
 		pl = a.st.planner.Plan(in, a.st.changes)
+		a.backlog.replanned(&a.st.planner)
 		a.st.changes = plan.Changes{}
 		a.remember()
 	}

@@ -114,6 +114,25 @@ func (pl *Planner) Coverages(index xfrmwatch.PolicyIndex) iter.Seq[xfrmwatch.Cov
 	}
 }
 
+// Covers reports whether a policy of the newest plan is for a destination that is a destination, or in or around it. Those with an if_id that
+// are for all destinations don't count: of the routes they concern but those by their own devices.
+func (pl *Planner) Covers(dst netip.Prefix) bool {
+	if pl.p == nil {
+		return false
+	}
+	for id, t := range pl.p.byIfID {
+		if id != 0 {
+			if _, wide := t.Get(routes.FamilyOf(dst.Addr()).Any()); wide {
+				continue
+			}
+		}
+		if t.OverlapsPrefix(dst) {
+			return true
+		}
+	}
+	return false
+}
+
 // Alike yields the coverages that have a coverage's selector, mark and if_id, without what lingers.
 func (pl *Planner) Alike(o xfrmwatch.Coverage) iter.Seq[xfrmwatch.Coverage] {
 	return func(yield func(xfrmwatch.Coverage) bool) {
