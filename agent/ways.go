@@ -34,6 +34,7 @@ type ways struct {
 
 	all   bool // every answer may be another one now
 	due   map[*way]bool
+	slow  map[*way]bool           // likewise, of a route that changed: a part of them in each round
 	links map[routes.Ifindex]bool // those that leave by one of these are due
 	addrs map[netip.Addr]bool     // those from one of these, and from none
 	again map[*way]bool           // the question itself failed
@@ -57,7 +58,7 @@ func newWays() *ways {
 	return &ways{
 		peers: map[plan.Peer]*way{}, outers: map[routes.Ifindex]*way{},
 		pathTo: map[plan.Peer]plan.Path{}, pathOut: map[routes.Ifindex]plan.Path{},
-		due: map[*way]bool{}, links: map[routes.Ifindex]bool{}, addrs: map[netip.Addr]bool{}, again: map[*way]bool{},
+		due: map[*way]bool{}, slow: map[*way]bool{}, links: map[routes.Ifindex]bool{}, addrs: map[netip.Addr]bool{}, again: map[*way]bool{},
 		needs: newPeerNeeds(), relink: true,
 	}
 }
@@ -106,6 +107,7 @@ func (s *ways) remove(w *way) {
 		s.byAddr.Delete(at)
 	}
 	delete(s.due, w)
+	delete(s.slow, w)
 	delete(s.again, w)
 }
 
@@ -117,18 +119,37 @@ func (s *ways) changed(c routes.Change) {
 	case c.Link != 0:
 		s.links[c.Link], s.relink = true, true
 	default:
-		s.route(c.Dst)
+		s.route(c.Dst, s.slow)
 	}
 }
 
+// maxAsks is how many ways are asked for in one round because a route changed: of a default route very many can have.
+const maxAsks = 128
+
+// askSlow asks for a part of those that are due because of a route that changed.
+func (s *ways) askSlow(rt routeTable, fib *routes.FIB) {
+	n := 0
+	for w := range s.slow {
+		if n == maxAsks {
+			break
+		}
+		delete(s.slow, w)
+		s.ask(rt, fib, w)
+		n++
+	}
+}
+
+// late reports whether some are left that are due.
+func (s *ways) late() bool { return len(s.slow) > 0 }
+
 // route makes the ways due to whose address a route leads.
-func (s *ways) route(dst netip.Prefix) {
+func (s *ways) route(dst netip.Prefix, due map[*way]bool) {
 	if s.all || !s.byAddr.OverlapsPrefix(dst) {
 		return
 	}
 	for _, list := range s.byAddr.Subnets(dst) {
 		for _, w := range list {
-			s.due[w] = true
+			due[w] = true
 		}
 	}
 }
@@ -155,7 +176,7 @@ func (s *ways) link(fib *routes.FIB, l *routes.Link) {
 		s.all = true
 	}
 	for _, k := range keys {
-		s.route(k.Dst)
+		s.route(k.Dst, s.due)
 	}
 }
 
@@ -165,7 +186,7 @@ func (s *ways) addr(a netip.Addr) { s.addrs[a] = true }
 // touch makes the ways to an address due.
 func (s *ways) touch(addr netip.Addr) {
 	if addr.IsValid() {
-		s.route(netip.PrefixFrom(addr, addr.BitLen()))
+		s.route(netip.PrefixFrom(addr, addr.BitLen()), s.due)
 	}
 }
 
@@ -189,7 +210,9 @@ func (s *ways) settle(rt routeTable, st *state) {
 	s.gather()
 	for w := range s.due {
 		s.ask(rt, st.fib, w)
+		delete(s.slow, w)
 	}
+	s.askSlow(rt, st.fib)
 	clear(s.due)
 	clear(s.links)
 	clear(s.addrs)

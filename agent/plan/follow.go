@@ -21,9 +21,12 @@ func (p *planner) follow(in Input, ch Changes) bool {
 	p.Input = in
 	p.at = nil
 	clear(p.touched)
-	p.moved = false
+	p.moved, p.rerouted = false, len(ch.Dsts) > 0
 	var r region
-	p.followRoutes(&r, ch.Dsts)
+	dsts, ok := p.followRoutes(&r, ch.Dsts)
+	if !ok {
+		return false
+	}
 	for i, was := range p.indexed {
 		if _, is := p.FIB.LeavingBy(i); is != was {
 			return false
@@ -33,7 +36,7 @@ func (p *planner) follow(in Input, ch Changes) bool {
 		return false
 	}
 	p.followPolicies(&r, ch)
-	if !p.followPeers(&r, ch) {
+	if !p.followPeers(&r, ch.Peers, dsts) {
 		return false
 	}
 	for _, dst := range r.list {
@@ -49,24 +52,34 @@ func (p *planner) follow(in Input, ch Changes) bool {
 	return true
 }
 
-// followRoutes marks the routes that changed, and brings the ways through xfrm interfaces up to date.
-func (p *planner) followRoutes(r *region, dsts []netip.Prefix) {
+// followRoutes marks the routes that changed, and brings the ways through xfrm interfaces up to date. It returns the destinations whose
+// peers' ways may be others now, and false if the plan has to be worked out from scratch.
+func (p *planner) followRoutes(r *region, dsts []netip.Prefix) (now []netip.Prefix, ok bool) {
 	for _, dst := range dsts {
 		if p.aloof(dst) {
 			continue
 		}
-		r.addRoutes(dst)
 		p.followWays(dst)
 		p.followForeign(dst)
 		p.pending.dst(dst)
+		if p.tunnelDsts.OverlapsPrefix(dst) {
+			return nil, false
+		}
+		if p.postpone(dst) {
+			r.routes = append(r.routes, dst)
+			continue
+		}
+		r.addRoutes(dst)
+		now = append(now, dst)
 	}
+	return append(now, p.followLater(r)...), true
 }
 
 // aloof reports whether no route to a destination can concern the plan: nothing covered, no tunnel's or peer's
 // outer packets and no route that is tried are at, inside or around it, and the routes there neither leave by a
 // device that makes them be tried nor stand in a table of ours. In a full table nearly all are so.
 func (p *planner) aloof(dst netip.Prefix) bool {
-	if p.covered(dst) || p.outer.OverlapsPrefix(dst) || p.trialsAt.OverlapsPrefix(dst) || p.tunnelDsts.OverlapsPrefix(dst) || len(p.waysAt[dst]) > 0 {
+	if p.near(dst) || p.tunnelDsts.OverlapsPrefix(dst) || len(p.waysAt[dst]) > 0 {
 		return false
 	}
 	if f := routes.FamilyOf(dst.Addr()); len(p.foreign[f]) > 0 {
@@ -286,12 +299,12 @@ func (p *planner) leave(m *member) {
 
 // followPeers works out the paths to peers anew for which the kernel answers something else, or whose routes
 // changed. It is false where one leads into what is covered again.
-func (p *planner) followPeers(r *region, ch Changes) bool {
+func (p *planner) followPeers(r *region, peers []Peer, dsts []netip.Prefix) bool {
 	seen := map[Peer]bool{}
-	for _, peer := range ch.Peers {
+	for _, peer := range peers {
 		seen[peer] = true
 	}
-	for _, dst := range ch.Dsts {
+	for _, dst := range dsts {
 		for _, uses := range p.outer.Subnets(dst) {
 			for _, u := range uses {
 				seen[u.Peer] = true
@@ -460,7 +473,7 @@ func (p *planner) conclude(r *region, ch Changes) {
 
 // holdsChange reports whether the holds, or what is said of keys, can be others than before.
 func (p *planner) holdsChange(r *region, ch Changes) bool {
-	if ch.Devices || p.moved || p.wide > 0 && len(r.list) > 0 {
+	if ch.Devices || p.moved || p.wide > 0 && (len(r.list) > 0 || p.rerouted) {
 		return true
 	}
 	if slices.ContainsFunc(p.uppers, func(d *dedicated) bool { return p.enters(d) != d.entered }) {

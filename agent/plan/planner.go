@@ -16,7 +16,9 @@ type Planner struct {
 	p *planner // nil for none yet
 	// Anew counts the plans that were worked out from scratch, Followed the others.
 	Anew, Follows uint64
-	followed      bool
+	// Part is how many policies and peers are worked out anew at a time for a route that has more inside its destination, 0 for DefaultPart.
+	Part     int
+	followed bool
 }
 
 // Changes are what differs between an input and the one before it. Whatever is not among them is the same.
@@ -39,6 +41,9 @@ type Changes struct {
 // Plan is the plan for an input that differs in nothing but the changes from the one before it.
 func (pl *Planner) Plan(in Input, ch Changes) *Plan {
 	in.Config = in.Config.WithDefaults()
+	if pl.p != nil && pl.p.follower != nil {
+		pl.p.part = pl.part()
+	}
 	if pl.p != nil && !ch.All && pl.p.follow(in, ch) {
 		pl.followed = true
 		pl.Follows++
@@ -65,6 +70,10 @@ type follower struct {
 	foreign  map[routes.Family]map[routes.TableID]bool
 	touched  map[*coverage]struct{}
 	moved    bool // a way through an xfrm interface changed
+	rerouted bool // routes changed, near what is covered or not
+	// later are regions of routes that changed, which are not followed yet.
+	later []netip.Prefix
+	part  int
 	// regrouped says that shapes got or lost members since they were put into order.
 	regrouped bool
 	// indexed says of the dedicated devices above tunnels, and their like, whether their routes are known by their keys:
