@@ -201,7 +201,8 @@ func (a *Agent) takeEvents() (left bool) {
 		for i := range pending {
 			n += len(pending[i].routes)
 		}
-		calm := a.backlog.empty() && n <= roundEvents
+		// Before the first plan nothing is covered, nor does any round wait.
+		calm := a.backlog.empty() && (n <= roundEvents || a.lastP == nil)
 		for _, b := range pending {
 			if !calm && len(b.routes) > 0 {
 				a.backlog.put(b.routes, b.at, a.urgent)

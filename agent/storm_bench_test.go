@@ -96,3 +96,30 @@ func BenchmarkStorm(b *testing.B) {
 		})
 	}
 }
+
+// BenchmarkDefaultRoute has the default route replaced, which most policies are under.
+func BenchmarkDefaultRoute(b *testing.B) {
+	for _, policies := range []int{1000, 10_000} {
+		b.Run(fmt.Sprintf("policies=%d", policies), func(b *testing.B) {
+			e := newEdge(b, 10_000, policies)
+			b.ReportAllocs()
+			b.ResetTimer()
+			before, worst := e.a.stats.Rounds, time.Duration(0)
+			for i := range b.N {
+				e.replaceRoute("0.0.0.0/0", hop{oif: 2, gw: fmt.Sprintf("192.0.2.%d", 101+i%2)})
+				for {
+					began := time.Now()
+					e.step()
+					worst = max(worst, time.Since(began))
+					if len(e.queue) == 0 && e.next != time.Nanosecond {
+						break
+					}
+				}
+				e.ops = e.ops[:0]
+			}
+			b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N*policies), "ns/policy")
+			b.ReportMetric(float64(e.a.stats.Rounds-before)/float64(b.N), "rounds/op")
+			b.ReportMetric(worst.Seconds()*1000, "worst-ms")
+		})
+	}
+}

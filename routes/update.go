@@ -64,7 +64,8 @@ func (b *Body) hasWay(n Nexthop) bool {
 func (s *state) setRoute(ev RouteSet) Effect {
 	r := ev.Route
 	old := s.get(r.Body.Family, r.Body.Table, r.Dst)
-	var equals []int
+	var few [4]int // a destination seldom has more, and a storm not even two
+	equals := few[:0]
 	known := false
 	for i, b := range old {
 		known = known || b.same(r.Body)

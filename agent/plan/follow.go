@@ -56,15 +56,19 @@ func (p *planner) follow(in Input, ch Changes) bool {
 // peers' ways may be others now, and false if the plan has to be worked out from scratch.
 func (p *planner) followRoutes(r *region, dsts []netip.Prefix) (now []netip.Prefix, ok bool) {
 	for _, dst := range dsts {
-		if p.aloof(dst) {
+		if p.tunnelDsts.OverlapsPrefix(dst) {
+			return nil, false
+		}
+		if !p.covered(dst) && !p.trialsAt.OverlapsPrefix(dst) && p.plain(dst) {
+			// No policy is at, inside or around it, nor a route that is tried: in a full table nearly all are so.
+			if p.outer.OverlapsPrefix(dst) {
+				now = append(now, dst)
+			}
 			continue
 		}
 		p.followWays(dst)
 		p.followForeign(dst)
 		p.pending.dst(dst)
-		if p.tunnelDsts.OverlapsPrefix(dst) {
-			return nil, false
-		}
 		if p.postpone(dst) {
 			r.routes = append(r.routes, dst)
 			continue
@@ -75,14 +79,10 @@ func (p *planner) followRoutes(r *region, dsts []netip.Prefix) (now []netip.Pref
 	return append(now, p.followLater(r)...), true
 }
 
-// aloof reports whether no route to a destination can concern the plan: nothing covered, no tunnel's or peer's
-// outer packets and no route that is tried are at, inside or around it, and the routes there neither leave by a
-// device that makes them be tried nor stand in a table of ours. In a full table nearly all are so.
-func (p *planner) aloof(dst netip.Prefix) bool {
-	if p.near(dst) || p.tunnelDsts.OverlapsPrefix(dst) || len(p.waysAt[dst]) > 0 {
-		return false
-	}
-	if f := routes.FamilyOf(dst.Addr()); len(p.foreign[f]) > 0 {
+// plain reports whether the routes to a destination are none that are looked at for their own sake: they neither leave by a device that has
+// them be tried for a lock nor stand, or stood, in a table of ours.
+func (p *planner) plain(dst netip.Prefix) bool {
+	if f := routes.FamilyOf(dst.Addr()); len(p.foreign[f]) > 0 || len(p.waysAt[dst]) > 0 {
 		return false
 	}
 	for r := range p.FIB.At(dst) {
@@ -322,10 +322,14 @@ func (p *planner) followPeers(r *region, peers []Peer, dsts []netip.Prefix) bool
 		if p.nested(peer) {
 			return false
 		}
-		if p.Peers[peer] == old && slices.Equal(p.toPeers[peer], ways) {
+		now := p.Peers[peer]
+		if now == old && slices.Equal(p.toPeers[peer], ways) {
 			continue
 		}
 		r.add(netip.PrefixFrom(peer.Addr, peer.Addr.BitLen()))
+		if now.MTU == old.MTU {
+			continue // as no device there does anything to the packets again, it does not matter which it is
+		}
 		for _, c := range p.follower.users[peer] {
 			r.add(c.Selector.Dst)
 		}

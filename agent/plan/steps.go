@@ -101,8 +101,9 @@ func (p *planner) stepClones(s *Steps, dsts map[netip.Prefix]struct{}, stale boo
 		sh := &p.plan.Shapes[i]
 		byTable[sh.ID.Flows.Family][sh.Table], order[sh.ID] = sh, i
 	}
+	have := map[routes.TableID][]routes.Route{}
 	for dst := range dsts {
-		have := map[routes.TableID][]routes.Route{}
+		clear(have)
 		for r := range p.FIB.At(dst) {
 			if p.Config.OwnTable(r.Body.Table) && p.Config.OwnRoute(r) {
 				have[r.Body.Table] = append(have[r.Body.Table], r)
