@@ -46,7 +46,7 @@ const (
 	// roundEvents is how many events of routes a round takes at most: a few milliseconds' work.
 	roundEvents = 1024
 	// roundUrgent is how many of them may be urgent, as each of those can make some work for the planner and a write.
-	roundUrgent = 256
+	roundUrgent = 128
 	// maxBacklog bounds the events that wait in it. Beyond that further ones wait in the inbox, and then in the kernel's buffer.
 	maxBacklog = 1 << 19
 )
@@ -186,6 +186,17 @@ func (b *backlog) replanned(pl *plan.Planner) {
 	if !pl.Followed() {
 		b.all = b.rest > 0
 	}
+}
+
+// stormPart is how many policies of a wide route's a round works out anew while a backlog waits, as what is covered waits for that, too.
+const stormPart = 64
+
+// part is how many it is now, 0 for the planner's own number.
+func (b *backlog) part() int {
+	if b.empty() {
+		return 0
+	}
+	return stormPart
 }
 
 // urgent reports whether what happens to a route overtakes what happens to others.

@@ -207,3 +207,43 @@ func TestCoveredRouteIsInTheFirstRoundOfAStorm(t *testing.T) {
 		t.Error("something is left")
 	}
 }
+
+// What very many policies are under is followed in rounds that take a part each, and what changes meanwhile is not kept waiting.
+func TestDefaultRouteOfVeryManyPoliciesKeepsNobodyWaiting(t *testing.T) {
+	const policies = 5 * plan.DefaultPart // a multiple of ten
+	e := newEdge(t, 2*policies, policies)
+	e.took()
+	asked := 0
+	e.lookup = func(routes.Query) *routes.Answer { asked++; return nil }
+	e.replaceRoute("0.0.0.0/0", hop{oif: 2, gw: "192.0.2.101"})
+	e.step()
+	first := e.count("put 10.")
+	if first == 0 || first > plan.DefaultPart {
+		t.Errorf("the first round moves %d clones, want some and no more than %d", first, plan.DefaultPart)
+	}
+	if asked > 2*maxAsks {
+		t.Errorf("the first round asks %d times, want no more than for %d peers and some clones", asked, maxAsks)
+	}
+	if e.next != time.Nanosecond {
+		t.Errorf("the next round comes in %v, want it at once", e.next)
+	}
+	covered := e.nets[7]
+	e.replaceRoute(covered.String(), hop{oif: 2, gw: "192.0.2.102"})
+	rounds := e.a.stats.Rounds
+	for range 10 {
+		if e.count(fmt.Sprintf("put %s table 5450", covered)) > 0 {
+			break
+		}
+		e.step()
+	}
+	if n := e.a.stats.Rounds - rounds; n != 1 {
+		t.Errorf("the clone of a route that is replaced meanwhile moves after %d rounds, want one", n)
+	}
+	if n := e.count("put 10."); n >= 7*policies/10 {
+		t.Errorf("all %d clones had moved by then", n)
+	}
+	e.settle() // and the plan is that from scratch
+	if n := e.count("put 10."); n != 7*policies/10 {
+		t.Errorf("%d clones moved, want %d", n, 7*policies/10)
+	}
+}

@@ -233,6 +233,7 @@ func (a *Agent) round(now time.Time) (next time.Duration, reached bool) {
 	pl, unfinished := &plan.Plan{}, a.st.ways.late()
 	if a.goal == protect || a.st.paused != nil {
 		a.backlog.grow(a.st)
+		a.st.planner.Part = a.backlog.part()
 		pl = a.st.planner.Plan(in, a.st.changes)
 		a.backlog.replanned(&a.st.planner)
 		unfinished = unfinished || a.st.planner.Unfinished()

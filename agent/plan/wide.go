@@ -83,14 +83,19 @@ func (p *planner) followLater(r *region) (dsts []netip.Prefix) {
 		if !p.near(x) {
 			continue
 		}
-		if n := p.crowd(x, p.part); n > p.part && !x.IsSingleIP() {
+		n := p.crowd(x, p.part)
+		switch {
+		case n > p.part && !x.IsSingleIP():
 			a, b := halves(x)
 			p.later = append(p.later, b, a)
-		} else {
-			room -= max(n, 1)
-			r.add(x)
-			dsts = append(dsts, x)
+			continue
+		case n > room && len(dsts) > 0:
+			p.later = append(p.later, x) // the next plan's
+			return dsts
 		}
+		room -= max(n, 1)
+		r.add(x)
+		dsts = append(dsts, x)
 	}
 	return dsts
 }
