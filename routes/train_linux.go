@@ -1,6 +1,7 @@
 package routes
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"unsafe"
@@ -101,12 +102,12 @@ func (c *conn) receiveMany(wait bool) (b []byte, got bool, err error) {
 	var rerr error
 	err = c.raw.Read(func(fd uintptr) bool {
 		rerr = c.many.fill(int(fd))
-		return rerr != unix.EAGAIN || !wait
+		return !errors.Is(rerr, unix.EAGAIN) || !wait
 	})
 	switch {
 	case err != nil:
 		return nil, false, err
-	case rerr == unix.EAGAIN:
+	case errors.Is(rerr, unix.EAGAIN):
 		return nil, false, nil
 	case rerr != nil:
 		return nil, false, os.NewSyscallError("recvmmsg", rerr)
