@@ -59,6 +59,7 @@ type Agent struct {
 
 	inbox    *inbox
 	early    early
+	backlog  backlog
 	calls    chan func()
 	ended    chan struct{} // closed when Run returns
 	reports  reports
@@ -444,15 +445,19 @@ func (a *Agent) resyncIn() time.Duration {
 	return d + time.Duration(rand.Int64N(int64(d)/5+1)) - d/10
 }
 
-// step drains all that is pending, then plans and acts once. next is when it wants to be called
+// step takes in what is pending, as much of it as one round takes, then plans and acts once. next is when it wants to be called
 // again without an event, 0 for not; reached says that the goal is reached.
 func (a *Agent) step(now time.Time) (next time.Duration, reached bool) {
-	for _, b := range a.take() {
-		if a.since.IsZero() || !b.at.IsZero() && b.at.Before(a.since) {
-			a.since = b.at
-		}
-		a.apply(b)
+	left := a.takeEvents()
+	next, reached = a.act(now)
+	if left {
+		return time.Nanosecond, false // the rest is for the next rounds
 	}
+	return next, reached
+}
+
+// act plans and acts once.
+func (a *Agent) act(now time.Time) (next time.Duration, reached bool) {
 	a.obey(now)
 	if a.lastP == nil {
 		if !a.st.ready() {

@@ -234,9 +234,13 @@ func (a *Agent) round(now time.Time) (next time.Duration, reached bool) {
 	a.freshenMTUs()
 	a.settleUnsure()
 	in := a.input(now)
-	pl := &plan.Plan{}
+	pl, unfinished := &plan.Plan{}, a.st.ways.late()
 	if a.goal == protect || a.st.paused != nil {
+		a.backlog.grow(a.st)
+		a.st.planner.Part = a.backlog.part()
 		pl = a.st.planner.Plan(in, a.st.changes)
+		a.backlog.replanned(&a.st.planner)
+		unfinished = unfinished || a.st.planner.Unfinished()
 		a.st.changes = plan.Changes{}
 		a.remember()
 	}
@@ -298,6 +302,7 @@ func (a *Agent) round(now time.Time) (next time.Duration, reached bool) {
 	if a.stats.Actions == actions && a.stats.Failed == failures {
 		a.seen()
 	}
+	wrote = wrote || unfinished // which goes on at once, too
 	a.settleCauses(wrote)
 	a.answerOrders()
 	if wrote {

@@ -34,6 +34,7 @@ type ways struct {
 
 	all   bool // every answer may be another one now
 	due   []*way
+	slow  []*way                  // likewise, of a route that changed: a part of them in each round
 	links map[routes.Ifindex]bool // those that leave by one of these are due
 	addrs map[netip.Addr]bool     // those from one of these, and from none
 	ours  map[ourTable]bool       // those in one of these
@@ -62,6 +63,7 @@ type way struct {
 	oif   routes.Ifindex
 	uses  int32 // how many policies, and what lingers of them, need it to a peer
 	due   bool  // it is among those that are due
+	slow  bool  // likewise, for a part of them in each round
 	gone  bool
 }
 
@@ -196,21 +198,51 @@ func (s *ways) changed(c routes.Change) {
 	case c.Link != 0:
 		s.links[c.Link], s.relink = true, true
 	default:
-		s.route(c.Dst)
+		s.route(c.Dst, s.isSlow)
 	}
 }
 
 // through hears of a rule of ours that came or went. What leaves the table meanwhile, or comes to it, has events of its own.
 func (s *ways) through(r *routes.Rule) { s.ours[ourTable{r.Family, r.Table}] = true }
 
+// maxAsks is how many ways are asked for in one round because a route changed: of a default route very many can have.
+const maxAsks = 128
+
+// askSlow asks for a part of those that are due because of a route that changed.
+func (s *ways) askSlow(rt routeTable, fib *routes.FIB) {
+	for n := 0; n < maxAsks && len(s.slow) > 0; {
+		last := len(s.slow) - 1
+		w := s.slow[last]
+		s.slow = s.slow[:last]
+		if w.slow && !w.gone {
+			s.ask(rt, fib, w)
+			n++
+		}
+		w.slow = false
+	}
+	if len(s.slow) == 0 {
+		s.slow = nil
+	}
+}
+
+// late reports whether some are left that are due.
+func (s *ways) late() bool { return len(s.slow) > 0 }
+
+func (s *ways) isSlow(w *way) {
+	if !w.slow {
+		w.slow = true
+		s.slow = append(s.slow, w)
+	}
+}
+
 // route makes the ways due to whose address a route leads.
-func (s *ways) route(dst netip.Prefix) {
+func (s *ways) route(dst netip.Prefix, due func(*way)) {
 	if s.all || !s.byAddr.OverlapsPrefix(dst) {
 		return
 	}
 	for _, at := range s.byAddr.Subnets(dst) {
 		for w := range at.each {
-			s.isDue(w)
+			due(w)
 		}
 	}
 }
@@ -237,7 +269,7 @@ func (s *ways) link(fib *routes.FIB, l *routes.Link) {
 		s.all = true
 	}
 	for _, k := range keys {
-		s.route(k.Dst)
+		s.route(k.Dst, s.isDue)
 	}
 }
 
@@ -247,7 +279,7 @@ func (s *ways) addr(a netip.Addr) { s.addrs[a] = true }
 // touch makes the ways to an address due.
 func (s *ways) touch(addr netip.Addr) {
 	if addr.IsValid() {
-		s.route(netip.PrefixFrom(addr, addr.BitLen()))
+		s.route(netip.PrefixFrom(addr, addr.BitLen()), s.isDue)
 	}
 }
 
@@ -267,8 +299,10 @@ func (s *ways) settle(rt routeTable, st *state) {
 	for _, w := range s.due {
 		if w.due = false; !w.gone {
 			s.ask(rt, st.fib, w)
+			w.slow = false
 		}
 	}
+	s.askSlow(rt, st.fib)
 	s.due, s.links, s.addrs = nil, emptied(s.links), emptied(s.addrs)
 	clear(s.ours)
 	s.all, s.relink = false, false
@@ -320,7 +354,7 @@ func (s *ways) gather(fib *routes.FIB) {
 	}
 	for t := range s.ours {
 		for r := range fib.Table(t.family, t.table) {
-			s.route(r.Dst)
+			s.route(r.Dst, s.isDue)
 		}
 	}
 	if !s.all && len(s.links)+len(s.addrs) == 0 {

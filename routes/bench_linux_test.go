@@ -11,6 +11,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // BenchmarkDump dumps a table of ROUTES_BENCH routes (by default 100,000), decoded and by a
@@ -154,6 +156,71 @@ func BenchmarkBatch(b *testing.B) {
 			cmd := exec.Command("ip", "-batch", "-")
 			cmd.Stdin = strings.NewReader(strings.ReplaceAll(text.String(), "VERB", verb))
 			return cmd.Run()
+		})
+	}
+}
+
+// BenchmarkReceive reads and decodes notifications that wait already: what each costs the reader, beside what its bare system call does.
+func BenchmarkReceive(b *testing.B) {
+	newNS(b)
+	ip(b, "link add a0 type veth peer name a1\nlink set a0 up\nlink set a1 up\naddr add 10.0.0.1/24 dev a0")
+	const n = 20_000
+	tb := openTable(b)
+	storm := func(via byte) {
+		writes := make([]Write, n)
+		for i := range writes {
+			writes[i] = Write{OpPut, plain(i, via)}
+		}
+		if res, err := tb.Batch(writes); err != nil || res[n-1].Err != nil {
+			b.Fatal(err, res[n-1].Err)
+		}
+	}
+	storm(2)
+	w, err := Dial(WatchOptions{})
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer w.Close()
+	via := byte(2)
+	cpu := func() time.Duration { // this process's, as the machine may be busy
+		var u unix.Rusage
+		if err := unix.Getrusage(unix.RUSAGE_SELF, &u); err != nil {
+			b.Fatal(err)
+		}
+		return time.Duration(u.Utime.Nano() + u.Stime.Nano())
+	}
+	for name, read := range map[string]func(){
+		"bare": func() {
+			for {
+				if _, got, err := w.events.receive(false); err != nil || !got {
+					break
+				}
+			}
+		},
+		"events": func() {
+			got := 0
+			for drained := false; !drained; {
+				var batch []Event
+				if batch, drained, err = w.read(true); err != nil {
+					b.Fatal(err)
+				}
+				got += len(batch)
+			}
+			if got != n {
+				b.Fatalf("%d of %d", got, n)
+			}
+		},
+	} {
+		b.Run(name, func(b *testing.B) {
+			var took time.Duration
+			for range b.N {
+				via ^= 1
+				storm(via)
+				began := cpu()
+				read()
+				took += cpu() - began
+			}
+			b.ReportMetric(float64(took.Nanoseconds())/float64(b.N*n), "ns/event")
 		})
 	}
 }

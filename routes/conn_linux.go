@@ -28,8 +28,9 @@ var errTruncated = errors.New("datagram was truncated")
 // through it.
 type conn struct {
 	*netlink.Conn
-	raw syscall.RawConn
-	buf []byte
+	raw  syscall.RawConn
+	buf  []byte
+	many *train // reads instead if there is one
 }
 
 // bufLen is more than the kernel ever puts into a datagram of a dump (32 KiB, netlink_dump).
@@ -107,6 +108,9 @@ func (c *conn) filterNeighbours() error {
 // receive reads one datagram and waits for it if wait is set; got is false if there is none. The
 // datagram stands in the connection's buffer until the next call.
 func (c *conn) receive(wait bool) (b []byte, got bool, err error) {
+	if c.many != nil {
+		return c.receiveMany(wait)
+	}
 	var n int
 	var from unix.Sockaddr
 	var rerr error

@@ -77,7 +77,8 @@ func (r Route) tableKey() tableKey { return tableKey{r.Body.Family, r.Body.Table
 func setRoute(s destinationRoutes, ev RouteSet) (e Effect, old []*Body) {
 	r := ev.Route
 	old = s.get(r.tableKey(), r.Dst)
-	var equals []int
+	var few [4]int // a destination seldom has more, and a storm not even two
+	equals := few[:0]
 	known := false
 	for i, b := range old {
 		known = known || b.same(r.Body)

@@ -95,6 +95,7 @@ func Dial(opts WatchOptions) (*Watcher, error) {
 	if err != nil {
 		return nil, err
 	}
+	events.many = newTrain()
 	if err := events.filterNeighbours(); err != nil {
 		_ = events.Close()
 		return nil, err

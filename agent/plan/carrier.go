@@ -223,7 +223,7 @@ func (p *planner) rebind() {
 // followCarriers brings the carriers up to date, and reports whether the holds can be others than before, or what is said with them of
 // coverages that did not change. What can't be followed is found anew.
 func (p *planner) followCarriers(r *region, ch Changes) bool {
-	if p.wide+len(p.wholes) > 0 && len(r.list)+len(ch.Ours) > 0 && !slices.EqualFunc(p.findWholes(), p.wholes, wholeDevice.equal) {
+	if p.wide+len(p.wholes) > 0 && (len(r.list)+len(ch.Ours) > 0 || p.routed) && !slices.EqualFunc(p.findWholes(), p.wholes, wholeDevice.equal) {
 		p.findCarriers()
 		return true
 	}

@@ -29,10 +29,16 @@ func (p *planner) follow(in Input, ch Changes) bool {
 	} else {
 		clear(p.touched)
 	}
-	p.rerouted = nil
+	p.rerouted, p.routed = nil, len(ch.Dsts) > 0
 	var r region
-	p.followRoutes(&r, ch.Dsts)
-	p.followOurs(&r, ch.Ours)
+	dsts, ok := p.followRoutes(&r, ch.Dsts)
+	if !ok {
+		return false
+	}
+	ours, ok := p.followOurs(&r, ch.Ours)
+	if !ok {
+		return false
+	}
 	if (ch.OurRules || p.foreign == nil) && slices.ContainsFunc(p.shapes, func(s *shaped) bool { return s.why != "" }) {
 		return false // what went can leave a table to one without room
 	}
@@ -45,7 +51,7 @@ func (p *planner) follow(in Input, ch Changes) bool {
 		return false
 	}
 	p.followPolicies(&r, ch)
-	if !p.followPeers(&r, ch) {
+	if !p.followPeers(&r, ch.Peers, append(dsts, ours...)) {
 		return false
 	}
 	for _, dst := range r.list {
@@ -61,29 +67,74 @@ func (p *planner) follow(in Input, ch Changes) bool {
 	return true
 }
 
-// followRoutes marks the routes that changed, and brings the ways through xfrm interfaces up to date.
-func (p *planner) followRoutes(r *region, dsts []netip.Prefix) {
+// followRoutes marks the routes that changed, and brings the ways through xfrm interfaces up to date. It returns the destinations whose
+// peers' ways may be others now, and false if the plan has to be worked out from scratch.
+func (p *planner) followRoutes(r *region, dsts []netip.Prefix) (now []netip.Prefix, ok bool) {
 	for _, dst := range dsts {
-		r.addRoutes(dst)
+		if p.tunnelDsts.OverlapsPrefix(dst) {
+			return nil, false
+		}
+		if !p.covered(dst) && !p.trialsAt.OverlapsPrefix(dst) && p.plain(dst) {
+			// No policy is at, inside or around it, nor a route that is tried: in a full table nearly all are so.
+			if p.outer.OverlapsPrefix(dst) {
+				now = append(now, dst)
+			}
+			continue
+		}
 		p.followWays(dst)
 		p.followForeign(dst)
 		p.pending.dst(dst)
+		if p.postpone(dst) {
+			r.routes = append(r.routes, dst)
+			continue
+		}
+		r.addRoutes(dst)
+		now = append(now, dst)
 	}
+	return append(now, p.followLater(r)...), true
+}
+
+// plain reports whether the routes to a destination are none that are looked at for their own sake: they neither leave by a device that has
+// them be tried for a lock nor stand, or stood, in a table of ours.
+func (p *planner) plain(dst netip.Prefix) bool {
+	if f := routes.FamilyOf(dst.Addr()); len(p.foreign[f]) > 0 || len(p.waysAt[dst]) > 0 {
+		return false
+	}
+	for r := range p.FIB.At(dst) {
+		if p.Config.OwnTable(r.Body.Table) {
+			return false
+		}
+		for _, nh := range r.Body.Nexthops {
+			if l := p.FIB.Link(nh.Oif); p.tunnels[nh.Oif] != nil || l.Tunnel() || nh.Encap {
+				return false
+			}
+		}
+	}
+	return true
+}
+
+// covered reports whether the destination of a policy is at, inside or around a destination.
+func (p *planner) covered(dst netip.Prefix) bool {
+	for _, t := range p.byIfID {
+		if t.OverlapsPrefix(dst) {
+			return true
+		}
+	}
+	return false
 }
 
 // followOurs takes what changed of ours in our own tables. Plans follow from that only by the ways to peers (followPeers), so
-// nothing else is looked at again but whether it is in place; where somebody else leads there, too, it is as in any table.
-func (p *planner) followOurs(r *region, dsts []netip.Prefix) {
-	if len(dsts) == 0 {
-		return
-	}
-	if p.ledTo() {
-		p.followRoutes(r, dsts)
-		return
-	}
+// nothing else is looked at again but whether it is in place; where somebody else leads there, too, it is as in any table. It returns the
+// destinations whose peers' ways may be others now, and false if the plan has to be worked out from scratch.
+func (p *planner) followOurs(r *region, dsts []netip.Prefix) (now []netip.Prefix, ok bool) {
 	for _, dst := range dsts {
 		p.pending.dst(dst)
 	}
+	if len(dsts) == 0 || !p.ledTo() {
+		return dsts, true
+	}
+	now, ok = p.followRoutes(r, dsts)
+	return append(now, dsts...), ok
 }
 
 // ledTo reports whether a rule or a VRF that is not ours leads to one of our tables.
@@ -293,17 +344,15 @@ func (p *planner) leave(m *member) {
 
 // followPeers works out the paths to peers anew for which the kernel answers something else, or whose routes
 // changed. It is false where one leads into what is covered again.
-func (p *planner) followPeers(r *region, ch Changes) bool {
+func (p *planner) followPeers(r *region, peers []Peer, dsts []netip.Prefix) bool {
 	seen := map[Peer]bool{}
-	for _, peer := range ch.Peers {
+	for _, peer := range peers {
 		seen[peer] = true
 	}
-	for _, dsts := range [][]netip.Prefix{ch.Dsts, ch.Ours} {
-		for _, dst := range dsts {
-			for _, uses := range p.outer.Subnets(dst) {
-				for u := range uses.each {
-					seen[u.Peer] = true
-				}
+	for _, dst := range dsts {
+		for _, uses := range p.outer.Subnets(dst) {
+			for u := range uses.each {
+				seen[u.Peer] = true
 			}
 		}
 	}
@@ -317,10 +366,14 @@ func (p *planner) followPeers(r *region, ch Changes) bool {
 		if p.nested(peer) {
 			return false
 		}
-		if p.wayTo(peer) == old {
+		now := p.wayTo(peer)
+		if now == old {
 			continue
 		}
 		r.add(netip.PrefixFrom(peer.Addr, peer.Addr.BitLen()))
+		if now.path.MTU == old.path.MTU {
+			continue // as no device there does anything to the packets again, it does not matter which it is
+		}
 		for c := range p.users.Of(peer) {
 			r.add(c.sel().Dst)
 		}

@@ -17,7 +17,9 @@ type Planner struct {
 	p *planner // nil for none yet
 	// Anew counts the plans that were worked out from scratch, Followed the others.
 	Anew, Follows uint64
-	followed      bool
+	// Part is how many policies and peers are worked out anew at a time for a route that has more inside its destination, 0 for DefaultPart.
+	Part     int
+	followed bool
 }
 
 // Changes are what differs between an input and the one before it. Whatever is not among them is the same.
@@ -59,6 +61,9 @@ func (ch *Changes) Route(cfg *Config, c routes.Change) {
 // Plan is the plan for an input that differs in nothing but the changes from the one before it.
 func (pl *Planner) Plan(in Input, ch Changes) *Plan {
 	in.Config = in.Config.WithDefaults()
+	if pl.p != nil && pl.p.follower != nil {
+		pl.p.part = pl.part()
+	}
 	if pl.p != nil && !ch.All && pl.p.follow(in, ch) {
 		pl.followed = true
 		pl.Follows++
@@ -84,6 +89,10 @@ type follower struct {
 	foreign  map[routes.Family]map[routes.TableID]bool
 	touched  map[*coverage]struct{}
 	rerouted []rerouted
+	routed   bool // routes changed, near what is covered or not
+	// later are regions of routes that changed, which are not followed yet, and part is Planner.Part.
+	later []netip.Prefix
+	part  int
 	// regrouped says that shapes got or lost members since they were put into order.
 	regrouped bool
 	// indexed says of the dedicated devices above tunnels, and their like, whether their routes are known by their keys:
@@ -137,6 +146,25 @@ func (pl *Planner) Coverages(index xfrmwatch.PolicyIndex) iter.Seq[xfrmwatch.Cov
 			}
 		}
 	}
+}
+
+// Covers reports whether a policy of the newest plan is for a destination that is a destination, or in or around it. Those with an if_id that
+// are for all destinations don't count: of the routes they concern but those by their own devices.
+func (pl *Planner) Covers(dst netip.Prefix) bool {
+	if pl.p == nil {
+		return false
+	}
+	for id, t := range pl.p.byIfID {
+		if id != 0 {
+			if _, wide := t.Get(routes.FamilyOf(dst.Addr()).Any()); wide {
+				continue
+			}
+		}
+		if t.OverlapsPrefix(dst) {
+			return true
+		}
+	}
+	return false
 }
 
 // Alike yields the coverages that have a coverage's selector, mark and if_id, without what lingers.
