@@ -101,8 +101,11 @@ func (d draw) schedule(point string, way int) *schedule {
 			s.events[i] = append(s.events[i], d.event())
 		}
 	}
-	if point == "lock-stale" {
+	switch point {
+	case "lock-stale":
 		s.provoke()
+	case "lane-removed": // without the flower classifier no lane is whole, and the next process takes away what there is of one
+		s.orders = []string{"lane-qdisc-after:1", "lane-removed:1"}
 	}
 	return s
 }

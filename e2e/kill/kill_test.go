@@ -39,25 +39,36 @@ func TestKilledAnywhere(t *testing.T) {
 			t.Fatal("TSOAGENT_KILL_SEED: ", err)
 		}
 	}
-	points := slices.DeleteFunc(slices.Clone(failpoint.Points), func(p string) bool { return unreachable[p] != "" })
-	// Each point comes with each way to clean up, and then those at which nothing was killed yet. A schedule need not reach the point that it is for.
-	missing := func() []string {
-		return slices.DeleteFunc(slices.Clone(points), func(p string) bool { return l.at[p] > 0 })
+	// Each point comes with each way to clean up, half as many schedules besides are random, and then there are more for the pairs at which nothing
+	// was killed yet: one need not reach the point that it is for.
+	var pairs []pair
+	for _, p := range failpoint.Points {
+		for way := 0; way < ways && unreachable[p] == ""; way++ {
+			pairs = append(pairs, pair{p, way})
+		}
+	}
+	missing := func() []pair {
+		return slices.DeleteFunc(slices.Clone(pairs), func(p pair) bool { return l.pairs[p] > 0 })
 	}
 	began := time.Now()
-	for most := n + 20*kills + 20*len(points); n < most && (l.kills < kills || again == "" && len(missing()) > 0); n++ {
+	for most := n + 10*kills + 2*len(pairs); n < most; n++ {
 		d := draw{rand.New(rand.NewPCG(seed, uint64(n)))}
-		point := ""
-		switch k := n - len(points)*ways; {
-		case k < 0:
-			point = points[n/ways]
-		case l.kills >= kills:
-			point = missing()[0]
-		case k%2 == 0:
-			point = points[d.IntN(len(points))]
+		at := pair{"", d.IntN(ways)}
+		switch more := missing(); {
+		case n%3 < 2 && n/3*2 < len(pairs):
+			at = pairs[n/3*2+n%3]
+		case l.kills < kills || n/3*2 < len(pairs):
+		case again == "" && len(more) > 0:
+			at = more[n%len(more)]
+		default:
+			most = n
+			continue
 		}
-		s := d.schedule(point, n%ways)
-		if l.try(t, s); t.Failed() {
+		s := d.schedule(at.point, at.way)
+		if l.try(t, s); l.tried%50 == 0 {
+			t.Logf("%d schedules, %d killed, %d pairs of a point and a way to clean up are missing", l.tried, l.kills, len(missing()))
+		}
+		if t.Failed() {
 			t.Log(s)
 			t.Fatalf("again, as far as time lets it: TSOAGENT_KILL_SEED=%d:%d TSOAGENT_KILLS=1 go test ./e2e/kill -run %s", seed, n, t.Name())
 		}
@@ -67,7 +78,7 @@ func TestKilledAnywhere(t *testing.T) {
 		return
 	}
 	for _, p := range missing() {
-		t.Errorf("nothing was ever killed at %s (seed %d)", p, seed)
+		t.Errorf("nothing was killed at %s and cleaned up after by %s (seed %d)", p.point, wayNames[p.way], seed)
 	}
 	for p, why := range unreachable {
 		t.Logf("not reachable here: %s: %s", p, why)
@@ -92,7 +103,7 @@ func (l *lab) report(t *testing.T, took time.Duration) {
 // TestKilledBetweenStaleWriteAndRepair has the owner of a route change it between the agent's look and its write, and kills the agent when it has
 // read of that and not mended it yet.
 func TestKilledBetweenStaleWriteAndRepair(t *testing.T) {
-	l := newLab(need(t))
+	l, began := newLab(need(t)), time.Now()
 	for n := 0; l.at["lock-stale"] < 2*ways; n++ {
 		if n == 20*ways {
 			t.Fatalf("killed there only %d times in %d tries", l.at["lock-stale"], n)
@@ -107,8 +118,9 @@ func TestKilledBetweenStaleWriteAndRepair(t *testing.T) {
 		}
 	}
 	if l.lost > 0 {
-		t.Errorf("%d versions of the owner were lost", l.lost)
+		t.Errorf("%d versions of the owner were lost, which the journal had", l.lost)
 	}
+	l.report(t, time.Since(began))
 }
 
 // TestReleaseHasNoFailpoints looks for them in a program that is built without them.
@@ -116,8 +128,8 @@ func TestReleaseHasNoFailpoints(t *testing.T) {
 	need(t)
 	for _, name := range []string{"tsoagent", "tsoctl"} {
 		out := host.WorkDir() + "/release-" + name
-		if text, err := exec.Command("go", "build", "-buildvcs=false", "-o", out, "tsoagent/cmd/"+name).CombinedOutput(); err != nil {
-			t.Fatalf("%v\n%s", err, text)
+		if err := build(out, "tsoagent/cmd/"+name); err != nil {
+			t.Fatal(err)
 		}
 		text, err := exec.Command("go", "tool", "nm", out).CombinedOutput()
 		if err != nil {

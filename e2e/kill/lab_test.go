@@ -20,13 +20,20 @@ type lab struct {
 	tried, kills, agents, lived int
 	moments                     int            // killed at no point
 	at                          map[string]int // killed at a point
+	pairs                       map[pair]int   // the same, with how it was cleaned up
 	reached                     map[string]int
 	byWay                       [ways]int
 	lost                        int // versions that routes' owners wrote, and nobody has any more
 }
 
 func newLab(bin string) *lab {
-	return &lab{bin: bin, at: map[string]int{}, reached: map[string]int{}}
+	return &lab{bin: bin, at: map[string]int{}, pairs: map[pair]int{}, reached: map[string]int{}}
+}
+
+// A pair is where something was killed, and how it was cleaned up.
+type pair struct {
+	point string
+	way   int
 }
 
 // A try is one schedule that is being run.
@@ -121,9 +128,8 @@ func (x *try) first() {
 	case x.s.race:
 		select {
 		case <-p.stopped:
-		case <-p.gone:
-		case <-time.After(patience):
-			x.Fatalf("the agent does not stop:\n%s", p)
+		case <-p.ready: // other events have left nothing to write in place
+			p.quiet(10 * time.Millisecond)
 		}
 	case x.s.pause > 0:
 		p.begun(x)
@@ -231,6 +237,7 @@ func (x *try) finish(p *process) (killed bool) {
 		x.moments++
 	} else {
 		x.at[p.last()]++
+		x.pairs[pair{p.last(), x.s.way}]++
 	}
 	return true
 }

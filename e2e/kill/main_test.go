@@ -4,6 +4,7 @@
 package kill
 
 import (
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -29,11 +30,18 @@ const patience = 60 * time.Second
 // binaries builds the commands with their failpoints, once, and returns their directory.
 var binaries = sync.OnceValues(func() (string, error) {
 	bin := filepath.Join(host.WorkDir(), "bin")
-	cmd := exec.Command("go", "build", "-buildvcs=false", "-tags", "failpoint", "-o", bin+"/", "tsoagent/cmd/tsoagent", "tsoagent/cmd/tsoctl")
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
-	cmd.Stderr = os.Stderr
-	return bin, cmd.Run()
+	return bin, build(bin+"/", "-tags", "failpoint", "tsoagent/cmd/tsoagent", "tsoagent/cmd/tsoctl")
 })
+
+// build builds what args say, as the Makefile does.
+func build(out string, args ...string) error {
+	cmd := exec.Command("go", append([]string{"build", "-buildvcs=false", "-o", out}, args...)...)
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if text, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("%w: %s", err, text)
+	}
+	return nil
+}
 
 func need(t *testing.T) string {
 	t.Helper()
