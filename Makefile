@@ -6,6 +6,7 @@
 # make install            into DESTDIR (/): the commands, the unit, its group and directories, and the documentation
 # make testkernel         the test kernel, if it isn't in the cache (about 5 minutes on 2 processors)
 # make bench              how the agent does with a full BGP table and 100,000 tunnels, into docs/bench.md (root; some minutes, 4 GiB of memory)
+# make growth             how the cost of an event grows with coverages and with routes: docs/growth.svg and the table in docs/planning.md
 # make soak               random worlds for the planner, whose seed differs each time, until CHECKS of each kind have passed, then churn
 #                         under a real agent, CHURN rounds of it, and KILLS agents killed at any point, and what is left compared (root)
 # make bench-check        compares what make bench measured with the figures to reach
@@ -23,7 +24,7 @@ KILLS    ?= 2000
 # belongs to somebody else.
 VCS := $(shell git status >/dev/null 2>&1 && echo auto || echo false)
 
-.PHONY: build install run test test-kernels testkernel demo scenario bench bench-check soak lint fuzz setup
+.PHONY: build install run test test-kernels testkernel demo scenario bench bench-check growth soak lint fuzz setup
 
 build:
 	CGO_ENABLED=0 go build -buildvcs=$(VCS) -o bin/ ./cmd/...
@@ -41,7 +42,7 @@ install: build
 	install -D -m 644 packaging/systemd/tsoagent.service $(DESTDIR)/usr/lib/systemd/system/tsoagent.service
 	install -D -m 644 packaging/sysusers.d/tsoagent.conf $(DESTDIR)/usr/lib/sysusers.d/tsoagent.conf
 	install -D -m 644 packaging/tmpfiles.d/tsoagent.conf $(DESTDIR)/usr/lib/tmpfiles.d/tsoagent.conf
-	install -D -m 644 -t $(DESTDIR)/usr/share/doc/tsoagent README.md LICENSE docs/*.md docs/tsoagent.yaml docs/openapi.yaml
+	install -D -m 644 -t $(DESTDIR)/usr/share/doc/tsoagent README.md LICENSE docs/*.md docs/*.svg docs/tsoagent.yaml docs/openapi.yaml
 	install -D -m 644 -t $(DESTDIR)/usr/share/doc/tsoagent/dashboards dashboards/*
 
 run: build
@@ -70,6 +71,9 @@ scenario: setup testkernel
 # Profiles of the agent: bin/bench -profiles DIR. Another size: bin/bench -scale 0.01.
 bench: build bin/bench
 	@bin/bench -bin bin -o bin/bench.json -table docs/bench.md
+
+growth:
+	@go test ./agent -run '^$$' -bench 'Growth' -benchtime 300ms -timeout 0 | tee /dev/stderr | go run ./e2e/cmd/growth -svg docs/growth.svg -table docs/planning.md
 
 soak:
 	@go test ./agent/plan -run 'Promises|Changes|Planner' -timeout 0 -rapid.seed=0 -rapid.checks=$(CHECKS)

@@ -4,13 +4,14 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"iter"
 	"os"
-	"slices"
 	"time"
 
 	"tsoagent/agent/plan"
 	"tsoagent/ethtool"
 	"tsoagent/routes"
+	"tsoagent/xfrmwatch"
 )
 
 // setHolds switches features off, device by device: journal first, then the kernel. A retaken
@@ -186,7 +187,7 @@ func (a *Agent) unhold(pl *plan.Plan, keys []plan.HoldKey, now time.Time) {
 	for _, h := range pl.Holds {
 		k := plan.HoldKey{Index: h.Device.Index, Feature: h.Feature}
 		_, ours := a.st.holds[k]
-		if ours && len(h.Because) > 0 && len(h.Keys) == 0 && !a.st.db.Stale() && !slices.ContainsFunc(h.Because, a.st.lives) {
+		if ours && len(h.Keys) == 0 && !a.st.db.Stale() && a.wanes(pl.Causes(&h)) {
 			wane(k)
 		}
 	}
@@ -200,6 +201,17 @@ func (a *Agent) unhold(pl *plan.Plan, keys []plan.HoldKey, now time.Time) {
 			delete(a.st.release, k) // the cause is back, or a mirror is stale
 		}
 	}
+}
+
+// wanes reports whether there are causes, and all are gone.
+func (a *Agent) wanes(causes iter.Seq[xfrmwatch.CoverageID]) bool {
+	any := false
+	for id := range causes {
+		if any = true; a.st.lives(id) {
+			return false
+		}
+	}
+	return any
 }
 
 // quiet is how long a carrier must be quiet: the longer the more it flaps.

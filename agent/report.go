@@ -73,9 +73,13 @@ func noteHolds(r *Report) {
 		if h.State != StateContested && h.State != StateRefused {
 			continue
 		}
+		asks := make(map[string]bool, len(h.Because))
+		for _, name := range h.Because {
+			asks[name] = true
+		}
 		for i := range r.Coverages {
 			c := &r.Coverages[i]
-			if slices.Contains(h.Because, coverageName(c)) {
+			if asks[coverageName(c)] {
 				c.Notes = append(slices.Clone(c.Notes), fmt.Sprintf("%s %s is %s: %s", h.Device, h.Feature, h.State, h.Why))
 				c.Held = slices.DeleteFunc(slices.Clone(c.Held), func(s string) bool { return s == h.Device+" "+h.Feature })
 				if len(c.Held) == 0 {

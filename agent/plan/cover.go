@@ -49,7 +49,6 @@ type planner struct {
 	byShape    map[ShapeID]*shaped
 	base       unit                                   // what the tunnels say
 	held       unit                                   // what the holds say that is no hold's own
-	heldOf     []*coverage                            // of whom the holds say something
 	peers      map[xfrmwatch.PolicyIndex][]netip.Addr // of splits, as remembered
 	byIfID     map[uint32]*bart.Table[[]*entry]
 	outer      bart.Table[peerUses] // the destinations of outer packets
@@ -60,7 +59,11 @@ type planner struct {
 	serving    map[serves]*shaped  // the shapes that serve coverages
 	tunnels    map[routes.Ifindex]*tunnel
 	vtis       []*routes.Link
-	devices    map[routes.Ifindex]*dedicated     // the dedicated carriers
+	based      map[routes.Ifindex]*dedicated // the dedicated carriers, but for those in stacks above others
+	carry      map[*coverage][]*dedicated    // by which of them a coverage's flows leave
+	wholes     []wholeDevice
+	devices    map[routes.Ifindex]*dedicated     // all dedicated carriers
+	holds      []Hold                            // of the plan, those of dedicated carriers without their causes
 	uppers     []*dedicated                      // those by which others of them send
 	senders    map[routes.Ifindex][]*routes.Link // the ports by which a bond, team or bridge sends now
 	taken      map[HoldKey]*held
@@ -108,12 +111,8 @@ func (p *planner) make() {
 			p.notePartial()
 		}
 	}
-	p.begin(&p.held)
-	p.hold()
-	p.holdESP()
-	p.share()
-	p.sortHolds()
-	p.judgeSigned()
+	p.findCarriers()
+	p.concludeHolds()
 }
 
 // way is what applies to what leaves by a route besides the policies without an if_id. The zero

@@ -275,6 +275,7 @@ func diffHolds(s *Steps, in Input, pl *Plan, held Held, stale bool) {
 		if !ok || !st.Wanted {
 			continue // already off: by us, or by somebody else and then not ours to give back
 		}
+		h.Because = slices.Collect(pl.Causes(&h))
 		if _, ours := held.Holds[k]; ours {
 			s.Retaken = append(s.Retaken, h)
 		} else {

@@ -21,7 +21,7 @@ func (p *planner) follow(in Input, ch Changes) bool {
 	p.Input = in
 	p.at = nil
 	clear(p.touched)
-	p.moved = false
+	p.rerouted = nil
 	var r region
 	p.followRoutes(&r, ch.Dsts)
 	for i, was := range p.indexed {
@@ -75,16 +75,18 @@ func (p *planner) followForeign(dst netip.Prefix) {
 func (p *planner) followWays(dst netip.Prefix) {
 	for _, w := range p.waysAt[dst] {
 		w.byDst.Delete(dst)
-		p.moved = true
+		p.rerouted = append(p.rerouted, rerouted{w.ifID, dst})
 	}
 	delete(p.waysAt, dst)
 	for route := range p.FIB.At(dst) {
 		for _, nh := range route.Body.Nexthops {
 			if l := p.FIB.Link(nh.Oif); l != nil && l.Kind == "xfrm" && !l.ParentElsewhere {
 				p.addWays(route, l)
-				p.moved = true
 			}
 		}
+	}
+	for _, w := range p.waysAt[dst] {
+		p.rerouted = append(p.rerouted, rerouted{w.ifID, dst})
 	}
 }
 
@@ -406,34 +408,9 @@ func (p *planner) indexTrial(k routes.Key, t *trial) {
 func (p *planner) conclude(r *region, ch Changes) {
 	old := p.plan
 	p.plan = &Plan{Shapes: old.Shapes, complete: p.complete, counts: p}
-	if !p.holdsChange(r, ch) {
-		p.plan.Holds, p.plan.Tunnels = old.Holds, old.Tunnels
+	if !p.followCarriers(r, ch) {
+		p.plan.Holds, p.plan.Tunnels = p.holds, old.Tunnels
 		return
 	}
-	for _, c := range p.heldOf {
-		c.held = nil
-	}
-	p.heldOf, p.taken, p.signed = nil, nil, nil
-	p.begin(&p.held)
-	p.hold()
-	p.holdESP()
-	p.share()
-	p.sortHolds()
-	p.judgeSigned()
-}
-
-// holdsChange reports whether the holds, or what is said of keys, can be others than before.
-func (p *planner) holdsChange(r *region, ch Changes) bool {
-	if ch.Devices || p.moved || p.wide > 0 && len(r.list) > 0 {
-		return true
-	}
-	if slices.ContainsFunc(p.uppers, func(d *dedicated) bool { return p.enters(d) != d.entered }) {
-		return true // by the routes that it has besides
-	}
-	for c := range p.touched {
-		if c.Policy.IfID != 0 || len(p.vtis) > 0 || c.entry.all() {
-			return true
-		}
-	}
-	return false
+	p.concludeHolds()
 }

@@ -2,7 +2,6 @@ package plan
 
 import (
 	"cmp"
-	"fmt"
 	"iter"
 	"net/netip"
 	"slices"
@@ -12,59 +11,16 @@ import (
 	"tsoagent/xfrmwatch"
 )
 
-// dedicated is a carrier by which nothing but covered flows can leave.
-type dedicated struct {
-	link *routes.Link
-	kind string // of the device that makes it one, for the probe
-	covs []*coverage
-	// lower are the dedicated devices that it sends by, in a stack.
-	lower []*dedicated
-	upper bool // another dedicated device sends by it
-	// entered says that flows entered at it when the holds were worked out.
-	entered bool
-	// nested is a tunnel in another one or in an xfrm interface, which no probe tries.
-	nested bool
-}
-
 // hold takes TSO from the dedicated carriers: xfrm interfaces by which covered flows leave,
 // tunnels whose outer packets are covered, and devices all of whose unicast routes are covered.
 // In a stack of them it does so where flows enter it, and nowhere below.
+//
+// Nothing here takes as long as there are coverages: what a carrier says of those is put together for each when somebody asks
+// (holdVerdict).
 func (p *planner) hold() {
-	p.devices, p.uppers = map[routes.Ifindex]*dedicated{}, nil
-	add := func(l *routes.Link, covs ...*coverage) {
-		d := p.devices[l.Index]
-		if d == nil {
-			d = &dedicated{link: l, kind: l.Kind}
-			p.devices[l.Index] = d
-		}
-		d.covs = append(d.covs, covs...)
-	}
-	if p.counts[0] < len(p.covers) { // some have an if_id
-		for _, c := range p.covers {
-			if c.Maybe || c.Policy.IfID == 0 {
-				continue
-			}
-			for _, l := range p.carriers(c) {
-				add(l, c)
-			}
-		}
-	}
+	p.uppers, p.taken = nil, nil
 	for _, t := range p.dedicatedTunnels() {
-		if t.link.Up && len(t.over) == 0 && !t.maybe { // nothing leaves by one that is down: tunl0 and its kin stay as they are
-			add(t.link, t.covs...)
-			d := p.devices[t.link.Index]
-			if _, ok := p.L2TP[t.link.Index]; ok {
-				d.kind = "l2tp" // its device has no kind
-			}
-			under := p.FIB.Link(t.path.Oif)
-			d.nested = p.tunnels[t.path.Oif] != nil || under != nil && slices.Contains([]string{"xfrm", "vti", "vti6"}, under.Kind)
-		}
 		p.plan.Tunnels = append(p.plan.Tunnels, p.wrapped(t))
-	}
-	for _, l := range p.wholeDevices() {
-		if covs := p.wholly(l); len(covs) > 0 {
-			add(l, covs...)
-		}
 	}
 	p.stack()
 	for _, l := range p.FIB.Links() {
@@ -72,18 +28,26 @@ func (p *planner) hold() {
 		if d == nil {
 			continue
 		}
-		if d.entered = p.enters(d); d.upper {
+		d.says, d.decided = nil, d.facts()
+		if d.entered = p.enters(d); len(d.over) > 0 {
 			p.uppers = append(p.uppers, d)
 		}
 		if d.entered {
-			for _, c := range d.covs {
-				v := p.holding(c)
-				v.Carriers = append(v.Carriers, l.Name)
-			}
-			p.holdOn(d)
+			p.holdOn(d, d)
 		}
 	}
-	p.noteVTIs()
+}
+
+// concludeHolds works out what is held, and what is said of keys, with the carriers that were found.
+func (p *planner) concludeHolds() {
+	p.signed = nil
+	p.begin(&p.held)
+	p.hold()
+	p.holdESP()
+	p.share()
+	p.sortHolds()
+	p.judgeSigned()
+	p.holds = p.plan.Holds
 }
 
 // wrapped is what becomes of what a dedicated tunnel wraps, or of what a device above one sends:
@@ -109,57 +73,53 @@ func (p *planner) sortHolds() {
 	})
 }
 
-func (p *planner) noteOn(d *dedicated, format string, args ...any) {
-	for _, c := range d.covs {
-		p.holding(c).note(fmt.Sprintf(format, args...))
-	}
-}
-
-func (p *planner) holdOn(d *dedicated) {
+// holdOn decides about the features of a device at which flows enter, and says so.
+func (p *planner) holdOn(d, at *dedicated) {
 	name := d.link.Name
 	switch choice := p.Config.dedicated(name); {
 	case choice == Keep:
-		p.noteOn(d, "%s keeps its features (dedicated: keep)", name)
+		at.note(d, "%s keeps its features (dedicated: keep)", name)
 		return
-	case choice == Auto && p.probed(d):
-		p.noteOn(d, "%s keeps its features: a probe has shown that this kernel carries super-packets through %s correctly and at least as fast (dedicated: auto)", name, d.kind)
+	case choice == Auto && d.probed():
+		at.note(d, "%s keeps its features: a probe has shown that this kernel carries super-packets through %s correctly and at least as fast (dedicated: auto)", name, d.kind)
 		return
 	}
-	if c := p.offloaded(d.covs); c != nil {
-		p.noteOn(d, "%s keeps its features: an SA of policy %d is offloaded to a device with %s active", name, c.ID.Policy, ethtool.ESPSegmentation)
+	if c := d.offloaded(); c != nil {
+		at.note(d, "%s keeps its features: an SA of policy %d is offloaded to a device with %s active", name, c.ID.Policy, ethtool.ESPSegmentation)
 		return
 	}
 	features := p.Config.features(name)
-	if !slices.Contains(features, ethtool.UDPSegmentation) && p.breaksUDP(d) {
-		p.noteOn(d, "%s: a probe has shown that this kernel loses UDP super-packets through %s", name, d.kind)
+	if !slices.Contains(features, ethtool.UDPSegmentation) && d.breaksUDP() {
+		at.note(d, "%s: a probe has shown that this kernel loses UDP super-packets through %s", name, d.kind)
 		features = append(slices.Clip(features), ethtool.UDPSegmentation)
 	}
 	for _, f := range features {
-		p.holdFeature(d, f)
+		p.holdFeature(d, f, at)
 	}
 }
 
 // holdFeature takes one feature from a carrier, or, where that is fixed, from the dedicated
-// devices below.
-func (p *planner) holdFeature(d *dedicated, f ethtool.Feature) {
+// devices below. It is said at the device where the flows enter.
+func (p *planner) holdFeature(d *dedicated, f ethtool.Feature, at *dedicated) {
 	st, ok := p.Features[d.link.Index].Get(f)
 	switch {
 	case !ok:
 	case st.Changeable:
-		p.addHold(d.link, f, d.covs, CutDevice)
+		p.holdAt(d.link, f)
+		at.says = append(at.says, saying{of: d, held: d.link.Name + " " + string(f)})
 	case !st.Active:
 	case len(d.lower) > 0:
-		p.noteOn(d, "%s has %s on [fixed]: it is switched off below it", d.link.Name, f)
+		at.note(d, "%s has %s on [fixed]: it is switched off below it", d.link.Name, f)
 		for _, lower := range d.lower {
-			p.holdFeature(lower, f)
+			p.holdFeature(lower, f, at)
 		}
 	default:
-		p.noteOn(d, "%s has %s on [fixed]: it can't be switched off", d.link.Name, f)
+		at.note(d, "%s has %s on [fixed]: it can't be switched off", d.link.Name, f)
 	}
 }
 
 // held is a hold of the plan: where it stands, until they are sorted, and the coverages that ask
-// for it. There can be thousands of both.
+// for it on a NIC that others share. There can be thousands of both.
 type held struct {
 	at int
 	by map[*coverage]bool
@@ -180,57 +140,17 @@ func (p *planner) holdAt(l *routes.Link, f ethtool.Feature) (*Hold, *held) {
 	return &p.plan.Holds[have.at], have
 }
 
-// addHold adds a hold, or gives one that is there more causes.
-func (p *planner) addHold(l *routes.Link, f ethtool.Feature, covs []*coverage, cut Cut) {
+// addHold adds a hold on a NIC that others share, or gives one that is there more causes.
+func (p *planner) addHold(l *routes.Link, f ethtool.Feature, c *coverage) {
 	h, have := p.holdAt(l, f)
-	for _, c := range covs {
-		if have.by[c] {
-			continue
-		}
-		have.by[c] = true
-		h.Because = append(h.Because, c.ID)
-		if v := p.holding(c); v.Cut != CutDevice {
-			v.Cut = cut
-		}
-		v := p.holding(c)
-		v.Held = append(v.Held, l.Name+" "+string(f))
+	if have.by[c] {
+		return
 	}
-}
-
-// probed reports whether a probe has shown, for every SA of the carrier, that super-packets are
-// carried correctly and at least as fast.
-func (p *planner) probed(d *dedicated) bool {
-	switch {
-	case d.nested:
-		return false
-	case len(d.lower) > 0:
-		return !slices.ContainsFunc(d.lower, func(low *dedicated) bool { return !p.probed(low) })
-	}
-	n := 0
-	for _, c := range d.covs {
-		for k := range probeKeys(d.kind, c) {
-			if n++; !p.Probed[k].KeepTSO {
-				return false
-			}
-		}
-	}
-	return n > 0
-}
-
-// breaksUDP reports whether a probe has shown that UDP super-packets are lost with one of the
-// carrier's SAs.
-func (p *planner) breaksUDP(d *dedicated) bool {
-	if len(d.lower) > 0 {
-		return slices.ContainsFunc(d.lower, p.breaksUDP)
-	}
-	for _, c := range d.covs {
-		for k := range probeKeys(d.kind, c) {
-			if p.Probed[k].BreaksUDP {
-				return true
-			}
-		}
-	}
-	return false
+	have.by[c] = true
+	h.Because = append(h.Because, c.ID)
+	v := p.holding(c)
+	v.Cut = CutNIC
+	v.Held = append(v.Held, l.Name+" "+string(f))
 }
 
 // probeKeys name what a probe has to have tried for a coverage's SAs.
@@ -250,21 +170,6 @@ func probeKeys(kind string, c *coverage) iter.Seq[ProbeKey] {
 	}
 }
 
-// noteVTIs says for coverages through a vti that there is nothing to switch: all of its offloads
-// are off [fixed] (KERNEL.md 5).
-func (p *planner) noteVTIs() {
-	if len(p.vtis) == 0 {
-		return
-	}
-	for _, c := range p.covers {
-		if l := p.vtiOf(c); l != nil {
-			v := p.holding(c)
-			v.Carriers = append(v.Carriers, l.Name)
-			p.holding(c).note(fmt.Sprintf("%s has all segmentation offloads off [fixed]: nothing to switch", l.Name))
-		}
-	}
-}
-
 // vtiOf is the vti whose key is the mark of a coverage's policy, nil if there is none.
 func (p *planner) vtiOf(c *coverage) *routes.Link {
 	m := c.Policy.Mark
@@ -279,21 +184,16 @@ func (p *planner) vtiOf(c *coverage) *routes.Link {
 	return nil
 }
 
-// offloaded returns a coverage whose SA is offloaded to a device that segments ESP itself.
-func (p *planner) offloaded(covs []*coverage) *coverage {
-	for _, c := range covs {
-		for _, st := range c.Steps {
-			for _, sa := range st.SAs {
-				if sa.OffloadDev == 0 {
-					continue
-				}
-				if p.does(routes.Ifindex(sa.OffloadDev), ethtool.ESPSegmentation) {
-					return c
-				}
+// offloaded reports whether a coverage has an SA that is offloaded to a device that segments ESP itself.
+func (p *planner) offloaded(c *coverage) bool {
+	for _, st := range c.Steps {
+		for _, sa := range st.SAs {
+			if sa.OffloadDev != 0 && p.does(routes.Ifindex(sa.OffloadDev), ethtool.ESPSegmentation) {
+				return true
 			}
 		}
 	}
-	return nil
+	return false
 }
 
 // wholeDevices are the devices that can be wholly covered without being tunnels: those with

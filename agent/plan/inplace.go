@@ -144,6 +144,7 @@ func (p *planner) carriers(c *coverage) []*routes.Link {
 // tunnel's flows.
 type ways struct {
 	link  *routes.Link
+	ifID  uint32
 	byDst bart.Table[[]routes.Key]
 	tried bool // they were tried for a lock in place
 }
@@ -219,7 +220,7 @@ func (p *planner) wayOf(l *routes.Link, ifID uint32) *ways {
 	list := p.ways[ifID]
 	i, ok := slices.BinarySearchFunc(list, l.Index, func(w *ways, i routes.Ifindex) int { return cmp.Compare(w.link.Index, i) })
 	if !ok {
-		list = slices.Insert(list, i, &ways{link: l})
+		list = slices.Insert(list, i, &ways{link: l, ifID: ifID})
 		p.ways[ifID] = list
 	}
 	return list[i]

@@ -12,6 +12,10 @@ import (
 func (p *planner) complete(pl *Plan) {
 	p.at = nil
 	pl.Locks, pl.Verdicts, pl.Current, pl.MTU = nil, nil, nil, make(map[xfrmwatch.CoverageID]int, len(p.covers))
+	pl.Holds = slices.Clone(pl.Holds) // the planner's own stay without
+	for i := range pl.Holds {
+		pl.Holds[i].Because = slices.Collect(p.causes(&pl.Holds[i]))
+	}
 	for _, t := range p.trials {
 		if t.lock != nil {
 			pl.Locks = append(pl.Locks, *t.lock)
@@ -40,8 +44,9 @@ func (p *planner) judged(c *coverage) (v Verdict, valid int) {
 		ID: c.ID, Selector: c.Selector, Priority: c.Policy.Priority, IfID: c.Policy.IfID, Mark: c.Policy.Mark,
 		Maybe: c.Maybe, Gone: c.gone, Cut: CutSocket,
 	}
-	if h := c.held; h != nil {
-		v.Cut, v.Carriers, v.Held = h.Cut, h.Carriers, h.Held
+	held := p.holdVerdict(c)
+	if held != nil {
+		v.Cut, v.Carriers, v.Held = held.Cut, held.Carriers, held.Held
 	}
 	shapes := false // whether those have had their say
 	for _, u := range c.sorted() {
@@ -69,8 +74,8 @@ func (p *planner) judged(c *coverage) (v Verdict, valid int) {
 	if !shapes {
 		c.hearShapes(&v)
 	}
-	if h := c.held; h != nil {
-		for _, n := range h.Notes {
+	if held != nil {
+		for _, n := range held.Notes {
 			v.note(n)
 		}
 	}
@@ -134,21 +139,12 @@ func (p *planner) noteStanding(c *coverage, v *Verdict) {
 	}
 }
 
-// holding is what the holds say of a coverage.
+// holding is what the holds and lanes on shared NICs say of a coverage.
 func (p *planner) holding(c *coverage) *Verdict {
 	if c.held == nil {
 		c.held = &Verdict{Cut: CutSocket}
-		p.heldOf = append(p.heldOf, c)
 	}
 	return c.held
-}
-
-// cut is where the holds cut a coverage's segments.
-func (c *coverage) cut() Cut {
-	if c.held == nil {
-		return CutSocket
-	}
-	return c.held.Cut
 }
 
 // sayValid notes the inner MTU that a coverage has by its valid SAs. A smaller MTU of a route is not the

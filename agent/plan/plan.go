@@ -138,7 +138,7 @@ type Plan struct {
 	counts   *planner // while it has no newer plan
 }
 
-// Complete puts together the locks, verdicts, MTUs and coverages, which take as long as there are of them, and
+// Complete puts together the locks, verdicts, MTUs, coverages and the holds' causes, which take as long as there are of them, and
 // returns the plan. A plan of a Planner has them only then, and only until the next one.
 func (pl *Plan) Complete() *Plan {
 	if fn := pl.complete; fn != nil {
@@ -152,6 +152,7 @@ func (pl *Plan) Complete() *Plan {
 type Hold struct {
 	Device  ethtool.Device
 	Feature ethtool.Feature
+	// Because are the coverages that ask for it. A plan of a Planner that is not complete has none here: see Plan.Causes.
 	Because []xfrmwatch.CoverageID
 	// Keys are the TCP keys that ask for it, under `shared_nics: off`.
 	Keys []sockopt.Key

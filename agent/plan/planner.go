@@ -64,12 +64,18 @@ type follower struct {
 	common   common
 	foreign  map[routes.Family]map[routes.TableID]bool
 	touched  map[*coverage]struct{}
-	moved    bool // a way through an xfrm interface changed
+	rerouted []rerouted
 	// regrouped says that shapes got or lost members since they were put into order.
 	regrouped bool
 	// indexed says of the dedicated devices above tunnels, and their like, whether their routes are known by their keys:
 	// those of a device that has very many are not (routes.FIB), and then none of them is tried.
 	indexed map[routes.Ifindex]bool
+}
+
+// rerouted is a destination whose ways through xfrm interfaces with an if_id changed.
+type rerouted struct {
+	ifID uint32
+	dst  netip.Prefix
 }
 
 // Told yields the coverages of which the newest plan may say something else than the one before it, with their

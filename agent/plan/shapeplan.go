@@ -6,6 +6,7 @@ import (
 	"slices"
 
 	"tsoagent/routes"
+	"tsoagent/xfrmwatch"
 )
 
 // Keep is a copy of the plan that stays as it is when its planner makes the next one.
@@ -68,6 +69,14 @@ func (sh *Shape) Inside(dst netip.Prefix, a netip.Addr) (netip.Prefix, bool) {
 	}
 	in, _, ok := sh.live.kept.LookupPrefixLPM(netip.PrefixFrom(a, a.BitLen()))
 	return in, ok && in.Bits() > dst.Bits()
+}
+
+// Causes are the coverages that ask for a hold of the plan, in the kernel's order.
+func (pl *Plan) Causes(h *Hold) iter.Seq[xfrmwatch.CoverageID] {
+	if pl.counts == nil {
+		return slices.Values(h.Because)
+	}
+	return pl.counts.causes(h)
 }
 
 // CoverageCount is how many coverages and TCP keys there are, LockCount how many locks in place.

@@ -22,7 +22,7 @@ func (p *planner) share() {
 	}
 	var wanted []laneWanted
 	for _, c := range p.covers {
-		if c.Maybe || c.cut() == CutDevice && c.Policy.IfID != 0 {
+		if c.Maybe || c.Policy.IfID != 0 && p.cutOnCarrier(c) {
 			continue
 		}
 		for _, l := range p.nics(c) {
@@ -50,7 +50,7 @@ func (p *planner) share() {
 
 // holdShared takes TSO from a NIC, for everybody.
 func (p *planner) holdShared(c *coverage, l *routes.Link) {
-	if p.offloaded([]*coverage{c}) != nil {
+	if p.offloaded(c) {
 		p.holding(c).note(fmt.Sprintf("%s keeps its features: the SA is offloaded to hardware that segments ESP", l.Name))
 		return
 	}
@@ -59,7 +59,7 @@ func (p *planner) holdShared(c *coverage, l *routes.Link) {
 		st, ok := p.Features[l.Index].Get(f)
 		switch {
 		case ok && st.Changeable:
-			p.addHold(l, f, []*coverage{c}, CutNIC)
+			p.addHold(l, f, c)
 		case ok && st.Active:
 			p.holding(c).note(fmt.Sprintf("%s has %s on [fixed]: it can't be switched off", l.Name, f))
 		}
@@ -84,7 +84,7 @@ func (p *planner) verdictOf(w laneWanted) *Verdict {
 // wantLane is a coverage's packets as they leave by the NIC. It is false, with a note, if there is
 // to be no lane for them.
 func (p *planner) wantLane(c *coverage, l *routes.Link) (laneWanted, bool) {
-	if p.offloaded([]*coverage{c}) != nil {
+	if p.offloaded(c) {
 		p.holding(c).note(fmt.Sprintf("no lane on %s: the SA is offloaded to hardware that segments ESP", l.Name))
 		return laneWanted{}, false
 	}

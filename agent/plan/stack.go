@@ -1,11 +1,19 @@
 package plan
 
-import "tsoagent/routes"
+import (
+	"maps"
+
+	"tsoagent/routes"
+)
 
 // stack finds the devices that send by dedicated carriers alone and so are dedicated themselves: a
 // VLAN, macvlan or ipvlan above one, a bond or team all of whose ports are. A bridge is not among
 // them: it also sends to its other ports, and its ports take what it forwards.
 func (p *planner) stack() {
+	p.devices = maps.Clone(p.based)
+	for _, d := range p.devices {
+		d.over = nil
+	}
 	// Stacks have a few levels; each pass finds one more.
 	for again := true; again; {
 		again = false
@@ -19,8 +27,7 @@ func (p *planner) stack() {
 			}
 			d := &dedicated{link: l, kind: lower[0].kind, lower: lower}
 			for _, low := range lower {
-				low.upper = true
-				d.covs = union(d.covs, low.covs)
+				low.over = append(low.over, d)
 			}
 			p.devices[l.Index] = d
 			again = true
@@ -66,7 +73,7 @@ func below[T any](l *routes.Link, ports []*routes.Link, known func(*routes.Link)
 // enters reports whether flows enter a stack at this device: it has routes of its own, or no
 // dedicated device above it.
 func (p *planner) enters(d *dedicated) bool {
-	if !d.upper {
+	if len(d.over) == 0 {
 		// A bond above nothing but dedicated ports, without routes, still sends what is bound to it.
 		return true
 	}

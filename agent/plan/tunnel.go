@@ -203,9 +203,22 @@ func (p *planner) outerLeadsTo(t *tunnel, to routes.Ifindex, seen map[routes.Ifi
 
 // union appends the coverages that are not there yet.
 func union(a, b []*coverage) []*coverage {
+	const few = 16
 	a = slices.Clip(a)
+	has := func(c *coverage) bool { return slices.Contains(a, c) }
+	if len(a)+len(b) > few {
+		all := make(map[*coverage]bool, len(a)+len(b))
+		for _, c := range a {
+			all[c] = true
+		}
+		has = func(c *coverage) bool {
+			there := all[c]
+			all[c] = true
+			return there
+		}
+	}
 	for _, c := range b {
-		if !slices.Contains(a, c) {
+		if !has(c) {
 			a = append(a, c)
 		}
 	}

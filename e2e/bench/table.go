@@ -2,7 +2,6 @@ package bench
 
 import (
 	"bytes"
-	"errors"
 	"fmt"
 	"os"
 	"runtime"
@@ -156,18 +155,22 @@ const (
 )
 
 // WriteTable replaces what is between the marks in a file.
-func (r *Results) WriteTable(file string) error {
-	text, err := os.ReadFile(file)
+func (r *Results) WriteTable(file string) error { return Between(file, "bench", r.Markdown()) }
+
+// Between replaces what is between the marks of `make NAME` in a page.
+func Between(file, name, text string) error {
+	page, err := os.ReadFile(file)
 	if err != nil {
 		return err
 	}
-	begin, end := bytes.Index(text, []byte(tableBegin)), bytes.Index(text, []byte(tableEnd))
+	mark := fmt.Sprintf("<!-- %s: begin, written by `make %[1]s` -->", name)
+	begin, end := bytes.Index(page, []byte(mark)), bytes.Index(page, []byte(fmt.Sprintf("<!-- %s: end -->", name)))
 	if begin < 0 || end < begin {
-		return errors.New(file + ": the marks of the table are missing")
+		return fmt.Errorf("%s: the marks of `make %s` are missing", file, name)
 	}
 	var out bytes.Buffer
-	out.Write(text[:begin+len(tableBegin)])
-	out.WriteString("\n\n" + r.Markdown() + "\n")
-	out.Write(text[end:])
+	out.Write(page[:begin+len(mark)])
+	out.WriteString("\n\n" + text + "\n")
+	out.Write(page[end:])
 	return os.WriteFile(file, out.Bytes(), 0o644)
 }
