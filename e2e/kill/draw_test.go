@@ -3,6 +3,7 @@ package kill
 import (
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"strings"
 
 	"tsoagent/failpoint"
@@ -24,6 +25,7 @@ type schedule struct {
 	config string
 	tc     bool     // an admin has clsact on nic1
 	keys   bool     // somebody listens with a TCP-MD5 key
+	mute   bool     // and ends with the first agent
 	orders []string // of the first process, and of those that clean up, for as long as they go
 	way    int
 	// The events: before there is an agent, while it runs, while none does, while another one runs, and at the end.
@@ -38,8 +40,8 @@ type schedule struct {
 }
 
 func (s *schedule) String() string {
-	return fmt.Sprintf("config:\n%stc %v, keys %v, orders %q, way %s, pause %d, killed %v after %d, race %v, damaged %v\nevents %q",
-		s.config, s.tc, s.keys, s.orders, wayNames[s.way], s.pause, s.killed, s.after, s.race, s.damaged, s.events)
+	return fmt.Sprintf("config:\n%stc %v, keys %v, mute %v, orders %q, way %s, pause %d, killed %v after %d, race %v, damaged %v\nevents %q",
+		s.config, s.tc, s.keys, s.mute, s.orders, wayNames[s.way], s.pause, s.killed, s.after, s.race, s.damaged, s.events)
 }
 
 // configs are what makes the agent write to all the places that it knows. A kernel without ESP has no SAs: the MTU is presumed, and it takes
@@ -81,7 +83,7 @@ func (d draw) schedule(point string, way int) *schedule {
 	config, events := d.leads(point)
 	s := &schedule{
 		config: "presume_mtu: 1400\nmetrics: off\nrestore_after: 20ms\n" + config,
-		tc:     d.IntN(3) == 0, keys: config == lane, damaged: strings.HasPrefix(point, "journal-damaged"),
+		tc:     d.IntN(3) == 0, keys: config == lane, mute: d.IntN(2) == 0, damaged: strings.HasPrefix(point, "journal-damaged"),
 		way: way, pause: []int{0, 1, 5, 20}[d.IntN(4)], killed: point == "" && d.IntN(3) == 0, after: d.IntN(20),
 	}
 	s.events[0] = events
@@ -105,7 +107,11 @@ func (d draw) schedule(point string, way int) *schedule {
 	case "lock-stale":
 		s.provoke()
 	case "lane-removed": // without the flower classifier no lane is whole, and the next process takes away what there is of one
+		s.mute = true
 		s.orders = []string{"lane-qdisc-after:1", "lane-removed:1"}
+		if way == staleRestart || way == staleRestore {
+			s.orders = slices.Insert(s.orders, 1, "")
+		}
 	}
 	return s
 }

@@ -73,6 +73,9 @@ func (l *lab) try(t testing.TB, s *schedule) {
 	kills := l.kills
 	x.happen(s.events[0], nil)
 	x.first()
+	if x.s.mute {
+		x.w.mute()
+	}
 	x.happen(s.events[2], nil)
 	x.cleanUp()
 	x.happen(s.events[4], nil)

@@ -160,10 +160,16 @@ func (w *world) close() {
 		_ = w.in.Close()
 		_ = w.owner.Wait() // some lines failed
 	}
+	w.mute()
+	w.ns.Close()
+}
+
+// mute ends who listens.
+func (w *world) mute() {
 	if w.listener > 0 {
 		_ = unix.Close(w.listener)
+		w.listener = 0
 	}
-	w.ns.Close()
 }
 
 // listen has somebody listen with a TCP-MD5 key, for as long as the world is there.
