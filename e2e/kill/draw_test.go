@@ -88,7 +88,10 @@ func (d draw) schedule(point string, way int) *schedule {
 	}
 	s.events[0] = events
 	first := fmt.Sprintf("*:%d", 1+d.IntN(1<<d.IntN(7)))
-	if point != "" {
+	switch {
+	case s.killed:
+		first = "none"
+	case point != "":
 		first = fmt.Sprintf("%s:%d", point, 1+d.IntN(4)/3)
 	}
 	for d.IntN(4) == 0 {

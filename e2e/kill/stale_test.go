@@ -98,7 +98,7 @@ func decode(m netlink.Message) (written, error) {
 	if m.Data[0] == unix.AF_INET6 {
 		dst = netip.IPv6Unspecified()
 	}
-	rest := []string{fmt.Sprint(m.Data[5:8])} // protocol, scope, type
+	rest := []string{fmt.Sprintf("%x", m.Data[5:8])} // protocol, scope, type
 	for ad.Next() {
 		switch ad.Type() {
 		case unix.RTA_DST:
@@ -108,7 +108,7 @@ func decode(m netlink.Message) (written, error) {
 		case unix.RTA_TABLE:
 			table = ad.Uint32()
 		case unix.RTA_OIF, unix.RTA_GATEWAY, unix.RTA_MULTIPATH:
-			rest = append(rest, fmt.Sprint(ad.Type(), hops(ad.Type(), ad.Bytes())))
+			rest = append(rest, fmt.Sprintf("%d %x", ad.Type(), hops(ad.Type(), ad.Bytes())))
 		}
 	}
 	p := netip.PrefixFrom(dst, int(m.Data[1]))
