@@ -99,6 +99,7 @@ type Agent struct {
 	came    outcome    // of the last round
 	// diagnosis is the newest one, nil for none.
 	diagnosis *Diagnosis
+	telling   telling
 	stats     Counters
 	tally     Tally
 	since     time.Time        // of the oldest event that no round has seen

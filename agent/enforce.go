@@ -11,7 +11,6 @@ import (
 // next round looks whether it is in place.
 func (a *Agent) enforce(pl *plan.Plan, s *plan.Steps, now time.Time) bool {
 	before := a.stats.Actions
-	a.settleFights(now)
 	stale := a.st.db.Stale() || a.st.fib.Stale()
 	staleLanes := stale || a.st.keysStale
 	for _, do := range [...]func(){
@@ -42,14 +41,8 @@ func (a *Agent) enforce(pl *plan.Plan, s *plan.Steps, now time.Time) bool {
 // within microseconds; only a lost event makes it wait so long.
 const echoPatience = 500 * time.Millisecond
 
-// did counts a write, and logs it with its cause.
-func (a *Agent) did(what string, args ...any) {
-	a.count(what, Done)
-	a.log.Info(what, args...)
-	a.event(api.EventDone, what, args...)
-}
-
 func (a *Agent) failed(what string, err error, args ...any) {
+	a.tellDone()
 	a.count(what, Failed)
 	args = append(args, "err", err)
 	a.log.Warn(what, args...)

@@ -208,9 +208,20 @@ func (a *Agent) settleFights(now time.Time) {
 	}
 	a.st.settleAt = now.Add(fightWindow / 10)
 	over := func(f fight) bool { return now.Sub(f.since) > fightWindow && !now.Before(f.until) }
-	maps.DeleteFunc(a.st.fights, func(_ routes.Key, f fight) bool { return over(f) })
-	maps.DeleteFunc(a.st.placed, func(_ plan.ShapeID, f fight) bool { return over(f) })
-	maps.DeleteFunc(a.st.cloned, func(_ clonePlace, c clonedAt) bool { return over(c.fight) })
+	a.st.fights = without(a.st.fights, func(_ routes.Key, f fight) bool { return over(f) })
+	a.st.placed = without(a.st.placed, func(_ plan.ShapeID, f fight) bool { return over(f) })
+	a.st.cloned = without(a.st.cloned, func(_ clonePlace, c clonedAt) bool { return over(c.fight) })
+}
+
+// without deletes from a map. One that becomes empty is given up: it takes as long to go through as when it was full.
+func without[K comparable, V any](m map[K]V, del func(K, V) bool) map[K]V {
+	if len(m) == 0 {
+		return m
+	}
+	if maps.DeleteFunc(m, del); len(m) == 0 {
+		return map[K]V{}
+	}
+	return m
 }
 
 // stuckAfter is how often a restore tries to give a route's MTU back. The kernel refuses to

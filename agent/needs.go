@@ -37,14 +37,6 @@ func newPeerNeeds() peerNeeds {
 	}
 }
 
-// peersOf are the peers that coverages need.
-func peersOf(list []xfrmwatch.Coverage) []plan.Peer {
-	if len(list) == 0 {
-		return nil
-	}
-	return plan.PeersOf(xfrmwatch.NewDB(), list)
-}
-
 // placesOf is where a policy's templates look for SAs.
 func placesOf(p *xfrmwatch.Policy) []saPlace {
 	if covers, _ := p.Covers(); !covers {
@@ -73,7 +65,7 @@ func (n *peerNeeds) notePolicy(db *xfrmwatch.DB, index xfrmwatch.PolicyIndex) {
 	if !ok {
 		return
 	}
-	for _, peer := range peersOf(db.Coverage(p)) {
+	for _, peer := range plan.PeersOf(db.Coverage(p)...) {
 		n.delta[peer]--
 	}
 	for _, at := range placesOf(p) {
@@ -116,12 +108,12 @@ func (n *peerNeeds) settle(st *state) (came, gone []plan.Peer) {
 			n.learn(st.db, p)
 		}
 	}
-	clear(n.noted)
+	n.noted = emptied(n.noted)
 	if n.lingers != st.lingers {
 		for _, peer := range n.lingering {
 			n.delta[peer]--
 		}
-		n.lingering, n.lingers = peersOf(st.lingeringCoverages()), st.lingers
+		n.lingering, n.lingers = plan.PeersOf(st.lingeringCoverages()...), st.lingers
 		for _, peer := range n.lingering {
 			n.delta[peer]++
 		}
@@ -140,15 +132,28 @@ func (n *peerNeeds) settle(st *state) (came, gone []plan.Peer) {
 			}
 		}
 	}
-	clear(n.delta)
+	n.delta = emptied(n.delta)
 	return came, gone
 }
 
 func (n *peerNeeds) learn(db *xfrmwatch.DB, p *xfrmwatch.Policy) {
-	for _, peer := range peersOf(db.Coverage(p)) {
+	for _, peer := range plan.PeersOf(db.Coverage(p)...) {
 		n.delta[peer]++
 	}
 	for _, at := range placesOf(p) {
 		n.bySA[at] = append(n.bySA[at], p.Index)
 	}
 }
+
+// emptied is a map without what was in it. One that was large is given up: Go's maps never shrink, and to go through one, or to clear
+// it, takes as long as it would if it were still full.
+func emptied[K comparable, V any](m map[K]V) map[K]V {
+	if len(m) > keptMap {
+		return map[K]V{}
+	}
+	clear(m)
+	return m
+}
+
+// keptMap is how many entries a map may have had that is used again.
+const keptMap = 64

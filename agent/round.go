@@ -188,7 +188,8 @@ func (a *Agent) echo(ev routes.Event) {
 	case !ours:
 		// Of several with the key our write replaces the first; one that was appended is safe.
 		if first, n := a.st.fib.Get(r.Key()); n < 2 || first.Body == r.Body {
-			w.owner = &r
+			owner := r // r itself stays on the stack: each route event comes by here
+			w.owner = &owner
 		}
 	}
 }
@@ -254,6 +255,7 @@ func (a *Agent) round(now time.Time) (next time.Duration, reached bool) {
 	more := a.moreSteps(in, act)
 	wrote, failures, actions := false, a.stats.Failed, a.stats.Actions
 	if a.writes() {
+		a.telling.later = true
 		if !a.setMore(act, &more, now) {
 			steps.Unlocks = nil
 		}
@@ -262,6 +264,9 @@ func (a *Agent) round(now time.Time) (next time.Duration, reached bool) {
 			a.dropMore(act, &more, now)
 		}
 		a.reacted(a.stats.Actions != actions)
+		a.telling.later = false
+		a.tellDone()
+		a.settleFights(now)
 		wrote = a.stats.Actions != actions || a.again && !a.once
 	} else {
 		a.lookAtMore(now)
@@ -317,6 +322,7 @@ const (
 // closeBooks takes what is no claim out of the journal once everything is given back.
 func (a *Agent) closeBooks() {
 	ids := []string{"tables"}
+	a.st.tablesBooked = false
 	if a.goal == restoreAll && a.st.paused == nil {
 		for id := range a.st.last {
 			ids = append(ids, mtuID(id))

@@ -46,6 +46,8 @@ type state struct {
 	unrepaired []lockedRoute
 	// tables are the numbers that an earlier run used, nil for none.
 	tables *ownTables
+	// tablesBooked says that this run has put those of its own into the journal.
+	tablesBooked bool
 
 	holds     map[plan.HoldKey]plan.HoldClaim
 	heldOn    map[ethtool.Ifindex][]ethtool.Feature // those of holds, by device
@@ -65,6 +67,7 @@ type state struct {
 	stuck     map[routes.Key]int             // how often a lock could not be given back
 	cloned    map[clonePlace]clonedAt        // what was written last into our tables, and how often
 	withheld  map[plan.ShapeID]withheldShape // shapes that the kernel's lookup refuted
+	sources   map[plan.ShapeID]shapeSource   // of the flows that the kernel is asked about
 
 	// writing are the in-place writes whose notification has not come back yet.
 	writing map[routes.Key]*write
@@ -171,6 +174,7 @@ func newState() *state {
 		stuck:         map[routes.Key]int{},
 		cloned:        map[clonePlace]clonedAt{},
 		withheld:      map[plan.ShapeID]withheldShape{},
+		sources:       map[plan.ShapeID]shapeSource{},
 		writing:       map[routes.Key]*write{},
 		inflight:      map[uint32]struct{}{},
 	}
@@ -185,12 +189,27 @@ func (s *state) changed(c routes.Change) {
 		s.names = nil
 	}
 	s.ways.changed(c)
+	s.changedSources(c)
 	switch {
 	case s.changes.All: // whatever else there is
 	case c.Dst.IsValid():
 		s.changes.Dsts = append(s.changes.Dsts, c.Dst)
 	case !c.Addr: // no plan depends on addresses
 		s.changes = plan.Changes{All: true}
+	}
+}
+
+// changedSources forgets the sources that a change can concern: those whose way back may be another one, and where more than routes
+// changed all.
+func (s *state) changedSources(c routes.Change) {
+	if !c.Dst.IsValid() {
+		clear(s.sources)
+		return
+	}
+	for id, x := range s.sources {
+		if c.Dst.Contains(x.src) {
+			delete(s.sources, id)
+		}
 	}
 }
 
@@ -290,6 +309,7 @@ func (s *state) know(f *ethtool.Features) {
 // linger keeps the coverages whose policy went away since the last plan, and lets those go
 // whose policy is back or whose time is over.
 func (s *state) linger(now time.Time, quiet time.Duration) {
+	some := len(s.lingering) > 0
 	for id, l := range s.lingering {
 		_, back := s.db.Policy(id.Policy)
 		switch {
@@ -301,6 +321,9 @@ func (s *state) linger(now time.Time, quiet time.Duration) {
 		case !now.Before(l.until):
 			s.lingerNoMore(id)
 		}
+	}
+	if some && len(s.lingering) == 0 {
+		s.lingering = map[xfrmwatch.CoverageID]lingerer{} // as emptied does
 	}
 	var came []xfrmwatch.Coverage
 	leave := func(index xfrmwatch.PolicyIndex) {

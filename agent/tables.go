@@ -21,7 +21,7 @@ func (a *Agent) moveClones(pl *plan.Plan, s *plan.Steps, now time.Time) {
 	if len(s.Clones)+len(s.AddRules) == 0 {
 		return
 	}
-	if err := a.journal.Put(a.tablesEntry()); err != nil {
+	if err := a.bookTables(); err != nil {
 		a.failed("journal can't be written, no lock in a table of our own", err)
 		return
 	}

@@ -190,9 +190,7 @@ func (s *ways) settle(rt routeTable, st *state) {
 	for w := range s.due {
 		s.ask(rt, st.fib, w)
 	}
-	clear(s.due)
-	clear(s.links)
-	clear(s.addrs)
+	s.due, s.links, s.addrs = emptied(s.due), emptied(s.links), emptied(s.addrs)
 	s.all, s.relink = false, false
 }
 

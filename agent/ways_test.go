@@ -22,7 +22,7 @@ func (w *world) sameWays() {
 	w.t.Helper()
 	st := w.a.st
 	peers, outers := map[plan.Peer]plan.Path{}, map[routes.Ifindex]plan.Path{}
-	for _, p := range plan.PeersOf(st.db, st.lingeringCoverages()) {
+	for _, p := range plan.PeersOf(append(slices.Collect(st.db.Coverages()), st.lingeringCoverages()...)...) {
 		if path, _ := pathOf(w, st.fib, (&way{peer: p}).query()); path.MTU > 0 {
 			peers[p] = path
 		}

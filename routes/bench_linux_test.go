@@ -61,11 +61,15 @@ func BenchmarkDump(b *testing.B) {
 		measure("mdlayher-receive", func() {
 			payload := genHeader(IPv4, rtmsgLen)
 			m := netlinkDump(rtmGetRoute, payload)
-			if _, err := tb.c.Send(m); err != nil {
+			c, err := dialRoute(0)
+			if err != nil {
 				b.Fatal(err)
 			}
-			_ = tb.c.SetReadDeadline(time.Time{})
-			for _, err := range tb.c.ReceiveIter() {
+			defer c.Close()
+			if _, err := c.Send(m); err != nil {
+				b.Fatal(err)
+			}
+			for _, err := range c.ReceiveIter() {
 				if err != nil {
 					b.Fatal(err)
 				}

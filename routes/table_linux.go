@@ -17,13 +17,13 @@ import (
 // The kernel's errors can be told apart by errors.Is with a syscall.Errno; their text holds
 // the kernel's own explanation.
 type Table struct {
-	c   *conn
+	c   *talk
 	dec Decoder
 }
 
 // OpenTable opens a Table in the network namespace of the calling thread.
 func OpenTable() (*Table, error) {
-	c, err := dialRoute(1 << 20)
+	c, err := dialTalk(1 << 20)
 	if err != nil {
 		return nil, err
 	}
@@ -231,7 +231,7 @@ func (t *Table) Lookup(q Query) (Answer, error) {
 	got := false
 	payload, err := q.encode()
 	if err == nil {
-		_, err = t.c.request(rtmGetRoute, unix.NLM_F_ACK, payload, func(h Header, data []byte) error {
+		err = t.c.ask(rtmGetRoute, payload, func(h Header, data []byte) error {
 			if h.Type != rtmNewRoute {
 				return nil
 			}
@@ -306,38 +306,53 @@ func (a *Answer) decode(in *Interner, data []byte, match bool) error {
 	}
 	// An answer for a single packet is marked as cached, which a route is not.
 	flags := binary.NativeEndian.Uint32(data[8:])
-	var expires uint32
-	w := attrs{b: data[rtmsgLen:]}
-	for w.next() {
-		if w.typ == rtaCacheinfo && len(w.val) >= cacheExpiresAt+4 {
-			expires = binary.NativeEndian.Uint32(w.val[cacheExpiresAt:])
-		}
-	}
-	if w.err != nil {
-		return w.err
-	}
-	binary.NativeEndian.PutUint32(data[8:], flags&^rtmFCloned)
-	r, err := in.ParseRoute(data)
+	*a = Answer{Type: Type(data[7]), Table: TableID(data[4])}
+	expires, err := a.attributes(Family(data[0]), data[rtmsgLen:])
 	if err != nil {
 		return err
 	}
-	b := r.Body
-	*a = Answer{
-		Type: b.Type, Table: b.Table, PrefSrc: b.PrefSrc,
-		MTU: b.Metrics.MTU, MTULocked: b.Metrics.MTULocked(), AdvMSS: b.Metrics.AdvMSS,
-	}
 	if match {
-		a.Route = r
-	}
-	if len(b.Nexthops) > 0 {
-		a.Oif, a.Gateway = b.Nexthops[0].Oif, b.Nexthops[0].Gateway
+		binary.NativeEndian.PutUint32(data[8:], flags&^rtmFCloned)
+		a.Route, err = in.ParseRoute(data)
+		return err
 	}
 	// The time is in USER_HZ.
-	if flags&rtmFCloned != 0 && expires != 0 && !match {
+	if flags&rtmFCloned != 0 && expires != 0 {
 		a.PMTU, a.Expires = a.MTU, max(1, expires/userHZ)
 		a.MTU, a.MTULocked = 0, false
 	}
 	return nil
+}
+
+// attributes decodes the attributes of an answer. Of several ways the first counts. expires is that of the cache information.
+func (a *Answer) attributes(f Family, b []byte) (expires uint32, err error) {
+	var first hop
+	var metrics Metrics
+	w := attrs{b: b}
+	for w.next() {
+		switch w.typ {
+		case rtaTable:
+			a.Table = TableID(w.u32())
+		case rtaPrefsrc:
+			a.PrefSrc = w.addr(f)
+		case rtaMetrics:
+			w.err = metrics.decode(w.val)
+		case rtaOif, rtaGateway, rtaVia:
+			w.nexthop(&first)
+		case rtaMultipath:
+			var several []Nexthop
+			if several, w.err = decodeMultipath(w.val); len(several) > 0 {
+				first.Nexthop = several[0]
+			}
+		case rtaCacheinfo:
+			if len(w.val) >= cacheExpiresAt+4 {
+				expires = binary.NativeEndian.Uint32(w.val[cacheExpiresAt:])
+			}
+		}
+	}
+	a.Oif, a.Gateway = first.Oif, first.Gateway
+	a.MTU, a.MTULocked, a.AdvMSS = metrics.MTU, metrics.MTULocked(), metrics.AdvMSS
+	return expires, w.err
 }
 
 // userHZ is the unit of times in netlink, the same on all architectures that Go runs on.

@@ -59,11 +59,24 @@ func (b *Body) hasWay(n Nexthop) bool {
 	return slices.ContainsFunc(b.Nexthops, func(have Nexthop) bool { return sameNexthop(have, n) })
 }
 
+// destinationRoutes are routes by destination, as setRoute and removeRoute change them.
+type destinationRoutes interface {
+	get(tableKey, netip.Prefix) []*Body
+	replace(k tableKey, dst netip.Prefix, old, bodies []*Body)
+}
+
+var (
+	_ destinationRoutes = (*FIB)(nil)
+	_ destinationRoutes = (*findings)(nil)
+)
+
+func (r Route) tableKey() tableKey { return tableKey{r.Body.Family, r.Body.Table} }
+
 // setRoute applies RTM_NEWROUTE. The kernel's order within a destination is kept: IPv4 by TOS
 // (falling) and metric, IPv6 by metric; among equals the flags decide.
-func (s *state) setRoute(ev RouteSet) Effect {
+func setRoute(s destinationRoutes, ev RouteSet) Effect {
 	r := ev.Route
-	old := s.get(r.Body.Family, r.Body.Table, r.Dst)
+	old := s.get(r.tableKey(), r.Dst)
 	var equals []int
 	known := false
 	for i, b := range old {
@@ -119,7 +132,7 @@ func (s *state) setRoute(ev RouteSet) Effect {
 		// Without NLM_F_APPEND an IPv4 route with an equal key goes first (`ip route prepend`).
 		bodies = insertBody(bodies, r.Body, r.Body.Family == IPv4 && !ev.Append)
 	}
-	s.store(r.Dst, r.Body.Family, r.Body.Table, old, bodies)
+	s.replace(r.tableKey(), r.Dst, old, bodies)
 	e.Changed = true
 	return e
 }
@@ -151,8 +164,8 @@ func insertBody(bodies []*Body, b *Body, first bool) []*Body {
 }
 
 // removeRoute applies RTM_DELROUTE.
-func (s *state) removeRoute(r Route) Effect {
-	old := s.get(r.Body.Family, r.Body.Table, r.Dst)
+func removeRoute(s destinationRoutes, r Route) Effect {
+	old := s.get(r.tableKey(), r.Dst)
 	i := slices.IndexFunc(old, func(b *Body) bool { return b.same(r.Body) })
 	var e Effect
 	if i < 0 {
@@ -169,69 +182,8 @@ func (s *state) removeRoute(r Route) Effect {
 		}
 		return Effect{}
 	}
-	s.store(r.Dst, r.Body.Family, r.Body.Table, old, slices.Delete(slices.Clone(old), i, i+1))
+	s.replace(r.tableKey(), r.Dst, old, slices.Delete(slices.Clone(old), i, i+1))
 	e.Changed = true
-	return e
-}
-
-// prune ends a partial resync: what it found replaces what the mirror has in its scope.
-func (f *FIB) prune(p *partial) (e Effect) {
-	inScope := func(b *Body) bool {
-		if p.scope.Oif == 0 {
-			return true
-		}
-		return slices.ContainsFunc(b.Nexthops, func(n Nexthop) bool { return n.Oif == p.scope.Oif })
-	}
-	type place struct {
-		dst netip.Prefix
-		k   tableKey
-	}
-	found := map[place][]*Body{}
-	for k, bodies := range p.seen {
-		at := place{k.Dst, tableKey{k.Family, k.Table}}
-		found[at] = append(found[at], bodies...)
-	}
-	stale := map[place]bool{}
-	for tk, t := range f.tables {
-		if p.scope.Family != 0 && p.scope.Family != tk.family {
-			continue
-		}
-		for dst, paths := range t.All() {
-			at := place{dst, tk}
-			if _, ok := found[at]; !ok && slices.ContainsFunc(paths.Bodies(), inScope) {
-				stale[at] = true
-			}
-		}
-	}
-	for at := range stale {
-		found[at] = nil
-	}
-	for at, bodies := range found {
-		old := f.get(at.k.family, at.k.id, at.dst)
-		next := slices.Clone(bodies)
-		slices.SortStableFunc(next, before)
-		for _, b := range old {
-			switch {
-			case inScope(b):
-			case slices.ContainsFunc(bodies, b.sameKey):
-				// Replaced by what was found, or an alias of it: only a dump of both tells.
-				switch {
-				case e.Resync == nil:
-					e.Resync = &Scope{RoutesOnly: true, Family: at.k.family}
-				case e.Resync.Family != at.k.family:
-					e.Resync.Family = 0 // both families have such routes
-				}
-			default:
-				next = insertBody(next, b, false)
-			}
-		}
-		if slices.EqualFunc(old, next, (*Body).same) {
-			continue
-		}
-		f.store(at.dst, at.k.family, at.k.id, old, next)
-		f.note(Change{Family: at.k.family, Dst: at.dst})
-		e.Changed = true
-	}
 	return e
 }
 
@@ -243,16 +195,18 @@ const maxHeld = 1 << 16
 // single route that ends with what the last of them says. Where several have one key, a replace
 // that is told twice hits another route than it did, which a removal then takes along. So keys
 // with several such events are in doubt, but not those that were only replaced.
-func inDoubt(held []Event) map[Family]bool {
+func inDoubt(held [][]Event) map[Family]bool {
 	doubt := map[Family]bool{}
 	seen := map[Key]int{}
 	each := func(f func(k Key, only bool)) {
-		for _, ev := range held {
-			switch ev := ev.(type) {
-			case RouteSet:
-				f(ev.Route.Key(), ev.Replace)
-			case RouteGone:
-				f(ev.Route.Key(), false)
+		for _, batch := range held {
+			for _, ev := range batch {
+				switch ev := ev.(type) {
+				case RouteSet:
+					f(ev.Route.Key(), ev.Replace)
+				case RouteGone:
+					f(ev.Route.Key(), false)
+				}
 			}
 		}
 	}

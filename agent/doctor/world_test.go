@@ -2,6 +2,7 @@ package doctor
 
 import (
 	"net/netip"
+	"slices"
 
 	"tsoagent/agent/plan"
 	"tsoagent/ethtool"
@@ -117,7 +118,7 @@ func (w *world) patient() *Patient {
 	if p.Input.Holds != nil {
 		in.Holds = p.Input.Holds
 	}
-	for _, peer := range plan.PeersOf(w.db, nil) {
+	for _, peer := range plan.PeersOf(slices.Collect(w.db.Coverages())...) {
 		in.Peers[peer] = plan.Path{MTU: 1500, Oif: nic, Table: routes.TableMain}
 	}
 	for _, o := range plan.OutersOf(w.fib, nil) {

@@ -314,36 +314,29 @@ func (p *planner) bypassed(w way, e *entry, dst netip.Prefix) bool {
 	})
 }
 
-// PeersOf lists the outer peers whose route MTU a plan needs, in order and without repetition.
-func PeersOf(db *xfrmwatch.DB, lingering []xfrmwatch.Coverage) []Peer {
-	seen := map[Peer]bool{}
-	add := func(c xfrmwatch.Coverage) {
+// PeersOf lists the outer peers whose route MTU a plan needs for coverages, in order and without repetition.
+func PeersOf(covs ...xfrmwatch.Coverage) []Peer {
+	var peers []Peer
+	for i := range covs {
+		c := &covs[i]
 		for _, st := range c.Steps {
 			if st.Template.Mode == xfrmwatch.Transport {
 				continue
 			}
 			for _, sa := range st.SAs {
-				seen[PeerOf(sa)] = true
+				peers = append(peers, PeerOf(sa))
 			}
 		}
 		if peer, ok := policyPeer(c.Policy); ok && len(c.Steps) == 0 {
-			seen[peer] = true
+			peers = append(peers, peer)
 		}
 	}
-	for c := range db.Coverages() {
-		add(c)
+	if len(peers) > 1 {
+		slices.SortFunc(peers, func(a, b Peer) int {
+			return cmp.Or(a.Addr.Compare(b.Addr), a.Src.Compare(b.Src), cmp.Compare(a.Mark.Value, b.Mark.Value), cmp.Compare(a.Mark.Mask, b.Mark.Mask))
+		})
 	}
-	for _, c := range lingering {
-		add(c)
-	}
-	peers := make([]Peer, 0, len(seen))
-	for k := range seen {
-		peers = append(peers, k)
-	}
-	slices.SortFunc(peers, func(a, b Peer) int {
-		return cmp.Or(a.Addr.Compare(b.Addr), a.Src.Compare(b.Src), cmp.Compare(a.Mark.Value, b.Mark.Value), cmp.Compare(a.Mark.Mask, b.Mark.Mask))
-	})
-	return peers
+	return slices.Compact(peers)
 }
 
 // peersOf are the peers of a template of a coverage: those of its SAs, or its own address.

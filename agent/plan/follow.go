@@ -8,6 +8,10 @@ import (
 	"tsoagent/xfrmwatch"
 )
 
+// keptTouched is how many coverages a map of them may have had that is used again: Go's maps never shrink, and to go through one takes as
+// long as it would if it were full.
+const keptTouched = 64
+
 // follow brings the plan up to a new input by what changed. It is false if it has to be worked out from
 // scratch.
 func (p *planner) follow(in Input, ch Changes) bool {
@@ -20,7 +24,11 @@ func (p *planner) follow(in Input, ch Changes) bool {
 	p.follower.asked, in.Peers, in.Outers = in.Peers, p.Peers, p.Outers
 	p.Input = in
 	p.at = nil
-	clear(p.touched)
+	if len(p.touched) > keptTouched {
+		p.touched = map[*coverage]struct{}{}
+	} else {
+		clear(p.touched)
+	}
 	p.rerouted = nil
 	var r region
 	p.followRoutes(&r, ch.Dsts)

@@ -447,7 +447,7 @@ func (w *world) input() Input {
 		Forwarding: w.forwarding, Probed: w.probed, Outers: map[routes.Ifindex]Path{},
 		Keys: w.keys, Trusted: w.trusted, KeysStale: w.keysStale,
 	}
-	for _, p := range PeersOf(w.db, w.gone) {
+	for _, p := range PeersOf(append(slices.Collect(w.db.Coverages()), w.gone...)...) {
 		if path := w.path(p); path.MTU != 0 {
 			in.Peers[p] = path
 		}

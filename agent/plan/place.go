@@ -174,6 +174,9 @@ func (p *planner) room(base *routes.Rule) int {
 			room = min(int(base.Priority)-int(r.Priority)-1, MaxRules*4)
 		}
 	}
+	if !slices.ContainsFunc(p.FIB.Rules(base.Family), func(r *routes.Rule) bool { return r.Action == routes.RuleGoto }) {
+		return room // which is nearly always so
+	}
 	for i := range room {
 		if p.jumpTo(base.Family, base.Priority-uint32(i)-1) != nil {
 			return i
