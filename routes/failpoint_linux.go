@@ -7,36 +7,26 @@ import (
 	"tsoagent/failpoint"
 )
 
-// Send sends a request.
-func (c *conn) Send(m netlink.Message) (netlink.Message, error) {
-	if !failpoint.Armed() {
-		return c.Conn.Send(m)
-	}
-	before, after := pointsOf(m.Header)
+// around is at the failpoint before a request, and returns what is at the one after it. The kernel does what it is asked for while it is sent.
+func around(h netlink.Header) (after func()) {
+	before, behind := pointsOf(h)
 	if before == "" {
-		return c.Conn.Send(m)
+		return func() {}
 	}
 	failpoint.Hit(before)
-	sent, err := c.Conn.Send(m)
-	failpoint.Hit(after) // the kernel does what it is asked for while it is sent
-	return sent, err
+	return func() { failpoint.Hit(behind) }
 }
 
-// SendMessages sends requests in one system call, where no test wants to get in between. In one, the kernel does them
-// all: it does not look for signals (netlink_rcv_skb, net/netlink/af_netlink.c).
-func (c *conn) SendMessages(msgs []netlink.Message) ([]netlink.Message, error) {
-	if !failpoint.Armed() {
-		return c.Conn.SendMessages(msgs)
-	}
-	out := make([]netlink.Message, 0, len(msgs))
-	for _, m := range msgs {
-		sent, err := c.Send(m)
-		if err != nil {
-			return out, err
+// oneByOne sends requests in system calls of their own, for the tests to get in between. In one, the kernel does them all: it does not look for
+// signals (netlink_rcv_skb, net/netlink/af_netlink.c).
+func (t *talk) oneByOne(ms []netlink.Message) ([]netlink.Message, error) {
+	for i := range ms {
+		var err error
+		if ms[i], err = t.Send(ms[i]); err != nil {
+			return ms, err
 		}
-		out = append(out, sent)
 	}
-	return out, nil
+	return ms, nil
 }
 
 // pointsOf are the points before and after a request, empty where it changes nothing.

@@ -10,6 +10,8 @@ import (
 
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
+
+	"tsoagent/failpoint"
 )
 
 // talk is a connection for requests alone. The kernel does what it is asked while it is sent
@@ -83,12 +85,18 @@ func (t *talk) PID() uint32 { return t.port }
 
 // Send sends one message, whose sequence number it fills in.
 func (t *talk) Send(m netlink.Message) (netlink.Message, error) {
+	if failpoint.Armed() {
+		defer around(m.Header)()
+	}
 	t.out = t.append(t.out[:0], &m)
 	return m, t.send(t.out)
 }
 
 // SendMessages sends several messages in one system call, and fills their sequence numbers in.
 func (t *talk) SendMessages(ms []netlink.Message) ([]netlink.Message, error) {
+	if failpoint.Armed() {
+		return t.oneByOne(ms)
+	}
 	t.out = t.out[:0]
 	for i := range ms {
 		t.out = t.append(t.out, &ms[i])
