@@ -58,6 +58,8 @@ type lockedRoute struct {
 	Claim    plan.LockClaim `json:"claim"`
 	Owner    []byte         `json:"owner,omitempty"`   // the RTM_NEWROUTE payload as the owner had it
 	Written  []byte         `json:"written,omitempty"` // the one that we wrote
+	// Stale is what an earlier write of ours made of the route when Owner stood there. While the kernel has that, Owner is not back yet.
+	Stale []byte `json:"stale,omitempty"`
 }
 
 func (l lockedRoute) key() routes.Key {
@@ -119,22 +121,26 @@ func (a *Agent) holdEntries(holds []plan.Hold) []journal.Entry {
 func (a *Agent) lockEntries(locks []plan.Lock) []journal.Entry {
 	out := make([]journal.Entry, 0, len(locks))
 	for _, l := range locks {
-		k := l.Route.Key()
-		// Prev is what is in place if we die ahead of the write: after a crash that can be the
-		// claim's own Prev.
-		prev := a.st.locks[k].Ours
-		if have := routes.MTUMetricOf(l.Route.Body); a.st.locks[k].Wrote(have) {
-			prev = have
-		}
-		rec := lockedRoute{
-			Family: k.Family, Table: k.Table, Dst: k.Dst, Src: k.Src, TOS: k.TOS, Priority: k.Priority,
-			Claim: plan.LockClaim{Was: l.Owner, Ours: l.Want, Prev: prev},
-		}
-		rec.Owner, _ = routes.EncodeLock(l.Route, l.Owner)
-		rec.Written, _ = routes.EncodeLock(l.Route, l.Want)
-		out = append(out, entry(lockID(k), kindLock, rec))
+		out = append(out, entry(lockID(l.Route.Key()), kindLock, a.lockRecord(l)))
 	}
 	return out
+}
+
+func (a *Agent) lockRecord(l plan.Lock) lockedRoute {
+	k := l.Route.Key()
+	// Prev is what is in place if we die ahead of the write: after a crash that can be the
+	// claim's own Prev.
+	prev := a.st.locks[k].Ours
+	if have := routes.MTUMetricOf(l.Route.Body); a.st.locks[k].Wrote(have) {
+		prev = have
+	}
+	rec := lockedRoute{
+		Family: k.Family, Table: k.Table, Dst: k.Dst, Src: k.Src, TOS: k.TOS, Priority: k.Priority,
+		Claim: plan.LockClaim{Was: l.Owner, Ours: l.Want, Prev: prev},
+	}
+	rec.Owner, _ = routes.EncodeLock(l.Route, l.Owner)
+	rec.Written, _ = routes.EncodeLock(l.Route, l.Want)
+	return rec
 }
 
 // unbook takes entries out of the journal after they were undone.
@@ -201,6 +207,9 @@ func (a *Agent) adoptEntry(e journal.Entry) error {
 			return err
 		}
 		a.st.locks[l.key()] = l.Claim
+		if len(l.Stale) > 0 {
+			a.st.unrepaired = append(a.st.unrepaired, l)
+		}
 	case kindTables:
 		var t ownTables
 		if err := json.Unmarshal(e.Data, &t); err != nil {
@@ -253,6 +262,9 @@ func (a *Agent) checkAdopted() {
 	a.recallMTUs()
 	a.recallMoved()
 	a.missHeld()
+	if a.writes() {
+		a.mendStale()
+	}
 	for k, c := range a.st.holds {
 		if s, ok := a.st.features[routes.Ifindex(k.Index)].Get(k.Feature); ok && s.Wanted {
 			a.dropHold(k)

@@ -123,12 +123,17 @@ func (a *Agent) repair(w *write, echo routes.Route) {
 		l.Want = l.Owner
 	}
 	same := routes.EqualButMTU(w.owner.Body, echo.Body) && routes.MTUMetricOf(echo.Body) == l.Want
+	give := w.back || n > 1
+	var err error
+	if !same || !give {
+		err = a.bookRepair(l, echo, same)
+	}
 	if !same {
 		a.stats.Repairs++
 		failpoint("lock-stale")
 		a.noted("the route's owner changed it while we wrote: the owner's version is written again", "route", k.String())
 	}
-	if w.back || n > 1 {
+	if give {
 		if !same {
 			if err := a.giveBack(plan.Unlock{Route: l.Route, Was: l.Want})[0]; err != nil {
 				a.failed("the owner's version can't be written again", err, "route", k.String())
@@ -138,7 +143,6 @@ func (a *Agent) repair(w *write, echo routes.Route) {
 		a.unbook(lockID(k))
 		return
 	}
-	err := a.journal.Put(a.lockEntries([]plan.Lock{l})...)
 	switch {
 	case err != nil && same:
 		a.failed("journal can't be written", err)

@@ -10,6 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"tsoagent/routes"
+	"tsoagent/xfrmwatch"
 )
 
 // raceWorld is a tunnelWorld in which the route to 10.2.0.0/16 leads over a gateway, and is
@@ -167,7 +168,7 @@ func TestOwnerRacesWhatWeGiveBack(t *testing.T) {
 				t.Errorf("the route is %q, want %q", got, c.want)
 			}
 			for _, op := range w.ops {
-				if strings.Contains(op, "mtu lock 1446") || strings.HasPrefix(op, "journal put") {
+				if strings.Contains(op, "mtu lock 1446") {
 					t.Errorf("while giving back: %s", op)
 				}
 			}
@@ -249,5 +250,87 @@ func TestRouteThatTheKernelRefusesToLockIsWarnedOf(t *testing.T) {
 	w.settle()
 	if got := w.route("10.2.0.0/16"); got != "via 192.0.2.10 dev 7 mtu lock 1446" {
 		t.Errorf("the route is %q", got)
+	}
+}
+
+// Between the write that overwrites the owner's version and the one that writes it again, the journal has that version.
+func TestKilledBeforeARepair(t *testing.T) {
+	const dst = "10.2.0.0/16"
+	via := func(gw string) hop { return hop{oif: ipsec1, gw: gw} }
+	killed := func(t *testing.T) *world {
+		w := raceWorld(t)
+		w.xfrm(tunnelPolicy, tunnelSA)
+		w.beforeEcho = func() {
+			w.replaceRoute(dst, via("192.0.2.11"))
+			w.beforeEcho = func() { panic("killed") }
+		}
+		func() {
+			defer func() { _ = recover() }()
+			w.settle()
+			t.Fatal("not killed")
+		}()
+		if got := w.route(dst); got != "via 192.0.2.10 dev 7 mtu lock 1446" {
+			t.Fatalf("nothing was overwritten: %s", got)
+		}
+		cfg := Config{}
+		cfg.Plan.Dedicated = "keep"
+		w.crash(cfg)
+		return w
+	}
+	for name, c := range map[string]struct {
+		meanwhile func(*world)
+		events    []xfrmwatch.Event
+		want      string
+	}{
+		"the cause is there":    {func(*world) {}, []xfrmwatch.Event{tunnelPolicy, tunnelSA}, "via 192.0.2.11 dev 7 mtu lock 1446"},
+		"the cause is gone":     {func(*world) {}, nil, "via 192.0.2.11 dev 7"},
+		"the owner was quicker": {func(w *world) { w.replaceRoute(dst, via("192.0.2.12")) }, nil, "via 192.0.2.12 dev 7"},
+		"the owner went back":   {func(w *world) { w.replaceRoute(dst, via("192.0.2.10")) }, nil, "via 192.0.2.10 dev 7"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := killed(t)
+			w.t = t
+			c.meanwhile(w)
+			w.start(c.events...)
+			w.advance(time.Minute)
+			if got := w.route(dst); got != c.want {
+				t.Errorf("the route is %q, want %q\n%s", got, c.want, strings.Join(w.ops, "\n"))
+			}
+			w.xfrm(gone(tunnelPolicy))
+			w.settle()
+			w.advance(time.Minute)
+			if ids := w.ids(); len(ids) > 0 {
+				t.Errorf("entries stay in the journal: %v", ids)
+			}
+		})
+	}
+}
+
+func TestKilledBeforeARepairOfWhatWasGivenBack(t *testing.T) {
+	const dst = "10.2.0.0/16"
+	w := raceWorld(t)
+	w.xfrm(tunnelPolicy, tunnelSA)
+	w.settle()
+	w.xfrm(gone(tunnelPolicy))
+	w.settle()
+	w.beforeEcho = func() {
+		w.replaceRoute(dst, hop{oif: ipsec1, gw: "192.0.2.11"})
+		w.beforeEcho = func() { panic("killed") }
+	}
+	func() {
+		defer func() { _ = recover() }()
+		w.advance(time.Second)
+		t.Fatal("not killed")
+	}()
+	cfg := Config{}
+	cfg.Plan.Dedicated = "keep"
+	w.crash(cfg)
+	w.start()
+	w.advance(time.Minute)
+	if got := w.route(dst); got != "via 192.0.2.11 dev 7" {
+		t.Errorf("the route is %q", got)
+	}
+	if ids := w.ids(); len(ids) > 0 {
+		t.Errorf("entries stay in the journal: %v", ids)
 	}
 }

@@ -43,6 +43,8 @@ type state struct {
 	booked    map[xfrmwatch.CoverageID]int                      // those of last that are in the journal
 	// adopted are the MTUs that the journal remembers, until the first plan.
 	adopted []rememberedMTU
+	// unrepaired are the routes that an earlier run has overwritten and not written again, until the first plan.
+	unrepaired []lockedRoute
 	// tables are the numbers that an earlier run used, nil for none.
 	tables *ownTables
 	// tablesBooked says that this run has put those of its own into the journal.

@@ -9,6 +9,8 @@ import (
 
 	"github.com/google/nftables"
 	"github.com/mdlayher/netlink"
+
+	"tsoagent/failpoint"
 )
 
 // ErrForeign is the error of a write where the kernel has a table of our name that is not ours.
@@ -72,7 +74,7 @@ func (t *Table) Write(entries []Entry) error {
 	for _, r := range want.rules() {
 		t.c.AddRule(r)
 	}
-	if err := t.c.Flush(); err != nil {
+	if err := t.flush(); err != nil {
 		return fmt.Errorf("clamp: write table inet %s: %w", Name, err)
 	}
 	return nil
@@ -91,10 +93,18 @@ func (t *Table) Delete() error {
 		return fmt.Errorf("clamp: delete table inet %s: %w", Name, ErrForeign)
 	}
 	t.c.DelTable(table())
-	if err := t.c.Flush(); err != nil && !gone(err) {
+	if err := t.flush(); err != nil && !gone(err) {
 		return fmt.Errorf("clamp: delete table inet %s: %w", Name, err)
 	}
 	return nil
+}
+
+// flush does what was asked for, in one transaction.
+func (t *Table) flush() error {
+	failpoint.Hit("nft-before")
+	err := t.c.Flush()
+	failpoint.Hit("nft-after")
+	return err
 }
 
 // Read reads what the kernel has. It reads piece by piece: while somebody else writes the table,

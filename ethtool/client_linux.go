@@ -10,6 +10,8 @@ import (
 	"github.com/mdlayher/genetlink"
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
+
+	"tsoagent/failpoint"
 )
 
 // stringSetFeatures is ETH_SS_FEATURES (linux/ethtool.h).
@@ -221,7 +223,9 @@ func (c *Client) sendSet(dev Device, ask []Feature, want map[Feature]bool) (diff
 	if err != nil {
 		return difference{}, err
 	}
+	failpoint.Hit("features-before")
 	msgs, err := c.execute(unix.ETHTOOL_MSG_FEATURES_SET, 0, req)
+	failpoint.Hit("features-after")
 	if err != nil {
 		return difference{}, err
 	}

@@ -8,6 +8,8 @@ import (
 	"github.com/mdlayher/genetlink"
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
+
+	"tsoagent/failpoint"
 )
 
 // A Client makes, reads and removes lanes in the network namespace in which it was dialed. It is
@@ -51,11 +53,27 @@ func (c *Client) write(typ uint16, flags netlink.HeaderFlags, head []byte, attrs
 	if err != nil {
 		return err
 	}
+	before, after := pointsOf(typ)
+	failpoint.Hit(before)
 	_, err = c.rt.Execute(netlink.Message{
 		Header: netlink.Header{Type: netlink.HeaderType(typ), Flags: netlink.Request | netlink.Acknowledge | flags},
 		Data:   body,
 	})
+	failpoint.Hit(after)
 	return err
+}
+
+// pointsOf are the failpoints before and after a write.
+func pointsOf(typ uint16) (before, after string) {
+	switch typ {
+	case rtmNewLink:
+		return "lane-link-before", "lane-link-after"
+	case rtmDelLink:
+		return "lane-unlink-before", "lane-unlink-after"
+	case rtmNewQdisc, rtmDelQdisc:
+		return "lane-qdisc-before", "lane-qdisc-after"
+	}
+	return "lane-filter-before", "lane-filter-after"
 }
 
 // dumpTries bounds how often a dump is repeated that the kernel says it could not do in one go.

@@ -7,6 +7,8 @@ import (
 	"github.com/mdlayher/genetlink"
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
+
+	"tsoagent/failpoint"
 )
 
 // cuts reports whether a device without this feature cuts packets that one with it leaves whole:
@@ -120,10 +122,12 @@ func (c *Client) stopTSO(ifb link) error {
 	if err != nil {
 		return err
 	}
+	failpoint.Hit("lane-features-before")
 	_, err = c.et.Execute(genetlink.Message{
 		Header: genetlink.Header{Command: unix.ETHTOOL_MSG_FEATURES_SET, Version: unix.ETHTOOL_GENL_VERSION},
 		Data:   body,
 	}, c.ethtool.ID, netlink.Request) // the reply is the acknowledgement
+	failpoint.Hit("lane-features-after")
 	if err != nil {
 		return fmt.Errorf("take TSO from %s: %w", ifb.name, err)
 	}

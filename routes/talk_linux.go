@@ -11,6 +11,8 @@ import (
 
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
+
+	"tsoagent/failpoint"
 )
 
 // talk is a connection for requests alone. The kernel does what it is asked while it is sent
@@ -84,6 +86,9 @@ func (t *talk) PID() uint32 { return t.port }
 
 // Send sends one message, whose sequence number it fills in.
 func (t *talk) Send(m netlink.Message) (netlink.Message, error) {
+	if failpoint.Armed() {
+		defer around(m.Header)()
+	}
 	t.out = t.append(t.out[:0], &m)
 	return m, t.send(t.out)
 }

@@ -10,6 +10,8 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"tsoagent/failpoint"
 )
 
 // openFlags never follow a link, never leak to a child and never hang on a FIFO.
@@ -135,13 +137,17 @@ func (d *directory) keepDamaged() error {
 	if err := unix.Unlinkat(fd, damagedName, 0); err != nil && !errors.Is(err, unix.ENOENT) {
 		return os.NewSyscallError("unlinkat", err)
 	}
-	return os.NewSyscallError("linkat", unix.Linkat(fd, fileName, fd, damagedName, 0))
+	failpoint.Hit("journal-damaged-unlinked")
+	err := os.NewSyscallError("linkat", unix.Linkat(fd, fileName, fd, damagedName, 0))
+	failpoint.Hit("journal-damaged-linked")
+	return err
 }
 
 // replace puts a file with the content b in the place of the journal, and returns it open for
 // appending. If the file is nil, the old one is still in place; a file and an error together
 // say that the new one is in place but may not survive a crash.
 func (d *directory) replace(b []byte) (*os.File, error) {
+	failpoint.Hit("journal-new-before")
 	fd := int(d.Fd())
 	if err := unix.Unlinkat(fd, newName, 0); err != nil && !errors.Is(err, unix.ENOENT) {
 		return nil, os.NewSyscallError("unlinkat", err)
@@ -150,15 +156,25 @@ func (d *directory) replace(b []byte) (*os.File, error) {
 	if err != nil {
 		return nil, err
 	}
+	failpoint.Hit("journal-new-created")
+	if failpoint.Here("journal-new-torn") {
+		_, _ = f.Write(b[:len(b)/2])
+		failpoint.Die()
+	}
 	if _, err = f.Write(b); err == nil {
+		failpoint.Hit("journal-new-written")
 		err = f.Sync()
 	}
 	if err == nil {
+		failpoint.Hit("journal-new-synced")
 		err = os.NewSyscallError("renameat", unix.Renameat(fd, newName, fd, fileName))
+		failpoint.Hit("journal-new-renamed")
 	}
 	if err != nil {
 		_ = unix.Unlinkat(fd, newName, 0)
 		return nil, errors.Join(err, f.Close())
 	}
-	return f, os.NewSyscallError("fsync", unix.Fsync(fd))
+	err = os.NewSyscallError("fsync", unix.Fsync(fd))
+	failpoint.Hit("journal-new-done")
+	return f, err
 }

@@ -7,6 +7,8 @@ import (
 	"slices"
 
 	"golang.org/x/sys/unix"
+
+	"tsoagent/failpoint"
 )
 
 // A change is a batch of lines and what they do to the entries.
@@ -57,12 +59,19 @@ func (j *Journal) commit(c change) error {
 }
 
 func (j *Journal) append(b []byte) error {
+	failpoint.Hit("journal-append-before")
+	if failpoint.Here("journal-append-torn") {
+		_, _ = j.file.Write(b[:len(b)/2])
+		failpoint.Die()
+	}
 	if _, err := j.file.Write(b); err != nil {
 		return err
 	}
+	failpoint.Hit("journal-append-written")
 	if err := unix.Fdatasync(int(j.file.Fd())); err != nil {
 		return os.NewSyscallError("fdatasync", err)
 	}
+	failpoint.Hit("journal-append-synced")
 	return nil
 }
 

@@ -43,7 +43,7 @@ func BuildCommands(ctx context.Context, tree, dir string) error {
 	return errors.Join(
 		BuildCommand(ctx, tree, "cmd/tsoagent", dir),
 		BuildCommand(ctx, tree, "cmd/tsoctl", dir),
-		// The same agent with places where it kills itself (agent/failpoint_on.go).
+		// The same agent with places where it kills itself (failpoint/on.go).
 		goTool(ctx, tree, "build", "-buildvcs=false", "-tags", "failpoint", "-o", filepath.Join(dir, "tsoagent-failpoint"), "./cmd/tsoagent"),
 	)
 }
