@@ -2,7 +2,9 @@ package agent
 
 import (
 	"cmp"
+	"context"
 	"fmt"
+	"log/slog"
 	"maps"
 	"slices"
 	"strings"
@@ -383,6 +385,11 @@ func (a *Agent) settleCauses(goesOn bool) {
 		}) {
 			if n := c.made[s] - maxOfRound; n > 0 {
 				delete(c.made, s)
+				level := slog.LevelInfo
+				if s.kind == api.EventFailed {
+					level = slog.LevelWarn
+				}
+				a.log.Log(context.Background(), level, s.what, "more", n)
 				a.event(s.kind, s.what, "more", n)
 			}
 		}

@@ -33,7 +33,7 @@ func TestSourceIsKnownUntilItsWayCanChange(t *testing.T) {
 		{"a rule", routes.RuleSet{Rule: &routes.Rule{Family: routes.IPv4, Priority: 100, Table: 100}}, false},
 	} {
 		t.Run(c.what, func(t *testing.T) {
-			s := newState()
+			s := newState(&plan.Config{})
 			for _, ev := range []routes.Event{
 				routes.ResyncBegin{}, routes.LinkSet{Link: link}, routes.AddrSet{Addr: own},
 				routes.RouteSet{Route: newRoute(t, "10.1.0.0/16", hop{oif: 2})}, routes.ResyncEnd{},

@@ -212,8 +212,11 @@ func (a *Agent) input(now time.Time) plan.Input {
 		}
 	}
 	a.st.ways.settle(a.rt, a.st)
-	a.st.changes.Peers = append(a.st.changes.Peers, a.st.ways.others...)
-	in.Peers, in.Outers, in.L2TP = a.st.ways.pathTo, a.st.ways.pathOut, a.st.ways.l2tp
+	if !a.st.changes.All {
+		a.st.changes.Peers = append(a.st.changes.Peers, a.st.ways.others...)
+	}
+	a.st.ways.others = nil
+	in.Peers, in.Outers, in.L2TP = a.st.ways, a.st.ways.pathOut, a.st.ways.l2tp
 	in.Probed = a.probed
 	return in
 }
@@ -239,9 +242,11 @@ func (a *Agent) round(now time.Time) (next time.Duration, reached bool) {
 	}
 	act, held := pl, plan.Held{Holds: a.st.holds, Locks: a.st.locks} // what is worked towards
 	var steps plan.Steps
-	if a.goal == protect {
+	switch {
+	case a.onlyLooks(): // what would have to be done is worked out for a report, not in each round
+	case a.goal == protect:
 		steps = a.st.planner.Steps(in, held)
-	} else {
+	default:
 		act = &plan.Plan{}
 		steps = plan.Diff(in, act, held)
 		a.st.planner.Relook()
@@ -275,7 +280,10 @@ func (a *Agent) round(now time.Time) (next time.Duration, reached bool) {
 	a.since = time.Time{}
 	a.lastP, a.lastIn = pl, in
 	a.countPause(&steps)
-	a.came = outcome{now: now, unlocked: a.unlocked(pl, act, &steps), rules: steps.AddRules, clones: steps.Clones, writes: a.writes()}
+	a.came = outcome{now: now, unlocked: a.unlocked(pl, act, &steps)}
+	if a.came.writes = a.writes(); !a.came.writes { // else they are in place
+		a.came.rules, a.came.clones = steps.AddRules, steps.Clones
+	}
 	g := a.glimpse(now)
 	if first && !a.once && (a.goal == protect || a.st.paused != nil) {
 		a.ready(g)

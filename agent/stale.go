@@ -45,7 +45,7 @@ func (a *Agent) mend(l lockedRoute) error {
 	}
 	a.stats.Repairs++
 	a.noted("an earlier run was killed when it had overwritten what the route's owner wrote: the owner's version is written again", "route", k.String())
-	if err := a.giveBack(owner, l.Claim.Was); err != nil {
+	if err := a.giveBack(plan.Unlock{Route: owner, Was: l.Claim.Was})[0]; err != nil {
 		return err
 	}
 	a.st.fib.Own(routes.RouteSet{Route: owner, Replace: true})

@@ -17,6 +17,7 @@ import (
 
 // state is what the loop knows. It belongs to the loop alone.
 type state struct {
+	cfg      *plan.Config // tells what is ours
 	db       *xfrmwatch.DB
 	fib      *routes.FIB
 	features map[routes.Ifindex]*ethtool.Features
@@ -122,7 +123,9 @@ type clonePlace struct {
 
 type clonedAt struct {
 	fight
-	clone plan.Clone
+	body  *routes.Body // of the route that was cloned, nil for a throw
+	mtu   plan.MTUMetric
+	throw bool
 }
 
 type withheldShape struct {
@@ -142,8 +145,9 @@ type write struct {
 	owner *routes.Route // the owner's version that our write has overwritten, nil for none
 }
 
-func newState() *state {
+func newState(cfg *plan.Config) *state {
 	s := &state{
+		cfg:           cfg,
 		db:            xfrmwatch.NewDB(),
 		fib:           routes.NewFIB(),
 		features:      map[routes.Ifindex]*ethtool.Features{},
@@ -188,15 +192,13 @@ func (s *state) changed(c routes.Change) {
 	if c.Link != 0 || c.All {
 		s.names = nil
 	}
-	s.ways.changed(c)
-	s.changedSources(c)
-	switch {
-	case s.changes.All: // whatever else there is
-	case c.Dst.IsValid():
-		s.changes.Dsts = append(s.changes.Dsts, c.Dst)
-	case !c.Addr: // no plan depends on addresses
-		s.changes = plan.Changes{All: true}
+	if c.Rule != nil && s.cfg.OwnRule(c.Rule) {
+		s.ways.through(c.Rule)
+	} else {
+		s.ways.changed(c)
 	}
+	s.changedSources(c)
+	s.changes.Route(s.cfg, c)
 }
 
 // changedSources forgets the sources that a change can concern: those whose way back may be another one, and where more than routes
@@ -353,6 +355,9 @@ func (s *state) linger(now time.Time, quiet time.Duration) {
 func (s *state) lingerNoMore(id xfrmwatch.CoverageID) {
 	delete(s.lingering, id)
 	s.lingers++
+	if len(s.lingering) == 0 {
+		s.lingering, s.lingerers = map[xfrmwatch.CoverageID]lingerer{}, lingerList{of: s.lingers} // a map does not shrink
+	}
 	s.ended = append(s.ended, id)
 }
 

@@ -1,6 +1,8 @@
 package agent
 
 import (
+	"context"
+	"log/slog"
 	"time"
 
 	"tsoagent/agent/api"
@@ -23,7 +25,8 @@ type done struct {
 // maxUntold bounds how many writes are kept untold: where there are more, no flow waits for one of them alone.
 const maxUntold = 32
 
-// did counts a write. It is logged with its cause when the round has written all.
+// did counts a write. It is logged with its cause when the round has written all: of very many of a sort the first ones, and then how many more
+// there were (settleCauses).
 func (a *Agent) did(what string, args ...any) {
 	a.count(what, Done)
 	t := &a.telling
@@ -37,7 +40,7 @@ func (a *Agent) did(what string, args ...any) {
 func (a *Agent) tellDone() {
 	t := &a.telling
 	for _, d := range t.done {
-		a.log.Info(d.what, d.args...)
+		a.log.Log(context.Background(), a.levelOf(api.EventDone, d.what, slog.LevelInfo), d.what, d.args...)
 		a.eventAt(d.at, api.EventDone, d.what, d.args...)
 	}
 	clear(t.done)

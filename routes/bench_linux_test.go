@@ -2,10 +2,13 @@ package routes
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"os"
 	"os/exec"
 	"runtime"
 	"strconv"
+	"strings"
 	"testing"
 	"time"
 )
@@ -99,4 +102,58 @@ func runToEnd(b *testing.B, f func(Event)) {
 			}
 		}
 	})
+}
+
+// BenchmarkBatch writes 20,000 routes and deletes them, in batches and one by one, and lets `ip -batch` do the same.
+func BenchmarkBatch(b *testing.B) {
+	newNS(b)
+	ip(b, "link add a0 type veth peer name a1\nlink set a0 up\nlink set a1 up\naddr add 10.0.0.1/24 dev a0")
+	const n = 20_000
+	tb := openTable(b)
+	writes := func(op Op) (list []Write) {
+		for i := range n {
+			list = append(list, Write{op, plain(i, 2)})
+		}
+		return list
+	}
+	var text strings.Builder
+	for i := range n {
+		r, err := tb.dec.Interner.ParseRoute(plain(i, 2))
+		if err != nil {
+			b.Fatal(err)
+		}
+		fmt.Fprintf(&text, "route VERB %s via %s table %d\n", r.Dst, r.Body.Nexthops[0].Gateway, r.Body.Table)
+	}
+	both := func(name string, do func(op Op) error) {
+		for _, step := range []struct {
+			op   Op
+			name string
+		}{{OpAdd, "add"}, {OpDelete, "delete"}} {
+			start := time.Now()
+			if err := do(step.op); err != nil {
+				b.Fatal(err)
+			}
+			b.ReportMetric(float64(time.Since(start).Microseconds())/n, name+"-"+step.name+"-µs/route")
+		}
+	}
+	for b.Loop() {
+		both("batch", func(op Op) error {
+			res, err := tb.Batch(writes(op))
+			return errors.Join(err, res[0].Err)
+		})
+		both("one-by-one", func(op Op) error {
+			for _, w := range writes(op) {
+				if _, err := tb.write("write", w); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+		both("ip", func(op Op) error {
+			verb := map[Op]string{OpAdd: "add", OpDelete: "del"}[op]
+			cmd := exec.Command("ip", "-batch", "-")
+			cmd.Stdin = strings.NewReader(strings.ReplaceAll(text.String(), "VERB", verb))
+			return cmd.Run()
+		})
+	}
 }

@@ -24,11 +24,11 @@ type differences struct {
 	all  bool
 }
 
-func (d *differences) add(family Family, dst netip.Prefix) {
+func (d *differences) add(k tableKey, dst netip.Prefix) {
 	if d.all {
 		return
 	}
-	if d.list = append(d.list, Change{Family: family, Dst: dst}); len(d.list) >= manyDifferences {
+	if d.list = append(d.list, Change{Family: k.family, Dst: dst, Table: k.id}); len(d.list) >= manyDifferences {
 		d.list, d.all = nil, true
 	}
 }

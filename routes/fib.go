@@ -25,9 +25,13 @@ type FIB struct {
 type Change struct {
 	Family Family
 	Dst    netip.Prefix // of a route
-	Link   Ifindex
-	Addr   bool // only an address of the link
-	All    bool // rules, nexthop objects, a resync: anything may differ
+	Table  TableID      // which that route is in
+	// Protocol is that of all routes at Dst in the table, before and after, 0 if they differ or that was not looked at.
+	Protocol Protocol
+	Link     Ifindex
+	Addr     bool  // only an address of the link
+	Rule     *Rule // only this rule came or went, of All
+	All      bool  // rules, nexthop objects, a resync: anything may differ
 }
 
 // Effect is what an event did to the mirror.
@@ -131,9 +135,11 @@ func (f *FIB) note(c Change) {
 func (f *FIB) apply(ev Event) (Effect, Change) {
 	switch ev := ev.(type) {
 	case RouteSet:
-		return setRoute(f, ev), Change{Family: ev.Route.Body.Family, Dst: ev.Route.Dst}
+		e, old := setRoute(f, ev)
+		return e, changeOf(ev.Route, old)
 	case RouteGone:
-		return removeRoute(f, ev.Route), Change{Family: ev.Route.Body.Family, Dst: ev.Route.Dst}
+		e, old := removeRoute(f, ev.Route)
+		return e, changeOf(ev.Route, old)
 	}
 	return f.facts.apply(ev)
 }
@@ -174,9 +180,9 @@ func (s *facts) apply(ev Event) (Effect, Change) {
 		}
 		return Effect{Changed: had}, Change{Link: ev.Addr.Ifindex, Addr: true}
 	case RuleSet:
-		return Effect{Changed: s.addRule(ev.Rule)}, Change{All: true}
+		return Effect{Changed: s.addRule(ev.Rule)}, Change{Rule: ev.Rule, All: true}
 	case RuleGone:
-		return s.removeRule(ev.Rule), Change{All: true}
+		return s.removeRule(ev.Rule), Change{Rule: ev.Rule, All: true}
 	case NexthopSet:
 		s.nexthops[ev.Nexthop.ID] = ev.Nexthop
 		return Effect{Changed: true}, Change{All: true}
@@ -186,6 +192,17 @@ func (s *facts) apply(ev Event) (Effect, Change) {
 		return Effect{Changed: had}, Change{All: true}
 	}
 	return Effect{}, Change{}
+}
+
+// changeOf is the change of a route. old are those that were at its destination.
+func changeOf(r Route, old []*Body) Change {
+	c := Change{Family: r.Body.Family, Dst: r.Dst, Table: r.Body.Table, Protocol: r.Body.Protocol}
+	for _, b := range old {
+		if b.Protocol != c.Protocol {
+			c.Protocol = 0
+		}
+	}
+	return c
 }
 
 // addRule inserts a rule after all rules of the same priority, as the kernel does

@@ -64,9 +64,11 @@ func (d *findings) apply(ev Event) (e Effect) {
 			return Effect{}
 		}
 		ev.Append = true // a dump lists routes with one key in their order
-		return setRoute(d, ev)
+		e, _ = setRoute(d, ev)
+		return e
 	case RouteGone:
-		return removeRoute(d, ev.Route)
+		e, _ = removeRoute(d, ev.Route)
+		return e
 	}
 	e, _ = d.facts.apply(ev)
 	return e
@@ -176,7 +178,7 @@ func (f *FIB) end(scope Scope) (e Effect) {
 	}
 	tell := func(k tableKey, dst netip.Prefix) {
 		e.Changed = true
-		changed.add(k.family, dst)
+		changed.add(k, dst)
 	}
 	f.sweep(d, &e, tell)
 	f.takeOther(d, &e, tell)

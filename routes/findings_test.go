@@ -88,7 +88,7 @@ func changedDsts(f Family, a, b []string) (out []Change) {
 			dst, _, _ := strings.Cut(line, " ")
 			if !slices.Contains(pair[1], line) && !seen[dst] {
 				seen[dst] = true
-				out = append(out, Change{Family: f, Dst: netip.MustParsePrefix(dst)})
+				out = append(out, Change{Family: f, Dst: netip.MustParsePrefix(dst), Table: TableMain})
 			}
 		}
 	}

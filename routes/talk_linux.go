@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"os"
+	"slices"
 	"sync/atomic"
 
 	"github.com/mdlayher/netlink"
@@ -85,23 +86,8 @@ func (t *talk) PID() uint32 { return t.port }
 
 // Send sends one message, whose sequence number it fills in.
 func (t *talk) Send(m netlink.Message) (netlink.Message, error) {
-	if failpoint.Armed() {
-		defer around(m.Header)()
-	}
 	t.out = t.append(t.out[:0], &m)
 	return m, t.send(t.out)
-}
-
-// SendMessages sends several messages in one system call, and fills their sequence numbers in.
-func (t *talk) SendMessages(ms []netlink.Message) ([]netlink.Message, error) {
-	if failpoint.Armed() {
-		return t.oneByOne(ms)
-	}
-	t.out = t.out[:0]
-	for i := range ms {
-		t.out = t.append(t.out, &ms[i])
-	}
-	return ms, t.send(t.out)
 }
 
 // next is the sequence number of another request, which is never 0: that is one of notifications.
@@ -126,6 +112,13 @@ func (t *talk) append(b []byte, m *netlink.Message) []byte {
 
 // send sends messages to the kernel, which has handled them when it returns.
 func (t *talk) send(msgs []byte) error {
+	if failpoint.Armed() {
+		return t.oneByOne(msgs)
+	}
+	return t.transmit(msgs)
+}
+
+func (t *talk) transmit(msgs []byte) error {
 	if t.done.Load() {
 		return os.ErrClosed
 	}
@@ -178,6 +171,35 @@ func (t *talk) request(typ, flags uint16, payload []byte, f func(Header, []byte)
 		return 0, err
 	}
 	return m.Header.Sequence, t.answers(m.Header.Sequence, f)
+}
+
+// acknowledged reads the answers to requests, up to and with the acknowledgement of the last one,
+// and fills the errors in. The error is for the connection.
+func (t *talk) acknowledged(results []Result) error {
+	for {
+		b, err := t.receive()
+		if err != nil {
+			return err
+		}
+		for len(b) > 0 {
+			h, data, rest, err := nextMessage(b)
+			if err != nil {
+				return err
+			}
+			b = rest
+			i := slices.IndexFunc(results, func(r Result) bool { return r.Seq == h.Seq })
+			if i < 0 || h.Type != unix.NLMSG_ERROR {
+				continue
+			}
+			err = ackError(h, data)
+			if k := (*kernelError)(nil); err != nil && !errors.As(err, &k) {
+				return err
+			}
+			if results[i].Err = err; i == len(results)-1 {
+				return nil
+			}
+		}
+	}
 }
 
 // ask sends one request that has one answer, and passes it to f. Nothing acknowledges it: the kernel answers, or it says why not.

@@ -72,11 +72,11 @@ var (
 
 func (r Route) tableKey() tableKey { return tableKey{r.Body.Family, r.Body.Table} }
 
-// setRoute applies RTM_NEWROUTE. The kernel's order within a destination is kept: IPv4 by TOS
+// setRoute applies RTM_NEWROUTE, and returns the routes that were at the destination. The kernel's order within a destination is kept: IPv4 by TOS
 // (falling) and metric, IPv6 by metric; among equals the flags decide.
-func setRoute(s destinationRoutes, ev RouteSet) Effect {
+func setRoute(s destinationRoutes, ev RouteSet) (e Effect, old []*Body) {
 	r := ev.Route
-	old := s.get(r.tableKey(), r.Dst)
+	old = s.get(r.tableKey(), r.Dst)
 	var equals []int
 	known := false
 	for i, b := range old {
@@ -87,12 +87,11 @@ func setRoute(s destinationRoutes, ev RouteSet) Effect {
 	}
 	if known {
 		if ev.Replace && len(equals) > 1 { // which of them it replaced is not said
-			return Effect{Resync: resyncOf(r.Body)}
+			return Effect{Resync: resyncOf(r.Body)}, old
 		}
-		return Effect{}
+		return Effect{}, old
 	}
 	bodies := slices.Clone(old)
-	var e Effect
 	switch {
 	case len(equals) == 0:
 		bodies = insertBody(bodies, r.Body, false)
@@ -134,7 +133,7 @@ func setRoute(s destinationRoutes, ev RouteSet) Effect {
 	}
 	s.replace(r.tableKey(), r.Dst, old, bodies)
 	e.Changed = true
-	return e
+	return e, old
 }
 
 // resyncOf is the dump that shows what a replace did. On IPv6 it may have hit a route of another
@@ -163,11 +162,10 @@ func insertBody(bodies []*Body, b *Body, first bool) []*Body {
 	return slices.Insert(bodies, i, b)
 }
 
-// removeRoute applies RTM_DELROUTE.
-func removeRoute(s destinationRoutes, r Route) Effect {
-	old := s.get(r.tableKey(), r.Dst)
+// removeRoute applies RTM_DELROUTE, and returns the routes that were at the destination.
+func removeRoute(s destinationRoutes, r Route) (e Effect, old []*Body) {
+	old = s.get(r.tableKey(), r.Dst)
 	i := slices.IndexFunc(old, func(b *Body) bool { return b.same(r.Body) })
-	var e Effect
 	if i < 0 {
 		i = slices.IndexFunc(old, func(b *Body) bool { return b.sameKey(r.Body) && b.sameWays(r.Body) })
 		if i >= 0 && !Equal(old[i], r.Body) {
@@ -178,13 +176,13 @@ func removeRoute(s destinationRoutes, r Route) Effect {
 	if i < 0 {
 		if slices.ContainsFunc(old, r.Body.sameKey) {
 			// One nexthop of an IPv6 multipath route: the event does not say what is left.
-			return Effect{Resync: &Scope{RoutesOnly: true, Family: r.Body.Family}}
+			return Effect{Resync: &Scope{RoutesOnly: true, Family: r.Body.Family}}, old
 		}
-		return Effect{}
+		return Effect{}, old
 	}
 	s.replace(r.tableKey(), r.Dst, old, slices.Delete(slices.Clone(old), i, i+1))
 	e.Changed = true
-	return e
+	return e, old
 }
 
 // maxHeld bounds the keys that inDoubt looks at.

@@ -198,14 +198,8 @@ func newFollowed(text string) (*followed, error) {
 		return nil, fmt.Errorf("%w in\n%s", err, text)
 	}
 	f := &followed{world: w, text: text, changes: Changes{All: true}, told: map[xfrmwatch.CoverageID]int{}, history: []string{text}}
-	w.fib.OnChange(func(c routes.Change) {
-		switch {
-		case c.Dst.IsValid():
-			f.changes.Dsts = append(f.changes.Dsts, c.Dst)
-		case !c.Addr:
-			f.changes.All = true
-		}
-	})
+	cfg := w.cfg.WithDefaults()
+	w.fib.OnChange(func(c routes.Change) { f.changes.Route(&cfg, c) })
 	w.db.OnChange(func(c xfrmwatch.Change) {
 		switch {
 		case c.All:
@@ -239,13 +233,17 @@ func (f *followed) step(lines []string) error {
 func (f *followed) differs() error {
 	f.lingering()
 	in := f.input()
-	for p, path := range in.Peers {
-		if old, ok := f.before.Peers[p]; !ok || old != path {
+	before := f.before.Peers
+	if before == nil {
+		before = PathsTo(nil)
+	}
+	for p, path := range in.Peers.All() {
+		if old, ok := before.Path(p); !ok || old != path {
 			f.changes.Peers = append(f.changes.Peers, p)
 		}
 	}
-	for p := range f.before.Peers {
-		if _, ok := in.Peers[p]; !ok {
+	for p := range before.All() {
+		if _, ok := in.Peers.Path(p); !ok {
 			f.changes.Peers = append(f.changes.Peers, p)
 		}
 	}
