@@ -42,7 +42,7 @@ func (a *Agent) setLocks(locks []plan.Lock, now time.Time) {
 			a.unbookLocks(due[i:])
 			return
 		}
-		a.writeLocks(due[i:min(i+writesAtOnce, len(due))])
+		a.writeLocks(due[i:min(i+writesAtOnce, len(due))], false)
 		a.keepUp()
 	}
 }
@@ -60,13 +60,14 @@ func (a *Agent) unbookLocks(locks []plan.Lock) {
 	}
 }
 
-// writeLocks writes locks that are in the journal. Those that can't be written are taken out of it.
-func (a *Agent) writeLocks(locks []plan.Lock) {
+// writeLocks writes locks that are in the journal. Those that can't be written are taken out of it. A repair is always written: the kernel does not
+// have the route that the lock is of.
+func (a *Agent) writeLocks(locks []plan.Lock, repair bool) {
 	var writes []routes.Write
 	var of, not []plan.Lock
 	for _, l := range locks {
 		k := l.Route.Key()
-		if routes.MTUMetricOf(l.Route.Body) == l.Want {
+		if !repair && routes.MTUMetricOf(l.Route.Body) == l.Want {
 			// A crash came ahead of another value. IPv4 would tell nothing of the write.
 			a.st.claim(k, &plan.LockClaim{Was: l.Owner, Ours: l.Want})
 			continue
@@ -153,7 +154,7 @@ func (a *Agent) repair(w *write, echo routes.Route) {
 		l.Want = l.Owner // without a journal entry, no lock
 		fallthrough
 	default:
-		a.writeLocks([]plan.Lock{l})
+		a.writeLocks([]plan.Lock{l}, true)
 	}
 }
 

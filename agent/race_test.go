@@ -46,6 +46,9 @@ func TestOwnerRacesOurLock(t *testing.T) {
 		"its own smaller mtu": {func(w *world) {
 			w.replaceRoute(dst, hop{oif: ipsec1, gw: "192.0.2.11", mtu: routes.MTUMetric{MTU: 1300}})
 		}, "via 192.0.2.11 dev 7 mtu 1300", 1, 3},
+		"our own mtu with another gateway": {func(w *world) {
+			w.replaceRoute(dst, hop{oif: ipsec1, gw: "192.0.2.11", mtu: routes.MTUMetric{MTU: 1446, Locked: true}})
+		}, "via 192.0.2.11 dev 7 mtu lock 1446", 1, 2},
 		"deletes it": {func(w *world) { w.deleteRoute(dst) }, "none", 0, 1},
 		"deletes and adds": {func(w *world) { w.deleteRoute(dst); w.addRoute(dst, via("192.0.2.13")) },
 			"via 192.0.2.13 dev 7 mtu lock 1446", 1, 2},

@@ -1,30 +1,35 @@
 package routes
 
 import (
-	"github.com/mdlayher/netlink"
+	"errors"
+
 	"golang.org/x/sys/unix"
 
 	"tsoagent/failpoint"
 )
 
-// around is at the failpoint before a request, and returns what is at the one after it. The kernel does what it is asked for while it is sent.
-func around(h netlink.Header) (after func()) {
-	before, behind := pointsOf(h)
-	if before == "" {
-		return func() {}
+// oneByOne sends requests in system calls of their own, for the tests to get in between. In one, the kernel does them all: it does not look for
+// signals (netlink_rcv_skb, net/netlink/af_netlink.c).
+func (t *talk) oneByOne(msgs []byte) error {
+	for len(msgs) > 0 {
+		h, _, rest, err := nextMessage(msgs)
+		before, after := pointsOf(h)
+		if before != "" {
+			failpoint.Hit(before)
+		}
+		if err = errors.Join(err, t.transmit(msgs[:len(msgs)-len(rest)])); err != nil {
+			return err
+		}
+		if after != "" {
+			failpoint.Hit(after) // the kernel does what it is asked for while it is sent
+		}
+		msgs = rest
 	}
-	failpoint.Hit(before)
-	return func() { failpoint.Hit(behind) }
-}
-
-// around is at the failpoint before a write, and returns what is at the one after it.
-func (o Op) around() (after func()) {
-	typ, flags := o.header()
-	return around(netlink.Header{Type: netlink.HeaderType(typ), Flags: netlink.HeaderFlags(flags)})
+	return nil
 }
 
 // pointsOf are the points before and after a request, empty where it changes nothing.
-func pointsOf(h netlink.Header) (before, after string) {
+func pointsOf(h Header) (before, after string) {
 	switch {
 	case h.Type == rtmNewRoute && h.Flags&unix.NLM_F_CREATE == 0:
 		return "route-replace-before", "route-replace-after"

@@ -7,8 +7,6 @@ import (
 	"net/netip"
 
 	"golang.org/x/sys/unix"
-
-	"tsoagent/failpoint"
 )
 
 // A Table writes routes and rules to the kernel and reads them back. It belongs to the network
@@ -137,13 +135,7 @@ func (t *Table) Batch(writes []Write) ([]Result, error) {
 		done := len(results)
 		results = t.encodeBatch(writes, results)
 		n := len(results) - done
-		after := func() {}
-		if failpoint.Armed() {
-			after = writes[0].Op.around()
-		}
-		err := t.c.send(t.out)
-		after()
-		if err != nil {
+		if err := t.c.send(t.out); err != nil {
 			return results[:done], fmt.Errorf("routes: send %d writes: %w", n, err)
 		}
 		if err := t.c.acknowledged(results[done:]); err != nil {
@@ -160,15 +152,9 @@ func (t *Table) Batch(writes []Write) ([]Result, error) {
 func (t *Table) encodeBatch(writes []Write, results []Result) []Result {
 	t.out = t.out[:0]
 	last := 0
-	most := batchLen
-	if failpoint.Armed() {
-		// For the tests to get in between: the kernel does all of one system call, and does not look for signals (netlink_rcv_skb,
-		// net/netlink/af_netlink.c).
-		most = 1
-	}
 	for n, w := range writes {
 		size := unix.NLMSG_HDRLEN + len(w.Msg)
-		if n > 0 && (len(t.out)+size > batchBytes || n == most) {
+		if n > 0 && (len(t.out)+size > batchBytes || n == batchLen) {
 			break
 		}
 		seq := t.c.next()

@@ -86,9 +86,6 @@ func (t *talk) PID() uint32 { return t.port }
 
 // Send sends one message, whose sequence number it fills in.
 func (t *talk) Send(m netlink.Message) (netlink.Message, error) {
-	if failpoint.Armed() {
-		defer around(m.Header)()
-	}
 	t.out = t.append(t.out[:0], &m)
 	return m, t.send(t.out)
 }
@@ -115,6 +112,13 @@ func (t *talk) append(b []byte, m *netlink.Message) []byte {
 
 // send sends messages to the kernel, which has handled them when it returns.
 func (t *talk) send(msgs []byte) error {
+	if failpoint.Armed() {
+		return t.oneByOne(msgs)
+	}
+	return t.transmit(msgs)
+}
+
+func (t *talk) transmit(msgs []byte) error {
 	if t.done.Load() {
 		return os.ErrClosed
 	}
