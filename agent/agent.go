@@ -60,6 +60,7 @@ type Agent struct {
 	inbox    *inbox
 	early    early
 	backlog  backlog
+	brought  bool // this step took events of routes in
 	calls    chan func()
 	ended    chan struct{} // closed when Run returns
 	reports  reports
@@ -470,12 +471,8 @@ func (a *Agent) act(now time.Time) (next time.Duration, reached bool) {
 	if a.st.ready() {
 		a.takeIn(now)
 	}
-	if len(a.st.inflight) > 0 {
-		if wait := a.st.patience.Sub(now); wait > 0 {
-			return wait, false
-		}
-		clear(a.st.inflight)
-		clear(a.st.writing)
+	if wait := a.awaitEchoes(now); wait > 0 {
+		return wait, false
 	}
 	a.stats.Rounds++
 	next, reached = a.round(now)

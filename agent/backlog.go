@@ -206,6 +206,7 @@ func (a *Agent) urgent(table routes.TableID, dst netip.Prefix) bool {
 
 // takeEvents brings what is pending into the state, as much of it as one round is to take. It reports whether something is left.
 func (a *Agent) takeEvents() (left bool) {
+	a.brought = false
 	if !a.backlog.full() {
 		pending := a.take()
 		n := 0
@@ -231,5 +232,6 @@ func (a *Agent) takeBatch(b batch) {
 	if a.since.IsZero() || !b.at.IsZero() && b.at.Before(a.since) {
 		a.since = b.at
 	}
+	a.brought = a.brought || len(b.routes) > 0
 	a.apply(b)
 }

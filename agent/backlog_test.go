@@ -247,3 +247,54 @@ func TestDefaultRouteOfVeryManyPoliciesKeepsNobodyWaiting(t *testing.T) {
 		t.Errorf("%d clones moved, want %d", n, 7*policies/10)
 	}
 }
+
+// The notifications of our own writes are behind what the kernel told of before. While that comes nothing is written again, however long
+// the round took that wrote: the kernel tells nothing of an IPv4 route that is written as it is.
+func TestNothingIsWrittenAgainWhileItsNotificationIsBehindOthers(t *testing.T) {
+	e := newEdge(t, 100, 10)
+	e.took()
+	e.replaceRoute(e.nets[7].String(), hop{oif: 2, gw: "192.0.2.102"})
+	e.step()
+	put := fmt.Sprintf("put %s table 5450", e.nets[7])
+	if n := e.count(put); n != 1 {
+		t.Fatalf("%d clones of %s moved, want one; written:\n%v", n, e.nets[7], e.ops)
+	}
+	echoes := e.queue
+	e.queue = nil
+	for i := range 5 {
+		e.now = e.now.Add(echoPatience + time.Millisecond)
+		if i > 0 {
+			e.now = e.now.Add(-2 * time.Millisecond) // the first time the round took so long
+		}
+		e.replaceRoute("198.51.100.0/24", hop{oif: 2, gw: fmt.Sprintf("192.0.2.%d", 100+i)})
+		e.step()
+	}
+	if n := e.count(put); n != 1 {
+		t.Errorf("it is written %d times; written:\n%v", n, e.ops)
+	}
+	e.queue = echoes
+	e.settle()
+	if n := e.count(put); n != 1 {
+		t.Errorf("it is written %d times in the end; written:\n%v", n, e.ops)
+	}
+}
+
+// One that never comes doesn't keep the loop waiting, whatever else there is.
+func TestANotificationThatIsLostIsNotWaitedForForever(t *testing.T) {
+	e := newEdge(t, 100, 10)
+	e.took()
+	e.replaceRoute(e.nets[7].String(), hop{oif: 2, gw: "192.0.2.102"})
+	e.step()
+	e.queue = nil
+	put := fmt.Sprintf("put %s table 5450", e.nets[7])
+	began := e.now
+	for i := 0; e.count(put) == 1; i++ {
+		if e.now.Sub(began) > 2*maxEchoPatience {
+			t.Fatalf("still waiting after %v", e.now.Sub(began))
+		}
+		e.now = e.now.Add(echoPatience / 2)
+		e.replaceRoute("198.51.100.0/24", hop{oif: 2, gw: fmt.Sprintf("192.0.2.%d", 100+i%2)})
+		e.step()
+	}
+	e.settle()
+}

@@ -33,15 +33,38 @@ func (a *Agent) enforce(pl *plan.Plan, s *plan.Steps, now time.Time) bool {
 	}
 	a.forget(s)
 	a.forgiveHolds(pl)
-	if len(a.st.inflight) > 0 {
-		a.st.patience = now.Add(echoPatience)
-	}
+	a.st.wrote = time.Time{}
 	return a.stats.Actions != before
 }
 
-// echoPatience is how long the loop waits for the notification of its own write. It comes
-// within microseconds; only a lost event makes it wait so long.
-const echoPatience = 500 * time.Millisecond
+// echoPatience is how long the loop waits for the notification of its own write, maxEchoPatience how long at most while there is much
+// else. It comes within microseconds, behind what the kernel told of before; only a lost event makes it wait so long, or an IPv4 route that
+// was written as it is, of which the kernel tells nothing.
+const (
+	echoPatience    = 500 * time.Millisecond
+	maxEchoPatience = 10 * echoPatience
+)
+
+// awaitEchoes is how long the loop still waits for the notifications of its own writes, 0 for no longer. It begins with the step after
+// the writes, which can take long themselves, and again with each one that brings events: those that are waited for are behind them.
+func (a *Agent) awaitEchoes(now time.Time) time.Duration {
+	st := a.st
+	if len(st.inflight) == 0 {
+		return 0
+	}
+	if st.wrote.IsZero() {
+		st.wrote, st.patience = now, now.Add(echoPatience)
+	}
+	if a.brought && now.Sub(st.wrote) < maxEchoPatience {
+		st.patience = now.Add(echoPatience)
+	}
+	if wait := st.patience.Sub(now); wait > 0 {
+		return wait
+	}
+	clear(st.inflight)
+	clear(st.writing)
+	return 0
+}
 
 func (a *Agent) failed(what string, err error, args ...any) {
 	a.tellDone()

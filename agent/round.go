@@ -443,7 +443,7 @@ func (a *Agent) nextTimer(now time.Time) time.Duration {
 		add(w.until)
 	}
 	if len(a.st.inflight) > 0 {
-		add(a.st.patience)
+		add(now.Add(echoPatience))
 	}
 	add(a.clampsDue(now))
 	add(a.lanesDue(now))
