@@ -19,6 +19,7 @@ import (
 
 	"tsoagent/agent"
 	"tsoagent/agent/metrics"
+	"tsoagent/cmd/internal/inert"
 	"tsoagent/cmd/internal/manual"
 )
 
@@ -31,7 +32,7 @@ const (
 func main() {
 	if err := newApp().Run(os.Args); err != nil {
 		var code cli.ExitCoder
-		fmt.Fprintln(os.Stderr, "tsoagent:", err)
+		fmt.Fprintln(inert.Writer{Writer: os.Stderr}, "tsoagent:", err)
 		if errors.As(err, &code) {
 			os.Exit(code.ExitCode())
 		}
