@@ -110,7 +110,7 @@ func load(c *cli.Context) (agent.Config, error) {
 	var cfg agent.Config
 	if file := c.String("config"); file != "" {
 		var err error
-		if cfg, err = agent.LoadConfig(file); err != nil {
+		if cfg, err = agent.LoadOwnConfig(file); err != nil {
 			return cfg, configError(file, err)
 		}
 	}
