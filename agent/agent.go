@@ -27,6 +27,7 @@ import (
 	"time"
 
 	"tsoagent/agent/api"
+	"tsoagent/agent/heap"
 	"tsoagent/agent/journal"
 	"tsoagent/agent/netns"
 	"tsoagent/agent/plan"
@@ -57,6 +58,8 @@ type Agent struct {
 	started time.Time
 
 	inbox    *inbox
+	early    early
+	backlog  backlog
 	calls    chan func()
 	ended    chan struct{} // closed when Run returns
 	reports  reports
@@ -91,14 +94,18 @@ type Agent struct {
 	alone bool
 	heir  bool // it took over what another one of this process has left
 	// onReady is called when the first plan is in place, nil for nothing.
-	onReady func()
-	again   bool // something has to be looked at once more
-	st      *state
-	lastP   *plan.Plan
-	lastIn  plan.Input // what lastP follows from
-	came    outcome    // of the last round
+	onReady  func()
+	heap     *heap.Keeper // of the process, nil for none
+	toldWork uint64       // the events that it has heard of
+	settled  bool         // the goal was reached once
+	again    bool         // something has to be looked at once more
+	st       *state
+	lastP    *plan.Plan
+	lastIn   plan.Input // what lastP follows from
+	came     outcome    // of the last round
 	// diagnosis is the newest one, nil for none.
 	diagnosis *Diagnosis
+	telling   telling
 	stats     Counters
 	tally     Tally
 	since     time.Time        // of the oldest event that no round has seen
@@ -261,11 +268,13 @@ func (a *Agent) checkTables() error {
 func newAgent(cfg Config, log *slog.Logger, version string) *Agent {
 	cfg = cfg.WithDefaults()
 	started := time.Now()
-	return &Agent{
+	a := &Agent{
 		cfg: cfg, dir: cfg.RunDir, log: log, version: version, started: started, ring: newRing(started), clock: time.Now,
-		inbox: newInbox(), calls: make(chan func()), ended: make(chan struct{}), reports: newReports(), st: newState(), conns: newConnections(),
+		inbox: newInbox(), calls: make(chan func()), ended: make(chan struct{}), reports: newReports(), conns: newConnections(),
 		trust: newKeyTrust(cfg.TCPKeysTrust),
 	}
+	a.st = newState(&a.cfg.Plan)
+	return a
 }
 
 func (a *Agent) dial() error {
@@ -436,15 +445,19 @@ func (a *Agent) resyncIn() time.Duration {
 	return d + time.Duration(rand.Int64N(int64(d)/5+1)) - d/10
 }
 
-// step drains all that is pending, then plans and acts once. next is when it wants to be called
+// step takes in what is pending, as much of it as one round takes, then plans and acts once. next is when it wants to be called
 // again without an event, 0 for not; reached says that the goal is reached.
 func (a *Agent) step(now time.Time) (next time.Duration, reached bool) {
-	for _, b := range a.inbox.take() {
-		if a.since.IsZero() || !b.at.IsZero() && b.at.Before(a.since) {
-			a.since = b.at
-		}
-		a.apply(b)
+	left := a.takeEvents()
+	next, reached = a.act(now)
+	if left {
+		return time.Nanosecond, false // the rest is for the next rounds
 	}
+	return next, reached
+}
+
+// act plans and acts once.
+func (a *Agent) act(now time.Time) (next time.Duration, reached bool) {
 	a.obey(now)
 	if a.lastP == nil {
 		if !a.st.ready() {
@@ -465,7 +478,26 @@ func (a *Agent) step(now time.Time) (next time.Duration, reached bool) {
 		clear(a.st.writing)
 	}
 	a.stats.Rounds++
-	return a.round(now)
+	next, reached = a.round(now)
+	if len(a.early.batches) > 0 { // the signal for it was taken, too
+		next = time.Nanosecond
+	}
+	a.tellWork(reached)
+	return next, reached
+}
+
+// tellWork tells how much was done since the last round, and once that the start is over.
+func (a *Agent) tellWork(reached bool) {
+	n := int(a.stats.Events - a.toldWork)
+	if !a.st.planner.Followed() {
+		n += a.lastP.CoverageCount()
+	}
+	a.toldWork = a.stats.Events
+	a.heap.Did(n)
+	if reached && !a.settled {
+		a.settled = true
+		a.heap.Settled()
+	}
 }
 
 var errEndedAgent = errors.New("the agent of this namespace has ended, or another one takes its place: try again in a moment")

@@ -89,6 +89,16 @@ func (a *Agent) tablesEntry() journal.Entry {
 	return entry("tables", kindTables, ownTables{a.cfg.Plan.Table, a.cfg.Plan.Protocol})
 }
 
+// bookTables has the journal hold the entry of our tables. It is made once, and not again for each clone.
+func (a *Agent) bookTables() error {
+	if a.st.tablesBooked {
+		return nil
+	}
+	err := a.journal.Put(a.tablesEntry())
+	a.st.tablesBooked = err == nil
+	return err
+}
+
 func (a *Agent) claimOf(h plan.Hold) plan.HoldClaim {
 	c := plan.HoldClaim{Device: h.Device, Was: true}
 	if l := a.st.fib.Link(routes.Ifindex(h.Device.Index)); l != nil {

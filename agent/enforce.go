@@ -1,6 +1,8 @@
 package agent
 
 import (
+	"context"
+	"log/slog"
 	"time"
 
 	"tsoagent/agent/api"
@@ -11,7 +13,6 @@ import (
 // next round looks whether it is in place.
 func (a *Agent) enforce(pl *plan.Plan, s *plan.Steps, now time.Time) bool {
 	before := a.stats.Actions
-	a.settleFights(now)
 	stale := a.st.db.Stale() || a.st.fib.Stale()
 	staleLanes := stale || a.st.keysStale
 	for _, do := range [...]func(){
@@ -42,18 +43,33 @@ func (a *Agent) enforce(pl *plan.Plan, s *plan.Steps, now time.Time) bool {
 // within microseconds; only a lost event makes it wait so long.
 const echoPatience = 500 * time.Millisecond
 
-// did counts a write, and logs it with its cause.
-func (a *Agent) did(what string, args ...any) {
-	a.count(what, Done)
-	a.log.Info(what, args...)
-	a.event(api.EventDone, what, args...)
-}
-
 func (a *Agent) failed(what string, err error, args ...any) {
+	a.tellDone()
 	a.count(what, Failed)
 	args = append(args, "err", err)
-	a.log.Warn(what, args...)
+	a.log.Log(context.Background(), a.levelOf(api.EventFailed, what, slog.LevelWarn), what, args...)
 	a.event(api.EventFailed, what, args...)
+}
+
+// levelOf is the level at which an action is logged, which is the one that is given unless there were very many of its sort.
+func (a *Agent) levelOf(kind, what string, level slog.Level) slog.Level {
+	if a.st.causes.made[alike{kind, what}] >= maxOfRound {
+		return slog.LevelDebug
+	}
+	return level
+}
+
+// onlyCounted counts a write of which there were so many already that it is not told by itself, and reports whether that is so: it need
+// not be put into words then.
+func (a *Agent) onlyCounted(what string) bool {
+	c := &a.st.causes
+	sort := alike{api.EventDone, what}
+	if c.made[sort] < maxOfRound || a.log.Enabled(context.Background(), slog.LevelDebug) {
+		return false
+	}
+	c.made[sort]++
+	a.count(what, Done)
+	return true
 }
 
 // forget drops claims on what is gone or was changed by somebody else since.

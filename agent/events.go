@@ -2,7 +2,9 @@ package agent
 
 import (
 	"cmp"
+	"context"
 	"fmt"
+	"log/slog"
 	"maps"
 	"slices"
 	"strings"
@@ -341,7 +343,9 @@ func (a *Agent) because(attrs map[string]string) (text string, since time.Time) 
 }
 
 // event keeps what happened. args are a log's keys and values.
-func (a *Agent) event(kind, what string, args ...any) {
+func (a *Agent) event(kind, what string, args ...any) { a.eventAt(a.clock(), kind, what, args...) }
+
+func (a *Agent) eventAt(at time.Time, kind, what string, args ...any) {
 	c := &a.st.causes
 	if kind == api.EventDone || kind == api.EventFailed {
 		if c.made == nil {
@@ -351,7 +355,7 @@ func (a *Agent) event(kind, what string, args ...any) {
 			return
 		}
 	}
-	e := api.Event{At: a.clock(), Kind: kind, What: what, Attrs: attrsOf(args)}
+	e := api.Event{At: at, Kind: kind, What: what, Attrs: attrsOf(args)}
 	e.Text = eventText(what, args)
 	if kind == api.EventState {
 		a.ring.add(e)
@@ -381,6 +385,11 @@ func (a *Agent) settleCauses(goesOn bool) {
 		}) {
 			if n := c.made[s] - maxOfRound; n > 0 {
 				delete(c.made, s)
+				level := slog.LevelInfo
+				if s.kind == api.EventFailed {
+					level = slog.LevelWarn
+				}
+				a.log.Log(context.Background(), level, s.what, "more", n)
 				a.event(s.kind, s.what, "more", n)
 			}
 		}
@@ -432,18 +441,21 @@ func eventText(what string, args []any) string {
 
 // notice logs what a person may want to look at, and keeps it.
 func (a *Agent) notice(what string, args ...any) {
+	a.tellDone()
 	a.log.Warn(what, args...)
 	a.event(api.EventNotice, what, args...)
 }
 
 // noted is notice for what is no reason to worry.
 func (a *Agent) noted(what string, args ...any) {
+	a.tellDone()
 	a.log.Info(what, args...)
 	a.event(api.EventNotice, what, args...)
 }
 
 // says logs what the agent itself is up to, and keeps it.
 func (a *Agent) says(what string, args ...any) {
+	a.tellDone()
 	a.log.Info(what, args...)
 	a.event(api.EventState, what, args...)
 }

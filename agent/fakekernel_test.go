@@ -55,6 +55,11 @@ func (w *world) Replace(msg []byte) (uint32, error) {
 func (w *world) Batch(writes []routes.Write) ([]routes.Result, error) {
 	out := make([]routes.Result, 0, len(writes))
 	for _, x := range writes {
+		if x.Op == routes.OpReplace {
+			seq, err := w.Replace(x.Msg)
+			out = append(out, routes.Result{Seq: seq, Err: err})
+			continue
+		}
 		r := w.parse(x.Msg)
 		w.seq++
 		res := routes.Result{Seq: w.seq}

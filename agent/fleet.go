@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"tsoagent/agent/api"
+	"tsoagent/agent/heap"
 	"tsoagent/agent/journal"
 	"tsoagent/agent/netns"
 )
@@ -71,6 +72,8 @@ type Fleet struct {
 	readyFor uint64
 	reloader func(context.Context) error
 
+	heap heap.Keeper // of the process
+
 	openHook func() (keyHook, error)
 	openAO   func() (keyLister, error)
 }
@@ -122,7 +125,7 @@ func newFleet(ctx context.Context, cfg Config, log *slog.Logger, version string,
 		if err != nil {
 			return nil, errors.Join(err, host.Close())
 		}
-		a.others = f
+		a.others, a.heap = f, &f.heap
 		m := &member{id: host.ID(), names: []string{netns.Host}, agent: a, cancel: func(error) {}, turn: make(chan struct{})}
 		m.handOn(a)
 		f.members[host.ID()] = m

@@ -133,7 +133,7 @@ const observeWithin = 5 * time.Second
 
 // Observations are the newest reports of all namespaces that are followed and have been read, in the order of
 // their names. The counters of their sources are those of now: a look that finds nothing new makes no report. Of a loop
-// that does not answer in time it is the report that was made last.
+// that does not answer in time it is the report that was made last, if that is not a large one.
 func (f *Fleet) Observations() []Observation {
 	ctx, cancel := context.WithTimeout(context.Background(), observeWithin)
 	defer cancel()
@@ -145,7 +145,7 @@ func (f *Fleet) Observations() []Observation {
 		}
 		o, err := a.observe(ctx)
 		if err != nil {
-			o = a.reports.newest.Load()
+			o = a.reports.newest.Load().report()
 		}
 		if o == nil {
 			continue

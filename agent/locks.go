@@ -37,17 +37,13 @@ func (a *Agent) setLocks(locks []plan.Lock, now time.Time) {
 		return
 	}
 	failpoint("lock-journal-after")
-	for i, l := range due {
-		if routes.MTUMetricOf(l.Route.Body) == l.Want {
-			// A crash came ahead of another value. IPv4 would tell nothing of the write.
-			a.st.claim(l.Route.Key(), &plan.LockClaim{Was: l.Owner, Ours: l.Want})
-			continue
-		}
+	for i := 0; i < len(due); i += writesAtOnce {
 		if a.halt.Load() {
 			a.unbookLocks(due[i:])
 			return
 		}
-		a.setLock(l)
+		a.writeLocks(due[i:min(i+writesAtOnce, len(due))])
+		a.keepUp()
 	}
 }
 
@@ -64,31 +60,54 @@ func (a *Agent) unbookLocks(locks []plan.Lock) {
 	}
 }
 
-func (a *Agent) setLock(l plan.Lock) {
-	k := l.Route.Key()
-	msg, err := routes.EncodeLock(l.Route, l.Want)
-	if err == nil {
-		var seq uint32
-		a.st.writing[k] = &write{want: l.Want}
-		if seq, err = a.rt.Replace(msg); err == nil {
-			a.st.writing[k].seq = seq
-			a.st.inflight[seq] = struct{}{}
+// writeLocks writes locks that are in the journal. Those that can't be written are taken out of it.
+func (a *Agent) writeLocks(locks []plan.Lock) {
+	var writes []routes.Write
+	var of, not []plan.Lock
+	for _, l := range locks {
+		k := l.Route.Key()
+		if routes.MTUMetricOf(l.Route.Body) == l.Want {
+			// A crash came ahead of another value. IPv4 would tell nothing of the write.
 			a.st.claim(k, &plan.LockClaim{Was: l.Owner, Ours: l.Want})
-			failpoint("lock-written")
-			a.did("mtu locked", "route", k.String(), "mtu", l.Want.MTU, "dev", strings.Join(a.devices(l.Route.Body), ","), "because", ids(l.Because))
-			return
+			continue
 		}
-		delete(a.st.writing, k)
+		msg, err := routes.EncodeLock(l.Route, l.Want)
+		if err != nil {
+			a.failed("mtu can't be locked", err, "route", k.String())
+			not = append(not, l)
+			continue
+		}
+		a.st.writing[k] = &write{want: l.Want}
+		writes, of = append(writes, routes.Write{Op: routes.OpReplace, Msg: msg}), append(of, l)
 	}
-	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ESRCH) {
+	for i, res := range a.results(writes) {
+		if !a.wroteLock(of[i], res) {
+			not = append(not, of[i])
+		}
+	}
+	a.unbookLocks(not)
+}
+
+// wroteLock takes what became of a write. It is false if the route is not locked.
+func (a *Agent) wroteLock(l plan.Lock, res routes.Result) bool {
+	k := l.Route.Key()
+	switch err := res.Err; {
+	case err == nil:
+		a.st.writing[k].seq = res.Seq
+		a.st.claim(k, &plan.LockClaim{Was: l.Owner, Ours: l.Want})
+		failpoint("lock-written")
+		if what := "mtu locked"; !a.onlyCounted(what) {
+			a.did(what, "route", k.String(), "mtu", l.Want.MTU, "dev", strings.Join(a.devices(l.Route.Body), ","), "because", ids(l.Because))
+		}
+		return true
+	case errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ESRCH):
 		// The route went away in between; its event is on the way.
 		a.log.Debug("route to lock is gone", "route", k.String())
-	} else {
+	default:
 		a.failed("mtu can't be locked", err, "route", k.String())
 	}
-	if _, had := a.st.locks[k]; !had {
-		a.unbook(lockID(k))
-	}
+	delete(a.st.writing, k)
+	return false
 }
 
 // repair writes the owner's version of a route again, with the lock, after our write has
@@ -111,7 +130,7 @@ func (a *Agent) repair(w *write, echo routes.Route) {
 	}
 	if w.back || n > 1 {
 		if !same {
-			if err := a.giveBack(l.Route, l.Want); err != nil {
+			if err := a.giveBack(plan.Unlock{Route: l.Route, Was: l.Want})[0]; err != nil {
 				a.failed("the owner's version can't be written again", err, "route", k.String())
 			}
 		}
@@ -130,28 +149,37 @@ func (a *Agent) repair(w *write, echo routes.Route) {
 		l.Want = l.Owner // without a journal entry, no lock
 		fallthrough
 	default:
-		a.setLock(l)
+		a.writeLocks([]plan.Lock{l})
 	}
 }
 
-// giveBack writes a route with its owner's MTU metric.
-func (a *Agent) giveBack(r routes.Route, was plan.MTUMetric) error {
-	k := r.Key()
-	msg, err := routes.EncodeLock(r, was)
-	if err != nil {
-		return err
-	}
-	w := &write{want: was, back: true}
-	a.st.writing[k] = w
-	if w.seq, err = a.rt.Replace(msg); err != nil {
-		delete(a.st.writing, k)
-		if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ESRCH) {
-			return nil // gone: there is nothing to give back
+// giveBack writes routes with their owners' MTU metrics, and returns the error of each.
+func (a *Agent) giveBack(list ...plan.Unlock) []error {
+	out := make([]error, len(list))
+	var writes []routes.Write
+	var at []int
+	for i, u := range list {
+		msg, err := routes.EncodeLock(u.Route, u.Was)
+		if err != nil {
+			out[i] = err
+			continue
 		}
-		return err
+		a.st.writing[u.Route.Key()] = &write{want: u.Was, back: true}
+		writes, at = append(writes, routes.Write{Op: routes.OpReplace, Msg: msg}), append(at, i)
 	}
-	a.st.inflight[w.seq] = struct{}{}
-	return nil
+	for n, res := range a.results(writes) {
+		i := at[n]
+		k := list[i].Route.Key()
+		if res.Err == nil {
+			a.st.writing[k].seq = res.Seq
+			continue
+		}
+		delete(a.st.writing, k)
+		if !errors.Is(res.Err, unix.ENOENT) && !errors.Is(res.Err, unix.ESRCH) { // gone: there is nothing to give back
+			out[i] = res.Err
+		}
+	}
+	return out
 }
 
 const (
@@ -204,9 +232,20 @@ func (a *Agent) settleFights(now time.Time) {
 	}
 	a.st.settleAt = now.Add(fightWindow / 10)
 	over := func(f fight) bool { return now.Sub(f.since) > fightWindow && !now.Before(f.until) }
-	maps.DeleteFunc(a.st.fights, func(_ routes.Key, f fight) bool { return over(f) })
-	maps.DeleteFunc(a.st.placed, func(_ plan.ShapeID, f fight) bool { return over(f) })
-	maps.DeleteFunc(a.st.cloned, func(_ clonePlace, c clonedAt) bool { return over(c.fight) })
+	a.st.fights = without(a.st.fights, func(_ routes.Key, f fight) bool { return over(f) })
+	a.st.placed = without(a.st.placed, func(_ plan.ShapeID, f fight) bool { return over(f) })
+	a.st.cloned = without(a.st.cloned, func(_ clonePlace, c clonedAt) bool { return over(c.fight) })
+}
+
+// without deletes from a map. One that becomes empty is given up: it takes as long to go through as when it was full.
+func without[K comparable, V any](m map[K]V, del func(K, V) bool) map[K]V {
+	if len(m) == 0 {
+		return m
+	}
+	if maps.DeleteFunc(m, del); len(m) == 0 {
+		return map[K]V{}
+	}
+	return m
 }
 
 // stuckAfter is how often a restore tries to give a route's MTU back. The kernel refuses to
@@ -233,26 +272,41 @@ func (a *Agent) stuckError() error {
 
 // unlock gives routes their owner's MTU metric back.
 func (a *Agent) unlock(list []plan.Unlock) {
-	for _, u := range list {
+	for part := range slices.Chunk(list, writesAtOnce) {
 		if a.halt.Load() {
 			return
 		}
-		k := u.Route.Key()
-		if err := a.giveBack(u.Route, u.Was); err != nil {
-			if errors.Is(err, unix.ENODEV) && a.st.stuck[k] == 0 {
-				// The device is gone, and its event on the way, as a rule: the claim goes with the route.
-				a.log.Debug("mtu can't be given back", "err", err, "route", k.String())
-			} else {
-				a.failed("mtu can't be given back", err, "route", k.String())
+		var done []string
+		for i, err := range a.giveBack(part...) {
+			u := part[i]
+			k := u.Route.Key()
+			if err != nil {
+				a.stuckAt(k, err)
+				continue
 			}
-			a.st.stuck[k]++
-			continue
+			failpoint("unlock-written")
+			delete(a.st.stuck, k)
+			a.st.claim(k, nil)
+			delete(a.st.fights, k)
+			done = append(done, lockID(k))
+			if what := "mtu given back"; !a.onlyCounted(what) {
+				a.did(what, "route", k.String(), "mtu", u.Was.MTU)
+			}
 		}
-		failpoint("unlock-written")
-		delete(a.st.stuck, k)
-		a.st.claim(k, nil)
-		delete(a.st.fights, k)
-		a.unbook(lockID(k))
-		a.did("mtu given back", "route", k.String(), "mtu", u.Was.MTU)
+		if len(done) > 0 {
+			a.unbook(done...)
+		}
+		a.keepUp()
 	}
+}
+
+// stuckAt counts that a route could not be given back.
+func (a *Agent) stuckAt(k routes.Key, err error) {
+	if errors.Is(err, unix.ENODEV) && a.st.stuck[k] == 0 {
+		// The device is gone, and its event on the way, as a rule: the claim goes with the route.
+		a.log.Debug("mtu can't be given back", "err", err, "route", k.String())
+	} else {
+		a.failed("mtu can't be given back", err, "route", k.String())
+	}
+	a.st.stuck[k]++
 }

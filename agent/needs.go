@@ -1,21 +1,20 @@
 package agent
 
 import (
-	"net/netip"
 	"slices"
 
 	"tsoagent/agent/plan"
+	"tsoagent/index"
 	"tsoagent/xfrmwatch"
 )
 
 // peerNeeds counts who needs the way to a peer (plan.PeersOf), so that a change of one policy costs no look at the
-// others. What a policy has needed is worked out when the first event comes that can change it, and what it needs now at
+// others. The ways themselves have the counts. What a policy has needed is worked out when the first event comes that can change it, and what it needs now at
 // the end of the batch.
 type peerNeeds struct {
-	uses map[plan.Peer]int
 	// bySA are the policies that an SA can concern, but for those that are noted.
-	bySA  map[saPlace][]xfrmwatch.PolicyIndex
-	delta map[plan.Peer]int // what changes of uses
+	bySA  index.Index[xfrmwatch.SAPlace, xfrmwatch.PolicyIndex]
+	delta map[plan.Peer]int32 // what changes of how many use a way
 	noted map[xfrmwatch.PolicyIndex]bool
 	// lingering are the peers of what lingers, as of that version of it.
 	lingering []plan.Peer
@@ -23,38 +22,21 @@ type peerNeeds struct {
 	anew      bool // anything may differ
 }
 
-// saPlace is where a template looks for SAs: a destination, invalid for one that takes the flow's own addresses, and a
-// reqid (xfrm_state_find, net/xfrm/xfrm_state.c, compares it whatever it is).
-type saPlace struct {
-	dst   netip.Addr
-	reqid xfrmwatch.Reqid
-}
-
 func newPeerNeeds() peerNeeds {
-	return peerNeeds{
-		uses: map[plan.Peer]int{}, bySA: map[saPlace][]xfrmwatch.PolicyIndex{},
-		delta: map[plan.Peer]int{}, noted: map[xfrmwatch.PolicyIndex]bool{},
-	}
+	return peerNeeds{delta: map[plan.Peer]int32{}, noted: map[xfrmwatch.PolicyIndex]bool{}}
 }
 
-// peersOf are the peers that coverages need.
-func peersOf(list []xfrmwatch.Coverage) []plan.Peer {
-	if len(list) == 0 {
-		return nil
-	}
-	return plan.PeersOf(xfrmwatch.NewDB(), list)
-}
-
-// placesOf is where a policy's templates look for SAs.
-func placesOf(p *xfrmwatch.Policy) []saPlace {
+// placesOf is where a policy's templates look for SAs (xfrm_state_find, net/xfrm/xfrm_state.c, compares the reqid
+// whatever it is).
+func placesOf(p *xfrmwatch.Policy) []xfrmwatch.SAPlace {
 	if covers, _ := p.Covers(); !covers {
 		return nil
 	}
-	var out []saPlace
+	var out []xfrmwatch.SAPlace
 	for _, t := range p.Templates {
-		at := saPlace{reqid: t.Reqid}
+		at := xfrmwatch.SAPlace{Reqid: t.Reqid}
 		if !t.TakesFlow() {
-			at.dst = t.Dst
+			at.Dst = t.Dst
 		}
 		if !slices.Contains(out, at) {
 			out = append(out, at)
@@ -73,82 +55,77 @@ func (n *peerNeeds) notePolicy(db *xfrmwatch.DB, index xfrmwatch.PolicyIndex) {
 	if !ok {
 		return
 	}
-	for _, peer := range peersOf(db.Coverage(p)) {
+	for _, peer := range plan.PeersOf(db.Coverage(p)...) {
 		n.delta[peer]--
 	}
 	for _, at := range placesOf(p) {
-		list := n.bySA[at]
-		if i := slices.Index(list, index); i >= 0 {
-			list[i] = list[len(list)-1]
-			list = list[:len(list)-1]
-		}
-		if n.bySA[at] = list; len(list) == 0 {
-			delete(n.bySA, at)
-		}
+		n.bySA.Remove(at, index)
 	}
 }
 
 // noteSA hears of an SA that comes, goes or changes, before it does.
 func (n *peerNeeds) noteSA(db *xfrmwatch.DB, sa *xfrmwatch.SA) {
-	for _, at := range []saPlace{{sa.Dst, sa.Reqid}, {reqid: sa.Reqid}} {
-		for list := n.bySA[at]; len(list) > 0 && !n.anew; list = n.bySA[at] {
-			n.notePolicy(db, list[len(list)-1])
+	if n.anew {
+		return
+	}
+	for _, at := range []xfrmwatch.SAPlace{{Dst: sa.Dst, Reqid: sa.Reqid}, {Reqid: sa.Reqid}} {
+		for _, index := range slices.Collect(n.bySA.Of(at)) {
+			n.notePolicy(db, index)
 		}
 	}
 }
 
-// settle works out who needs what now, and returns which peers came to be needed, and which are no more.
-func (n *peerNeeds) settle(st *state) (came, gone []plan.Peer) {
+// settle works out who needs what now, and returns which of the ways is needed by how many more, or fewer.
+func (n *peerNeeds) settle(st *state, ways *ways) (changed map[plan.Peer]int32) {
 	if n.anew {
-		clear(n.bySA)
-		clear(n.delta)
-		clear(n.noted)
-		for peer, uses := range n.uses {
-			n.delta[peer] = -uses
+		*n = newPeerNeeds()
+		for w := range ways.toPeers {
+			n.delta[w.peer] = -w.uses
 		}
 		for p := range st.db.Policies() {
 			n.learn(st.db, p)
 		}
-		n.lingering, n.lingers, n.anew = nil, 0, false
 	}
 	for index := range n.noted {
 		if p, ok := st.db.Policy(index); ok {
 			n.learn(st.db, p)
 		}
 	}
-	clear(n.noted)
+	n.noted = emptied(n.noted)
 	if n.lingers != st.lingers {
 		for _, peer := range n.lingering {
 			n.delta[peer]--
 		}
-		n.lingering, n.lingers = peersOf(st.lingeringCoverages()), st.lingers
+		n.lingering, n.lingers = plan.PeersOf(st.lingeringCoverages()...), st.lingers
 		for _, peer := range n.lingering {
 			n.delta[peer]++
 		}
 	}
-	for peer, by := range n.delta {
-		was := n.uses[peer]
-		switch now := was + by; {
-		case now <= 0:
-			delete(n.uses, peer)
-			if was > 0 {
-				gone = append(gone, peer)
-			}
-		default:
-			if n.uses[peer] = now; was == 0 {
-				came = append(came, peer)
-			}
-		}
+	if len(n.delta) == 0 {
+		return nil
 	}
-	clear(n.delta)
-	return came, gone
+	changed, n.delta = n.delta, map[plan.Peer]int32{}
+	return changed
 }
 
 func (n *peerNeeds) learn(db *xfrmwatch.DB, p *xfrmwatch.Policy) {
-	for _, peer := range peersOf(db.Coverage(p)) {
+	for _, peer := range plan.PeersOf(db.Coverage(p)...) {
 		n.delta[peer]++
 	}
 	for _, at := range placesOf(p) {
-		n.bySA[at] = append(n.bySA[at], p.Index)
+		n.bySA.Add(at, p.Index)
 	}
 }
+
+// emptied is a map without what was in it. One that was large is given up: Go's maps never shrink, and to go through one, or to clear
+// it, takes as long as it would if it were still full.
+func emptied[K comparable, V any](m map[K]V) map[K]V {
+	if len(m) > keptMap {
+		return map[K]V{}
+	}
+	clear(m)
+	return m
+}
+
+// keptMap is how many entries a map may have had that is used again.
+const keptMap = 64

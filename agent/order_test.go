@@ -90,7 +90,7 @@ func TestMoreSpecificRouteIsThrownAtOnce(t *testing.T) {
 	w.addLink(&routes.Link{Index: 3, Name: "small", Type: 1, MTU: 1400, Up: true})
 	w.addRoute("10.3.7.0/24", hop{oif: 3})
 	w.settle()
-	want := []string{"journal put tables", "put 10.3.7.0/24 table 5450 metric 1 throw"}
+	want := []string{"put 10.3.7.0/24 table 5450 metric 1 throw"}
 	if d := cmp.Diff(want, w.tookButMTUs()); d != "" {
 		t.Errorf("(-want +got):\n%s", d)
 	}

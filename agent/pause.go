@@ -15,7 +15,7 @@ import (
 // A pause takes the loop's hands off. It goes on to follow the kernel and to plan, so that reports and events say
 // what it would do.
 //
-//	POST /v1/pause ── halt ──> between two writes, the loop stops writing
+//	POST /v1/pause ── halt ──> between two writes, or parts of very many, the loop stops writing
 //	       └── order ── inbox ──> obey: paused; with restore everything is given back first
 //	                                └── the round's end ──> answer: from here on nothing is written
 //

@@ -2,6 +2,7 @@ package agent
 
 import (
 	"errors"
+	"fmt"
 	"slices"
 	"strings"
 	"testing"
@@ -252,10 +253,13 @@ func TestFeatureThatWasTurnedOnInAPauseIsHeldAgain(t *testing.T) {
 	}
 }
 
-// The loop stops between two writes, and what it has not written is not in the journal either.
+// The loop stops between two parts of very many writes, and what it has not written is not in the journal either.
 func TestPauseStopsARound(t *testing.T) {
 	w := tunnelWorld(t, dedicatedOff())
 	w.addRoute("10.4.0.0/16", hop{oif: ipsec1})
+	for i := range writesAtOnce {
+		w.addRoute(fmt.Sprintf("10.%d.%d.0/24", 16+i/256, i%256), hop{oif: ipsec1})
+	}
 	w.queue = nil
 	w.start()
 	w.beforeEcho = func() { w.a.halt.Store(true) }
@@ -270,11 +274,11 @@ func TestPauseStopsARound(t *testing.T) {
 			t.Errorf("held after the halt: %s", op)
 		}
 	}
-	if locked != 1 {
-		t.Errorf("%d routes are locked, want 1", locked)
+	if locked != writesAtOnce {
+		t.Errorf("%d routes are locked, want %d", locked, writesAtOnce)
 	}
-	if ids := slices.DeleteFunc(w.ids(), func(id string) bool { return !strings.HasPrefix(id, "route/") }); len(ids) != 1 {
-		t.Errorf("the journal has %v", ids)
+	if ids := slices.DeleteFunc(w.ids(), func(id string) bool { return !strings.HasPrefix(id, "route/") }); len(ids) != writesAtOnce {
+		t.Errorf("the journal has %d locks", len(ids))
 	}
 	w.tell(&api.Paused{By: byRoot})
 	w.took()

@@ -90,6 +90,26 @@ func (a *Agent) source(sh *plan.Shape) (src netip.Addr, iif routes.Ifindex, ok b
 	if f.Src.Bits() == 0 {
 		return netip.Addr{}, 0, true
 	}
+	known, ok := a.st.sources[sh.ID]
+	if !ok || known.iif != 0 && !a.st.forwarding[f.Family] {
+		if known.src, known.iif, ok = a.findSource(sh); !ok {
+			return netip.Addr{}, 0, false
+		}
+		a.st.sources[sh.ID] = known
+	}
+	return known.src, known.iif, true
+}
+
+// shapeSource is a source of a shape's flows, and the device that they come in by, 0 for none. It is as good as it was while
+// nothing changed on which it depends (state.changed).
+type shapeSource struct {
+	src netip.Addr
+	iif routes.Ifindex
+}
+
+// findSource is source where it is not known.
+func (a *Agent) findSource(sh *plan.Shape) (src netip.Addr, iif routes.Ifindex, ok bool) {
+	f := sh.ID.Flows
 	for _, l := range a.st.fib.Links() {
 		for p := range a.st.fib.Addrs(l.Index) {
 			if f.Src.Contains(p.Addr()) && a.free(sh, p.Addr()) {

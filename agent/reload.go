@@ -379,7 +379,7 @@ func (f *Fleet) openHost() (a *Agent, cfg Config, generation uint64, err error) 
 	f.mu.Unlock()
 	err = f.host.Do(func() (err error) {
 		a, err = newAgentIn(netns.Host, cfg, f.log, f.version, func(a *Agent) error {
-			a.others = f
+			a.others, a.heap = f, &f.heap
 			return a.open()
 		})
 		return err

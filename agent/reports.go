@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"sync/atomic"
+	"weak"
 )
 
 // A report has as many verdicts in words as there are coverages, and most rounds are of no interest to anybody. So it
@@ -19,7 +20,7 @@ import (
 type reports struct {
 	// version counts what can have changed a report, 0 before the first plan. The loop raises it.
 	version atomic.Uint64
-	newest  atomic.Pointer[observed]
+	newest  atomic.Pointer[made]
 	// turn holds the token of who makes one. It can be waited for until a context ends.
 	turn chan struct{}
 	// looping says that the loop was started: it, and nobody else, reads its state until it ends.
@@ -54,7 +55,7 @@ func (a *Agent) observe(ctx context.Context) (*observed, error) {
 	if asked == 0 {
 		return nil, errNotReady
 	}
-	if o := r.newest.Load(); o != nil && o.version >= asked {
+	if o := r.newest.Load().report(); o != nil && o.version >= asked {
 		return o, nil
 	}
 	select {
@@ -63,7 +64,7 @@ func (a *Agent) observe(ctx context.Context) (*observed, error) {
 	case <-ctx.Done():
 		return nil, ctx.Err()
 	}
-	if o := r.newest.Load(); o != nil && o.version >= asked {
+	if o := r.newest.Load().report(); o != nil && o.version >= asked {
 		return o, nil
 	}
 	s, err := r.take(ctx, a)
@@ -71,8 +72,40 @@ func (a *Agent) observe(ctx context.Context) (*observed, error) {
 		return nil, err
 	}
 	o := a.tell(s)
-	r.newest.Store(o)
+	a.keep(o)
 	return o, nil
+}
+
+// made is a report that somebody has got. In words a large plan takes several times the memory that it takes otherwise, so
+// that such a report stays only until the next collection of garbage.
+type made struct {
+	small *observed
+	large weak.Pointer[observed]
+}
+
+// largeReport is how many coverages and clones a large report has: it takes some megabytes.
+const largeReport = 10_000
+
+// report is nil for none, or none any more.
+func (m *made) report() *observed {
+	switch {
+	case m == nil:
+		return nil
+	case m.small != nil:
+		return m.small
+	}
+	return m.large.Value()
+}
+
+// keep keeps a report for others who ask.
+func (a *Agent) keep(o *observed) {
+	n := len(o.report.Coverages) + len(o.report.Clones)
+	if n < largeReport {
+		a.reports.newest.Store(&made{small: o})
+		return
+	}
+	a.reports.newest.Store(&made{large: weak.Make(o)})
+	a.heap.Did(n)
 }
 
 // take is a snapshot of the state: the loop makes it, or has left it behind. Before there is a loop, whoever makes the

@@ -188,7 +188,8 @@ func (a *Agent) echo(ev routes.Event) {
 	case !ours:
 		// Of several with the key our write replaces the first; one that was appended is safe.
 		if first, n := a.st.fib.Get(r.Key()); n < 2 || first.Body == r.Body {
-			w.owner = &r
+			owner := r // r itself stays on the stack: each route event comes by here
+			w.owner = &owner
 		}
 	}
 }
@@ -211,8 +212,11 @@ func (a *Agent) input(now time.Time) plan.Input {
 		}
 	}
 	a.st.ways.settle(a.rt, a.st)
-	a.st.changes.Peers = append(a.st.changes.Peers, a.st.ways.others...)
-	in.Peers, in.Outers, in.L2TP = a.st.ways.pathTo, a.st.ways.pathOut, a.st.ways.l2tp
+	if !a.st.changes.All {
+		a.st.changes.Peers = append(a.st.changes.Peers, a.st.ways.others...)
+	}
+	a.st.ways.others = nil
+	in.Peers, in.Outers, in.L2TP = a.st.ways, a.st.ways.pathOut, a.st.ways.l2tp
 	in.Probed = a.probed
 	return in
 }
@@ -230,17 +234,23 @@ func (a *Agent) round(now time.Time) (next time.Duration, reached bool) {
 	a.freshenMTUs()
 	a.settleUnsure()
 	in := a.input(now)
-	pl := &plan.Plan{}
+	pl, unfinished := &plan.Plan{}, a.st.ways.late()
 	if a.goal == protect || a.st.paused != nil {
+		a.backlog.grow(a.st)
+		a.st.planner.Part = a.backlog.part()
 		pl = a.st.planner.Plan(in, a.st.changes)
+		a.backlog.replanned(&a.st.planner)
+		unfinished = unfinished || a.st.planner.Unfinished()
 		a.st.changes = plan.Changes{}
 		a.remember()
 	}
 	act, held := pl, plan.Held{Holds: a.st.holds, Locks: a.st.locks} // what is worked towards
 	var steps plan.Steps
-	if a.goal == protect {
+	switch {
+	case a.onlyLooks(): // what would have to be done is worked out for a report, not in each round
+	case a.goal == protect:
 		steps = a.st.planner.Steps(in, held)
-	} else {
+	default:
 		act = &plan.Plan{}
 		steps = plan.Diff(in, act, held)
 		a.st.planner.Relook()
@@ -254,6 +264,7 @@ func (a *Agent) round(now time.Time) (next time.Duration, reached bool) {
 	more := a.moreSteps(in, act)
 	wrote, failures, actions := false, a.stats.Failed, a.stats.Actions
 	if a.writes() {
+		a.telling.later = true
 		if !a.setMore(act, &more, now) {
 			steps.Unlocks = nil
 		}
@@ -262,6 +273,9 @@ func (a *Agent) round(now time.Time) (next time.Duration, reached bool) {
 			a.dropMore(act, &more, now)
 		}
 		a.reacted(a.stats.Actions != actions)
+		a.telling.later = false
+		a.tellDone()
+		a.settleFights(now)
 		wrote = a.stats.Actions != actions || a.again && !a.once
 	} else {
 		a.lookAtMore(now)
@@ -270,7 +284,10 @@ func (a *Agent) round(now time.Time) (next time.Duration, reached bool) {
 	a.since = time.Time{}
 	a.lastP, a.lastIn = pl, in
 	a.countPause(&steps)
-	a.came = outcome{now: now, unlocked: a.unlocked(pl, act, &steps), rules: steps.AddRules, clones: steps.Clones, writes: a.writes()}
+	a.came = outcome{now: now, unlocked: a.unlocked(pl, act, &steps)}
+	if a.came.writes = a.writes(); !a.came.writes { // else they are in place
+		a.came.rules, a.came.clones = steps.AddRules, steps.Clones
+	}
 	g := a.glimpse(now)
 	if first && !a.once && (a.goal == protect || a.st.paused != nil) {
 		a.ready(g)
@@ -285,6 +302,7 @@ func (a *Agent) round(now time.Time) (next time.Duration, reached bool) {
 	if a.stats.Actions == actions && a.stats.Failed == failures {
 		a.seen()
 	}
+	wrote = wrote || unfinished // which goes on at once, too
 	a.settleCauses(wrote)
 	a.answerOrders()
 	if wrote {
@@ -317,6 +335,7 @@ const (
 // closeBooks takes what is no claim out of the journal once everything is given back.
 func (a *Agent) closeBooks() {
 	ids := []string{"tables"}
+	a.st.tablesBooked = false
 	if a.goal == restoreAll && a.st.paused == nil {
 		for id := range a.st.last {
 			ids = append(ids, mtuID(id))

@@ -14,7 +14,11 @@ import (
 	"tsoagent/sockopt"
 )
 
-// outcome is what a round came to, as far as the state does not say it.
+// onlyLooks reports whether nothing is written, nor would be but for a pause.
+func (a *Agent) onlyLooks() bool { return a.cfg.Mode == Observe && a.goal == protect && !a.once }
+
+// outcome is what a round came to, as far as the state does not say it. Of one that only looks it is worked out for a
+// report (snapshot).
 type outcome struct {
 	now    time.Time
 	writes bool
@@ -29,7 +33,7 @@ type outcome struct {
 // written and is not on its way rests, or failed.
 func (a *Agent) unlocked(pl, act *plan.Plan, s *plan.Steps) map[routes.Key]bool {
 	locks := s.Locks
-	if act != pl {
+	if act != pl && pl.LockCount() > 0 {
 		locks = pl.Complete().Locks // the steps know nothing of them
 	}
 	var out map[routes.Key]bool
@@ -75,9 +79,15 @@ type heldNow struct {
 
 // snapshot copies what the next report is made of. It is the loop's.
 func (a *Agent) snapshot() *snapshot {
-	pl, now := a.lastP.Keep(), a.came.now
+	pl, came := a.lastP.Keep(), a.came
+	if a.onlyLooks() {
+		steps := a.st.planner.Steps(a.lastIn, plan.Held{Holds: a.st.holds, Locks: a.st.locks})
+		a.st.planner.Relook() // nobody does them
+		came.unlocked, came.rules, came.clones = a.unlocked(a.lastP, a.lastP, &steps), steps.AddRules, steps.Clones
+	}
+	now := came.now
 	s := &snapshot{
-		version: a.reports.version.Load(), plan: pl, names: a.linkNames(), figures: a.figuresNow(now), unlocked: a.came.unlocked,
+		version: a.reports.version.Load(), plan: pl, names: a.linkNames(), figures: a.figuresNow(now), unlocked: came.unlocked, rules: came.rules, clones: came.clones,
 		holds: a.holdsNow(pl), mtus: a.mtusNow(pl),
 		clamps: a.st.clamps.kernel, lanes: maps.Clone(a.st.lanes.seen), noLanes: maps.Clone(a.st.lanes.refused), keys: a.st.keys,
 		report: Report{
@@ -92,9 +102,6 @@ func (a *Agent) snapshot() *snapshot {
 	}
 	if a.sources != nil {
 		s.report.Sources = a.sources.stats()
-	}
-	if !a.came.writes { // else they are in place
-		s.rules, s.clones = a.came.rules, a.came.clones
 	}
 	return s
 }

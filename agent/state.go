@@ -17,6 +17,7 @@ import (
 
 // state is what the loop knows. It belongs to the loop alone.
 type state struct {
+	cfg      *plan.Config // tells what is ours
 	db       *xfrmwatch.DB
 	fib      *routes.FIB
 	features map[routes.Ifindex]*ethtool.Features
@@ -44,6 +45,8 @@ type state struct {
 	adopted []rememberedMTU
 	// tables are the numbers that an earlier run used, nil for none.
 	tables *ownTables
+	// tablesBooked says that this run has put those of its own into the journal.
+	tablesBooked bool
 
 	holds     map[plan.HoldKey]plan.HoldClaim
 	heldOn    map[ethtool.Ifindex][]ethtool.Feature // those of holds, by device
@@ -63,6 +66,7 @@ type state struct {
 	stuck     map[routes.Key]int             // how often a lock could not be given back
 	cloned    map[clonePlace]clonedAt        // what was written last into our tables, and how often
 	withheld  map[plan.ShapeID]withheldShape // shapes that the kernel's lookup refuted
+	sources   map[plan.ShapeID]shapeSource   // of the flows that the kernel is asked about
 
 	// writing are the in-place writes whose notification has not come back yet.
 	writing map[routes.Key]*write
@@ -117,7 +121,9 @@ type clonePlace struct {
 
 type clonedAt struct {
 	fight
-	clone plan.Clone
+	body  *routes.Body // of the route that was cloned, nil for a throw
+	mtu   plan.MTUMetric
+	throw bool
 }
 
 type withheldShape struct {
@@ -137,8 +143,9 @@ type write struct {
 	owner *routes.Route // the owner's version that our write has overwritten, nil for none
 }
 
-func newState() *state {
+func newState(cfg *plan.Config) *state {
 	s := &state{
+		cfg:           cfg,
 		db:            xfrmwatch.NewDB(),
 		fib:           routes.NewFIB(),
 		features:      map[routes.Ifindex]*ethtool.Features{},
@@ -169,6 +176,7 @@ func newState() *state {
 		stuck:         map[routes.Key]int{},
 		cloned:        map[clonePlace]clonedAt{},
 		withheld:      map[plan.ShapeID]withheldShape{},
+		sources:       map[plan.ShapeID]shapeSource{},
 		writing:       map[routes.Key]*write{},
 		inflight:      map[uint32]struct{}{},
 	}
@@ -182,13 +190,26 @@ func (s *state) changed(c routes.Change) {
 	if c.Link != 0 || c.All {
 		s.names = nil
 	}
-	s.ways.changed(c)
-	switch {
-	case s.changes.All: // whatever else there is
-	case c.Dst.IsValid():
-		s.changes.Dsts = append(s.changes.Dsts, c.Dst)
-	case !c.Addr: // no plan depends on addresses
-		s.changes = plan.Changes{All: true}
+	if c.Rule != nil && s.cfg.OwnRule(c.Rule) {
+		s.ways.through(c.Rule)
+	} else {
+		s.ways.changed(c)
+	}
+	s.changedSources(c)
+	s.changes.Route(s.cfg, c)
+}
+
+// changedSources forgets the sources that a change can concern: those whose way back may be another one, and where more than routes
+// changed all.
+func (s *state) changedSources(c routes.Change) {
+	if !c.Dst.IsValid() {
+		clear(s.sources)
+		return
+	}
+	for id, x := range s.sources {
+		if c.Dst.Contains(x.src) {
+			delete(s.sources, id)
+		}
 	}
 }
 
@@ -288,6 +309,7 @@ func (s *state) know(f *ethtool.Features) {
 // linger keeps the coverages whose policy went away since the last plan, and lets those go
 // whose policy is back or whose time is over.
 func (s *state) linger(now time.Time, quiet time.Duration) {
+	some := len(s.lingering) > 0
 	for id, l := range s.lingering {
 		_, back := s.db.Policy(id.Policy)
 		switch {
@@ -299,6 +321,9 @@ func (s *state) linger(now time.Time, quiet time.Duration) {
 		case !now.Before(l.until):
 			s.lingerNoMore(id)
 		}
+	}
+	if some && len(s.lingering) == 0 {
+		s.lingering = map[xfrmwatch.CoverageID]lingerer{} // as emptied does
 	}
 	var came []xfrmwatch.Coverage
 	leave := func(index xfrmwatch.PolicyIndex) {
@@ -328,6 +353,9 @@ func (s *state) linger(now time.Time, quiet time.Duration) {
 func (s *state) lingerNoMore(id xfrmwatch.CoverageID) {
 	delete(s.lingering, id)
 	s.lingers++
+	if len(s.lingering) == 0 {
+		s.lingering, s.lingerers = map[xfrmwatch.CoverageID]lingerer{}, lingerList{of: s.lingers} // a map does not shrink
+	}
 	s.ended = append(s.ended, id)
 }
 

@@ -21,20 +21,16 @@ func (a *Agent) moveClones(pl *plan.Plan, s *plan.Steps, now time.Time) {
 	if len(s.Clones)+len(s.AddRules) == 0 {
 		return
 	}
-	if err := a.journal.Put(a.tablesEntry()); err != nil {
+	if err := a.bookTables(); err != nil {
 		a.failed("journal can't be written, no lock in a table of our own", err)
 		return
 	}
 	failpoint("clone-journal-after")
-	broken := a.putClones(s.Clones, now)
-	failpoint("clone-written")
-	written := map[plan.ShapeID]map[netip.Prefix]bool{}
-	for _, c := range s.Clones {
-		if written[c.Shape] == nil {
-			written[c.Shape] = map[netip.Prefix]bool{}
-		}
-		written[c.Shape][c.Clone.Dst] = true
+	broken, stopped := a.putClones(s.Clones, now)
+	if stopped {
+		return
 	}
+	failpoint("clone-written")
 	for i := range pl.Shapes {
 		sh := &pl.Shapes[i]
 		if why, no := broken[sh.ID]; no {
@@ -47,11 +43,12 @@ func (a *Agent) moveClones(pl *plan.Plan, s *plan.Steps, now time.Time) {
 				add = append(add, r)
 			}
 		}
-		switch {
-		case len(add) > 0:
+		if len(add) > 0 {
 			a.lead(sh, add, now)
-		case len(written[sh.ID]) > 0:
-			probes := a.probes(sh, written[sh.ID])
+			continue
+		}
+		if written := writtenFor(sh, s.Clones); len(written) > 0 {
+			probes := a.probes(sh, written)
 			if why, _ := a.compare(probes, nil, a.ask(probes), sh); why != "" {
 				a.withhold(sh, why, now)
 			}
@@ -59,20 +56,45 @@ func (a *Agent) moveClones(pl *plan.Plan, s *plan.Steps, now time.Time) {
 	}
 }
 
+// writtenFor are the destinations of the steps for a shape, nil for none.
+func writtenFor(sh *plan.Shape, steps []plan.CloneStep) (at map[netip.Prefix]bool) {
+	for i := range steps {
+		if c := &steps[i]; c.Table == sh.Table && c.Shape == sh.ID {
+			if at == nil {
+				at = map[netip.Prefix]bool{}
+			}
+			at[c.Clone.Dst] = true
+		}
+	}
+	return at
+}
+
 // putClones writes clones, and takes the ones away that they replace: a clone with another MTU
 // has another metric, so the old one stays until the new one is there. Where a clone can't be
 // written, a throw goes there, as the next rule knows better than a wider clone; a shape for
-// which that fails too is broken.
-func (a *Agent) putClones(steps []plan.CloneStep, now time.Time) (broken map[plan.ShapeID]string) {
+// which that fails too is broken. Very many are written a part at a time; stopped says that the loop is to write no more.
+func (a *Agent) putClones(steps []plan.CloneStep, now time.Time) (broken map[plan.ShapeID]string, stopped bool) {
 	broken = map[plan.ShapeID]string{}
-	var writes []routes.Write
-	var of []plan.CloneStep
-	for _, c := range steps {
+	for part := range slices.Chunk(steps, writesAtOnce) {
+		if a.halt.Load() {
+			return broken, true
+		}
+		a.putSome(part, broken, now)
+		a.keepUp()
+	}
+	return broken, false
+}
+
+func (a *Agent) putSome(steps []plan.CloneStep, broken map[plan.ShapeID]string, now time.Time) {
+	writes := make([]routes.Write, 0, len(steps))
+	of := make([]*plan.CloneStep, 0, len(steps))
+	for i := range steps {
+		c := &steps[i]
 		if !a.mayClone(c, now) {
 			broken[c.Shape] = fmt.Sprintf("%s does not stay in its table (somebody deletes it, or the kernel refuses it)", c.Clone.Dst)
 			continue
 		}
-		msg, err := a.encodeClone(c)
+		msg, err := a.encodeClone(c.Clone, c.Table)
 		if err != nil {
 			a.failed("route can't be cloned", err, "route", c.Clone.Dst.String(), "table", c.Table)
 			msg, err = a.encodeThrow(c)
@@ -105,7 +127,6 @@ func (a *Agent) putClones(steps []plan.CloneStep, now time.Time) (broken map[pla
 		}
 	}
 	a.batch(old) // what is gone already is as good
-	return broken
 }
 
 // onLink tries the IPv6 clones again whose gateway the kernel does not find from our table.
@@ -127,7 +148,7 @@ func (a *Agent) onLink(writes []routes.Write, errs []error) []error {
 
 // throwInstead puts a throw where a clone can't be written, unless there is one: IPv4 tells
 // nothing of a replace that changes nothing.
-func (a *Agent) throwInstead(c plan.CloneStep) error {
+func (a *Agent) throwInstead(c *plan.CloneStep) error {
 	if slices.ContainsFunc(c.Old, func(r routes.Route) bool { return r.Body.Type == routes.Throw }) {
 		return nil
 	}
@@ -139,11 +160,11 @@ func (a *Agent) throwInstead(c plan.CloneStep) error {
 }
 
 // mayClone bounds how often the same clone is written again. One that moves is another one.
-func (a *Agent) mayClone(c plan.CloneStep, now time.Time) bool {
+func (a *Agent) mayClone(c *plan.CloneStep, now time.Time) bool {
 	at := clonePlace{c.Table, c.Clone.Dst}
 	last, again := a.st.cloned[at]
-	if !again || last.clone.Throw != c.Clone.Throw || last.clone.Of.Body != c.Clone.Of.Body || last.clone.MTU != c.Clone.MTU {
-		last = clonedAt{clone: c.Clone}
+	if !again || last.throw != c.Clone.Throw || last.body != c.Clone.Of.Body || last.mtu != c.Clone.MTU {
+		last = clonedAt{body: c.Clone.Of.Body, mtu: c.Clone.MTU, throw: c.Clone.Throw}
 	}
 	may, _ := last.once(now)
 	a.st.cloned[at] = last
@@ -153,45 +174,57 @@ func (a *Agent) mayClone(c plan.CloneStep, now time.Time) bool {
 // batch does the writes and returns the error of each. The loop waits for their echoes.
 func (a *Agent) batch(writes []routes.Write) []error {
 	out := make([]error, len(writes))
-	if len(writes) == 0 {
-		return out
-	}
-	results, err := a.rt.Batch(writes)
-	for i := range out {
-		switch {
-		case i >= len(results):
-			out[i] = err
-		case results[i].Err != nil:
-			out[i] = results[i].Err
-		default:
-			a.st.inflight[results[i].Seq] = struct{}{}
-		}
+	for i, res := range a.results(writes) {
+		out[i] = res.Err
 	}
 	return out
 }
 
-func (a *Agent) didClone(c plan.CloneStep) {
+// results does the writes and returns what became of each. The loop waits for their echoes.
+func (a *Agent) results(writes []routes.Write) []routes.Result {
+	if len(writes) == 0 {
+		return nil
+	}
+	results, err := a.rt.Batch(writes)
+	for _, res := range results {
+		if res.Err == nil {
+			a.st.inflight[res.Seq] = struct{}{}
+		}
+	}
+	for len(results) < len(writes) {
+		results = append(results, routes.Result{Err: err})
+	}
+	return results
+}
+
+func (a *Agent) didClone(c *plan.CloneStep) {
+	what := "route cloned with a locked mtu"
 	switch {
 	case c.Clone.Throw:
-		a.did("route thrown to the next rule", "route", c.Clone.Dst.String(), "table", c.Table)
+		what = "route thrown to the next rule"
 	case c.Moved:
-		a.did("clone moved", "route", c.Clone.Dst.String(), "table", c.Table, "mtu", c.Clone.MTU.MTU)
+		what = "clone moved"
+	}
+	switch {
+	case a.onlyCounted(what):
+	case c.Clone.Throw:
+		a.did(what, "route", c.Clone.Dst.String(), "table", c.Table)
+	case c.Moved:
+		a.did(what, "route", c.Clone.Dst.String(), "table", c.Table, "mtu", c.Clone.MTU.MTU)
 	default:
-		a.did("route cloned with a locked mtu", "route", c.Clone.Dst.String(), "table", c.Table,
-			"mtu", c.Clone.MTU.MTU, "because", ids1(c.Clone.Because))
+		a.did(what, "route", c.Clone.Dst.String(), "table", c.Table, "mtu", c.Clone.MTU.MTU, "because", ids1(c.Clone.Because))
 	}
 }
 
-func (a *Agent) encodeThrow(c plan.CloneStep) ([]byte, error) {
-	c.Clone = plan.Clone{Dst: c.Clone.Dst, Throw: true}
-	return a.encodeClone(c)
+func (a *Agent) encodeThrow(c *plan.CloneStep) ([]byte, error) {
+	return a.encodeClone(plan.Clone{Dst: c.Clone.Dst, Throw: true}, c.Table)
 }
 
-func (a *Agent) encodeClone(c plan.CloneStep) ([]byte, error) {
-	if c.Clone.Throw {
-		return routes.EncodeThrow(routes.FamilyOf(c.Clone.Dst.Addr()), c.Clone.Dst, c.Table, a.cfg.Plan.Protocol, c.Clone.Metric())
+func (a *Agent) encodeClone(c plan.Clone, table routes.TableID) ([]byte, error) {
+	if c.Throw {
+		return routes.EncodeThrow(routes.FamilyOf(c.Dst.Addr()), c.Dst, table, a.cfg.Plan.Protocol, c.Metric())
 	}
-	return routes.EncodeClone(c.Clone.Of, c.Clone.Dst, c.Table, a.cfg.Plan.Protocol, c.Clone.MTU, c.Clone.AdvMSS, c.Clone.Metric())
+	return routes.EncodeClone(c.Of, c.Dst, table, a.cfg.Plan.Protocol, c.MTU, c.AdvMSS, c.Metric())
 }
 
 // lead adds the rules of a shape and compares where packets go before and after.
@@ -285,12 +318,22 @@ func (a *Agent) dropTables(s *plan.Steps) {
 		a.dropped.rules++
 		a.did("rule deleted", "family", r.Family.String(), "priority", r.Priority, "table", r.Table)
 	}
-	if len(s.DropClones) == 0 {
-		return
+	for part := range slices.Chunk(s.DropClones, writesAtOnce) {
+		if a.halt.Load() {
+			return
+		}
+		a.dropClones(part)
+		a.keepUp()
 	}
-	writes := make([]routes.Write, 0, len(s.DropClones))
-	var of []routes.Route
-	for _, r := range s.DropClones {
+	if len(s.DropClones) > 0 {
+		failpoint("clone-dropped")
+	}
+}
+
+func (a *Agent) dropClones(list []routes.Route) {
+	writes := make([]routes.Write, 0, len(list))
+	of := make([]routes.Route, 0, len(list))
+	for _, r := range list {
 		msg, err := routes.EncodeDelete(r)
 		if err != nil {
 			a.failed("clone can't be deleted", err, "route", r.Key().String())
@@ -312,7 +355,8 @@ func (a *Agent) dropTables(s *plan.Steps) {
 		}
 		a.st.inflight[res.Seq] = struct{}{}
 		a.dropped.clones++
-		a.did("clone deleted", "route", of[i].Key().String())
+		if what := "clone deleted"; !a.onlyCounted(what) {
+			a.did(what, "route", of[i].Key().String())
+		}
 	}
-	failpoint("clone-dropped")
 }

@@ -130,13 +130,13 @@ func (a *Agent) verifyCarriers() []string {
 	for _, c := range a.lastP.Complete().Current {
 		if n := len(c.Policy.Templates); len(c.Steps) == 0 && n > 0 { // no SA yet
 			t := c.Policy.Templates[n-1]
-			if path, ok := a.lastIn.Peers[plan.Peer{Addr: t.Dst, Src: t.Src}]; ok {
+			if path, ok := a.lastIn.Peers.Path(plan.Peer{Addr: t.Dst, Src: t.Src}); ok {
 				found[path.Oif] = true
 			}
 		}
 		for _, step := range c.Steps {
 			for _, sa := range step.SAs {
-				if path, ok := a.lastIn.Peers[plan.PeerOf(sa)]; ok {
+				if path, ok := a.lastIn.Peers.Path(plan.PeerOf(sa)); ok {
 					found[path.Oif] = true
 				} else if asked < mostAsked {
 					ask(sa.Dst, sa.Src)

@@ -2,9 +2,8 @@ package agent
 
 import (
 	"errors"
-	"maps"
+	"iter"
 	"net/netip"
-	"slices"
 
 	"github.com/gaissmai/bart"
 
@@ -19,23 +18,26 @@ import (
 //	a route came, went or changed       those to whose address it leads
 //	a link, or an address of it         those that leave by it, or can: the other ways of its routes
 //	a rule, a nexthop object, a dump    all
+//	a rule of ours                      those to whose address a route of the table leads that it leads to
 //	a policy or an SA                   its peers: what PMTU discovery has learnt has no event
 //	a full resync                       all, for the same reason
 //
 // What else changes costs a look into a table. It belongs to the loop.
+//
+// Of peers there can be as many as policies, most of which share their paths.
 type ways struct {
-	peers  map[plan.Peer]*way
 	outers map[routes.Ifindex]*way
-	byAddr bart.Table[[]*way]
+	byAddr bart.Table[*way]
 
-	// What the kernel has answered, without those to whom there is no way.
-	pathTo  map[plan.Peer]plan.Path
-	pathOut map[routes.Ifindex]plan.Path
+	paths   map[plan.Path]*plan.Path     // those that peers have, or had
+	pathOut map[routes.Ifindex]plan.Path // what the kernel has answered, without those to which there is no way
 
 	all   bool // every answer may be another one now
-	due   map[*way]bool
+	due   []*way
+	slow  []*way                  // likewise, of a route that changed: a part of them in each round
 	links map[routes.Ifindex]bool // those that leave by one of these are due
 	addrs map[netip.Addr]bool     // those from one of these, and from none
+	ours  map[ourTable]bool       // those in one of these
 	again map[*way]bool           // the question itself failed
 	// others are the peers to which the way is another one since the last time, or of which nobody asks any more.
 	others []plan.Peer
@@ -46,18 +48,29 @@ type ways struct {
 	l2tp   map[routes.Ifindex]routes.Encap
 }
 
+// ourTable is a table of ours to which a rule came or went.
+type ourTable struct {
+	family routes.Family
+	table  routes.TableID
+}
+
 // A way is one question.
 type way struct {
 	peer  plan.Peer   // of an SA
 	outer *plan.Outer // else of a tunnel
+	path  *plan.Path  // to a peer, as the kernel has answered: nil where there is none
+	next  *way        // to the same address
 	oif   routes.Ifindex
+	uses  int32 // how many policies, and what lingers of them, need it to a peer
+	due   bool  // it is among those that are due
+	slow  bool  // likewise, for a part of them in each round
+	gone  bool
 }
 
 func newWays() *ways {
 	return &ways{
-		peers: map[plan.Peer]*way{}, outers: map[routes.Ifindex]*way{},
-		pathTo: map[plan.Peer]plan.Path{}, pathOut: map[routes.Ifindex]plan.Path{},
-		due: map[*way]bool{}, links: map[routes.Ifindex]bool{}, addrs: map[netip.Addr]bool{}, again: map[*way]bool{},
+		outers: map[routes.Ifindex]*way{}, paths: map[plan.Path]*plan.Path{}, pathOut: map[routes.Ifindex]plan.Path{},
+		links: map[routes.Ifindex]bool{}, addrs: map[netip.Addr]bool{}, ours: map[ourTable]bool{}, again: map[*way]bool{},
 		needs: newPeerNeeds(), relink: true,
 	}
 }
@@ -92,21 +105,89 @@ func (w *way) dst() netip.Prefix {
 
 func (s *ways) add(w *way) {
 	at := w.dst()
-	have, _ := s.byAddr.Get(at)
-	s.byAddr.Insert(at, append(have, w))
-	s.due[w] = true
+	w.next, _ = s.byAddr.Get(at)
+	s.byAddr.Insert(at, w)
+	s.isDue(w)
 }
 
 func (s *ways) remove(w *way) {
 	at := w.dst()
-	have, _ := s.byAddr.Get(at)
-	if have = slices.DeleteFunc(have, func(o *way) bool { return o == w }); len(have) > 0 {
-		s.byAddr.Insert(at, have)
+	first, _ := s.byAddr.Get(at)
+	for link := &first; *link != nil; link = &(*link).next {
+		if *link == w {
+			*link = w.next
+			break
+		}
+	}
+	if first != nil {
+		s.byAddr.Insert(at, first)
 	} else {
 		s.byAddr.Delete(at)
 	}
-	delete(s.due, w)
+	w.gone = true
 	delete(s.again, w)
+}
+
+func (s *ways) isDue(w *way) {
+	if !w.due {
+		w.due = true
+		s.due = append(s.due, w)
+	}
+}
+
+// each yields a way and the others to its address.
+func (w *way) each(yield func(*way) bool) {
+	for ; w != nil; w = w.next {
+		if !yield(w) {
+			return
+		}
+	}
+}
+
+// toPeers yields the ways to peers.
+func (s *ways) toPeers(yield func(*way) bool) {
+	for _, at := range s.byAddr.All() {
+		for w := range at.each {
+			if w.outer == nil && !yield(w) {
+				return
+			}
+		}
+	}
+}
+
+// toPeer is the way to a peer, nil if nobody needs it.
+func (s *ways) toPeer(peer plan.Peer) *way {
+	if !peer.Addr.IsValid() {
+		return nil
+	}
+	at, _ := s.byAddr.Get(netip.PrefixFrom(peer.Addr, peer.Addr.BitLen()))
+	for w := range at.each {
+		if w.outer == nil && w.peer == peer {
+			return w
+		}
+	}
+	return nil
+}
+
+var _ plan.Paths = (*ways)(nil)
+
+// Path is the path to a peer.
+func (s *ways) Path(peer plan.Peer) (plan.Path, bool) {
+	if w := s.toPeer(peer); w != nil && w.path != nil {
+		return *w.path, true
+	}
+	return plan.Path{}, false
+}
+
+// All yields the paths to all peers.
+func (s *ways) All() iter.Seq2[plan.Peer, plan.Path] {
+	return func(yield func(plan.Peer, plan.Path) bool) {
+		for w := range s.toPeers {
+			if w.path != nil && !yield(w.peer, *w.path) {
+				return
+			}
+		}
+	}
 }
 
 // changed hears of each change of the routing mirror.
@@ -117,18 +198,51 @@ func (s *ways) changed(c routes.Change) {
 	case c.Link != 0:
 		s.links[c.Link], s.relink = true, true
 	default:
-		s.route(c.Dst)
+		s.route(c.Dst, s.isSlow)
+	}
+}
+
+// through hears of a rule of ours that came or went. What leaves the table meanwhile, or comes to it, has events of its own.
+func (s *ways) through(r *routes.Rule) { s.ours[ourTable{r.Family, r.Table}] = true }
+
+// maxAsks is how many ways are asked for in one round because a route changed: of a default route very many can have.
+const maxAsks = 128
+
+// askSlow asks for a part of those that are due because of a route that changed.
+func (s *ways) askSlow(rt routeTable, fib *routes.FIB) {
+	for n := 0; n < maxAsks && len(s.slow) > 0; {
+		last := len(s.slow) - 1
+		w := s.slow[last]
+		s.slow = s.slow[:last]
+		if w.slow && !w.gone {
+			s.ask(rt, fib, w)
+			n++
+		}
+		w.slow = false
+	}
+	if len(s.slow) == 0 {
+		s.slow = nil
+	}
+}
+
+// late reports whether some are left that are due.
+func (s *ways) late() bool { return len(s.slow) > 0 }
+
+func (s *ways) isSlow(w *way) {
+	if !w.slow {
+		w.slow = true
+		s.slow = append(s.slow, w)
 	}
 }
 
 // route makes the ways due to whose address a route leads.
-func (s *ways) route(dst netip.Prefix) {
+func (s *ways) route(dst netip.Prefix, due func(*way)) {
 	if s.all || !s.byAddr.OverlapsPrefix(dst) {
 		return
 	}
-	for _, list := range s.byAddr.Subnets(dst) {
-		for _, w := range list {
-			s.due[w] = true
+	for _, at := range s.byAddr.Subnets(dst) {
+		for w := range at.each {
+			due(w)
 		}
 	}
 }
@@ -155,7 +269,7 @@ func (s *ways) link(fib *routes.FIB, l *routes.Link) {
 		s.all = true
 	}
 	for _, k := range keys {
-		s.route(k.Dst)
+		s.route(k.Dst, s.isDue)
 	}
 }
 
@@ -165,35 +279,48 @@ func (s *ways) addr(a netip.Addr) { s.addrs[a] = true }
 // touch makes the ways to an address due.
 func (s *ways) touch(addr netip.Addr) {
 	if addr.IsValid() {
-		s.route(netip.PrefixFrom(addr, addr.BitLen()))
+		s.route(netip.PrefixFrom(addr, addr.BitLen()), s.isDue)
 	}
 }
 
 // settle brings the questions up to what is needed now, and asks those that are due.
 func (s *ways) settle(rt routeTable, st *state) {
 	s.others = nil
-	came, gone := s.needs.settle(st)
-	s.others = append(s.others, gone...)
-	for _, p := range gone {
-		s.remove(s.peers[p])
-		delete(s.peers, p)
-		delete(s.pathTo, p)
-	}
-	for _, p := range came {
-		s.peers[p] = &way{peer: p}
-		s.add(s.peers[p])
+	for peer, by := range s.needs.settle(st, s) {
+		s.use(peer, by)
 	}
 	if s.relink {
 		s.tunnels(st)
 	}
-	s.gather()
-	for w := range s.due {
-		s.ask(rt, st.fib, w)
+	s.gather(st.fib)
+	if s.all { // each is asked again
+		clear(s.paths)
 	}
-	clear(s.due)
-	clear(s.links)
-	clear(s.addrs)
+	for _, w := range s.due {
+		if w.due = false; !w.gone {
+			s.ask(rt, st.fib, w)
+			w.slow = false
+		}
+	}
+	s.askSlow(rt, st.fib)
+	s.due, s.links, s.addrs = nil, emptied(s.links), emptied(s.addrs)
+	clear(s.ours)
 	s.all, s.relink = false, false
+}
+
+// use counts who needs the way to a peer, and asks for one or forgets it.
+func (s *ways) use(peer plan.Peer, by int32) {
+	w := s.toPeer(peer)
+	if w == nil {
+		if by > 0 {
+			s.add(&way{peer: peer, uses: by})
+		}
+		return
+	}
+	if w.uses += by; w.uses <= 0 {
+		s.remove(w)
+		s.others = append(s.others, peer)
+	}
 }
 
 // tunnels works out which tunnels there are.
@@ -221,8 +348,15 @@ func (s *ways) tunnels(st *state) {
 }
 
 // gather makes due what hangs on links and addresses, what failed, or all.
-func (s *ways) gather() {
-	maps.Copy(s.due, s.again)
+func (s *ways) gather(fib *routes.FIB) {
+	for w := range s.again {
+		s.isDue(w)
+	}
+	for t := range s.ours {
+		for r := range fib.Table(t.family, t.table) {
+			s.route(r.Dst, s.isDue)
+		}
+	}
 	if !s.all && len(s.links)+len(s.addrs) == 0 {
 		return
 	}
@@ -233,10 +367,10 @@ func (s *ways) gather() {
 			due = !src.IsValid() || s.addrs[src]
 		}
 		if due {
-			s.due[w] = true
+			s.isDue(w)
 		}
 	}
-	for _, w := range s.peers {
+	for w := range s.toPeers {
 		each(w)
 	}
 	for _, w := range s.outers {
@@ -255,15 +389,18 @@ func (s *ways) ask(rt routeTable, fib *routes.FIB, w *way) {
 	}
 	switch {
 	case w.outer == nil && path.MTU > 0:
-		if had, ok := s.pathTo[w.peer]; !ok || had != path {
+		if w.path == nil || *w.path != path {
 			s.others = append(s.others, w.peer)
 		}
-		s.pathTo[w.peer] = path
+		if s.paths[path] == nil {
+			s.paths[path] = &path
+		}
+		w.path = s.paths[path]
 	case w.outer == nil:
-		if _, had := s.pathTo[w.peer]; had {
+		if w.path != nil {
 			s.others = append(s.others, w.peer)
 		}
-		delete(s.pathTo, w.peer)
+		w.path = nil
 	case path.MTU > 0:
 		s.pathOut[w.outer.Index] = path
 	default:

@@ -22,7 +22,7 @@ func (w *world) sameWays() {
 	w.t.Helper()
 	st := w.a.st
 	peers, outers := map[plan.Peer]plan.Path{}, map[routes.Ifindex]plan.Path{}
-	for _, p := range plan.PeersOf(st.db, st.lingeringCoverages()) {
+	for _, p := range plan.PeersOf(append(slices.Collect(st.db.Coverages()), st.lingeringCoverages()...)...) {
 		if path, _ := pathOf(w, st.fib, (&way{peer: p}).query()); path.MTU > 0 {
 			peers[p] = path
 		}
@@ -33,7 +33,7 @@ func (w *world) sameWays() {
 		}
 	}
 	same := cmp.Comparer(func(a, b netip.Addr) bool { return a == b })
-	if d := cmp.Diff(peers, st.ways.pathTo, same); d != "" {
+	if d := cmp.Diff(peers, maps.Collect(st.ways.All()), same); d != "" {
 		w.t.Errorf("the ways to peers (-asked now +kept):\n%s", d)
 	}
 	if d := cmp.Diff(outers, st.ways.pathOut, same); d != "" {
@@ -124,7 +124,7 @@ func (w *waysWorld) wantAsked(what string, want ...string) {
 }
 
 func (w *waysWorld) mtuTo(peer string) int {
-	for p, path := range w.a.st.ways.pathTo {
+	for p, path := range w.a.st.ways.All() {
 		if p.Addr == netip.MustParseAddr(peer) {
 			return path.MTU
 		}

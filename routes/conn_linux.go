@@ -28,8 +28,9 @@ var errTruncated = errors.New("datagram was truncated")
 // through it.
 type conn struct {
 	*netlink.Conn
-	raw syscall.RawConn
-	buf []byte
+	raw  syscall.RawConn
+	buf  []byte
+	many *train // reads instead if there is one
 }
 
 // bufLen is more than the kernel ever puts into a datagram of a dump (32 KiB, netlink_dump).
@@ -58,17 +59,10 @@ func dialRoute(rcvbuf int) (*conn, error) {
 	return c, nil
 }
 
-// forceReadBuffer sets the receive buffer past net.core.rmem_max where we may (CAP_NET_ADMIN),
-// else as far as it goes.
 func (c *conn) forceReadBuffer(n int) error {
 	var serr error
-	err := c.raw.Control(func(fd uintptr) {
-		serr = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, n)
-		if errors.Is(serr, unix.EPERM) {
-			serr = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_RCVBUF, n)
-		}
-	})
-	return errors.Join(err, os.NewSyscallError("setsockopt", serr))
+	err := c.raw.Control(func(fd uintptr) { serr = forceReadBuffer(int(fd), n) })
+	return errors.Join(err, serr)
 }
 
 // filterNeighbours has the kernel keep from this connection what tells of neighbours but for the
@@ -114,6 +108,9 @@ func (c *conn) filterNeighbours() error {
 // receive reads one datagram and waits for it if wait is set; got is false if there is none. The
 // datagram stands in the connection's buffer until the next call.
 func (c *conn) receive(wait bool) (b []byte, got bool, err error) {
+	if c.many != nil {
+		return c.receiveMany(wait)
+	}
 	var n int
 	var from unix.Sockaddr
 	var rerr error
@@ -170,14 +167,22 @@ const answerTimeout = 10 * time.Second
 // answers calls f for each message that answers the request seq, up to and with an
 // acknowledgement or the end of the dump, whose error it returns.
 func (c *conn) answers(seq uint32, f func(Header, []byte) error) error {
+	return answersFrom(func() ([]byte, error) {
+		if err := c.SetReadDeadline(time.Now().Add(answerTimeout)); err != nil {
+			return nil, err
+		}
+		b, _, err := c.receive(true)
+		return b, err
+	}, seq, f)
+}
+
+// answersFrom is answers, with the datagrams that next returns.
+func answersFrom(next func() ([]byte, error), seq uint32, f func(Header, []byte) error) error {
 	// An error of f does not end the reading, so that the next request finds no leftovers.
 	var ferr error
 	interrupted := false
 	for {
-		if err := c.SetReadDeadline(time.Now().Add(answerTimeout)); err != nil {
-			return errors.Join(ferr, err)
-		}
-		b, _, err := c.receive(true)
+		b, err := next()
 		if err != nil {
 			return errors.Join(ferr, err)
 		}

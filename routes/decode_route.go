@@ -62,14 +62,15 @@ const (
 // The zero value is ready. It is not safe for concurrent use.
 type Interner struct {
 	bodies  map[string]weak.Pointer[Body]
-	sweepAt int
+	peak    int // the most bodies since the map was made
+	decoded int // routes since the last sweep
 	scratch []byte
 
 	// A dump has long runs of routes with one Body; the last one is found without the map.
 	last *Body
 }
 
-// sweepMin is the number of Bodies from which on dead ones are looked for.
+// sweepMin is after how many routes at least dead Bodies are looked for.
 const sweepMin = 1024
 
 // ParseRoute decodes the payload of an RTM_NEWROUTE or RTM_DELROUTE message, such as the
@@ -104,6 +105,9 @@ func (in *Interner) route(data []byte) (r Route, ok bool, err error) {
 	}
 	if !knownFamily(data[0]) || binary.NativeEndian.Uint32(data[8:])&rtmFCloned != 0 {
 		return Route{}, false, nil
+	}
+	if in.decoded++; in.decoded >= max(sweepMin, len(in.bodies)/2) {
+		in.sweep()
 	}
 	key := in.scratch[:0]
 	key = append(key, data[:rtmsgLen]...)
@@ -153,17 +157,23 @@ func (in *Interner) route(data []byte) (r Route, ok bool, err error) {
 
 func (in *Interner) keep(key string, b *Body) {
 	if in.bodies == nil {
-		in.bodies, in.sweepAt = make(map[string]weak.Pointer[Body]), sweepMin
-	}
-	if len(in.bodies) >= in.sweepAt {
-		for k, w := range in.bodies {
-			if w.Value() == nil {
-				delete(in.bodies, k)
-			}
-		}
-		in.sweepAt = max(sweepMin, 2*len(in.bodies))
+		in.bodies = make(map[string]weak.Pointer[Body])
 	}
 	in.bodies[key] = weak.Make(b)
+	in.peak = max(in.peak, len(in.bodies))
+}
+
+// sweep forgets the dead Bodies. Also those that tell of routes that go lead to it, so that few are left of very many.
+func (in *Interner) sweep() {
+	in.decoded = 0
+	for k, w := range in.bodies {
+		if w.Value() == nil {
+			delete(in.bodies, k)
+		}
+	}
+	if in.peak > sweepMin && len(in.bodies) < in.peak/4 { // a map keeps the size that it once had
+		in.bodies, in.peak = cloned(in.bodies), len(in.bodies)
+	}
 }
 
 // appendRaw appends an attribute with its padding.

@@ -29,7 +29,7 @@ func TestFullDumpTellsWhatDiffers(t *testing.T) {
 	a, b, c, six := route("10.1.0.0/16", 2), route("10.2.0.0/16", 2), route("10.2.0.0/16", 3), route("fd00::/48", 2)
 	dst := func(s string) Change {
 		p := netip.MustParsePrefix(s)
-		return Change{Family: FamilyOf(p.Addr()), Dst: p}
+		return Change{Family: FamilyOf(p.Addr()), Dst: p, Table: TableMain}
 	}
 	for name, tt := range map[string]struct {
 		now  []Event

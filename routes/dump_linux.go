@@ -64,14 +64,24 @@ func (t *Table) Links() ([]*Link, error) {
 	return links, nil
 }
 
-func dump(c *conn, typ uint16, payload []byte, f func(Header, []byte) error) error {
+// asker is a conn or a talk.
+type asker interface {
+	request(typ, flags uint16, payload []byte, f func(Header, []byte) error) (seq uint32, err error)
+}
+
+var (
+	_ asker = (*conn)(nil)
+	_ asker = (*talk)(nil)
+)
+
+func dump(c asker, typ uint16, payload []byte, f func(Header, []byte) error) error {
 	_, err := c.request(typ, unix.NLM_F_DUMP, payload, f)
 	return err
 }
 
 // dumpRoutes dumps routes with the kernel's own filter. A device or a table that does not exist
 // has none.
-func dumpRoutes(c *conn, filter Filter, f func(Header, []byte) error) error {
+func dumpRoutes(c asker, filter Filter, f func(Header, []byte) error) error {
 	b := genHeader(filter.Family, rtmsgLen)
 	b[5] = byte(filter.Protocol)
 	if filter.Table != 0 {

@@ -5,19 +5,19 @@ import (
 	"maps"
 	"net/netip"
 	"slices"
-
-	"github.com/gaissmai/bart"
 )
 
 // FIB mirrors the routing state of one network namespace from the events of a Watcher. The
 // zero value is not usable; call NewFIB. A FIB is not safe for concurrent use.
 type FIB struct {
-	state
-	fresh *state         // under construction during a full resync
-	part  *partial       // what a partial resync has found so far
-	stale bool           // events were lost, or no full dump has ended yet
-	vers  uint64         // counts changes
-	dirty []func(Change) // told of each change
+	facts
+	store
+	devices map[Ifindex]*deviceRoutes
+	dump    *findings      // that is being taken, or nil
+	marks   bool           // a dump that was not ended has left marks
+	stale   bool           // events were lost, or no full dump has ended yet
+	vers    uint64         // counts changes
+	dirty   []func(Change) // told of each change
 }
 
 // Change says what an event changed, for those who keep something derived from the FIB. Only
@@ -25,9 +25,13 @@ type FIB struct {
 type Change struct {
 	Family Family
 	Dst    netip.Prefix // of a route
-	Link   Ifindex
-	Addr   bool // only an address of the link
-	All    bool // rules, nexthop objects, a resync: anything may differ
+	Table  TableID      // which that route is in
+	// Protocol is that of all routes at Dst in the table, before and after, 0 if they differ or that was not looked at.
+	Protocol Protocol
+	Link     Ifindex
+	Addr     bool  // only an address of the link
+	Rule     *Rule // only this rule came or went, of All
+	All      bool  // rules, nexthop objects, a resync: anything may differ
 }
 
 // Effect is what an event did to the mirror.
@@ -42,47 +46,30 @@ type tableKey struct {
 	id     TableID
 }
 
-// state is all that a full dump replaces.
-type state struct {
+// facts are all but routes that a full dump replaces.
+type facts struct {
 	links    map[Ifindex]*Link
 	sorted   []*Link // links in order, nil when that is to be made anew
 	addrs    map[Ifindex]map[netip.Prefix]struct{}
 	rules    map[Family][]*Rule
 	twice    map[Rule]struct{} // rules that were told while they were known
 	nexthops map[uint32]*NexthopObject
-	tables   map[tableKey]*bart.Table[*Paths]
-	devices  map[Ifindex]*deviceRoutes
-	routes   int
 }
 
-// deviceRoutes indexes the unicast routes of one device. A device with more than
-// maxIndexedRoutes routes that is no tunnel counts them only: such a device is always shared.
-type deviceRoutes struct {
-	keys map[Key]int
-	n    int
-}
-
-const maxIndexedRoutes = 4096
-
-type partial struct {
-	scope Scope
-	seen  map[Key][]*Body
-}
-
-func newState() state {
-	return state{
+func newFacts() facts {
+	return facts{
 		links:    map[Ifindex]*Link{},
 		addrs:    map[Ifindex]map[netip.Prefix]struct{}{},
 		rules:    map[Family][]*Rule{},
 		twice:    map[Rule]struct{}{},
 		nexthops: map[uint32]*NexthopObject{},
-		tables:   map[tableKey]*bart.Table[*Paths]{},
-		devices:  map[Ifindex]*deviceRoutes{},
 	}
 }
 
 // NewFIB returns an empty, stale mirror.
-func NewFIB() *FIB { return &FIB{state: newState(), stale: true} }
+func NewFIB() *FIB {
+	return &FIB{facts: newFacts(), store: newStore(new(routeSets)), devices: map[Ifindex]*deviceRoutes{}, stale: true}
+}
 
 // OnChange has fn called for each change of the mirror, from within Apply and Own, after those that asked for it before.
 func (f *FIB) OnChange(fn func(Change)) { f.dirty = append(f.dirty, fn) }
@@ -95,7 +82,7 @@ func (f *FIB) Stale() bool { return f.stale }
 func (f *FIB) Version() uint64 { return f.vers }
 
 // Len is the number of routes of all tables.
-func (f *FIB) Len() int { return f.routes }
+func (f *FIB) Len() int { return f.store.n }
 
 // Apply takes one event.
 func (f *FIB) Apply(ev Event) Effect {
@@ -103,23 +90,19 @@ func (f *FIB) Apply(ev Event) Effect {
 	switch ev := ev.(type) {
 	case Lost:
 		e.Changed = !f.stale
-		f.stale, f.fresh, f.part = true, nil, nil
+		f.stale = true
+		f.giveUp()
 	case ResyncBegin:
 		f.begin(ev.Scope)
 	case ResyncEnd:
 		e = f.end(ev.Scope)
 	default:
-		s := &f.state
-		if f.fresh != nil {
-			s = f.fresh
-			if set, ok := ev.(RouteSet); ok {
-				set.Append = true // a dump lists routes with one key in their order
-				ev = set
-			}
+		if f.dump != nil && f.dump.takes(ev) {
+			e = f.dump.apply(ev)
+			break
 		}
 		var c Change
-		e, c = s.apply(ev, f.part)
-		if e.Changed && f.fresh == nil {
+		if e, c = f.apply(ev); e.Changed {
 			f.note(c)
 		}
 	}
@@ -132,9 +115,9 @@ func (f *FIB) Apply(ev Event) Effect {
 // Own takes what the program itself has just written and the kernel confirmed: it holds at once,
 // also in the middle of a dump, which may have passed by it already.
 func (f *FIB) Own(ev Event) {
-	e, c := f.state.apply(ev, nil)
-	if f.fresh != nil {
-		f.fresh.apply(ev, nil)
+	e, c := f.apply(ev)
+	if f.dump != nil {
+		f.dump.own(ev)
 	}
 	if e.Changed {
 		f.vers++
@@ -148,38 +131,21 @@ func (f *FIB) note(c Change) {
 	}
 }
 
-func (f *FIB) begin(scope Scope) {
-	if scope.RoutesOnly {
-		f.part = &partial{scope: scope, seen: map[Key][]*Body{}}
-		return
+// apply changes the mirror.
+func (f *FIB) apply(ev Event) (Effect, Change) {
+	switch ev := ev.(type) {
+	case RouteSet:
+		e, old := setRoute(f, ev)
+		return e, changeOf(ev.Route, old)
+	case RouteGone:
+		e, old := removeRoute(f, ev.Route)
+		return e, changeOf(ev.Route, old)
 	}
-	s := newState()
-	f.fresh = &s
+	return f.facts.apply(ev)
 }
 
-func (f *FIB) end(scope Scope) Effect {
-	switch {
-	case scope.RoutesOnly && f.part != nil:
-		p := f.part
-		f.part = nil
-		return f.prune(p)
-	case !scope.RoutesOnly && f.fresh != nil:
-		changes := []Change{{All: true}}
-		if !f.stale {
-			changes = f.state.differences(f.fresh)
-		}
-		f.state, f.fresh, f.stale = *f.fresh, nil, false
-		for _, c := range changes {
-			f.note(c)
-		}
-		return Effect{Changed: true}
-	}
-	return Effect{}
-}
-
-// apply changes the state. During a partial resync routes are only collected: they take effect
-// all at once at its end, so that no reader sees half of a dump.
-func (s *state) apply(ev Event, p *partial) (Effect, Change) {
+// apply takes an event of anything but routes.
+func (s *facts) apply(ev Event) (Effect, Change) {
 	switch ev := ev.(type) {
 	case LinkSet:
 		old, l := s.links[ev.Link.Index], ev.Link
@@ -214,9 +180,9 @@ func (s *state) apply(ev Event, p *partial) (Effect, Change) {
 		}
 		return Effect{Changed: had}, Change{Link: ev.Addr.Ifindex, Addr: true}
 	case RuleSet:
-		return Effect{Changed: s.addRule(ev.Rule)}, Change{All: true}
+		return Effect{Changed: s.addRule(ev.Rule)}, Change{Rule: ev.Rule, All: true}
 	case RuleGone:
-		return s.removeRule(ev.Rule), Change{All: true}
+		return s.removeRule(ev.Rule), Change{Rule: ev.Rule, All: true}
 	case NexthopSet:
 		s.nexthops[ev.Nexthop.ID] = ev.Nexthop
 		return Effect{Changed: true}, Change{All: true}
@@ -224,24 +190,24 @@ func (s *state) apply(ev Event, p *partial) (Effect, Change) {
 		_, had := s.nexthops[ev.ID]
 		delete(s.nexthops, ev.ID)
 		return Effect{Changed: had}, Change{All: true}
-	case RouteSet:
-		if p != nil {
-			// A dump that is repeated brings what it has brought before again.
-			if k := ev.Route.Key(); !slices.ContainsFunc(p.seen[k], ev.Route.Body.same) {
-				p.seen[k] = append(p.seen[k], ev.Route.Body)
-			}
-			return Effect{}, Change{}
-		}
-		return s.setRoute(ev), Change{Family: ev.Route.Body.Family, Dst: ev.Route.Dst}
-	case RouteGone:
-		return s.removeRoute(ev.Route), Change{Family: ev.Route.Body.Family, Dst: ev.Route.Dst}
 	}
 	return Effect{}, Change{}
 }
 
+// changeOf is the change of a route. old are those that were at its destination.
+func changeOf(r Route, old []*Body) Change {
+	c := Change{Family: r.Body.Family, Dst: r.Dst, Table: r.Body.Table, Protocol: r.Body.Protocol}
+	for _, b := range old {
+		if b.Protocol != c.Protocol {
+			c.Protocol = 0
+		}
+	}
+	return c
+}
+
 // addRule inserts a rule after all rules of the same priority, as the kernel does
 // (fib_nl_newrule, net/core/fib_rules.c).
-func (s *state) addRule(r *Rule) bool {
+func (s *facts) addRule(r *Rule) bool {
 	rules := s.rules[r.Family]
 	for _, have := range rules {
 		if *have == *r {
@@ -259,7 +225,7 @@ func (s *state) addRule(r *Rule) bool {
 
 // removeRule takes out a rule. One that was told twice may be there twice, as the kernel adds a rule again
 // without NLM_F_EXCL: only a dump tells whether one is left.
-func (s *state) removeRule(r *Rule) (e Effect) {
+func (s *facts) removeRule(r *Rule) (e Effect) {
 	if _, ok := s.twice[*r]; ok {
 		delete(s.twice, *r)
 		e.Resync = &Scope{}
@@ -272,78 +238,13 @@ func (s *state) removeRule(r *Rule) (e Effect) {
 	return e
 }
 
-func (s *state) table(f Family, id TableID) *bart.Table[*Paths] {
-	k := tableKey{f, id}
-	t := s.tables[k]
-	if t == nil {
-		t = new(bart.Table[*Paths])
-		s.tables[k] = t
+// replace puts the routes to one destination in place and keeps the index.
+func (f *FIB) replace(k tableKey, dst netip.Prefix, old, bodies []*Body) {
+	if f.dump != nil {
+		f.dump.keep(k, dst)
 	}
-	return t
-}
-
-// store puts the routes to one destination in place and keeps the counts and the index.
-func (s *state) store(dst netip.Prefix, family Family, id TableID, old, bodies []*Body) {
-	t := s.table(family, id)
-	if len(bodies) == 0 {
-		t.Delete(dst)
-		if t.Size() == 0 {
-			delete(s.tables, tableKey{family, id})
-		}
-	} else {
-		t.Insert(dst, pathsOf(bodies))
-	}
-	s.routes += len(bodies) - len(old)
-	for _, b := range old {
-		if !slices.Contains(bodies, b) {
-			s.index(Route{dst, b}, -1)
-		}
-	}
-	for _, b := range bodies {
-		if !slices.Contains(old, b) {
-			s.index(Route{dst, b}, 1)
-		}
-	}
-}
-
-func (s *state) index(r Route, by int) {
-	if r.Body.Type != Unicast {
-		return
-	}
-	for i, nh := range r.Body.Nexthops {
-		if slices.ContainsFunc(r.Body.Nexthops[:i], func(o Nexthop) bool { return o.Oif == nh.Oif }) {
-			continue
-		}
-		d := s.devices[nh.Oif]
-		if d == nil {
-			d = &deviceRoutes{keys: map[Key]int{}}
-			s.devices[nh.Oif] = d
-		}
-		d.n += by
-		if d.n <= 0 {
-			delete(s.devices, nh.Oif)
-			continue
-		}
-		l := s.links[nh.Oif]
-		if d.keys == nil || (d.n > maxIndexedRoutes && !l.Tunnel()) {
-			d.keys = nil
-			continue
-		}
-		k := r.Key()
-		if d.keys[k] += by; d.keys[k] <= 0 {
-			delete(d.keys, k)
-		}
-	}
-}
-
-// get returns the bodies to one destination in one table.
-func (s *state) get(f Family, id TableID, dst netip.Prefix) []*Body {
-	t := s.tables[tableKey{f, id}]
-	if t == nil {
-		return nil
-	}
-	p, _ := t.Get(dst)
-	return p.Bodies()
+	f.put(k, dst, bodies)
+	f.reindexed(dst, old, bodies)
 }
 
 // Links returns all devices in the order of their indexes. The slice is not to be changed.
@@ -415,7 +316,7 @@ func (f *FIB) Rules(fam Family) []*Rule { return f.rules[fam] }
 
 // Get returns the route with the key that a replace would hit, and how many there are.
 func (f *FIB) Get(k Key) (first Route, n int) {
-	for _, b := range f.get(k.Family, k.Table, k.Dst) {
+	for _, b := range f.get(tableKey{k.Family, k.Table}, k.Dst) {
 		if r := (Route{k.Dst, b}); r.Key() == k {
 			if n == 0 {
 				first = r
@@ -430,12 +331,11 @@ func (f *FIB) Get(k Key) (first Route, n int) {
 func (f *FIB) At(dst netip.Prefix) iter.Seq[Route] {
 	fam := FamilyOf(dst.Addr())
 	return func(yield func(Route) bool) {
-		for k, t := range f.tables {
+		for k := range f.tables {
 			if k.family != fam {
 				continue
 			}
-			paths, _ := t.Get(dst)
-			for _, b := range paths.Bodies() {
+			for _, b := range f.get(k, dst) {
 				if !yield(Route{dst, b}) {
 					return
 				}
@@ -446,19 +346,7 @@ func (f *FIB) At(dst netip.Prefix) iter.Seq[Route] {
 
 // Table returns all routes of one table, in no particular order.
 func (f *FIB) Table(fam Family, id TableID) iter.Seq[Route] {
-	return func(yield func(Route) bool) {
-		t := f.tables[tableKey{fam, id}]
-		if t == nil {
-			return
-		}
-		for dst, p := range t.All() {
-			for _, b := range p.Bodies() {
-				if !yield(Route{dst, b}) {
-					return
-				}
-			}
-		}
-	}
+	return func(yield func(Route) bool) { f.routes(tableKey{fam, id}, yield) }
 }
 
 // Tables returns the tables that hold routes of the family, in order.
@@ -471,27 +359,4 @@ func (f *FIB) Tables(fam Family) []TableID {
 	}
 	slices.Sort(ids)
 	return ids
-}
-
-// DeviceRoutes returns the keys of the unicast routes that leave by the device, in order, and
-// how many there are. The keys are nil where there are too many to be indexed.
-func (f *FIB) DeviceRoutes(i Ifindex) (keys []Key, n int) {
-	d := f.devices[i]
-	if d == nil {
-		return nil, 0
-	}
-	if d.keys == nil {
-		return nil, d.n
-	}
-	return slices.SortedFunc(maps.Keys(d.keys), Key.Compare), d.n
-}
-
-// LeavingBy yields the keys of DeviceRoutes in no particular order, without looking at more than are taken. It is false
-// where there are too many to be indexed.
-func (f *FIB) LeavingBy(i Ifindex) (keys iter.Seq[Key], indexed bool) {
-	d := f.devices[i]
-	if d == nil {
-		return maps.Keys[map[Key]int](nil), true
-	}
-	return maps.Keys(d.keys), d.keys != nil
 }

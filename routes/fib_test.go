@@ -282,7 +282,7 @@ func TestEventsThatAreOlderThanTheDump(t *testing.T) {
 			for _, ev := range held {
 				tell(ev)
 			}
-			if inDoubt(held)[k.family] {
+			if inDoubt([][]Event{held})[k.family] {
 				due = &Scope{RoutesOnly: true, Family: k.family}
 			}
 			for due != nil {

@@ -6,8 +6,6 @@ import (
 	"iter"
 	"net/netip"
 	"slices"
-
-	"github.com/gaissmai/bart"
 )
 
 // Flows is a set of flows: everything that a FIB rule can select by. Src and Dst are valid
@@ -167,9 +165,9 @@ func (p Part) answers() bool {
 	if first, ok := p.Containing.First(); !ok || p.Containing.throws(first) || p.Containing.SourceSpecific() {
 		return false
 	}
-	n := 0
+	n, rule := 0, p.Rule // p itself stays on the stack
 	for m := range p.Inside {
-		if first, ok := m.First(); ok && m.throws(first) || suppressed(p.Rule, m) {
+		if first, ok := m.First(); ok && m.throws(first) || suppressed(rule, m) {
 			return false
 		}
 		if n++; n == maxIndexedRoutes {
@@ -200,23 +198,15 @@ func (f *FIB) Cover(fam Family, id TableID, dst netip.Prefix) (Match, iter.Seq[M
 		return Match{}, nothing
 	}
 	var m Match
-	if lpm, paths, ok := t.LookupPrefixLPM(dst); ok {
-		m = Match{lpm, paths}
+	if at, n, ok := t.longest(dst); ok {
+		m = Match{at, f.sets.paths(n)}
 	}
-	return m, inside(t, dst)
+	return m, func(yield func(Match) bool) {
+		t.inside(dst, func(at netip.Prefix, n setNumber) bool { return yield(Match{at, f.sets.paths(n)}) })
+	}
 }
 
 func nothing(func(Match) bool) {}
-
-func inside(t *bart.Table[*Paths], dst netip.Prefix) iter.Seq[Match] {
-	return func(yield func(Match) bool) {
-		for pfx, paths := range t.Subnets(dst) {
-			if pfx != dst && !yield(Match{pfx, paths}) {
-				return
-			}
-		}
-	}
-}
 
 // intersect returns the flows that the rule's selectors leave of those asked for (an invalid
 // Dst: none), whether the rule takes all of them, and why the rest can't be expressed.

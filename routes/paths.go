@@ -26,7 +26,7 @@ func pathsOf(bodies []*Body) *Paths {
 	case 0:
 		return nil
 	case 1:
-		if bodies[0].paths != nil {
+		if p := bodies[0].paths; p != nil && p.bodies[0] == bodies[0] { // not of a copy
 			return bodies[0].paths
 		}
 	}

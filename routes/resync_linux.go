@@ -94,14 +94,16 @@ const (
 // release hands on the events that were held.
 func (w *Watcher) release(sink func([]Event)) {
 	for len(w.held) > 0 {
-		n := min(len(w.held), batchMax)
-		for i, ev := range w.held[:n] {
+		batch := w.held[0]
+		w.held[0], w.held = nil, w.held[1:]
+		for i, ev := range batch {
 			if set, ok := ev.(LinkSet); ok { // its database may have been dumped since
-				w.held[i] = LinkSet{Link: w.fdbs.stamp(set.Link)}
+				batch[i] = LinkSet{Link: w.fdbs.stamp(set.Link)}
 			}
 		}
-		sink(w.held[:n:n])
-		w.held = w.held[n:]
+		if len(batch) > 0 {
+			sink(batch)
+		}
 	}
 	w.held = nil
 }
@@ -285,9 +287,14 @@ func (w *Watcher) poll() error {
 	}
 	w.mu.Unlock()
 	for {
+		last := len(w.held) - 1
+		if last < 0 || len(w.held[last]) >= batchMax {
+			w.held = append(w.held, nil)
+			last++
+		}
 		var got bool
 		var err error
-		w.held, got, err = w.readOne(false, w.held)
+		w.held[last], got, err = w.readOne(false, w.held[last])
 		if err != nil || !got {
 			return err
 		}

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"net/netip"
 
-	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 )
 
@@ -17,13 +16,14 @@ import (
 // The kernel's errors can be told apart by errors.Is with a syscall.Errno; their text holds
 // the kernel's own explanation.
 type Table struct {
-	c   *conn
+	c   *talk
 	dec Decoder
+	out []byte // the messages of a batch
 }
 
 // OpenTable opens a Table in the network namespace of the calling thread.
 func OpenTable() (*Table, error) {
-	c, err := dialRoute(1 << 20)
+	c, err := dialTalk(1 << 20)
 	if err != nil {
 		return nil, err
 	}
@@ -119,7 +119,8 @@ type Result struct {
 }
 
 // batchBytes and batchLen bound what goes into one system call, below the default send buffer
-// and such that all acknowledgements fit the receive buffer.
+// and such that all errors fit the receive buffer. The kernel takes its routing lock for each
+// write anew (rtnetlink_rcv_msg, net/core/rtnetlink.c), so that others get it in between.
 const (
 	batchBytes = 64 << 10
 	batchLen   = 256
@@ -131,36 +132,48 @@ const (
 func (t *Table) Batch(writes []Write) ([]Result, error) {
 	results := make([]Result, 0, len(writes))
 	for len(writes) > 0 {
-		var msgs []netlink.Message
-		size := 0
-		for _, w := range writes {
-			size += unix.NLMSG_HDRLEN + len(w.Msg)
-			if len(msgs) > 0 && (size > batchBytes || len(msgs) == batchLen) {
-				break
-			}
-			typ, flags := w.Op.header()
-			msgs = append(msgs, netlink.Message{
-				Header: netlink.Header{
-					Type:  netlink.HeaderType(typ),
-					Flags: netlink.Request | netlink.Acknowledge | netlink.HeaderFlags(flags),
-				},
-				Data: w.Msg,
-			})
+		done := len(results)
+		results = t.encodeBatch(writes, results)
+		n := len(results) - done
+		if err := t.c.send(t.out); err != nil {
+			return results[:done], fmt.Errorf("routes: send %d writes: %w", n, err)
 		}
-		sent, err := t.c.SendMessages(msgs)
-		if err != nil {
-			return results, fmt.Errorf("routes: send %d writes: %w", len(msgs), err)
+		if err := t.c.acknowledged(results[done:]); err != nil {
+			return results[:done], fmt.Errorf("routes: wait for %d writes: %w", n, err)
 		}
-		for _, m := range sent {
-			err := t.c.answers(m.Header.Sequence, nil)
-			if k := (*kernelError)(nil); err != nil && !errors.As(err, &k) {
-				return results, fmt.Errorf("routes: wait for %d writes: %w", len(sent), err)
-			}
-			results = append(results, Result{Seq: m.Header.Sequence, Err: err})
-		}
-		writes = writes[len(msgs):]
+		writes = writes[n:]
 	}
 	return results, nil
+}
+
+// encodeBatch puts as many of the writes into the buffer as go into one system call, and appends
+// a result for each. Only the last one asks for an acknowledgement: of the others the kernel
+// tells errors alone, in order (netlink_rcv_skb, net/netlink/af_netlink.c).
+func (t *Table) encodeBatch(writes []Write, results []Result) []Result {
+	t.out = t.out[:0]
+	last := 0
+	for n, w := range writes {
+		size := unix.NLMSG_HDRLEN + len(w.Msg)
+		if n > 0 && (len(t.out)+size > batchBytes || n == batchLen) {
+			break
+		}
+		seq := t.c.next()
+		last, results = len(t.out), append(results, Result{Seq: seq})
+		typ, flags := w.Op.header()
+		t.out = binary.NativeEndian.AppendUint32(t.out, uint32(size))
+		t.out = binary.NativeEndian.AppendUint16(t.out, typ)
+		t.out = binary.NativeEndian.AppendUint16(t.out, unix.NLM_F_REQUEST|flags)
+		t.out = binary.NativeEndian.AppendUint32(t.out, seq)
+		t.out = binary.NativeEndian.AppendUint32(t.out, t.c.PID())
+		t.out = append(t.out, w.Msg...)
+		for len(t.out)%unix.NLMSG_ALIGNTO != 0 {
+			t.out = append(t.out, 0)
+		}
+	}
+	const flagsAt = 6 // of nlmsg_flags
+	flags := binary.NativeEndian.Uint16(t.out[last+flagsAt:])
+	binary.NativeEndian.PutUint16(t.out[last+flagsAt:], flags|unix.NLM_F_ACK)
+	return results
 }
 
 func (t *Table) write(verb string, w Write) (uint32, error) {
@@ -231,7 +244,7 @@ func (t *Table) Lookup(q Query) (Answer, error) {
 	got := false
 	payload, err := q.encode()
 	if err == nil {
-		_, err = t.c.request(rtmGetRoute, unix.NLM_F_ACK, payload, func(h Header, data []byte) error {
+		err = t.c.ask(rtmGetRoute, payload, func(h Header, data []byte) error {
 			if h.Type != rtmNewRoute {
 				return nil
 			}
@@ -306,38 +319,53 @@ func (a *Answer) decode(in *Interner, data []byte, match bool) error {
 	}
 	// An answer for a single packet is marked as cached, which a route is not.
 	flags := binary.NativeEndian.Uint32(data[8:])
-	var expires uint32
-	w := attrs{b: data[rtmsgLen:]}
-	for w.next() {
-		if w.typ == rtaCacheinfo && len(w.val) >= cacheExpiresAt+4 {
-			expires = binary.NativeEndian.Uint32(w.val[cacheExpiresAt:])
-		}
-	}
-	if w.err != nil {
-		return w.err
-	}
-	binary.NativeEndian.PutUint32(data[8:], flags&^rtmFCloned)
-	r, err := in.ParseRoute(data)
+	*a = Answer{Type: Type(data[7]), Table: TableID(data[4])}
+	expires, err := a.attributes(Family(data[0]), data[rtmsgLen:])
 	if err != nil {
 		return err
 	}
-	b := r.Body
-	*a = Answer{
-		Type: b.Type, Table: b.Table, PrefSrc: b.PrefSrc,
-		MTU: b.Metrics.MTU, MTULocked: b.Metrics.MTULocked(), AdvMSS: b.Metrics.AdvMSS,
-	}
 	if match {
-		a.Route = r
-	}
-	if len(b.Nexthops) > 0 {
-		a.Oif, a.Gateway = b.Nexthops[0].Oif, b.Nexthops[0].Gateway
+		binary.NativeEndian.PutUint32(data[8:], flags&^rtmFCloned)
+		a.Route, err = in.ParseRoute(data)
+		return err
 	}
 	// The time is in USER_HZ.
-	if flags&rtmFCloned != 0 && expires != 0 && !match {
+	if flags&rtmFCloned != 0 && expires != 0 {
 		a.PMTU, a.Expires = a.MTU, max(1, expires/userHZ)
 		a.MTU, a.MTULocked = 0, false
 	}
 	return nil
+}
+
+// attributes decodes the attributes of an answer. Of several ways the first counts. expires is that of the cache information.
+func (a *Answer) attributes(f Family, b []byte) (expires uint32, err error) {
+	var first hop
+	var metrics Metrics
+	w := attrs{b: b}
+	for w.next() {
+		switch w.typ {
+		case rtaTable:
+			a.Table = TableID(w.u32())
+		case rtaPrefsrc:
+			a.PrefSrc = w.addr(f)
+		case rtaMetrics:
+			w.err = metrics.decode(w.val)
+		case rtaOif, rtaGateway, rtaVia:
+			w.nexthop(&first)
+		case rtaMultipath:
+			var several []Nexthop
+			if several, w.err = decodeMultipath(w.val); len(several) > 0 {
+				first.Nexthop = several[0]
+			}
+		case rtaCacheinfo:
+			if len(w.val) >= cacheExpiresAt+4 {
+				expires = binary.NativeEndian.Uint32(w.val[cacheExpiresAt:])
+			}
+		}
+	}
+	a.Oif, a.Gateway = first.Oif, first.Gateway
+	a.MTU, a.MTULocked, a.AdvMSS = metrics.MTU, metrics.MTULocked(), metrics.AdvMSS
+	return expires, w.err
 }
 
 // userHZ is the unit of times in netlink, the same on all architectures that Go runs on.

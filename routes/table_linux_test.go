@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
@@ -356,4 +357,44 @@ func TestLockOnANexthopObjectSpreadsAndIsTakenBack(t *testing.T) {
 			t.Errorf("%s still has %s", r.Dst, m)
 		}
 	}
+}
+
+// The kernel's routing lock is taken for each write of a batch anew: others write in between, and don't wait for its end.
+func TestOthersWriteDuringABatch(t *testing.T) {
+	vethNS(t)
+	mine, other := openTable(t), openTable(t)
+	const n = 150 * batchLen
+	writes := make([]Write, n)
+	for i := range writes {
+		writes[i] = Write{OpPut, plain(i, 2)}
+	}
+	single := Write{OpPut, must(EncodeThrow(IPv4, netip.MustParsePrefix("198.18.0.0/32"), 5450, ProtoTSOAgent, 1))(t)}
+	// Which thread runs when is the machine's: of a few tries one has to do.
+	const tries, enough = 5, n / batchLen / 4
+	for range tries {
+		failed := make(chan error, 1)
+		began := time.Now()
+		go func() {
+			res, err := mine.Batch(writes)
+			failed <- errors.Join(err, res[0].Err)
+		}()
+		var waits []time.Duration
+		for len(failed) == 0 {
+			start := time.Now()
+			if _, err := other.send(single); err != nil {
+				t.Fatal(err)
+			}
+			waits = append(waits, time.Since(start))
+		}
+		took := time.Since(began)
+		if err := <-failed; err != nil {
+			t.Fatal(err)
+		}
+		slices.Sort(waits)
+		t.Logf("%d writes took %v, during which others did %d: %v at the median, %v at the most", n, took, len(waits), waits[len(waits)/2], waits[len(waits)-1])
+		if len(waits) >= enough {
+			return
+		}
+	}
+	t.Errorf("others did less than %d writes each time", enough)
 }

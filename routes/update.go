@@ -59,12 +59,26 @@ func (b *Body) hasWay(n Nexthop) bool {
 	return slices.ContainsFunc(b.Nexthops, func(have Nexthop) bool { return sameNexthop(have, n) })
 }
 
-// setRoute applies RTM_NEWROUTE. The kernel's order within a destination is kept: IPv4 by TOS
+// destinationRoutes are routes by destination, as setRoute and removeRoute change them.
+type destinationRoutes interface {
+	get(tableKey, netip.Prefix) []*Body
+	replace(k tableKey, dst netip.Prefix, old, bodies []*Body)
+}
+
+var (
+	_ destinationRoutes = (*FIB)(nil)
+	_ destinationRoutes = (*findings)(nil)
+)
+
+func (r Route) tableKey() tableKey { return tableKey{r.Body.Family, r.Body.Table} }
+
+// setRoute applies RTM_NEWROUTE, and returns the routes that were at the destination. The kernel's order within a destination is kept: IPv4 by TOS
 // (falling) and metric, IPv6 by metric; among equals the flags decide.
-func (s *state) setRoute(ev RouteSet) Effect {
+func setRoute(s destinationRoutes, ev RouteSet) (e Effect, old []*Body) {
 	r := ev.Route
-	old := s.get(r.Body.Family, r.Body.Table, r.Dst)
-	var equals []int
+	old = s.get(r.tableKey(), r.Dst)
+	var few [4]int // a destination seldom has more, and a storm not even two
+	equals := few[:0]
 	known := false
 	for i, b := range old {
 		known = known || b.same(r.Body)
@@ -74,12 +88,11 @@ func (s *state) setRoute(ev RouteSet) Effect {
 	}
 	if known {
 		if ev.Replace && len(equals) > 1 { // which of them it replaced is not said
-			return Effect{Resync: resyncOf(r.Body)}
+			return Effect{Resync: resyncOf(r.Body)}, old
 		}
-		return Effect{}
+		return Effect{}, old
 	}
 	bodies := slices.Clone(old)
-	var e Effect
 	switch {
 	case len(equals) == 0:
 		bodies = insertBody(bodies, r.Body, false)
@@ -119,9 +132,9 @@ func (s *state) setRoute(ev RouteSet) Effect {
 		// Without NLM_F_APPEND an IPv4 route with an equal key goes first (`ip route prepend`).
 		bodies = insertBody(bodies, r.Body, r.Body.Family == IPv4 && !ev.Append)
 	}
-	s.store(r.Dst, r.Body.Family, r.Body.Table, old, bodies)
+	s.replace(r.tableKey(), r.Dst, old, bodies)
 	e.Changed = true
-	return e
+	return e, old
 }
 
 // resyncOf is the dump that shows what a replace did. On IPv6 it may have hit a route of another
@@ -150,11 +163,10 @@ func insertBody(bodies []*Body, b *Body, first bool) []*Body {
 	return slices.Insert(bodies, i, b)
 }
 
-// removeRoute applies RTM_DELROUTE.
-func (s *state) removeRoute(r Route) Effect {
-	old := s.get(r.Body.Family, r.Body.Table, r.Dst)
+// removeRoute applies RTM_DELROUTE, and returns the routes that were at the destination.
+func removeRoute(s destinationRoutes, r Route) (e Effect, old []*Body) {
+	old = s.get(r.tableKey(), r.Dst)
 	i := slices.IndexFunc(old, func(b *Body) bool { return b.same(r.Body) })
-	var e Effect
 	if i < 0 {
 		i = slices.IndexFunc(old, func(b *Body) bool { return b.sameKey(r.Body) && b.sameWays(r.Body) })
 		if i >= 0 && !Equal(old[i], r.Body) {
@@ -165,74 +177,13 @@ func (s *state) removeRoute(r Route) Effect {
 	if i < 0 {
 		if slices.ContainsFunc(old, r.Body.sameKey) {
 			// One nexthop of an IPv6 multipath route: the event does not say what is left.
-			return Effect{Resync: &Scope{RoutesOnly: true, Family: r.Body.Family}}
+			return Effect{Resync: &Scope{RoutesOnly: true, Family: r.Body.Family}}, old
 		}
-		return Effect{}
+		return Effect{}, old
 	}
-	s.store(r.Dst, r.Body.Family, r.Body.Table, old, slices.Delete(slices.Clone(old), i, i+1))
+	s.replace(r.tableKey(), r.Dst, old, slices.Delete(slices.Clone(old), i, i+1))
 	e.Changed = true
-	return e
-}
-
-// prune ends a partial resync: what it found replaces what the mirror has in its scope.
-func (f *FIB) prune(p *partial) (e Effect) {
-	inScope := func(b *Body) bool {
-		if p.scope.Oif == 0 {
-			return true
-		}
-		return slices.ContainsFunc(b.Nexthops, func(n Nexthop) bool { return n.Oif == p.scope.Oif })
-	}
-	type place struct {
-		dst netip.Prefix
-		k   tableKey
-	}
-	found := map[place][]*Body{}
-	for k, bodies := range p.seen {
-		at := place{k.Dst, tableKey{k.Family, k.Table}}
-		found[at] = append(found[at], bodies...)
-	}
-	stale := map[place]bool{}
-	for tk, t := range f.tables {
-		if p.scope.Family != 0 && p.scope.Family != tk.family {
-			continue
-		}
-		for dst, paths := range t.All() {
-			at := place{dst, tk}
-			if _, ok := found[at]; !ok && slices.ContainsFunc(paths.Bodies(), inScope) {
-				stale[at] = true
-			}
-		}
-	}
-	for at := range stale {
-		found[at] = nil
-	}
-	for at, bodies := range found {
-		old := f.get(at.k.family, at.k.id, at.dst)
-		next := slices.Clone(bodies)
-		slices.SortStableFunc(next, before)
-		for _, b := range old {
-			switch {
-			case inScope(b):
-			case slices.ContainsFunc(bodies, b.sameKey):
-				// Replaced by what was found, or an alias of it: only a dump of both tells.
-				switch {
-				case e.Resync == nil:
-					e.Resync = &Scope{RoutesOnly: true, Family: at.k.family}
-				case e.Resync.Family != at.k.family:
-					e.Resync.Family = 0 // both families have such routes
-				}
-			default:
-				next = insertBody(next, b, false)
-			}
-		}
-		if slices.EqualFunc(old, next, (*Body).same) {
-			continue
-		}
-		f.store(at.dst, at.k.family, at.k.id, old, next)
-		f.note(Change{Family: at.k.family, Dst: at.dst})
-		e.Changed = true
-	}
-	return e
+	return e, old
 }
 
 // maxHeld bounds the keys that inDoubt looks at.
@@ -243,16 +194,18 @@ const maxHeld = 1 << 16
 // single route that ends with what the last of them says. Where several have one key, a replace
 // that is told twice hits another route than it did, which a removal then takes along. So keys
 // with several such events are in doubt, but not those that were only replaced.
-func inDoubt(held []Event) map[Family]bool {
+func inDoubt(held [][]Event) map[Family]bool {
 	doubt := map[Family]bool{}
 	seen := map[Key]int{}
 	each := func(f func(k Key, only bool)) {
-		for _, ev := range held {
-			switch ev := ev.(type) {
-			case RouteSet:
-				f(ev.Route.Key(), ev.Replace)
-			case RouteGone:
-				f(ev.Route.Key(), false)
+		for _, batch := range held {
+			for _, ev := range batch {
+				switch ev := ev.(type) {
+				case RouteSet:
+					f(ev.Route.Key(), ev.Replace)
+				case RouteGone:
+					f(ev.Route.Key(), false)
+				}
 			}
 		}
 	}

@@ -57,9 +57,9 @@ type Watcher struct {
 
 	messages, undecodable, overruns, resyncs, interrupted atomic.Uint64
 
-	// held are the events that came while a dump ran, and doubts counts the dumps in a row after
+	// held are the events that came while a dump ran, in the batches in which they are handed on, and doubts counts the dumps in a row after
 	// which they left something open. later is to be dumped again because of it, from laterAt on.
-	held    []Event
+	held    [][]Event
 	doubts  int
 	later   scopeSet
 	laterAt time.Time
@@ -95,6 +95,7 @@ func Dial(opts WatchOptions) (*Watcher, error) {
 	if err != nil {
 		return nil, err
 	}
+	events.many = newTrain()
 	if err := events.filterNeighbours(); err != nil {
 		_ = events.Close()
 		return nil, err

@@ -119,7 +119,9 @@ func (db *DB) Coverage(p *Policy) []Coverage {
 }
 
 // TakesFlow says that the template has no addresses of its own: the kernel takes the flow's.
-func (t Template) TakesFlow() bool { return t.Mode != Tunnel && t.Mode != BEET }
+func (t Template) TakesFlow() bool { return t.Mode.takesFlow() }
+
+func (m Mode) takesFlow() bool { return m != Tunnel && m != BEET }
 
 // peers are the destinations inside the policy's selector that some SA of its leading
 // transport templates has, sorted.
@@ -203,8 +205,8 @@ func (db *DB) candidates(p *Policy, t Template, sel Selector, remote, local neti
 	mark := p.Mark.Value & p.Mark.Mask
 	packet := p.OffloadFlag&offloadPacket != 0
 	var exact, wild []*SA
-	for _, sa := range db.cur.sas.byDst[dstReqid{remote, t.Reqid}] {
-		if sa.Larval || sa.Proto != t.Proto || sa.Mode != t.Mode || sa.Family != t.Family ||
+	for sa := range db.cur.sas.byDst.Of(dstReqid{remote, t.Reqid}) {
+		if sa.Dst != remote || sa.Reqid != t.Reqid || sa.Larval || sa.Proto != t.Proto || sa.Mode != t.Mode || sa.Family != t.Family ||
 			sa.IfID != p.IfID || mark&sa.Mark.Mask != sa.Mark.Value ||
 			t.SPI != 0 && t.SPI != sa.SPI ||
 			sa.Flags&flagWildRecv != 0 || sa.SADir == dirIn ||
@@ -227,7 +229,7 @@ func (db *DB) candidates(p *Policy, t Template, sel Selector, remote, local neti
 		// A selector with more sources than the SAs have: the others take a wildcard SA.
 		exact = append(exact, wild...)
 	}
-	born := db.cur.sas.born
+	born := func(sa *SA) int64 { return db.cur.sas.byKey.Map[sa.Key].born }
 	slices.SortFunc(exact, func(a, b *SA) int {
 		if a.Dying != b.Dying {
 			if b.Dying {
@@ -235,7 +237,7 @@ func (db *DB) candidates(p *Policy, t Template, sel Selector, remote, local neti
 			}
 			return 1
 		}
-		return cmp.Or(cmp.Compare(b.AddTime, a.AddTime), cmp.Compare(born[b.Key], born[a.Key]),
+		return cmp.Or(cmp.Compare(b.AddTime, a.AddTime), cmp.Compare(born(b), born(a)),
 			a.Key.compare(b.Key))
 	})
 	return exact

@@ -137,7 +137,7 @@ func (db *DB) touched(ev Event) []SAPlace {
 	}
 	var out []SAPlace
 	for _, k := range keys {
-		if sa := db.cur.sas.byKey[k]; sa != nil {
+		if sa := db.cur.sas.byKey.Map[k].SA; sa != nil {
 			out = append(out, SAPlace{sa.Dst, sa.Reqid})
 		}
 	}
@@ -160,7 +160,7 @@ func (db *DB) apply(t *tables, ev Event) (changed bool) {
 	case SAGone:
 		changed = t.sas.remove(ev.Key)
 	case SADying:
-		if sa := t.sas.byKey[ev.Key]; sa != nil && !sa.Dying {
+		if sa := t.sas.byKey.Map[ev.Key].SA; sa != nil && !sa.Dying {
 			dying := *sa
 			dying.Dying = true
 			t.sas.put(&dying)
@@ -215,7 +215,7 @@ func (db *DB) swap() bool {
 
 // Policy returns the policy with that index.
 func (db *DB) Policy(index PolicyIndex) (*Policy, bool) {
-	if n := db.cur.policies.byIndex[index]; n != nil {
+	if n := db.cur.policies.byIndex.Map[index]; n != nil {
 		return n.policy, true
 	}
 	return nil, false
@@ -224,17 +224,17 @@ func (db *DB) Policy(index PolicyIndex) (*Policy, bool) {
 // Age orders the policies of one priority: the kernel looks at the one with the smaller age first. It is 0
 // for a policy that is not there, and another one after a dump.
 func (db *DB) Age(index PolicyIndex) int64 {
-	if n := db.cur.policies.byIndex[index]; n != nil {
+	if n := db.cur.policies.byIndex.Map[index]; n != nil {
 		return n.age
 	}
 	return 0
 }
 
 // PolicyCount is the number of policies.
-func (db *DB) PolicyCount() int { return len(db.cur.policies.byIndex) }
+func (db *DB) PolicyCount() int { return len(db.cur.policies.byIndex.Map) }
 
 // SACount is the number of SAs, larval ones included.
-func (db *DB) SACount() int { return len(db.cur.sas.byKey) }
+func (db *DB) SACount() int { return len(db.cur.sas.byKey.Map) }
 
 // Policies yields all policies of all directions, in the kernel's precedence: lower priority
 // number first, of equal ones the one that was set first. The DB must not change meanwhile.
@@ -246,23 +246,23 @@ func (db *DB) Precedes(a, b *Policy) bool {
 	if a.Priority != b.Priority {
 		return a.Priority < b.Priority
 	}
-	na, nb := db.cur.policies.byIndex[a.Index], db.cur.policies.byIndex[b.Index]
+	na, nb := db.cur.policies.byIndex.Map[a.Index], db.cur.policies.byIndex.Map[b.Index]
 	return na != nil && nb != nil && na.age < nb.age
 }
 
 // SA returns the SA with that key.
 func (db *DB) SA(key SAKey) (*SA, bool) {
-	sa, ok := db.cur.sas.byKey[key]
-	return sa, ok
+	held, ok := db.cur.sas.byKey.Map[key]
+	return held.SA, ok
 }
 
 // SAs yields all SAs, sorted by destination, protocol, SPI and mark.
 func (db *DB) SAs() iter.Seq[*SA] {
 	return func(yield func(*SA) bool) {
 		if db.sas == nil {
-			db.sas = make([]*SA, 0, len(db.cur.sas.byKey))
-			for _, sa := range db.cur.sas.byKey {
-				db.sas = append(db.sas, sa)
+			db.sas = make([]*SA, 0, len(db.cur.sas.byKey.Map))
+			for _, sa := range db.cur.sas.byKey.Map {
+				db.sas = append(db.sas, sa.SA)
 			}
 			slices.SortFunc(db.sas, func(a, b *SA) int { return a.Key.compare(b.Key) })
 		}

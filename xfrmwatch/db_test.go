@@ -112,20 +112,23 @@ func agree(t *rapid.T, db *DB, o *slowDB) {
 		last = sa
 	}
 	// The indexes hold each SA once, and nothing else.
-	n := 0
-	for k, list := range db.cur.sas.byDst {
-		n += len(list)
-		for _, sa := range list {
-			if k != (dstReqid{sa.Dst, sa.Reqid}) || db.cur.sas.byKey[sa.Key] != sa {
-				t.Fatalf("index %v holds %+v", k, sa)
-			}
+	places, split := map[dstReqid]int{}, map[dstReqid]int{}
+	for key, sa := range db.cur.sas.byKey.Map {
+		k := dstReqid{sa.Dst, sa.Reqid}
+		if list := slices.Collect(db.cur.sas.byDst.Of(k)); !slices.Contains(list, sa.SA) || key != sa.Key {
+			t.Fatalf("index %v does not hold %+v", k, sa)
 		}
-		if db.cur.sas.peers[k.reqid][k.dst] != len(list) {
-			t.Fatalf("peers of %v", k)
+		if places[k]++; sa.Mode.takesFlow() {
+			split[k]++
 		}
 	}
-	if n != len(o.sas) || len(db.cur.sas.born) != n {
-		t.Fatalf("%d indexed, %d births, want %d", n, len(db.cur.sas.born), len(o.sas))
+	for k, n := range places {
+		if list := slices.Collect(db.cur.sas.byDst.Of(k)); len(list) != n || db.cur.sas.peers[k.reqid][k.dst] != split[k] {
+			t.Fatalf("index %v holds %+v, and %d peers", k, list, db.cur.sas.peers[k.reqid][k.dst])
+		}
+	}
+	if n := len(db.cur.sas.byKey.Map); n != len(o.sas) || db.cur.sas.byDst.Len() != len(places) {
+		t.Fatalf("%d SAs, %d places indexed, want %d and %d", n, db.cur.sas.byDst.Len(), len(o.sas), len(places))
 	}
 }
 
@@ -276,7 +279,7 @@ func TestLarvalIsResolved(t *testing.T) {
 	valid.SPI, valid.Larval, valid.AEAD = 5, false, Algorithm{"rfc4106(gcm(aes))", 128}
 	db.Apply(SASet{SA: larval})
 	db.Apply(SASet{SA: valid.keyed()})
-	if keys := slices.Collect(maps.Keys(db.cur.sas.byKey)); len(keys) != 1 || keys[0].SPI != 5 {
+	if keys := slices.Collect(maps.Keys(db.cur.sas.byKey.Map)); len(keys) != 1 || keys[0].SPI != 5 {
 		t.Errorf("got %v, want the valid one alone", keys)
 	}
 }

@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"strings"
+	"unique"
 )
 
 // decodeSA reads a struct xfrm_usersa_info at the start of data; the attributes begin at offset
@@ -115,7 +116,8 @@ func decodeAlgorithm(b []byte, withICV bool) (Algorithm, error) {
 	if i := bytes.IndexByte(name, 0); i >= 0 {
 		name = name[:i]
 	}
-	a := Algorithm{Name: strings.ToValidUTF8(string(name), "?")}
+	// There are a few names, and as many SAs as tunnels.
+	a := Algorithm{Name: unique.Make(strings.ToValidUTF8(string(name), "?")).Value()}
 	if withICV {
 		bits := u32(b[nameSize+4:])
 		if bits > 1<<16 {

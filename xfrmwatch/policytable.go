@@ -3,12 +3,14 @@ package xfrmwatch
 import (
 	"iter"
 	"slices"
+
+	"tsoagent/index"
 )
 
 // policyTable holds policies by index, and in the kernel's precedence: one list for each
 // priority, oldest first. Sets and deletes cost the same however many there are.
 type policyTable struct {
-	byIndex map[PolicyIndex]*policyNode
+	byIndex index.Shrinking[PolicyIndex, *policyNode]
 	lists   map[uint32]*policyList
 	// priorities are the keys of lists in order; nil after one came or went.
 	priorities []uint32
@@ -26,8 +28,7 @@ type policyList struct{ first, last *policyNode }
 
 // list returns the list of a priority, which it makes if need be.
 func (t *policyTable) list(priority uint32) *policyList {
-	if t.byIndex == nil {
-		t.byIndex = make(map[PolicyIndex]*policyNode)
+	if t.lists == nil {
 		t.lists = make(map[uint32]*policyList)
 	}
 	l := t.lists[priority]
@@ -50,7 +51,7 @@ func (t *policyTable) pushNewest(p *Policy) {
 		l.last.next = n
 	}
 	l.last = n
-	t.byIndex[p.Index] = n
+	t.byIndex.Set(p.Index, n)
 }
 
 // pushOldest makes p the oldest of its priority; it is not in the table.
@@ -64,15 +65,15 @@ func (t *policyTable) pushOldest(p *Policy) {
 		l.first.prev = n
 	}
 	l.first = n
-	t.byIndex[p.Index] = n
+	t.byIndex.Set(p.Index, n)
 }
 
 func (t *policyTable) remove(index PolicyIndex) bool {
-	n := t.byIndex[index]
+	n := t.byIndex.Map[index]
 	if n == nil {
 		return false
 	}
-	delete(t.byIndex, index)
+	t.byIndex.Delete(index)
 	l := t.lists[n.policy.Priority]
 	if n.prev == nil {
 		l.first = n.next
@@ -113,7 +114,7 @@ func (t *policyTable) all() iter.Seq[*Policy] {
 
 // same says whether both hold the same pointers in the same order.
 func (t *policyTable) same(o *policyTable) bool {
-	if len(t.byIndex) != len(o.byIndex) || len(t.lists) != len(o.lists) {
+	if len(t.byIndex.Map) != len(o.byIndex.Map) || len(t.lists) != len(o.lists) {
 		return false
 	}
 	for priority, l := range t.lists {
@@ -141,7 +142,7 @@ func (t *policyTable) setPolicy(ev PolicySet, visible *policyTable) bool {
 	if p == nil {
 		return false
 	}
-	old := t.byIndex[p.Index]
+	old := t.byIndex.Map[p.Index]
 	equal := old != nil && old.policy.Equal(p)
 	switch {
 	case ev.Dumped && old != nil:
@@ -151,7 +152,7 @@ func (t *policyTable) setPolicy(ev PolicySet, visible *policyTable) bool {
 	case equal:
 		p = old.policy
 	default:
-		if seen := visible.byIndex[p.Index]; seen != nil && seen.policy.Equal(p) {
+		if seen := visible.byIndex.Map[p.Index]; seen != nil && seen.policy.Equal(p) {
 			p = seen.policy
 		}
 	}

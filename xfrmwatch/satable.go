@@ -2,20 +2,26 @@ package xfrmwatch
 
 import (
 	"net/netip"
-	"slices"
+
+	"tsoagent/index"
 )
 
 // saTable holds SAs by key, and indexed the two ways in which an output policy finds them: by
 // destination and reqid (as the kernel's bydst hash), and by reqid alone, to list the
 // destinations of a transport policy that is wider than one peer.
 type saTable struct {
-	byKey map[SAKey]*SA
-	byDst map[dstReqid][]*SA
-	peers map[Reqid]map[netip.Addr]int // number of SAs for each destination
-	born  map[SAKey]int64              // when it came, for a tie of AddTime
+	byKey index.Shrinking[SAKey, heldSA]
+	byDst index.Index[dstReqid, *SA]
+	peers map[Reqid]map[netip.Addr]int // number of SAs for each destination, of the modes that policies are split by
 	// clock counts up with each live SA and dumpClock down with each dumped one (a dump lists
 	// the newest first).
 	clock, dumpClock int64
+}
+
+// heldSA is an SA, and when it came, for a tie of AddTime.
+type heldSA struct {
+	*SA
+	born int64
 }
 
 type dstReqid struct {
@@ -24,20 +30,16 @@ type dstReqid struct {
 }
 
 func (t *saTable) put(sa *SA) {
-	if t.byKey == nil {
-		t.byKey = make(map[SAKey]*SA)
-		t.byDst = make(map[dstReqid][]*SA)
+	if t.peers == nil {
 		t.peers = make(map[Reqid]map[netip.Addr]int)
-		t.born = make(map[SAKey]int64)
 	}
-	born, had := t.born[sa.Key]
-	if had {
-		t.remove(sa.Key)
-		t.born[sa.Key] = born
+	born := t.byKey.Map[sa.Key].born
+	t.remove(sa.Key)
+	t.byKey.Set(sa.Key, heldSA{sa, born})
+	t.byDst.Add(dstReqid{sa.Dst, sa.Reqid}, sa)
+	if !sa.Mode.takesFlow() {
+		return
 	}
-	t.byKey[sa.Key] = sa
-	k := dstReqid{sa.Dst, sa.Reqid}
-	t.byDst[k] = append(t.byDst[k], sa)
 	if t.peers[sa.Reqid] == nil {
 		t.peers[sa.Reqid] = make(map[netip.Addr]int)
 	}
@@ -45,19 +47,14 @@ func (t *saTable) put(sa *SA) {
 }
 
 func (t *saTable) remove(key SAKey) bool {
-	sa := t.byKey[key]
+	sa := t.byKey.Map[key].SA
 	if sa == nil {
 		return false
 	}
-	delete(t.byKey, key)
-	delete(t.born, key)
-	k := dstReqid{sa.Dst, sa.Reqid}
-	list := t.byDst[k]
-	i := slices.Index(list, sa)
-	if list = slices.Delete(list, i, i+1); len(list) == 0 {
-		delete(t.byDst, k)
-	} else {
-		t.byDst[k] = list
+	t.byKey.Delete(key)
+	t.byDst.Remove(dstReqid{sa.Dst, sa.Reqid}, sa)
+	if !sa.Mode.takesFlow() {
+		return true
 	}
 	peers := t.peers[sa.Reqid]
 	if peers[sa.Dst]--; peers[sa.Dst] == 0 {
@@ -70,11 +67,11 @@ func (t *saTable) remove(key SAKey) bool {
 
 // equal compares values and the order of birth of SAs that share a destination.
 func (t *saTable) equal(o *saTable) bool {
-	if len(t.byKey) != len(o.byKey) {
+	if len(t.byKey.Map) != len(o.byKey.Map) {
 		return false
 	}
-	for key, sa := range t.byKey {
-		if other := o.byKey[key]; other == nil || !sa.Equal(other) {
+	for key, sa := range t.byKey.Map {
+		if other := o.byKey.Map[key]; other.SA == nil || !sa.Equal(other.SA) {
 			return false
 		}
 	}
@@ -88,12 +85,12 @@ func (t *tables) setSA(ev SASet, visible *saTable) bool {
 	if sa == nil {
 		return false
 	}
-	old := t.sas.byKey[sa.Key]
+	old := t.sas.byKey.Map[sa.Key].SA
 	switch {
 	case ev.Dumped && old != nil:
 		return false // a live event overtook the dump
 	case ev.Dumped:
-		if was := visible.byKey[sa.Key]; was != nil {
+		if was := visible.byKey.Map[sa.Key].SA; was != nil {
 			// The kernel does not dump km.dying.
 			if was.Dying && !sa.Dying && was.AddTime == sa.AddTime {
 				dying := *sa
@@ -106,7 +103,7 @@ func (t *tables) setSA(ev SASet, visible *saTable) bool {
 		}
 		t.sas.dumpClock--
 		t.sas.put(sa)
-		t.sas.born[sa.Key] = t.sas.dumpClock
+		t.sas.byKey.Set(sa.Key, heldSA{sa, t.sas.dumpClock})
 		return true
 	case ev.Update && old != nil && !old.Larval:
 		sa = old.updated(sa)
@@ -120,7 +117,7 @@ func (t *tables) setSA(ev SASet, visible *saTable) bool {
 	t.sas.put(sa)
 	if old == nil || old.Larval {
 		t.sas.clock++
-		t.sas.born[sa.Key] = t.sas.clock
+		t.sas.byKey.Set(sa.Key, heldSA{sa, t.sas.clock})
 	}
 	return true
 }
@@ -147,7 +144,7 @@ func (s *SA) updated(u *SA) *SA {
 func (t *tables) dropLarval(sa *SA) {
 	key := sa.Key
 	key.SPI = 0
-	if l := t.sas.byKey[key]; l != nil && l.Larval && l.Reqid == sa.Reqid && l.Mode == sa.Mode &&
+	if l := t.sas.byKey.Map[key].SA; l != nil && l.Larval && l.Reqid == sa.Reqid && l.Mode == sa.Mode &&
 		l.Src == sa.Src && l.IfID == sa.IfID {
 		t.sas.remove(key)
 	}

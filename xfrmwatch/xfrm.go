@@ -62,9 +62,9 @@ type PortMatch struct {
 // Selector says which flows a policy or an SA applies to (struct xfrm_selector). Src and Dst
 // are always valid prefixes of Family. Ifindex is 0 for any.
 type Selector struct {
-	Family  Family       `json:"family"`
 	Src     netip.Prefix `json:"src"`
 	Dst     netip.Prefix `json:"dst"`
+	Family  Family       `json:"family"`
 	Proto   Proto        `json:"proto"`
 	Sport   PortMatch    `json:"sport"`
 	Dport   PortMatch    `json:"dport"`
@@ -76,11 +76,11 @@ type Selector struct {
 type Template struct {
 	Dst      netip.Addr `json:"dst"`
 	Src      netip.Addr `json:"src"`
-	Family   Family     `json:"family"` // of Dst and Src (encap_family)
 	SPI      SPI        `json:"spi"`
+	Reqid    Reqid      `json:"reqid"`
+	Family   Family     `json:"family"` // of Dst and Src (encap_family)
 	Proto    Proto      `json:"proto"`
 	Mode     Mode       `json:"mode"`
-	Reqid    Reqid      `json:"reqid"`
 	Optional bool       `json:"optional"`
 }
 

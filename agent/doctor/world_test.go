@@ -2,6 +2,7 @@ package doctor
 
 import (
 	"net/netip"
+	"slices"
 
 	"tsoagent/agent/plan"
 	"tsoagent/ethtool"
@@ -110,15 +111,16 @@ func family(a netip.Addr) xfrmwatch.Family { return xfrmwatch.Family(routes.Fami
 // patient is what is known of the world, with a plan.
 func (w *world) patient() *Patient {
 	p := w.p
+	peers := plan.PathsTo{}
 	in := plan.Input{
 		Config: plan.Config{}.WithDefaults(), XFRM: w.db, FIB: w.fib, Features: w.features, Holds: map[plan.HoldKey]plan.HoldClaim{},
-		Peers: map[plan.Peer]plan.Path{}, Outers: map[routes.Ifindex]plan.Path{}, Forwarding: map[routes.Family]bool{routes.IPv4: w.forwards, routes.IPv6: w.forwards},
+		Peers: peers, Outers: map[routes.Ifindex]plan.Path{}, Forwarding: map[routes.Family]bool{routes.IPv4: w.forwards, routes.IPv6: w.forwards},
 	}
 	if p.Input.Holds != nil {
 		in.Holds = p.Input.Holds
 	}
-	for _, peer := range plan.PeersOf(w.db, nil) {
-		in.Peers[peer] = plan.Path{MTU: 1500, Oif: nic, Table: routes.TableMain}
+	for _, peer := range plan.PeersOf(slices.Collect(w.db.Coverages())...) {
+		peers[peer] = plan.Path{MTU: 1500, Oif: nic, Table: routes.TableMain}
 	}
 	for _, o := range plan.OutersOf(w.fib, nil) {
 		in.Outers[o.Index] = plan.Path{MTU: 1500, Oif: nic, Table: routes.TableMain, Src: o.Src}

@@ -34,12 +34,12 @@ func espOf(sa *xfrmwatch.SA) espPackets {
 func (p *planner) espFrom(t *tunnel, c *coverage) []espPackets {
 	var out []espPackets
 	for _, o := range p.outerFlows(t) {
-		o.proto, o.sport, o.dport = uint8(c.Policy.Templates[len(c.Policy.Templates)-1].Proto), known{ok: true}, known{ok: true}
-		if len(c.Steps) == 0 {
+		o.proto, o.sport, o.dport = uint8(c.pol.Templates[len(c.pol.Templates)-1].Proto), known{ok: true}, known{ok: true}
+		if len(c.steps) == 0 {
 			out = append(out, espPackets{flow: o})
 			continue
 		}
-		for _, sa := range c.Steps[len(c.Steps)-1].SAs {
+		for _, sa := range c.steps[len(c.steps)-1].SAs {
 			esp := espOf(sa).flow
 			o.proto, o.sport, o.dport = esp.proto, esp.sport, esp.dport
 			out = append(out, espPackets{sa, o})
@@ -52,8 +52,8 @@ func (p *planner) espFrom(t *tunnel, c *coverage) []espPackets {
 // the device that they leave by.
 func (p *planner) takenAtRoute(t *tunnel, c *coverage) bool {
 	return slices.ContainsFunc(p.outerFlows(t), func(o outerFlow) bool {
-		_, some := o.takenBy(c.entry)
-		return some && c.Policy.IfID == 0
+		_, some := o.takenBy(&c.entry)
+		return some && c.pol.IfID == 0
 	})
 }
 
@@ -72,7 +72,7 @@ func (p *planner) takenAgain(nh routes.Nexthop, path int, packets []espPackets) 
 		unsure := false // one that drops them may take them ahead
 		for _, l := range p.deviceLookup(esp.flow, w) {
 			all, some := l.flow.takenBy(l.entry)
-			c, dev := l.entry.cov, routes.Ifindex(l.entry.sel.Ifindex)
+			c, dev := l.entry.cov, routes.Ifindex(l.entry.sel().Ifindex)
 			unsure = unsure || some && dev != 0 && !slices.Contains(l.flow.oifs[:], dev)
 			if some && c != nil && !c.has(esp.sa) {
 				left, why := p.leftAgain(c, path)
@@ -80,7 +80,7 @@ func (p *planner) takenAgain(nh routes.Nexthop, path int, packets []espPackets) 
 				case unsure && left < path:
 					return 0, fmt.Sprintf("whether a policy for one device takes them once more in %s is not known", name)
 				case left <= 0:
-					return 0, fmt.Sprintf("policy %d takes them once more in %s: %s", c.ID.Policy, name, why)
+					return 0, fmt.Sprintf("policy %d takes them once more in %s: %s", c.pol.Index, name, why)
 				}
 				least = min(least, left)
 			}
@@ -94,32 +94,33 @@ func (p *planner) takenAgain(nh routes.Nexthop, path int, packets []espPackets) 
 
 // has reports whether an SA is one of a coverage's own.
 func (c *coverage) has(sa *xfrmwatch.SA) bool {
-	return slices.ContainsFunc(c.Steps, func(st xfrmwatch.Step) bool { return slices.Contains(st.SAs, sa) })
+	return slices.ContainsFunc(c.steps, func(st xfrmwatch.Step) bool { return slices.Contains(st.SAs, sa) })
 }
 
 // leftAgain is what a coverage leaves of the path of packets that it takes once more, 0 with the reason if
 // that isn't known.
 func (p *planner) leftAgain(c *coverage, path int) (int, string) {
 	const circle = "their way comes to it again"
-	if c.circles = c.circles || c.again; c.circles {
+	s := c.besides()
+	if s.circles = s.circles || s.again; s.circles {
 		return 0, circle
 	}
-	c.again = true
-	defer func() { c.again = false }()
-	mtu, status := c.MTU(p.peerMTU, path)
+	s.again = true
+	defer func() { s.again = false }()
+	mtu, status := c.whole().MTU(p.peerMTU, path)
 	switch {
-	case c.circles:
+	case s.circles:
 		return 0, circle
 	case status == xfrmwatch.MTUKnown:
-		if c.tunnels {
+		if c.tunnels() {
 			p.sayValid(c)
 		}
-	case p.Last[c.ID] != 0:
-		mtu = min(p.Last[c.ID], path)
-		p.note(c, fmt.Sprintf("%s; the last valid MTU stays", status))
-	case p.Config.PresumeMTU != 0 && !c.Maybe:
+	case p.Last[c.id()] != 0:
+		mtu = min(p.Last[c.id()], path)
+		p.noteShared(c, p.stays[status])
+	case p.Config.PresumeMTU != 0 && !c.maybe:
 		mtu = min(p.Config.PresumeMTU, path)
-		p.note(c, fmt.Sprintf("%s; presume_mtu %d", status, p.Config.PresumeMTU))
+		p.noteShared(c, p.presumed[status])
 	default:
 		return 0, cmp.Or(p.lost(c), status.String())
 	}

@@ -21,7 +21,7 @@ func (p *planner) lookupsOf(o outerFlow, w way) []asked {
 	var out []asked
 	passes := p.XFRM.Default().Out != xfrmwatch.Block
 	for _, e := range p.overlapping(0, o.dst, true) {
-		if e.cov != nil || e.block || !w.drops() {
+		if e.cov != nil || e.blocks() || !w.drops() {
 			out = append(out, asked{e, o})
 			continue
 		}

@@ -110,3 +110,38 @@ func BenchmarkFollow(b *testing.B) {
 		})
 	}
 }
+
+// BenchmarkSteps works out the steps to a plan whose clones are all missing, and to one whose clones are all in place.
+func BenchmarkSteps(b *testing.B) {
+	const n = 20000
+	var text strings.Builder
+	text.WriteString("config max_clones 200000\nlink 1 lo\nlink 2 eth0\nroute 192.0.2.0/24 dev eth0 proto kernel\nroute 0.0.0.0/0 via 192.0.2.9 dev eth0\nsa esp 192.0.2.1 192.0.2.2 spi 1 gcm\n")
+	for i := range n {
+		fmt.Fprintf(&text, "policy %d src 172.%d.0.0/16 dst %d.%d.%d.0/24 tmpl esp tunnel 192.0.2.1 192.0.2.2\n", i+1, 16+i%2, 10+i>>16, i>>8&255, i&255)
+	}
+	for _, there := range []bool{false, true} {
+		b.Run(fmt.Sprintf("there=%v", there), func(b *testing.B) {
+			f, err := newFollowed(text.String())
+			if err != nil {
+				b.Fatal(err)
+			}
+			in := f.input()
+			f.Plan(in, f.changes)
+			steps := f.Steps(in, f.held)
+			if len(steps.Clones) != n {
+				b.Fatalf("%d clones", len(steps.Clones))
+			}
+			if there {
+				if err := f.apply(steps); err != nil {
+					b.Fatal(err)
+				}
+			}
+			b.ReportAllocs()
+			for b.Loop() {
+				f.Relook()
+				f.Steps(in, f.held)
+			}
+			b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N)/n, "ns/clone")
+		})
+	}
+}

@@ -223,7 +223,7 @@ func (p *planner) rebind() {
 // followCarriers brings the carriers up to date, and reports whether the holds can be others than before, or what is said with them of
 // coverages that did not change. What can't be followed is found anew.
 func (p *planner) followCarriers(r *region, ch Changes) bool {
-	if p.wide+len(p.wholes) > 0 && len(r.list) > 0 && !slices.EqualFunc(p.findWholes(), p.wholes, wholeDevice.equal) {
+	if p.wide+len(p.wholes) > 0 && (len(r.list)+len(ch.Ours) > 0 || p.routed) && !slices.EqualFunc(p.findWholes(), p.wholes, wholeDevice.equal) {
 		p.findCarriers()
 		return true
 	}
@@ -242,8 +242,8 @@ func (p *planner) followCarriers(r *region, ch Changes) bool {
 	}
 	for _, way := range p.rerouted {
 		if t := p.byIfID[way.ifID]; t != nil {
-			overlapping(t, way.dst, func(_ netip.Prefix, es []*entry) {
-				for _, e := range es {
+			overlapping(t, way.dst, func(_ netip.Prefix, at *entry) {
+				for e := range at.each {
 					if e.cov != nil {
 						changed = p.followCarriersOf(e.cov) || changed
 					}
@@ -257,7 +257,7 @@ func (p *planner) followCarriers(r *region, ch Changes) bool {
 // followCarriersOf brings the xfrm interfaces by which a coverage's flows leave up to date. It reports whether that leads to
 // other decisions about a device.
 func (p *planner) followCarriersOf(c *coverage) (changed bool) {
-	if c.Maybe || c.Policy.IfID == 0 {
+	if c.maybe || c.pol.IfID == 0 {
 		return false
 	}
 	var links []*routes.Link
@@ -300,7 +300,7 @@ func (p *planner) carrying(c *coverage) []*dedicated {
 func (p *planner) holdVerdict(c *coverage) *Verdict {
 	carriers, vti := p.carrying(c), p.vtiOf(c)
 	if len(carriers) == 0 && vti == nil {
-		return c.held
+		return c.held()
 	}
 	v := &Verdict{Cut: CutSocket}
 	for _, d := range carriers {
@@ -321,7 +321,7 @@ func (p *planner) holdVerdict(c *coverage) *Verdict {
 		v.Carriers = append(v.Carriers, vti.Name)
 		v.note(fmt.Sprintf("%s has all segmentation offloads off [fixed]: nothing to switch", vti.Name))
 	}
-	if s := c.held; s != nil {
+	if s := c.held(); s != nil {
 		v.Carriers, v.Held = append(v.Carriers, s.Carriers...), append(v.Held, s.Held...)
 		if v.Cut != CutDevice {
 			v.Cut = s.Cut
@@ -348,7 +348,7 @@ func (p *planner) causes(h *Hold) iter.Seq[xfrmwatch.CoverageID] {
 	}
 	return func(yield func(xfrmwatch.CoverageID) bool) {
 		for _, c := range d.all() {
-			if !yield(c.ID) {
+			if !yield(c.id()) {
 				return
 			}
 		}

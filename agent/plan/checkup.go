@@ -2,7 +2,6 @@ package plan
 
 import (
 	"fmt"
-	"slices"
 	"strings"
 
 	"tsoagent/routes"
@@ -41,18 +40,18 @@ func RulesInTheWay(in Input) []InTheWay {
 	}
 	p.shape()
 	for _, c := range p.covers {
-		if p.vtiOf(c) != nil || c.inexact != "" {
+		if _, inexact := c.flows(); p.vtiOf(c) != nil || inexact != "" {
 			continue
 		}
 		for _, part := range p.parts(c) {
 			r := part.Rule
 			switch {
 			case part.Blocked != "" && !p.allLocked(part):
-				add(r, c.ID, "it decides for a part of them, and what it selects by (%s) can't be repeated in a rule of ours", part.Blocked)
+				add(r, c.id(), "it decides for a part of them, and what it selects by (%s) can't be repeated in a rule of ours", part.Blocked)
 			case part.Blocked == "" && r.Action == routes.RuleToTable && p.Config.OwnTable(r.Table):
-				add(r, c.ID, "it leads to table %d, which is ours, and is not our rule", r.Table)
+				add(r, c.id(), "it leads to table %d, which is ours, and is not our rule", r.Table)
 			case part.Blocked == "" && c.crowded(r.Priority):
-				add(r, c.ID, "there is no free priority directly ahead of it, or not for so many rules")
+				add(r, c.id(), "there is no free priority directly ahead of it, or not for so many rules")
 			}
 		}
 	}
@@ -63,9 +62,12 @@ func RulesInTheWay(in Input) []InTheWay {
 const noPriority = "no lock: no free rule priority directly ahead of rule "
 
 func (c *coverage) crowded(priority uint32) bool {
-	return slices.ContainsFunc(c.members, func(m *member) bool {
-		return strings.HasPrefix(m.shape.why, fmt.Sprintf("%s%d,", noPriority, priority))
-	})
+	for m := range c.members.each {
+		if strings.HasPrefix(m.shape.why, fmt.Sprintf("%s%d,", noPriority, priority)) {
+			return true
+		}
+	}
+	return false
 }
 
 // UnboundSA is an SA that is bound to an offload that is not done.
@@ -82,7 +84,7 @@ func UnboundSAs(in Input) []UnboundSA {
 	var out []UnboundSA
 	seen := map[xfrmwatch.SAKey]bool{}
 	for _, c := range p.covers {
-		for _, st := range c.Steps {
+		for _, st := range c.steps {
 			for _, sa := range st.SAs {
 				if why := p.unbound(sa); why != "" && !seen[sa.Key] {
 					seen[sa.Key] = true

@@ -48,10 +48,10 @@ func (p *planner) clamp() {
 	c := &clamping{planner: p, served: map[*routes.Rule]map[*coverage]bool{}, points: map[netip.Prefix]bool{}}
 	for _, cov := range p.covers {
 		switch {
-		case !cov.tunnels:
+		case !cov.tunnels():
 			// What it costs is the socket's own business; judge says so.
-		case cov.Selector.Proto != 0 && cov.Selector.Proto != protoTCP:
-			c.note(cov, fmt.Sprintf("no lock: only TCP has an MSS to clamp, and these flows are protocol %d (partial: clamp)", cov.Selector.Proto))
+		case cov.sel().Proto != 0 && cov.sel().Proto != protoTCP:
+			c.note(cov, fmt.Sprintf("no lock: only TCP has an MSS to clamp, and these flows are protocol %d (partial: clamp)", cov.sel().Proto))
 		default:
 			c.serve(cov)
 		}
@@ -157,11 +157,11 @@ func (c *clamping) pointsIn(base *routes.Rule, cov *coverage, dst netip.Prefix) 
 // clampSeeds are the destinations where a coverage's flows can need a clamp: all of its destination,
 // or, for a policy with an if_id, those that routes through its xfrm interfaces leave of it.
 func (c *clamping) clampSeeds(base *routes.Rule, cov *coverage, dst netip.Prefix) []netip.Prefix {
-	if cov.Policy.IfID == 0 {
+	if cov.pol.IfID == 0 {
 		return []netip.Prefix{dst}
 	}
 	var seeds []netip.Prefix
-	for _, w := range c.waysOf(cov.Policy.IfID) {
+	for _, w := range c.waysOf(cov.pol.IfID) {
 		for k := range w.all() {
 			if x, ok := routes.Intersect(k.Dst, dst); ok && k.Table == base.Table && !c.locked[k] {
 				seeds = append(seeds, x)
@@ -312,7 +312,7 @@ func (c *clamping) candidatesAt(base *routes.Rule, x netip.Prefix) []routes.Rout
 
 func (c *clamping) noteUnclear(base *routes.Rule, x netip.Prefix) {
 	for _, cov := range c.covers {
-		if c.served[base][cov] && routes.Contains(cov.Selector.Dst, x) {
+		if c.served[base][cov] && routes.Contains(cov.sel().Dst, x) {
 			c.note(cov, fmt.Sprintf("%s: it is not known which policies apply to one way of its route: no clamp for that", x))
 		}
 	}
@@ -339,8 +339,8 @@ func fewValues(list []clamped) map[int]int {
 
 func (e *ClampEntry) because(by []*coverage) {
 	for _, cov := range by {
-		if !slices.Contains(e.Because, cov.ID) {
-			e.Because = append(e.Because, cov.ID)
+		if !slices.Contains(e.Because, cov.id()) {
+			e.Because = append(e.Because, cov.id())
 		}
 	}
 }

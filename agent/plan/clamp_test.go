@@ -211,7 +211,7 @@ func uncoveredForSure(w *world, a netip.Addr) bool {
 		if len(w.coverages(p)) > 0 {
 			return false
 		}
-		e := entry{sel: p.Selector, mark: p.Mark}
+		e := entry{pol: p}
 		if p.IfID == 0 && e.all() && !slices.ContainsFunc(w.fib.Links(), func(l *routes.Link) bool { return l.Kind == "xfrm" }) {
 			return true
 		}

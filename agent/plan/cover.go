@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"fmt"
 	"net/netip"
+	"slices"
 
 	"github.com/gaissmai/bart"
 
@@ -11,23 +12,81 @@ import (
 	"tsoagent/xfrmwatch"
 )
 
-// coverage is a coverage with what the plan works out for it.
+// coverage is a coverage (xfrmwatch.Coverage) with what the plan works out for it. There are as many as policies.
 type coverage struct {
-	xfrmwatch.Coverage
-	entry   *entry
-	flows   routes.Flows
-	inexact string   // why the selector can't be repeated in a FIB rule, or empty
-	units   []*unit  // that say something of it
-	held    *Verdict // what the holds say of it, nil for nothing
-	dropped bool     // it is no more
-	tunnels bool     // the outer packets have a destination of their own
-	gone    bool
+	entry
+	split   *split // nil for one that takes all that the policy's selector does
+	steps   []xfrmwatch.Step
+	units   []*unit // that say something of it
+	members *member // the first of them, in the order of its parts
+	aside   *aside  // nil for nothing
+}
+
+// split is what a coverage has that takes a part of its policy's selector.
+type split struct {
+	peer netip.Addr
+	sel  xfrmwatch.Selector
+}
+
+// aside is what few coverages have.
+type aside struct {
+	held  *Verdict     // what the holds on shared NICs say of it, nil for nothing
+	mine  []*unit      // those that speak of it alone
+	fills []routes.Key // the routes that it can fill as a whole
 	// again is set while it is worked out what its packets that are IPsec already have left, circles
 	// once they were found to come to it once more.
 	again, circles bool
-	mine           []*unit // those that speak of it alone
-	members        []*member
-	fills          []routes.Key // the routes that it can fill as a whole
+}
+
+// sel is what the coverage takes.
+func (c *coverage) sel() *xfrmwatch.Selector {
+	if c.split != nil {
+		return &c.split.sel
+	}
+	return &c.pol.Selector
+}
+
+// id identifies the coverage.
+func (c *coverage) id() xfrmwatch.CoverageID {
+	id := xfrmwatch.CoverageID{Policy: c.pol.Index}
+	if c.split != nil {
+		id.Peer = c.split.peer
+	}
+	return id
+}
+
+// whole is the coverage as xfrmwatch has it.
+func (c *coverage) whole() xfrmwatch.Coverage {
+	return xfrmwatch.Coverage{ID: c.id(), Policy: c.pol, Selector: *c.sel(), Maybe: c.maybe, Steps: c.steps, Larval: c.larval}
+}
+
+// tunnels reports whether the outer packets have a destination of their own.
+func (c *coverage) tunnels() bool {
+	return slices.ContainsFunc(c.pol.Templates, func(t xfrmwatch.Template) bool { return !t.TakesFlow() })
+}
+
+// besides is where a coverage has what few have.
+func (c *coverage) besides() *aside {
+	if c.aside == nil {
+		c.aside = &aside{}
+	}
+	return c.aside
+}
+
+// fills are the routes that the coverage can fill as a whole.
+func (c *coverage) fills() []routes.Key {
+	if c.aside == nil {
+		return nil
+	}
+	return c.aside.fills
+}
+
+// held is what the holds on shared NICs say of the coverage, nil for nothing.
+func (c *coverage) held() *Verdict {
+	if c.aside == nil {
+		return nil
+	}
+	return c.aside.held
 }
 
 // planner holds one run of Make.
@@ -50,13 +109,13 @@ type planner struct {
 	base       unit                                   // what the tunnels say
 	held       unit                                   // what the holds say that is no hold's own
 	peers      map[xfrmwatch.PolicyIndex][]netip.Addr // of splits, as remembered
-	byIfID     map[uint32]*bart.Table[[]*entry]
-	outer      bart.Table[peerUses] // the destinations of outer packets
+	byIfID     map[uint32]*bart.Table[*entry]
+	outer      bart.Table[*peerUse] // the destinations of outer packets
 	ways       map[uint32][]*ways   // by if_id
-	toPeers    map[Peer][]routes.Nexthop
-	locked     map[routes.Key]bool // routes that are locked in place
-	lockCount  int                 // how many trials have a lock
-	serving    map[serves]*shaped  // the shapes that serve coverages
+	reached    map[Peer]*wayTo      // the ways to those that no template has, without us
+	sharedWays map[Path][]*wayTo    // those that there are, or were
+	locked     map[routes.Key]bool  // routes that are locked in place
+	lockCount  int                  // how many trials have a lock
 	tunnels    map[routes.Ifindex]*tunnel
 	vtis       []*routes.Link
 	based      map[routes.Ifindex]*dedicated // the dedicated carriers, but for those in stacks above others
@@ -69,22 +128,33 @@ type planner struct {
 	taken      map[HoldKey]*held
 	signed     []*signed
 	ports      map[routes.Ifindex][]*routes.Link // those that have a master, by the master
+	// What is said of coverages without a valid MTU now, by why that is: that the last one stays, or one is presumed.
+	stays, presumed map[xfrmwatch.MTUStatus]*[]string
 }
 
 func newPlanner(in Input) *planner {
+	if in.Peers == nil {
+		in.Peers = PathsTo(nil)
+	}
 	in.Config = in.Config.WithDefaults()
-	return &planner{
+	p := &planner{
 		Input:   in,
+		reached: map[Peer]*wayTo{}, sharedWays: map[Path][]*wayTo{},
 		plan:    &Plan{},
-		byIfID:  map[uint32]*bart.Table[[]*entry]{},
+		byIfID:  map[uint32]*bart.Table[*entry]{},
 		trials:  map[routes.Key]*trial{},
 		counts:  map[uint32]int{},
 		byShape: map[ShapeID]*shaped{},
 		base:    unit{phase: phaseTunnels},
 		held:    unit{phase: phaseHolds},
 		locked:  map[routes.Key]bool{},
-		serving: map[serves]*shaped{},
+		stays:   map[xfrmwatch.MTUStatus]*[]string{}, presumed: map[xfrmwatch.MTUStatus]*[]string{},
 	}
+	for s := xfrmwatch.MTUKnown; s <= xfrmwatch.MTUUnknownPath; s++ {
+		p.stays[s] = &[]string{fmt.Sprintf("%s; the last valid MTU stays", s)}
+		p.presumed[s] = &[]string{fmt.Sprintf("%s; presume_mtu %d", s, in.Config.PresumeMTU)}
+	}
+	return p
 }
 
 // Make works out the plan. It is from scratch: what it costs grows with all that is covered.
@@ -218,25 +288,25 @@ func (p *planner) mtuAt(c *coverage, path int, f routes.Family) (int, string) {
 	if path == 0 {
 		return 0, "a device of the route, or what a tunnel leaves to it, is not known yet"
 	}
-	mtu, status := c.MTU(p.peerMTU, path)
+	mtu, status := c.whole().MTU(p.peerMTU, path)
 	if status != xfrmwatch.MTUKnown {
 		switch {
-		case p.Last[c.ID] != 0:
-			mtu = min(p.Last[c.ID], path)
-			p.note(c, fmt.Sprintf("%s; the last valid MTU stays", status))
-		case p.Config.PresumeMTU != 0 && !c.Maybe:
+		case p.Last[c.id()] != 0:
+			mtu = min(p.Last[c.id()], path)
+			p.noteShared(c, p.stays[status])
+		case p.Config.PresumeMTU != 0 && !c.maybe:
 			mtu = min(p.Config.PresumeMTU, path)
-			p.note(c, fmt.Sprintf("%s; presume_mtu %d", status, p.Config.PresumeMTU))
+			p.noteShared(c, p.presumed[status])
 		default:
 			return 0, cmp.Or(p.lost(c), status.String())
 		}
-	} else if c.tunnels {
+	} else if c.tunnels() {
 		// A smaller MTU of the route itself is not the coverage's: other routes can have a larger one.
 		p.sayValid(c)
 	}
 	p.left(c, mtu)
 	switch {
-	case !c.tunnels:
+	case !c.tunnels():
 		// The bundle's path would be the locked route, and its cost be taken twice: 1430 in place
 		// of 1466 for AES-GCM on a link of 1500.
 		return 0, "transport mode: the ESP packets use the route themselves, and the kernel gives each socket what is left"
@@ -258,14 +328,14 @@ func (p *planner) peerMTU(sa *xfrmwatch.SA) (int, bool) {
 // toPeer is the same, or why it isn't known though there is a way.
 func (p *planner) toPeer(sa *xfrmwatch.SA) (int, string) {
 	peer := PeerOf(sa)
-	path := p.Peers[peer]
-	return p.through(p.toPeers[peer], path.MTU, func() []espPackets { return []espPackets{espOf(sa)} })
+	w := p.wayTo(peer)
+	return p.through(w.ways, w.path.MTU, func() []espPackets { return []espPackets{espOf(sa)} })
 }
 
 // lost says why the MTU on the way to a coverage's peers isn't known though there is a way, or is
 // empty.
 func (p *planner) lost(c *coverage) string {
-	for _, st := range c.Steps {
+	for _, st := range c.steps {
 		for _, sa := range st.SAs {
 			if st.Template.Mode == xfrmwatch.Transport {
 				continue

@@ -79,7 +79,7 @@ func (p *planner) setDevices() {
 		set[l.Index] = true
 		d := DeviceMTU{Device: l, Was: p.ownMTU(l, routes.IPv4), Want: want}
 		for _, c := range covs {
-			d.Because = append(d.Because, c.ID)
+			d.Because = append(d.Because, c.id())
 			p.locks(c, fmt.Sprintf("dev %s mtu %d", l.Name, want))
 		}
 		p.plan.DeviceMTUs = append(p.plan.DeviceMTUs, d)
@@ -128,7 +128,7 @@ func (p *planner) carrierMTU(l *routes.Link) (want int, covs []*coverage, why st
 	if want != 0 && want < room {
 		why = cmp.Or(why, fmt.Sprintf("its flows have different MTUs left, %d, and room for %d", want, room))
 	}
-	slices.SortFunc(covs, func(a, b *coverage) int { return a.entry.rank.compare(b.entry.rank) })
+	slices.SortFunc(covs, func(a, b *coverage) int { return a.entry.compare(&b.entry) })
 	return want, covs, why
 }
 
@@ -157,15 +157,15 @@ func (p *planner) needs(r routes.Route) (need, room int, by []*coverage, why str
 		case n != 0:
 			agree(n)
 		case w.tunnel != nil && p.leavesToTunnel(e, r):
-			entered = entered || !e.cov.tunnels
+			entered = entered || !e.cov.tunnels()
 			continue
-		case e.cov.Larval && p.Last[e.cov.ID] == 0 && p.Config.PresumeMTU == 0:
+		case e.cov.larval && p.Last[e.cov.id()] == 0 && p.Config.PresumeMTU == 0:
 		case p.hasRoom(e.cov, r):
 			room = p.pathMTU(r)
 		default:
 			why = cmp.Or(why, no)
 		}
-		if e.all() && routes.Contains(e.sel.Dst, r.Dst) && !p.bypassed(w, e, r.Dst) {
+		if e.all() && routes.Contains(e.sel().Dst, r.Dst) && !p.bypassed(w, e, r.Dst) {
 			if entered {
 				break // some of what the tunnel wraps, ahead of it
 			}
@@ -188,11 +188,11 @@ func (p *planner) needs(r routes.Route) (need, room int, by []*coverage, why str
 // hasRoom reports whether a route's own MTU is small enough for a coverage.
 func (p *planner) hasRoom(c *coverage, r routes.Route) bool {
 	path := p.pathMTU(r)
-	mtu, status := c.MTU(p.peerMTU, path)
+	mtu, status := c.whole().MTU(p.peerMTU, path)
 	if status != xfrmwatch.MTUKnown {
-		mtu = cmp.Or(p.Last[c.ID], p.Config.PresumeMTU)
+		mtu = cmp.Or(p.Last[c.id()], p.Config.PresumeMTU)
 	}
-	return c.tunnels && path != 0 && mtu >= path
+	return c.tunnels() && path != 0 && mtu >= path
 }
 
 // leaveDevice says why a carrier's own MTU is not to be set, or is empty.

@@ -2,6 +2,7 @@ package plan
 
 import (
 	"cmp"
+	"iter"
 	"net/netip"
 	"slices"
 
@@ -105,29 +106,50 @@ type place struct {
 	dst   netip.Prefix
 }
 
-func diffTables(s *Steps, in Input, pl *Plan, stale bool) {
-	have := map[place][]routes.Route{}
-	rules := ownRules(in.FIB, in.Config)
-	for _, f := range []routes.Family{routes.IPv4, routes.IPv6} {
-		for _, id := range in.FIB.Tables(f) {
-			if !in.Config.OwnTable(id) {
-				continue
-			}
-			for r := range in.FIB.Table(f, id) {
-				if in.Config.OwnRoute(r) {
-					at := place{id, r.Dst}
-					have[at] = append(have[at], r)
+// ownRoutes yields what is in place in our tables.
+func ownRoutes(in Input) iter.Seq[routes.Route] {
+	return func(yield func(routes.Route) bool) {
+		for _, f := range []routes.Family{routes.IPv4, routes.IPv6} {
+			for _, id := range in.FIB.Tables(f) {
+				if !in.Config.OwnTable(id) {
+					continue
+				}
+				for r := range in.FIB.Table(f, id) {
+					if in.Config.OwnRoute(r) && !yield(r) {
+						return
+					}
 				}
 			}
 		}
 	}
+}
+
+func diffTables(s *Steps, in Input, pl *Plan, stale bool) {
+	rules := ownRules(in.FIB, in.Config)
+	if len(pl.Shapes) == 0 { // as where everything is given back
+		if stale {
+			return
+		}
+		for _, r := range rules {
+			s.DropRules = append(s.DropRules, *r)
+		}
+		s.DropClones = slices.Collect(ownRoutes(in))
+		sortDropped(s.DropClones)
+		return
+	}
+	have := map[place][]routes.Route{}
+	for r := range ownRoutes(in) {
+		at := place{r.Body.Table, r.Dst}
+		have[at] = append(have[at], r)
+	}
 	want := map[place]bool{}
+	same := sameWays{}
 	for i := range pl.Shapes {
 		sh := &pl.Shapes[i]
 		for c := range sh.Clones() {
 			at := place{sh.Table, c.Dst}
 			want[at] = true
-			if step, ok := cloneStep(c, have[at]); ok {
+			if step, ok := cloneStep(c, have[at], same); ok {
 				step.Table, step.Shape = sh.Table, sh.ID
 				s.Clones = append(s.Clones, step)
 			}
@@ -176,18 +198,25 @@ func addRules(s *Steps, have []*routes.Rule, want []routes.Rule) []*routes.Rule 
 // sortDropped puts clones before throws: a throw that goes first would uncover what lies above it.
 func sortDropped(list []routes.Route) {
 	slices.SortFunc(list, func(a, b routes.Route) int {
-		return cmp.Or(cmp.Compare(a.Body.Type, b.Body.Type), a.Key().Compare(b.Key()))
+		x, y := a.Body, b.Body
+		if x.Type != y.Type || x.Family != y.Family || x.Table != y.Table {
+			return cmp.Or(cmp.Compare(x.Type, y.Type), cmp.Compare(x.Family, y.Family), cmp.Compare(x.Table, y.Table))
+		}
+		if c := routes.ComparePrefix(a.Dst, b.Dst); c != 0 {
+			return c
+		}
+		return a.Key().Compare(b.Key())
 	})
 }
 
 // cloneStep is what brings the routes of ours at one destination to what the clone says, false
 // if they are that already.
-func cloneStep(c Clone, have []routes.Route) (CloneStep, bool) {
+func cloneStep(c Clone, have []routes.Route, same sameWays) (CloneStep, bool) {
 	step := CloneStep{Clone: c, Moved: len(have) > 0}
 	there := false
 	for _, r := range have {
 		switch {
-		case c.matches(r.Body):
+		case c.matches(r.Body, same):
 			there = true
 		case r.Body.Priority != c.Metric():
 			step.Old = append(step.Old, r)
@@ -208,6 +237,10 @@ func (c Clone) Metric() uint32 {
 	return c.MTU.MTU
 }
 
+// ranks is how many there are of rank.
+const ranks = 3
+
+// rank says which steps go first: what moves, then throws.
 func (c CloneStep) rank() int {
 	switch {
 	case c.Moved:
@@ -218,15 +251,27 @@ func (c CloneStep) rank() int {
 	return 2
 }
 
+// sameWays remembers what routes.SameWays said of the bodies that very many routes share.
+type sameWays map[[2]*routes.Body]bool
+
+func (s sameWays) are(a, b *routes.Body) bool {
+	same, known := s[[2]*routes.Body{a, b}]
+	if !known {
+		same = routes.SameWays(a, b)
+		s[[2]*routes.Body{a, b}] = same
+	}
+	return same
+}
+
 // matches reports whether a route of ours is what the clone is to be.
-func (c Clone) matches(b *routes.Body) bool {
+func (c Clone) matches(b *routes.Body, same sameWays) bool {
 	if b.Priority != c.Metric() {
 		return false
 	}
 	if c.Throw {
 		return b.Type == routes.Throw
 	}
-	return b.Type == routes.Unicast && b.NHID == 0 && routes.SameWays(b, c.Of.Body) && b.PrefSrc == c.Of.Body.PrefSrc &&
+	return b.Type == routes.Unicast && b.NHID == 0 && same.are(b, c.Of.Body) && b.PrefSrc == c.Of.Body.PrefSrc &&
 		routes.MTUMetricOf(b) == c.MTU && b.Metrics.AdvMSS == c.AdvMSS
 }
 

@@ -14,32 +14,39 @@ import (
 
 // entry is one output policy, or one coverage of it, in the kernel's order of precedence.
 type entry struct {
-	rank  rank
-	index xfrmwatch.PolicyIndex
-	sel   xfrmwatch.Selector
-	mark  xfrmwatch.Mark
-	ifID  uint32
-	block bool // action block
-	cov   *coverage
+	pol  *xfrmwatch.Policy
+	cov  *coverage // nil if it covers nothing
+	next *entry    // with the same destination and if_id
+	age  int64     // of those that linger the policy's index
+	part int32     // of a policy that is split
+	gone bool      // it lingers
+	// Of a coverage: as in xfrmwatch.Coverage, and that it is no more.
+	maybe, larval, dropped bool
 }
 
-// rank is a place in the kernel's order of precedence; those that linger come last.
-type rank struct {
-	gone     bool
-	priority uint32
-	age      int64 // of those that linger the policy's index
-	part     int   // of a policy that is split
-	peer     netip.Addr
+// sel is what the entry takes.
+func (e *entry) sel() *xfrmwatch.Selector {
+	if e.cov != nil {
+		return e.cov.sel()
+	}
+	return &e.pol.Selector
 }
 
-func (r rank) compare(o rank) int {
-	if r.gone != o.gone {
+// blocks reports whether the entry is of a policy that has action block, and covers nothing.
+func (e *entry) blocks() bool { return e.cov == nil && e.pol.Action == xfrmwatch.Block }
+
+// compare says which comes first in the kernel's order of precedence; those that linger come last.
+func (e *entry) compare(o *entry) int {
+	if e.gone != o.gone {
 		if o.gone {
 			return -1
 		}
 		return 1
 	}
-	return cmp.Or(cmp.Compare(r.priority, o.priority), cmp.Compare(r.age, o.age), cmp.Compare(r.part, o.part), r.peer.Compare(o.peer))
+	if d := cmp.Or(cmp.Compare(e.pol.Priority, o.pol.Priority), cmp.Compare(e.age, o.age), cmp.Compare(e.part, o.part)); d != 0 || !e.gone {
+		return d
+	}
+	return e.cov.id().Peer.Compare(o.cov.id().Peer)
 }
 
 // collect lists all output policies in the order in which the kernel tries them, those that
@@ -63,14 +70,14 @@ func (p *planner) entriesOf(pol *xfrmwatch.Policy) []*entry {
 	if pol.Dir != xfrmwatch.Out || pol.Sub {
 		return nil
 	}
-	at := rank{priority: pol.Priority, age: p.XFRM.Age(pol.Index)}
+	at := entry{pol: pol, age: p.XFRM.Age(pol.Index)}
 	covs := p.withRemembered(pol, p.XFRM.Coverage(pol))
 	if len(covs) == 0 {
-		return []*entry{{rank: at, index: pol.Index, sel: pol.Selector, mark: pol.Mark, ifID: pol.IfID, block: pol.Action == xfrmwatch.Block}}
+		return []*entry{&at}
 	}
 	out := make([]*entry, 0, len(covs))
 	for i, c := range covs {
-		at.part = i
+		at.part = int32(i)
 		out = append(out, p.cover(c, at))
 	}
 	return out
@@ -78,25 +85,25 @@ func (p *planner) entriesOf(pol *xfrmwatch.Policy) []*entry {
 
 // linger is the entry of a coverage whose policy went away.
 func (p *planner) linger(c xfrmwatch.Coverage) *entry {
-	return p.cover(c, rank{gone: true, priority: c.Policy.Priority, age: int64(c.ID.Policy), peer: c.ID.Peer})
+	return p.cover(c, entry{pol: c.Policy, gone: true, age: int64(c.ID.Policy)})
 }
 
 // add makes an entry one of those that are looked at. It returns the addresses at which there are other
 // peers now.
 func (p *planner) add(e *entry) (peers []netip.Prefix) {
-	t := p.byIfID[e.ifID]
+	t := p.byIfID[e.pol.IfID]
 	if t == nil {
-		t = new(bart.Table[[]*entry])
-		p.byIfID[e.ifID] = t
+		t = new(bart.Table[*entry])
+		p.byIfID[e.pol.IfID] = t
 	}
-	have, _ := t.Get(e.sel.Dst)
-	t.Insert(e.sel.Dst, append(have, e))
+	e.next, _ = t.Get(e.sel().Dst)
+	t.Insert(e.sel().Dst, e)
 	c := e.cov
 	if c == nil {
 		return nil
 	}
-	p.counts[e.ifID]++
-	if e.ifID == 0 && e.all() {
+	p.counts[e.pol.IfID]++
+	if e.pol.IfID == 0 && e.all() {
 		p.wide++
 	}
 	p.covers = append(p.covers, c)
@@ -106,51 +113,74 @@ func (p *planner) add(e *entry) (peers []netip.Prefix) {
 // useOuter counts a coverage's peers, when it comes or, where by is -1, goes. It returns the addresses at which
 // there are others now.
 func (p *planner) useOuter(c *coverage, by int) (changed []netip.Prefix) {
-	for _, t := range c.Policy.Templates {
+	for _, t := range c.pol.Templates {
 		if t.TakesFlow() || !t.Dst.IsValid() || t.Dst.IsUnspecified() {
 			continue
 		}
 		to := netip.PrefixFrom(t.Dst, t.Dst.BitLen())
 		have, _ := p.outer.Get(to)
-		n := len(have)
-		for _, peer := range peersOf(c.Coverage, t) { // thousands of policies can have one peer
-			have = have.use(peer, by)
+		others := false
+		var moved []*peerUse                 // with the way that is known, where it belongs now
+		for _, peer := range peersOf(c, t) { // thousands of policies can have one peer
+			way, other := p.wayTo(peer), false
+			if have, other = have.use(peer, by); other {
+				others = true
+				delete(p.reached, peer)
+			}
+			if other && way != noWay {
+				moved = append(moved, &peerUse{Peer: peer, way: way})
+			}
 		}
-		if len(have) != n {
+		if others {
 			changed = append(changed, to)
 		}
-		if len(have) > 0 {
+		if have != nil {
 			p.outer.Insert(to, have)
 		} else {
 			p.outer.Delete(to)
+		}
+		for _, u := range moved {
+			p.setWay(u.Peer, u.way)
 		}
 	}
 	return changed
 }
 
-// peerUses are the peers at one address, with how many templates use each.
-type peerUses []peerUse
-
+// peerUse is a peer, with how many templates use it, and the others at its address.
 type peerUse struct {
 	Peer
-	n int
+	n    int
+	next *peerUse
+	way  *wayTo // without us, nil for none
 }
 
-// use counts templates that come, or go where by is -1.
-func (u peerUses) use(peer Peer, by int) peerUses {
-	i := slices.IndexFunc(u, func(have peerUse) bool { return have.Peer == peer })
-	if i < 0 {
-		return append(u, peerUse{peer, by})
+// each yields a peer and the others at its address.
+func (u *peerUse) each(yield func(*peerUse) bool) {
+	for ; u != nil; u = u.next {
+		if !yield(u) {
+			return
+		}
 	}
-	if u[i].n += by; u[i].n == 0 {
-		return slices.Delete(u, i, i+1)
+}
+
+// use counts templates that come, or go where by is -1. It returns the first that is left, and whether there are
+// others now.
+func (u *peerUse) use(peer Peer, by int) (first *peerUse, others bool) {
+	first = u
+	for at := &first; *at != nil; at = &(*at).next {
+		if have := *at; have.Peer == peer {
+			if have.n += by; have.n == 0 {
+				*at = have.next
+			}
+			return first, have.n == 0
+		}
 	}
-	return u
+	return &peerUse{Peer: peer, n: by, next: first}, true
 }
 
 // sortCovers brings the coverages into the kernel's order.
 func (p *planner) sortCovers() {
-	slices.SortFunc(p.covers, func(a, b *coverage) int { return a.entry.rank.compare(b.entry.rank) })
+	slices.SortFunc(p.covers, func(a, b *coverage) int { return a.entry.compare(&b.entry) })
 }
 
 // withRemembered adds the peers of a split transport policy whose SAs are gone: while the
@@ -187,17 +217,20 @@ func (p *planner) withRemembered(pol *xfrmwatch.Policy, covs []xfrmwatch.Coverag
 	return append(missing, covs...)
 }
 
-func (p *planner) cover(c xfrmwatch.Coverage, at rank) *entry {
-	cov := &coverage{Coverage: c, gone: at.gone}
-	cov.flows, cov.inexact = flowsOf(c)
-	cov.entry = &entry{rank: at, index: c.ID.Policy, sel: c.Selector, mark: c.Policy.Mark, ifID: c.Policy.IfID, cov: cov}
-	cov.tunnels = slices.ContainsFunc(c.Policy.Templates, func(t xfrmwatch.Template) bool { return !t.TakesFlow() })
-	return cov.entry
+// cover is the entry of a coverage, at a place in the kernel's order.
+func (p *planner) cover(c xfrmwatch.Coverage, at entry) *entry {
+	at.maybe, at.larval = c.Maybe, c.Larval
+	cov := &coverage{entry: at, steps: c.Steps}
+	cov.cov = cov
+	if c.ID.Peer.IsValid() {
+		cov.split = &split{peer: c.ID.Peer, sel: c.Selector}
+	}
+	return &cov.entry
 }
 
-// flowsOf turns a selector into what FIB rules can select, or says why it can't.
-func flowsOf(c xfrmwatch.Coverage) (routes.Flows, string) {
-	s, m := c.Selector, c.Policy.Mark
+// flows turns a coverage's selector into what FIB rules can select, or says why it can't.
+func (c *coverage) flows() (routes.Flows, string) {
+	s, m := c.sel(), c.pol.Mark
 	f := routes.Flows{
 		Family: routes.Family(s.Family), Src: s.Src, Dst: s.Dst, Proto: uint8(s.Proto),
 		Mark: m.Value & m.Mask, Mask: m.Mask,
@@ -229,26 +262,26 @@ func flowsOf(c xfrmwatch.Coverage) (routes.Flows, string) {
 
 // all reports whether the entry takes every flow to its destination.
 func (e *entry) all() bool {
-	return e.sel.Src.Bits() == 0 && e.sel.Proto == 0 && e.sel.Sport.Mask == 0 &&
-		e.sel.Dport.Mask == 0 && e.sel.Ifindex == 0 && e.mark.Mask == 0 && e.mark.Value == 0
+	return e.sel().Src.Bits() == 0 && e.sel().Proto == 0 && e.sel().Sport.Mask == 0 &&
+		e.sel().Dport.Mask == 0 && e.sel().Ifindex == 0 && e.pol.Mark.Mask == 0 && e.pol.Mark.Value == 0
 }
 
 // takes reports how much of the flows the entry's selector takes, whatever their destination.
 func (e *entry) takes(f routes.Flows) (all, some bool) {
-	src, ok := routes.Intersect(e.sel.Src, f.Src)
-	if !ok || e.mark.Value&^e.mark.Mask != 0 || (e.mark.Value^f.Mark)&e.mark.Mask&f.Mask != 0 {
+	src, ok := routes.Intersect(e.sel().Src, f.Src)
+	if !ok || e.pol.Mark.Value&^e.pol.Mark.Mask != 0 || (e.pol.Mark.Value^f.Mark)&e.pol.Mark.Mask&f.Mask != 0 {
 		return false, false
 	}
-	if e.sel.Proto != 0 && f.Proto != 0 && uint8(e.sel.Proto) != f.Proto {
+	if e.sel().Proto != 0 && f.Proto != 0 && uint8(e.sel().Proto) != f.Proto {
 		return false, false
 	}
-	sAll, sSome := takesPorts(e.sel.Sport, f.Sport)
-	dAll, dSome := takesPorts(e.sel.Dport, f.Dport)
+	sAll, sSome := takesPorts(e.sel().Sport, f.Sport)
+	dAll, dSome := takesPorts(e.sel().Dport, f.Dport)
 	if !sSome || !dSome {
 		return false, false
 	}
-	all = sAll && dAll && src == f.Src && e.sel.Ifindex == 0 &&
-		(e.sel.Proto == 0 || uint8(e.sel.Proto) == f.Proto) && e.mark.Mask&^f.Mask == 0
+	all = sAll && dAll && src == f.Src && e.sel().Ifindex == 0 &&
+		(e.sel().Proto == 0 || uint8(e.sel().Proto) == f.Proto) && e.pol.Mark.Mask&^f.Mask == 0
 	return all, true
 }
 
@@ -265,6 +298,43 @@ func takesPorts(m xfrmwatch.PortMatch, r routes.PortRange) (all, some bool) {
 	return some && r.Lo == r.Hi, some
 }
 
+// each yields an entry and those behind it with its destination and if_id.
+func (e *entry) each(yield func(*entry) bool) {
+	for ; e != nil; e = e.next {
+		if !yield(e) {
+			return
+		}
+	}
+}
+
+// anyTakes reports whether an entry or one behind it takes some of the flows, whatever their destination.
+func (e *entry) anyTakes(f routes.Flows) bool {
+	for e := range e.each {
+		if _, some := e.takes(f); some {
+			return true
+		}
+	}
+	return false
+}
+
+func (e *entry) appendAll(out []*entry) []*entry {
+	return slices.AppendSeq(out, e.each)
+}
+
+// without is the first of an entry and those behind it when one of them is taken out, nil if none is left.
+func (e *entry) without(o *entry) *entry {
+	if e == o {
+		return o.next
+	}
+	for at := e; at != nil; at = at.next {
+		if at.next == o {
+			at.next = o.next
+			break
+		}
+	}
+	return e
+}
+
 // overlapping returns the entries of one if_id whose destination overlaps the prefix, in the
 // kernel's order. It looks at those that contain the prefix and, if inside, those within it.
 func (p *planner) overlapping(ifID uint32, dst netip.Prefix, inside bool) []*entry {
@@ -273,17 +343,17 @@ func (p *planner) overlapping(ifID uint32, dst netip.Prefix, inside bool) []*ent
 		return nil
 	}
 	var out []*entry
-	for _, es := range t.Supernets(dst) {
-		out = append(out, es...)
+	for _, e := range t.Supernets(dst) {
+		out = e.appendAll(out)
 	}
 	if inside {
-		for pfx, es := range t.Subnets(dst) {
+		for pfx, e := range t.Subnets(dst) {
 			if pfx != dst {
-				out = append(out, es...)
+				out = e.appendAll(out)
 			}
 		}
 	}
-	slices.SortFunc(out, func(a, b *entry) int { return a.rank.compare(b.rank) })
+	slices.SortFunc(out, (*entry).compare)
 	return out
 }
 
@@ -297,11 +367,13 @@ func (p *planner) applying(w way, dst netip.Prefix, inside bool) []*entry {
 		return out
 	}
 	rest := p.overlapping(w.ifID, dst, inside)
-	out = slices.DeleteFunc(out, func(e *entry) bool { return e.cov == nil && !e.block })
+	out = slices.DeleteFunc(out, func(e *entry) bool { return e.cov == nil && !e.blocks() })
 	if w.vti != nil {
 		// A vti's own lookup has its key as mark, whatever mark the packet has; one with that mark finds those
 		// policies in the route lookup.
-		rest = slices.DeleteFunc(rest, func(e *entry) bool { return e.mark.Mask == 0 || w.vti.Encap.Key&e.mark.Mask != e.mark.Value })
+		rest = slices.DeleteFunc(rest, func(e *entry) bool {
+			return e.pol.Mark.Mask == 0 || w.vti.Encap.Key&e.pol.Mark.Mask != e.pol.Mark.Value
+		})
 	}
 	return append(out, rest...)
 }
@@ -309,46 +381,39 @@ func (p *planner) applying(w way, dst netip.Prefix, inside bool) []*entry {
 // bypassed reports whether a bypass ahead of an entry leaves some of the flows to a destination to the
 // own lookup of an xfrm interface or vti, past the entry.
 func (p *planner) bypassed(w way, e *entry, dst netip.Prefix) bool {
-	return w.drops() && e.ifID == 0 && slices.ContainsFunc(p.overlapping(0, dst, true), func(b *entry) bool {
-		return b.cov == nil && !b.block && b.rank.compare(e.rank) < 0
+	return w.drops() && e.pol.IfID == 0 && slices.ContainsFunc(p.overlapping(0, dst, true), func(b *entry) bool {
+		return b.cov == nil && !b.blocks() && b.compare(e) < 0
 	})
 }
 
-// PeersOf lists the outer peers whose route MTU a plan needs, in order and without repetition.
-func PeersOf(db *xfrmwatch.DB, lingering []xfrmwatch.Coverage) []Peer {
-	seen := map[Peer]bool{}
-	add := func(c xfrmwatch.Coverage) {
+// PeersOf lists the outer peers whose route MTU a plan needs for coverages, in order and without repetition.
+func PeersOf(covs ...xfrmwatch.Coverage) []Peer {
+	var peers []Peer
+	for i := range covs {
+		c := &covs[i]
 		for _, st := range c.Steps {
 			if st.Template.Mode == xfrmwatch.Transport {
 				continue
 			}
 			for _, sa := range st.SAs {
-				seen[PeerOf(sa)] = true
+				peers = append(peers, PeerOf(sa))
 			}
 		}
 		if peer, ok := policyPeer(c.Policy); ok && len(c.Steps) == 0 {
-			seen[peer] = true
+			peers = append(peers, peer)
 		}
 	}
-	for c := range db.Coverages() {
-		add(c)
+	if len(peers) > 1 {
+		slices.SortFunc(peers, func(a, b Peer) int {
+			return cmp.Or(a.Addr.Compare(b.Addr), a.Src.Compare(b.Src), cmp.Compare(a.Mark.Value, b.Mark.Value), cmp.Compare(a.Mark.Mask, b.Mark.Mask))
+		})
 	}
-	for _, c := range lingering {
-		add(c)
-	}
-	peers := make([]Peer, 0, len(seen))
-	for k := range seen {
-		peers = append(peers, k)
-	}
-	slices.SortFunc(peers, func(a, b Peer) int {
-		return cmp.Or(a.Addr.Compare(b.Addr), a.Src.Compare(b.Src), cmp.Compare(a.Mark.Value, b.Mark.Value), cmp.Compare(a.Mark.Mask, b.Mark.Mask))
-	})
-	return peers
+	return slices.Compact(peers)
 }
 
 // peersOf are the peers of a template of a coverage: those of its SAs, or its own address.
-func peersOf(c xfrmwatch.Coverage, t xfrmwatch.Template) []Peer {
-	for _, st := range c.Steps {
+func peersOf(c *coverage, t xfrmwatch.Template) []Peer {
+	for _, st := range c.steps {
 		if st.Template != t {
 			continue
 		}

@@ -150,7 +150,7 @@ func (p *planner) unbound(sa *xfrmwatch.SA) string {
 // leavesBy is the device that an SA's packets leave by where that is known and is not the one it
 // is bound to: the kernel then encrypts them itself (xfrm_dev_offload_ok, net/xfrm/xfrm_device.c).
 func (p *planner) leavesBy(sa *xfrmwatch.SA, dev *routes.Link) *routes.Link {
-	if path, ok := p.Peers[PeerOf(sa)]; ok && path.Oif != 0 && path.Oif != dev.Index {
+	if path := p.wayTo(PeerOf(sa)).path; path.Oif != 0 && path.Oif != dev.Index {
 		return p.FIB.Link(path.Oif)
 	}
 	if m := p.FIB.Link(dev.Master); m != nil && slices.Contains([]string{"bond", "team", "bridge"}, m.Kind) {

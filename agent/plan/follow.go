@@ -8,6 +8,10 @@ import (
 	"tsoagent/xfrmwatch"
 )
 
+// largeChange is how many coverages are touched by what does not come each day. A map that had more is not used again: Go's maps never
+// shrink, and to go through one takes as long as if it were full.
+const largeChange = 64
+
 // follow brings the plan up to a new input by what changed. It is false if it has to be worked out from
 // scratch.
 func (p *planner) follow(in Input, ch Changes) bool {
@@ -17,13 +21,27 @@ func (p *planner) follow(in Input, ch Changes) bool {
 	if !p.follower.common.is(in) || in.XFRM != p.XFRM || in.FIB != p.FIB {
 		return false
 	}
-	p.follower.asked, in.Peers, in.Outers = in.Peers, p.Peers, p.Outers
+	in.Outers = p.Outers
 	p.Input = in
 	p.at = nil
-	clear(p.touched)
-	p.rerouted = nil
+	if len(p.touched) > largeChange {
+		p.touched = map[*coverage]struct{}{}
+	} else {
+		clear(p.touched)
+	}
+	p.rerouted, p.routed = nil, len(ch.Dsts) > 0
 	var r region
-	p.followRoutes(&r, ch.Dsts)
+	dsts, ok := p.followRoutes(&r, ch.Dsts)
+	if !ok {
+		return false
+	}
+	ours, ok := p.followOurs(&r, ch.Ours)
+	if !ok {
+		return false
+	}
+	if (ch.OurRules || p.foreign == nil) && slices.ContainsFunc(p.shapes, func(s *shaped) bool { return s.why != "" }) {
+		return false // what went can leave a table to one without room
+	}
 	for i, was := range p.indexed {
 		if _, is := p.FIB.LeavingBy(i); is != was {
 			return false
@@ -33,7 +51,7 @@ func (p *planner) follow(in Input, ch Changes) bool {
 		return false
 	}
 	p.followPolicies(&r, ch)
-	if !p.followPeers(&r, ch) {
+	if !p.followPeers(&r, ch.Peers, append(dsts, ours...)) {
 		return false
 	}
 	for _, dst := range r.list {
@@ -49,14 +67,84 @@ func (p *planner) follow(in Input, ch Changes) bool {
 	return true
 }
 
-// followRoutes marks the routes that changed, and brings the ways through xfrm interfaces up to date.
-func (p *planner) followRoutes(r *region, dsts []netip.Prefix) {
+// followRoutes marks the routes that changed, and brings the ways through xfrm interfaces up to date. It returns the destinations whose
+// peers' ways may be others now, and false if the plan has to be worked out from scratch.
+func (p *planner) followRoutes(r *region, dsts []netip.Prefix) (now []netip.Prefix, ok bool) {
 	for _, dst := range dsts {
-		r.addRoutes(dst)
+		if p.tunnelDsts.OverlapsPrefix(dst) {
+			return nil, false
+		}
+		if !p.covered(dst) && !p.trialsAt.OverlapsPrefix(dst) && p.plain(dst) {
+			// No policy is at, inside or around it, nor a route that is tried: in a full table nearly all are so.
+			if p.outer.OverlapsPrefix(dst) {
+				now = append(now, dst)
+			}
+			continue
+		}
 		p.followWays(dst)
 		p.followForeign(dst)
 		p.pending.dst(dst)
+		if p.postpone(dst) {
+			r.routes = append(r.routes, dst)
+			continue
+		}
+		r.addRoutes(dst)
+		now = append(now, dst)
 	}
+	return append(now, p.followLater(r)...), true
+}
+
+// plain reports whether the routes to a destination are none that are looked at for their own sake: they neither leave by a device that has
+// them be tried for a lock nor stand, or stood, in a table of ours.
+func (p *planner) plain(dst netip.Prefix) bool {
+	if f := routes.FamilyOf(dst.Addr()); len(p.foreign[f]) > 0 || len(p.waysAt[dst]) > 0 {
+		return false
+	}
+	for r := range p.FIB.At(dst) {
+		if p.Config.OwnTable(r.Body.Table) {
+			return false
+		}
+		for _, nh := range r.Body.Nexthops {
+			if l := p.FIB.Link(nh.Oif); p.tunnels[nh.Oif] != nil || l.Tunnel() || nh.Encap {
+				return false
+			}
+		}
+	}
+	return true
+}
+
+// covered reports whether the destination of a policy is at, inside or around a destination.
+func (p *planner) covered(dst netip.Prefix) bool {
+	for _, t := range p.byIfID {
+		if t.OverlapsPrefix(dst) {
+			return true
+		}
+	}
+	return false
+}
+
+// followOurs takes what changed of ours in our own tables. Plans follow from that only by the ways to peers (followPeers), so
+// nothing else is looked at again but whether it is in place; where somebody else leads there, too, it is as in any table. It returns the
+// destinations whose peers' ways may be others now, and false if the plan has to be worked out from scratch.
+func (p *planner) followOurs(r *region, dsts []netip.Prefix) (now []netip.Prefix, ok bool) {
+	for _, dst := range dsts {
+		p.pending.dst(dst)
+	}
+	if len(dsts) == 0 || !p.ledTo() {
+		return dsts, true
+	}
+	now, ok = p.followRoutes(r, dsts)
+	return append(now, dsts...), ok
+}
+
+// ledTo reports whether a rule or a VRF that is not ours leads to one of our tables.
+func (p *planner) ledTo() bool {
+	for _, f := range []routes.Family{routes.IPv4, routes.IPv6} {
+		if slices.ContainsFunc(p.FIB.Rules(f), func(r *routes.Rule) bool { return p.Config.OwnTable(r.Table) && !p.Config.OwnRule(r) }) {
+			return true
+		}
+	}
+	return slices.ContainsFunc(p.FIB.Links(), func(l *routes.Link) bool { return p.Config.OwnTable(l.VRFTable) })
 }
 
 // followForeign has the tables of ours looked through again if somebody else's route may have come or gone there.
@@ -113,7 +201,7 @@ func (p *planner) followPolicies(r *region, ch Changes) {
 	}
 	for _, at := range ch.SAs {
 		for _, place := range []xfrmwatch.SAPlace{at, {Reqid: at.Reqid}} {
-			for _, index := range slices.Clone(p.follower.bySA[place]) {
+			for _, index := range slices.Collect(p.bySA.Of(place)) {
 				again(index)
 			}
 		}
@@ -136,10 +224,9 @@ func (p *planner) followPolicies(r *region, ch Changes) {
 }
 
 func (p *planner) replacePolicy(r *region, index xfrmwatch.PolicyIndex) {
-	for _, e := range p.follower.policies[index] {
+	for _, e := range p.entriesAt(index) {
 		p.drop(r, e)
 	}
-	delete(p.follower.policies, index)
 	pol, ok := p.XFRM.Policy(index)
 	if !ok {
 		return
@@ -155,13 +242,13 @@ func (p *planner) replacePolicy(r *region, index xfrmwatch.PolicyIndex) {
 // insert adds an entry to a plan that there is already.
 func (p *planner) insert(r *region, e *entry) {
 	if p.firstOf(e) {
-		p.markWays(r, e.ifID)
+		p.markWays(r, e.pol.IfID)
 	}
 	for _, peer := range p.add(e) {
 		r.add(peer)
 	}
 	p.follower.learn(e)
-	r.add(e.sel.Dst)
+	r.add(e.sel().Dst)
 	if e.cov != nil {
 		p.touched[e.cov] = struct{}{}
 		i, _ := slices.BinarySearchFunc(p.covers[:len(p.covers)-1], e.cov, compareCovers)
@@ -170,12 +257,12 @@ func (p *planner) insert(r *region, e *entry) {
 	}
 }
 
-func compareCovers(a, b *coverage) int { return a.entry.rank.compare(b.entry.rank) }
+func compareCovers(a, b *coverage) int { return a.entry.compare(&b.entry) }
 
 // firstOf reports whether an entry is of the only coverage with its if_id, when it comes or has gone: then
 // the routes by its xfrm interfaces are looked at, or are no more.
 func (p *planner) firstOf(e *entry) bool {
-	return e.cov != nil && e.ifID != 0 && p.counts[e.ifID] == 0
+	return e.cov != nil && e.pol.IfID != 0 && p.counts[e.pol.IfID] == 0
 }
 
 func (p *planner) markWays(r *region, ifID uint32) {
@@ -188,14 +275,14 @@ func (p *planner) markWays(r *region, ifID uint32) {
 
 // drop takes an entry out of the plan.
 func (p *planner) drop(r *region, e *entry) {
-	t := p.byIfID[e.ifID]
-	have, _ := t.Get(e.sel.Dst)
-	if have = remove(have, e); len(have) > 0 {
-		t.Insert(e.sel.Dst, have)
-	} else if t.Delete(e.sel.Dst); t.Size() == 0 {
-		delete(p.byIfID, e.ifID)
+	t := p.byIfID[e.pol.IfID]
+	have, _ := t.Get(e.sel().Dst)
+	if have = have.without(e); have != nil {
+		t.Insert(e.sel().Dst, have)
+	} else if t.Delete(e.sel().Dst); t.Size() == 0 {
+		delete(p.byIfID, e.pol.IfID)
 	}
-	r.add(e.sel.Dst)
+	r.add(e.sel().Dst)
 	p.follower.unlearn(e)
 	c := e.cov
 	if c == nil {
@@ -203,14 +290,14 @@ func (p *planner) drop(r *region, e *entry) {
 	}
 	c.dropped = true
 	p.touched[c] = struct{}{}
-	if p.counts[e.ifID]--; p.counts[e.ifID] == 0 {
-		delete(p.counts, e.ifID)
+	if p.counts[e.pol.IfID]--; p.counts[e.pol.IfID] == 0 {
+		delete(p.counts, e.pol.IfID)
 	}
-	if e.ifID == 0 && e.all() {
+	if e.pol.IfID == 0 && e.all() {
 		p.wide--
 	}
 	if p.firstOf(e) {
-		p.markWays(r, e.ifID)
+		p.markWays(r, e.pol.IfID)
 	}
 	if i, ok := slices.BinarySearchFunc(p.covers, c, compareCovers); ok {
 		p.covers = slices.Delete(p.covers, i, i+1)
@@ -218,13 +305,15 @@ func (p *planner) drop(r *region, e *entry) {
 	for _, peer := range p.useOuter(c, -1) {
 		r.add(peer)
 	}
-	r.tries = append(r.tries, c.fills...)
+	r.tries = append(r.tries, c.fills()...)
 	p.fills(c, nil)
-	for _, m := range slices.Clone(c.members) {
+	for m := range c.members.each {
 		p.leave(m)
 	}
-	for _, u := range c.mine {
-		p.takeBack(u)
+	if c.aside != nil {
+		for _, u := range c.aside.mine {
+			p.takeBack(u)
+		}
 	}
 }
 
@@ -232,14 +321,17 @@ func (p *planner) drop(r *region, e *entry) {
 func (p *planner) leave(m *member) {
 	s, c := m.shape, m.cov
 	p.follower.regrouped, s.left = true, true
-	p.takeBack(&m.unit)
-	delete(p.serving, serves{c.entry, s.base})
+	p.notFull(m)
 	last := len(s.members) - 1
 	s.members[last].at = m.at
 	s.members[m.at] = s.members[last]
 	s.members[last] = nil
 	s.members = s.members[:last]
-	c.members = remove(c.members, m)
+	at := &c.members
+	for *at != m {
+		at = &(*at).next
+	}
+	*at = m.next
 	if s.first == m {
 		s.first = nil
 		for _, o := range s.members {
@@ -252,35 +344,38 @@ func (p *planner) leave(m *member) {
 
 // followPeers works out the paths to peers anew for which the kernel answers something else, or whose routes
 // changed. It is false where one leads into what is covered again.
-func (p *planner) followPeers(r *region, ch Changes) bool {
+func (p *planner) followPeers(r *region, peers []Peer, dsts []netip.Prefix) bool {
 	seen := map[Peer]bool{}
-	for _, peer := range ch.Peers {
+	for _, peer := range peers {
 		seen[peer] = true
 	}
-	for _, dst := range ch.Dsts {
+	for _, dst := range dsts {
 		for _, uses := range p.outer.Subnets(dst) {
-			for _, u := range uses {
+			for u := range uses.each {
 				seen[u.Peer] = true
 			}
 		}
 	}
 	for peer := range seen {
-		old, ways := p.Peers[peer], p.toPeers[peer]
-		if path, ok := p.follower.asked[peer]; ok {
-			p.Peers[peer], p.toPeers[peer] = p.withoutUs(path, lookup{dst: peer.Addr, src: peer.Src, mark: peer.Mark.Value & peer.Mark.Mask, proto: protoESP})
+		old := p.wayTo(peer)
+		if path, ok := p.Peers.Path(peer); ok {
+			p.reach(peer, path)
 		} else {
-			delete(p.Peers, peer)
-			delete(p.toPeers, peer)
+			p.setWay(peer, nil)
 		}
 		if p.nested(peer) {
 			return false
 		}
-		if p.Peers[peer] == old && slices.Equal(p.toPeers[peer], ways) {
+		now := p.wayTo(peer)
+		if now == old {
 			continue
 		}
 		r.add(netip.PrefixFrom(peer.Addr, peer.Addr.BitLen()))
-		for _, c := range p.follower.users[peer] {
-			r.add(c.Selector.Dst)
+		if now.path.MTU == old.path.MTU {
+			continue // as no device there does anything to the packets again, it does not matter which it is
+		}
+		for c := range p.users.Of(peer) {
+			r.add(c.sel().Dst)
 		}
 	}
 	return true
@@ -294,8 +389,8 @@ func (p *planner) coversIn(r *region) []*coverage {
 	}
 	for _, dst := range r.list[r.looked:] {
 		for _, t := range p.byIfID {
-			overlapping(t, dst, func(_ netip.Prefix, es []*entry) {
-				for _, e := range es {
+			overlapping(t, dst, func(_ netip.Prefix, e *entry) {
+				for e := range e.each {
 					if e.cov != nil && !r.seen[e.cov] {
 						r.seen[e.cov] = true
 						r.covers = append(r.covers, e.cov)
@@ -312,12 +407,12 @@ func (p *planner) coversIn(r *region) []*coverage {
 // becomes a part of the region.
 func (p *planner) followTrials(r *region) {
 	for _, c := range p.coversIn(r) {
-		if c.Policy.IfID == 0 {
+		if c.pol.IfID == 0 {
 			p.beginOwn(c, phaseCandidates)
 			list := p.candidates(c)
-			r.tries = append(r.tries, c.fills...)
+			r.tries = append(r.tries, c.fills()...)
 			p.fills(c, list)
-			r.tries = append(r.tries, c.fills...)
+			r.tries = append(r.tries, c.fills()...)
 		}
 	}
 	for _, dst := range r.routes {

@@ -16,7 +16,7 @@ func (p *planner) followShapes(r *region) bool {
 	}
 	pending := map[*shaped]map[*member]bool{}
 	mark := func(c *coverage) {
-		for _, m := range c.members {
+		for m := range c.members.each {
 			if pending[m.shape] == nil {
 				pending[m.shape] = map[*member]bool{}
 			}
@@ -128,15 +128,11 @@ func (p *planner) regroup(r *region) bool {
 	old := slices.Clone(p.shapes)
 	for _, c := range p.coversIn(r) {
 		placings := p.shapesOf(c)
-		same := len(placings) == len(c.members)
-		for i, in := range placings {
-			same = same && c.members[i].shape.id == in.id && c.members[i].dst == in.dst
-		}
-		if same {
+		if c.isPlaced(placings) {
 			continue
 		}
-		moved = append(moved, c.Selector.Dst)
-		for _, m := range slices.Clone(c.members) {
+		moved = append(moved, c.sel().Dst)
+		for m := range c.members.each {
 			p.leave(m)
 		}
 		for i, in := range placings {
@@ -144,6 +140,7 @@ func (p *planner) regroup(r *region) bool {
 			if s == nil {
 				s = &shaped{id: in.id, base: in.base}
 				p.empty(s)
+				s.why = p.bars(s, p.follower.splits, 0)
 				p.byShape[in.id] = s
 				p.shapes = append(p.shapes, s)
 			}
@@ -159,6 +156,18 @@ func (p *planner) regroup(r *region) bool {
 	}
 	p.follower.regrouped = false
 	return p.reorder(old)
+}
+
+// isPlaced reports whether a coverage's members are where they belong.
+func (c *coverage) isPlaced(placings []placing) bool {
+	i := 0
+	for m := range c.members.each {
+		if i == len(placings) || m.shape.id != placings[i].id || m.dst() != placings[i].dst {
+			return false
+		}
+		i++
+	}
+	return i == len(placings)
 }
 
 // reorder sorts the shapes, forgets those without members and reports whether the others stand to each
@@ -227,10 +236,10 @@ func (p *planner) refill(s *shaped, r *region, pending func() map[*member]bool, 
 				continue
 			}
 			seen[m], again = true, true
-			was := m.full
+			was := m.full != nil
 			own, ok := p.pointsOf(s, m)
-			if was != m.full {
-				grow(m.dst)
+			if was == ok {
+				grow(m.dst())
 			}
 			if ok {
 				for _, x := range own {
@@ -245,7 +254,7 @@ func (p *planner) refill(s *shaped, r *region, pending func() map[*member]bool, 
 	}
 	for x := range want {
 		if _, have := s.points.Get(x); !have && r.overlaps(x) {
-			s.points.Insert(x, &point{unit: unit{phase: phaseClones, shape: s, key: routes.Key{Dst: x}}})
+			s.points.Insert(x, s.newPoint(x))
 			redo[x] = true
 		}
 	}
@@ -277,12 +286,11 @@ func (p *planner) redo(s *shaped, r *region, redo, want map[netip.Prefix]bool, g
 		if !ok {
 			continue
 		}
-		was, had := s.kept.Get(x)
+		was, had := at.because, at.has
 		p.pending.dst(x)
 		p.unsettle(s, x, at)
 		p.settlePoint(s, x, at)
-		now, has := s.kept.Get(x)
-		if was == now && had == has {
+		if was == at.because && had == at.has {
 			continue
 		}
 		for y := range s.points.Subnets(x) {
@@ -304,16 +312,15 @@ func (p *planner) unsettle(s *shaped, x netip.Prefix, at *point) {
 	if !at.has {
 		return
 	}
-	s.kept.Delete(x)
 	s.clones--
 	if at.of != nil {
 		at.of.clones--
 	}
-	if !at.clone.Throw {
-		mtu := int(at.clone.MTU.MTU)
+	if at.because != nil {
+		mtu := int(at.mtu)
 		if s.mtus[mtu]--; s.mtus[mtu] == 0 {
 			delete(s.mtus, mtu)
 		}
 	}
-	at.has, at.of, at.clone = false, nil, Clone{}
+	at.clear()
 }

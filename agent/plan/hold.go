@@ -61,7 +61,7 @@ func (p *planner) wrapped(t *tunnel) Tunnel {
 	out.Encap.Header += tag
 	out.MTU, _ = p.wraps(t)
 	for _, c := range first.own {
-		out.Own = append(out.Own, c.ID)
+		out.Own = append(out.Own, c.id())
 	}
 	return out
 }
@@ -85,7 +85,7 @@ func (p *planner) holdOn(d, at *dedicated) {
 		return
 	}
 	if c := d.offloaded(); c != nil {
-		at.note(d, "%s keeps its features: an SA of policy %d is offloaded to a device with %s active", name, c.ID.Policy, ethtool.ESPSegmentation)
+		at.note(d, "%s keeps its features: an SA of policy %d is offloaded to a device with %s active", name, c.pol.Index, ethtool.ESPSegmentation)
 		return
 	}
 	features := p.Config.features(name)
@@ -147,7 +147,7 @@ func (p *planner) addHold(l *routes.Link, f ethtool.Feature, c *coverage) {
 		return
 	}
 	have.by[c] = true
-	h.Because = append(h.Because, c.ID)
+	h.Because = append(h.Because, c.id())
 	v := p.holding(c)
 	v.Cut = CutNIC
 	v.Held = append(v.Held, l.Name+" "+string(f))
@@ -156,10 +156,10 @@ func (p *planner) addHold(l *routes.Link, f ethtool.Feature, c *coverage) {
 // probeKeys name what a probe has to have tried for a coverage's SAs.
 func probeKeys(kind string, c *coverage) iter.Seq[ProbeKey] {
 	return func(yield func(ProbeKey) bool) {
-		for _, st := range c.Steps {
+		for _, st := range c.steps {
 			for _, sa := range st.SAs {
 				k := ProbeKey{Kind: kind, Family: routes.Family(sa.Family), Mode: st.Template.Mode, SA: sa.Suite()}
-				if sa.Encap.Type != 0 || len(c.Steps) > 1 {
+				if sa.Encap.Type != 0 || len(c.steps) > 1 {
 					k.SA += ", encapsulated" // which no probe tries
 				}
 				if !yield(k) {
@@ -172,8 +172,8 @@ func probeKeys(kind string, c *coverage) iter.Seq[ProbeKey] {
 
 // vtiOf is the vti whose key is the mark of a coverage's policy, nil if there is none.
 func (p *planner) vtiOf(c *coverage) *routes.Link {
-	m := c.Policy.Mark
-	if c.Policy.IfID != 0 || m.Mask == 0 {
+	m := c.pol.Mark
+	if c.pol.IfID != 0 || m.Mask == 0 {
 		return nil
 	}
 	for _, l := range p.vtis {
@@ -186,7 +186,7 @@ func (p *planner) vtiOf(c *coverage) *routes.Link {
 
 // offloaded reports whether a coverage has an SA that is offloaded to a device that segments ESP itself.
 func (p *planner) offloaded(c *coverage) bool {
-	for _, st := range c.Steps {
+	for _, st := range c.steps {
 		for _, sa := range st.SAs {
 			if sa.OffloadDev != 0 && p.does(routes.Ifindex(sa.OffloadDev), ethtool.ESPSegmentation) {
 				return true
@@ -265,13 +265,13 @@ func (p *planner) whole(dst netip.Prefix) []*coverage {
 	var covs []*coverage
 	for _, e := range p.overlapping(0, dst, true) {
 		switch {
-		case e.cov == nil && e.block:
+		case e.cov == nil && e.blocks():
 			continue
-		case e.cov == nil || e.cov.Maybe:
+		case e.cov == nil || e.cov.maybe:
 			return nil
 		}
 		covs = append(covs, e.cov)
-		if e.all() && routes.Contains(e.sel.Dst, dst) {
+		if e.all() && routes.Contains(e.sel().Dst, dst) {
 			return covs
 		}
 	}
@@ -284,10 +284,10 @@ func (p *planner) whole(dst netip.Prefix) []*coverage {
 // bareMTU is the inner MTU of a coverage no route of which was looked at, for the verdict.
 func (p *planner) bareMTU(c *coverage) int {
 	// Only a tunnel's path is known without the flow's own route.
-	if n := len(c.Steps); n > 0 && c.Steps[n-1].Template.Mode == xfrmwatch.Tunnel {
-		if mtu, status := c.MTU(p.peerMTU, anyRoute); status == xfrmwatch.MTUKnown {
+	if n := len(c.steps); n > 0 && c.steps[n-1].Template.Mode == xfrmwatch.Tunnel {
+		if mtu, status := c.whole().MTU(p.peerMTU, anyRoute); status == xfrmwatch.MTUKnown {
 			return mtu
 		}
 	}
-	return p.Last[c.ID]
+	return p.Last[c.id()]
 }

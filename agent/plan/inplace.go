@@ -36,7 +36,8 @@ func (p *planner) lockInPlace() {
 func (p *planner) trial(k routes.Key) *trial {
 	t := p.trials[k]
 	if t == nil {
-		t = &trial{unit: unit{phase: phaseTrials, key: k}}
+		t = &trial{unit: unit{phase: phaseTrials}, key: k}
+		t.rest = &rest{route: &t.key}
 		p.trials[k] = t
 	}
 	return t
@@ -44,16 +45,19 @@ func (p *planner) trial(k routes.Key) *trial {
 
 // fills notes which routes a coverage without an if_id can fill.
 func (p *planner) fills(c *coverage, list []routes.Route) {
-	for _, k := range c.fills {
+	for _, k := range c.fills() {
 		p.trial(k).fills--
 	}
-	c.fills = nil
-	if c.Policy.IfID != 0 {
+	if c.aside != nil {
+		c.aside.fills = nil
+	}
+	if c.pol.IfID != 0 {
 		return
 	}
 	for _, r := range list {
 		k := r.Key()
-		c.fills = append(c.fills, k)
+		a := c.besides()
+		a.fills = append(a.fills, k)
 		p.trial(k).fills++
 	}
 }
@@ -61,6 +65,7 @@ func (p *planner) fills(c *coverage, list []routes.Route) {
 // trial is a route that was looked at for a lock in place.
 type trial struct {
 	unit
+	key  routes.Key
 	lock *Lock // nil for none
 	// fills is how many coverages without an if_id have it among the routes that they can fill.
 	fills   int
@@ -71,9 +76,9 @@ type trial struct {
 // those through its xfrm interfaces, unless they were tried already, for others those inside its
 // destination, if it takes every source and protocol.
 func (p *planner) candidates(c *coverage) []routes.Route {
-	if c.Policy.IfID != 0 {
+	if c.pol.IfID != 0 {
 		var out []routes.Route
-		for _, w := range p.waysOf(c.Policy.IfID) {
+		for _, w := range p.waysOf(c.pol.IfID) {
 			if w.tried {
 				continue // whatever the coverage, its routes are judged as a whole
 			}
@@ -86,7 +91,7 @@ func (p *planner) candidates(c *coverage) []routes.Route {
 		}
 		return out
 	}
-	if !c.entry.all() {
+	if !c.all() {
 		return nil
 	}
 	var out []routes.Route
@@ -102,13 +107,13 @@ func (p *planner) candidates(c *coverage) []routes.Route {
 				}
 			}
 		}
-		if part.Containing.Dst == c.Selector.Dst {
+		if part.Containing.Dst == c.sel().Dst {
 			add(part.Containing)
 		}
 		for m := range part.Inside {
 			add(m)
 			if len(out) > p.Config.MaxClonesPerCoverage {
-				p.note(c, fmt.Sprintf("more than %d routes inside %s: no lock (max_clones_per_coverage)", p.Config.MaxClonesPerCoverage, c.Selector.Dst))
+				p.note(c, fmt.Sprintf("more than %d routes inside %s: no lock (max_clones_per_coverage)", p.Config.MaxClonesPerCoverage, c.sel().Dst))
 				return nil
 			}
 		}
@@ -118,8 +123,8 @@ func (p *planner) candidates(c *coverage) []routes.Route {
 
 // parts follows the rules for a coverage, without our own rules and the local table.
 func (p *planner) parts(c *coverage) []routes.Part {
-	f := c.flows
-	if c.inexact != "" { // what is not exact can still be followed by its destination
+	f, inexact := c.flows()
+	if inexact != "" { // what is not exact can still be followed by its destination
 		f = routes.Flows{Family: f.Family, Src: f.Src, Dst: f.Dst}
 	}
 	parts := p.FIB.Resolve(f, p.Config.OwnRule)
@@ -132,8 +137,8 @@ func (p *planner) parts(c *coverage) []routes.Part {
 // destination, in order.
 func (p *planner) carriers(c *coverage) []*routes.Link {
 	var out []*routes.Link
-	for _, w := range p.waysOf(c.Policy.IfID) {
-		if w.byDst.OverlapsPrefix(c.Selector.Dst) {
+	for _, w := range p.waysOf(c.pol.IfID) {
+		if w.byDst.OverlapsPrefix(c.sel().Dst) {
 			out = append(out, w.link)
 		}
 	}
@@ -283,7 +288,7 @@ func (p *planner) tryInPlace(t *trial, r routes.Route) {
 	}
 	l := &Lock{Route: r, Owner: p.owner(r), Want: p.metric(mtu)}
 	for _, c := range by {
-		l.Because = append(l.Because, c.ID)
+		l.Because = append(l.Because, c.id())
 		p.locks(c, fmt.Sprintf("%s mtu %d", r.Key(), mtu))
 	}
 	p.locked[r.Key()] = true
@@ -316,17 +321,17 @@ func (p *planner) alike(r routes.Route) (mtu int, by []*coverage, ok bool) {
 	entered := false // by what a policy takes in transport mode
 	for _, e := range entries {
 		if e.cov == nil {
-			if w.drops() || w.tunnel != nil || e.block { // what a tunnel wraps is covered all the same
+			if w.drops() || w.tunnel != nil || e.blocks() { // what a tunnel wraps is covered all the same
 				continue
 			}
 			return 0, nil, false
 		}
 		n, why := p.mtuAt(e.cov, path, r.Body.Family)
 		switch {
-		case n == 0 && e.cov.Larval && w.drops() && p.Last[e.cov.ID] == 0:
+		case n == 0 && e.cov.larval && w.drops() && p.Last[e.cov.id()] == 0:
 			continue // no flow passes before there is an SA
 		case n == 0 && w.tunnel != nil && p.leavesToTunnel(e, r):
-			entered = entered || !e.cov.tunnels
+			entered = entered || !e.cov.tunnels()
 			continue
 		case n == 0:
 			p.note(e.cov, fmt.Sprintf("%s: %s", r.Key(), why))
@@ -339,7 +344,7 @@ func (p *planner) alike(r routes.Route) (mtu int, by []*coverage, ok bool) {
 		if mtu = n; w.vti == nil || !slices.Contains(by, e.cov) { // a vti's are tried twice (applying)
 			by = append(by, e.cov)
 		}
-		if e.all() && routes.Contains(e.sel.Dst, r.Dst) && !p.bypassed(w, e, r.Dst) {
+		if e.all() && routes.Contains(e.sel().Dst, r.Dst) && !p.bypassed(w, e, r.Dst) {
 			if entered {
 				break // some of what the tunnel wraps, ahead of it
 			}
@@ -369,7 +374,7 @@ func (p *planner) alike(r routes.Route) (mtu int, by []*coverage, ok bool) {
 // what one takes in tunnel mode leaves by the way to its peer, and the default action can drop the rest.
 func (p *planner) somethingEnters(applying []*entry) bool {
 	return p.XFRM.Default().Out != xfrmwatch.Block ||
-		slices.ContainsFunc(applying, func(e *entry) bool { return e.cov == nil && !e.block || e.cov != nil && !e.cov.tunnels })
+		slices.ContainsFunc(applying, func(e *entry) bool { return e.cov == nil && !e.blocks() || e.cov != nil && !e.cov.tunnels() })
 }
 
 // noteUnlike tells the coverages of the dedicated tunnels among a route's ways that the others are not
@@ -394,7 +399,7 @@ func (p *planner) noteOthers(t *tunnel, r routes.Route, by *coverage, why string
 	}
 	for _, c := range t.covs {
 		if c != by {
-			p.note(c, fmt.Sprintf("%s: policy %d takes some of its flows: %s: not locked in place", r.Key(), by.ID.Policy, why))
+			p.note(c, fmt.Sprintf("%s: policy %d takes some of its flows: %s: not locked in place", r.Key(), by.pol.Index, why))
 		}
 	}
 }
@@ -403,10 +408,10 @@ func (p *planner) noteOthers(t *tunnel, r routes.Route, by *coverage, why string
 // tunnel leaves the one for the tunnel's own sake as it is: what it takes in transport mode meets
 // that lock by right, and what it has room for is not all.
 func (p *planner) leavesToTunnel(e *entry, r routes.Route) bool {
-	if !e.cov.tunnels {
+	if !e.cov.tunnels() {
 		return true
 	}
-	return (!e.all() || !routes.Contains(e.sel.Dst, r.Dst)) && (e.cov.Larval && p.Last[e.cov.ID] == 0 || p.hasRoom(e.cov, r))
+	return (!e.all() || !routes.Contains(e.sel().Dst, r.Dst)) && (e.cov.larval && p.Last[e.cov.id()] == 0 || p.hasRoom(e.cov, r))
 }
 
 // unsafe says why a route can't be replaced in place, or is empty. The kernel's replace hits
@@ -459,13 +464,19 @@ func (p *planner) sourceDecides(f routes.Family, src netip.Addr) bool {
 // outerBy reports whether outer packets can leave by a route: one of its devices is that of one
 // of the peers, or it isn't known where a peer's packets leave. The kernel answers for those without a
 // TOS; ESP has that of what is inside (xfrm_get_tos, net/xfrm/xfrm_policy.c).
-func (p *planner) outerBy(peers peerUses, r routes.Route) bool {
+func (p *planner) outerBy(peers *peerUse, r routes.Route) bool {
 	b := r.Body
-	return slices.ContainsFunc(peers, func(peer peerUse) bool {
-		path := p.Peers[peer.Peer]
+	uses := func(peer Peer) bool {
+		path := p.wayTo(peer).path
 		if by, ok := p.ownersRouteTo(b.Family, b.Table, peer.Addr, peer.Src); ok && by.Body.Src.IsValid() || path.Table != b.Table && p.sourceDecides(b.Family, peer.Src) {
 			return true // what is asked without the SA's source, as where that is not here yet, goes by others
 		}
 		return path.Oif == 0 || b.TOS != 0 || slices.ContainsFunc(b.Nexthops, func(n routes.Nexthop) bool { return n.Oif == path.Oif })
-	})
+	}
+	for peer := range peers.each {
+		if uses(peer.Peer) {
+			return true
+		}
+	}
+	return false
 }

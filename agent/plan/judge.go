@@ -24,11 +24,11 @@ func (p *planner) complete(pl *Plan) {
 	slices.SortFunc(pl.Locks, func(a, b Lock) int { return a.Route.Key().Compare(b.Route.Key()) })
 	for _, c := range p.covers {
 		if !c.gone {
-			pl.Current = append(pl.Current, c.Coverage)
+			pl.Current = append(pl.Current, c.whole())
 		}
 		v, valid := p.judged(c)
 		if valid != 0 {
-			pl.MTU[c.ID] = valid
+			pl.MTU[c.id()] = valid
 		}
 		pl.Verdicts = append(pl.Verdicts, v)
 	}
@@ -41,8 +41,8 @@ func (p *planner) complete(pl *Plan) {
 // its valid SAs, in bytes, 0 for none.
 func (p *planner) judged(c *coverage) (v Verdict, valid int) {
 	v = Verdict{
-		ID: c.ID, Selector: c.Selector, Priority: c.Policy.Priority, IfID: c.Policy.IfID, Mark: c.Policy.Mark,
-		Maybe: c.Maybe, Gone: c.gone, Cut: CutSocket,
+		ID: c.id(), Selector: *c.sel(), Priority: c.pol.Priority, IfID: c.pol.IfID, Mark: c.pol.Mark,
+		Maybe: c.maybe, Gone: c.gone, Cut: CutSocket,
 	}
 	held := p.holdVerdict(c)
 	if held != nil {
@@ -55,19 +55,20 @@ func (p *planner) judged(c *coverage) (v Verdict, valid int) {
 			c.hearShapes(&v)
 		}
 		s := u.of(c)
-		if s.left != 0 && (v.MTU == 0 || s.left < v.MTU) {
-			v.MTU = s.left
+		if left := int(s.left); left != 0 && (v.MTU == 0 || left < v.MTU) {
+			v.MTU = left
 		}
-		if s.valid != 0 && (valid == 0 || s.valid < valid) {
-			valid = s.valid
+		if s.valid != 0 && (valid == 0 || int(s.valid) < valid) {
+			valid = int(s.valid)
 		}
-		for _, n := range s.notes {
+		notes, locked := s.words()
+		for _, n := range notes {
 			v.note(n)
 		}
-		v.Locked = append(v.Locked, s.locked...)
+		v.Locked = append(v.Locked, locked...)
 		if u.phase == phaseClones {
-			if at, _ := u.shape.points.Get(u.key.Dst); at.of != nil && at.of.cov == c {
-				v.Locked = append(v.Locked, fmt.Sprintf("%s table %d mtu %d", at.clone.Dst, u.shape.table, at.clone.MTU.MTU))
+			if at, _ := u.shape.points.Get(u.dst); at.of != nil && at.of.cov == c {
+				v.Locked = append(v.Locked, fmt.Sprintf("%s table %d mtu %d", u.dst, u.shape.table, at.mtu))
 			}
 		}
 	}
@@ -90,8 +91,8 @@ func (p *planner) judged(c *coverage) (v Verdict, valid int) {
 func (c *coverage) validMTU() int {
 	valid := 0
 	for _, u := range c.units {
-		if s := u.of(c); s.valid != 0 && (valid == 0 || s.valid < valid) {
-			valid = s.valid
+		if s := u.of(c); s.valid != 0 && (valid == 0 || int(s.valid) < valid) {
+			valid = int(s.valid)
 		}
 	}
 	return valid
@@ -99,7 +100,7 @@ func (c *coverage) validMTU() int {
 
 // hearShapes adds what a coverage's shapes say.
 func (c *coverage) hearShapes(v *Verdict) {
-	for _, m := range c.members {
+	for m := range c.members.each {
 		if m.shape.why != "" {
 			v.note(m.shape.why)
 		}
@@ -117,7 +118,7 @@ func (c *coverage) hearShapes(v *Verdict) {
 // noteStanding adds what a coverage's own standing says, and why there is nothing else to say.
 func (p *planner) noteStanding(c *coverage, v *Verdict) {
 	switch {
-	case v.MTU == 0 && c.Larval && p.Last[c.ID] == 0:
+	case v.MTU == 0 && c.larval && p.Last[c.id()] == 0:
 		v.note("no valid SA yet: no lock before the first one (presume_mtu sets one)")
 	case len(v.Locked) == 0 && len(v.Notes) == 0 && p.Config.MTU == MTUOff:
 		v.note("no lock (mtu: off)")
@@ -130,7 +131,7 @@ func (p *planner) noteStanding(c *coverage, v *Verdict) {
 	if v.Maybe {
 		v.note("all templates are optional: locked, but never a reason for a hold")
 	}
-	for _, st := range c.Steps {
+	for _, st := range c.steps {
 		for _, sa := range st.SAs {
 			if why := p.unbound(sa); why != "" {
 				v.note(fmt.Sprintf("SA %#x to %s %s: rekey, so that the next one is not bound to it", uint32(sa.SPI), sa.Dst, why))
@@ -141,15 +142,16 @@ func (p *planner) noteStanding(c *coverage, v *Verdict) {
 
 // holding is what the holds and lanes on shared NICs say of a coverage.
 func (p *planner) holding(c *coverage) *Verdict {
-	if c.held == nil {
-		c.held = &Verdict{Cut: CutSocket}
+	a := c.besides()
+	if a.held == nil {
+		a.held = &Verdict{Cut: CutSocket}
 	}
-	return c.held
+	return a.held
 }
 
 // sayValid notes the inner MTU that a coverage has by its valid SAs. A smaller MTU of a route is not the
 // coverage's: other routes can have a larger one.
 func (p *planner) sayValid(c *coverage) {
-	mtu, _ := c.MTU(p.peerMTU, anyRoute)
+	mtu, _ := c.whole().MTU(p.peerMTU, anyRoute)
 	p.valid(c, mtu)
 }

@@ -443,15 +443,17 @@ func (w *world) leftOf(c xfrmwatch.Coverage, path int) int {
 func (w *world) input() Input {
 	in := Input{
 		Config: w.cfg, XFRM: w.db, FIB: w.fib, Features: w.features, Lingering: w.gone,
-		Peers: map[Peer]Path{}, Last: w.last, Locks: w.held.Locks, Holds: w.held.Holds, Withheld: w.withheld,
+		Last: w.last, Locks: w.held.Locks, Holds: w.held.Holds, Withheld: w.withheld,
 		Forwarding: w.forwarding, Probed: w.probed, Outers: map[routes.Ifindex]Path{},
 		Keys: w.keys, Trusted: w.trusted, KeysStale: w.keysStale,
 	}
-	for _, p := range PeersOf(w.db, w.gone) {
+	peers := PathsTo{}
+	for _, p := range PeersOf(append(slices.Collect(w.db.Coverages()), w.gone...)...) {
 		if path := w.path(p); path.MTU != 0 {
-			in.Peers[p] = path
+			peers[p] = path
 		}
 	}
+	in.Peers = peers
 	for _, o := range OutersOf(w.fib, nil) {
 		if path := w.outerPath(o); path.MTU != 0 {
 			in.Outers[o.Index] = path

@@ -113,19 +113,19 @@ func portOf(r routes.PortRange) known { return known{r.Lo, r.Lo == r.Hi && r.Lo 
 // net/xfrm/xfrm_policy.c).
 func (o outerFlow) takenBy(e *entry) (all, some bool) {
 	all = true
-	for _, pair := range [][2]netip.Prefix{{e.sel.Src, o.src}, {e.sel.Dst, o.dst}} {
+	for _, pair := range [][2]netip.Prefix{{e.sel().Src, o.src}, {e.sel().Dst, o.dst}} {
 		if _, ok := routes.Intersect(pair[0], pair[1]); !ok {
 			return false, false
 		}
 		all = all && routes.Contains(pair[0], pair[1])
 	}
-	if e.sel.Proto != 0 && uint8(e.sel.Proto) != o.proto {
+	if e.sel().Proto != 0 && uint8(e.sel().Proto) != o.proto {
 		return false, false
 	}
 	for _, m := range []struct {
 		xfrmwatch.PortMatch
 		known
-	}{{e.sel.Sport, o.sport}, {e.sel.Dport, o.dport}} {
+	}{{e.sel().Sport, o.sport}, {e.sel().Dport, o.dport}} {
 		switch {
 		case m.Mask == 0:
 		case !m.ok:
@@ -135,15 +135,15 @@ func (o outerFlow) takenBy(e *entry) (all, some bool) {
 		}
 	}
 	switch {
-	case e.mark.Value&^e.mark.Mask != 0: // matches nothing
+	case e.pol.Mark.Value&^e.pol.Mark.Mask != 0: // matches nothing
 		return false, false
-	case e.mark.Mask == 0:
+	case e.pol.Mark.Mask == 0:
 	case o.anyMark:
 		all = false
-	case o.mark&e.mark.Mask != e.mark.Value:
+	case o.mark&e.pol.Mark.Mask != e.pol.Mark.Value:
 		return false, false
 	}
-	if i := routes.Ifindex(e.sel.Ifindex); i != 0 && !slices.Contains(o.oifs[:], i) {
+	if i := routes.Ifindex(e.sel().Ifindex); i != 0 && !slices.Contains(o.oifs[:], i) {
 		all = false // it may be a VRF's: which the flow is in is not worked out
 	}
 	return all, true

@@ -11,10 +11,8 @@ import (
 // of ours is that of the route below, and a lock of ours is no path's MTU: else each plan would
 // follow from the one before, and a clone that is to go would still decide what replaces it.
 func (p *planner) readPaths() {
-	peers := make(map[Peer]Path, len(p.Peers))
-	p.toPeers = make(map[Peer][]routes.Nexthop, len(p.Peers))
-	for peer, path := range p.Peers {
-		peers[peer], p.toPeers[peer] = p.withoutUs(path, lookup{dst: peer.Addr, src: peer.Src, mark: peer.Mark.Value & peer.Mark.Mask, proto: protoESP})
+	for peer, path := range p.Peers.All() {
+		p.reach(peer, path)
 	}
 	outers := make(map[routes.Ifindex]Path, len(p.Outers))
 	for _, o := range OutersOf(p.FIB, p.L2TP) {
@@ -24,7 +22,65 @@ func (p *planner) readPaths() {
 			outers[o.Index], _ = p.withoutUs(path, at)
 		}
 	}
-	p.Peers, p.Outers = peers, outers
+	p.Outers = outers
+}
+
+// wayTo is a path without us, and all ways of its route. Peers share them.
+type wayTo struct {
+	path Path
+	ways []routes.Nexthop
+}
+
+// reach works out the path to a peer without us, from what the kernel answered.
+func (p *planner) reach(peer Peer, path Path) {
+	path, ways := p.withoutUs(path, lookup{dst: peer.Addr, src: peer.Src, mark: peer.Mark.Value & peer.Mark.Mask, proto: protoESP})
+	same := p.sharedWays[path]
+	i := slices.IndexFunc(same, func(w *wayTo) bool { return slices.Equal(w.ways, ways) })
+	if i < 0 {
+		i, same = len(same), append(same, &wayTo{path, ways})
+		p.sharedWays[path] = same
+	}
+	p.setWay(peer, same[i])
+}
+
+// setWay notes the way to a peer, nil for none.
+func (p *planner) setWay(peer Peer, w *wayTo) {
+	if u := p.use(peer); u != nil {
+		u.way = w
+		return
+	}
+	if p.reached[peer] = w; w == nil {
+		delete(p.reached, peer)
+	}
+}
+
+// use is a peer that templates use, nil for another one.
+func (p *planner) use(peer Peer) *peerUse {
+	if !peer.Addr.IsValid() {
+		return nil
+	}
+	at, _ := p.outer.Get(netip.PrefixFrom(peer.Addr, peer.Addr.BitLen()))
+	for u := range at.each {
+		if u.Peer == peer {
+			return u
+		}
+	}
+	return nil
+}
+
+// noWay is that to a peer to whom there is none.
+var noWay = &wayTo{}
+
+// wayTo is the way to a peer.
+func (p *planner) wayTo(peer Peer) *wayTo {
+	w := p.reached[peer]
+	if u := p.use(peer); u != nil {
+		w = u.way
+	}
+	if w == nil {
+		return noWay
+	}
+	return w
 }
 
 // protoESP is the protocol of an SA's packets (IPPROTO_ESP, linux/in.h).

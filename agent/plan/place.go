@@ -143,10 +143,10 @@ func (s *shaped) onlyDst() netip.Prefix {
 		if m.clones == 0 {
 			continue
 		}
-		if only.IsValid() && m.dst != only {
+		if only.IsValid() && m.dst() != only {
 			return netip.Prefix{}
 		}
-		only = m.dst
+		only = m.dst()
 	}
 	return only
 }
@@ -173,6 +173,9 @@ func (p *planner) room(base *routes.Rule) int {
 		if !p.Config.OwnRule(r) {
 			room = min(int(base.Priority)-int(r.Priority)-1, MaxRules*4)
 		}
+	}
+	if !slices.ContainsFunc(p.FIB.Rules(base.Family), func(r *routes.Rule) bool { return r.Action == routes.RuleGoto }) {
+		return room // which is nearly always so
 	}
 	for i := range room {
 		if p.jumpTo(base.Family, base.Priority-uint32(i)-1) != nil {
@@ -286,15 +289,15 @@ func (p *planner) notePartial() {
 
 // lockedWhole reports whether all routes that a coverage's flows use are locked in place.
 func (p *planner) lockedWhole(c *coverage) bool {
-	if c.Policy.IfID == 0 && p.vtiOf(c) == nil {
+	if c.pol.IfID == 0 && p.vtiOf(c) == nil {
 		return !slices.ContainsFunc(p.parts(c), func(part routes.Part) bool { return !p.allLocked(part) })
 	}
 	if !c.anyLocked() {
 		return false
 	}
-	for _, w := range p.waysOf(c.Policy.IfID) {
+	for _, w := range p.waysOf(c.pol.IfID) {
 		for k := range w.all() {
-			if _, overlap := routes.Intersect(k.Dst, c.Selector.Dst); overlap && !p.locked[k] {
+			if _, overlap := routes.Intersect(k.Dst, c.sel().Dst); overlap && !p.locked[k] {
 				return false
 			}
 		}

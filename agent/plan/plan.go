@@ -5,6 +5,8 @@
 package plan
 
 import (
+	"iter"
+	"maps"
 	"net/netip"
 	"slices"
 
@@ -29,8 +31,8 @@ type Input struct {
 	// Lingering are coverages whose policy went away a short while ago and which are kept until
 	// it has been quiet: a daemon that replaces a policy must not cost its flows the lock.
 	Lingering []xfrmwatch.Coverage
-	// Peers holds the route to each outer peer (PeersOf), as the kernel answered last.
-	Peers map[Peer]Path
+	// Peers has the route to each outer peer (PeersOf), as the kernel answered last; nil for none.
+	Peers Paths
 	// Outers holds the route of the outer packets of each tunnel (OutersOf), by the tunnel's
 	// index, as the kernel answered last.
 	Outers map[routes.Ifindex]Path
@@ -78,6 +80,28 @@ type Path struct {
 	Table routes.TableID
 	Src   netip.Addr
 }
+
+// Paths are the routes to outer peers. There can be as many as policies.
+type Paths interface {
+	// Path is the route to a peer. It is false where there is none.
+	Path(Peer) (Path, bool)
+	// All yields them all.
+	All() iter.Seq2[Peer, Path]
+}
+
+// PathsTo are routes by their peers.
+type PathsTo map[Peer]Path
+
+var _ Paths = PathsTo(nil)
+
+// Path is the route to a peer.
+func (p PathsTo) Path(peer Peer) (Path, bool) {
+	path, ok := p[peer]
+	return path, ok
+}
+
+// All yields them all.
+func (p PathsTo) All() iter.Seq2[Peer, Path] { return maps.All(p) }
 
 // ProbeKey names what a probe tries: a kind of device (IFLA_INFO_KIND) above SAs of one kind.
 type ProbeKey struct {

@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"slices"
 
+	"tsoagent/index"
 	"tsoagent/routes"
 	"tsoagent/xfrmwatch"
 )
@@ -16,7 +17,9 @@ type Planner struct {
 	p *planner // nil for none yet
 	// Anew counts the plans that were worked out from scratch, Followed the others.
 	Anew, Follows uint64
-	followed      bool
+	// Part is how many policies and peers are worked out anew at a time for a route that has more inside its destination, 0 for DefaultPart.
+	Part     int
+	followed bool
 }
 
 // Changes are what differs between an input and the one before it. Whatever is not among them is the same.
@@ -26,6 +29,10 @@ type Changes struct {
 	// Dsts are the destinations of routes that came, went or changed, in whatever table, and of those whose
 	// lock is or is not ours now.
 	Dsts []netip.Prefix
+	// Ours are the destinations of routes of ours that came, went or changed in our own tables.
+	Ours []netip.Prefix
+	// OurRules says that rules of ours came or went.
+	OurRules bool
 	// Policies came, went, changed or changed places, or their coverages linger or do no more.
 	Policies []xfrmwatch.PolicyIndex
 	// SAs are where SAs came, went or changed.
@@ -36,9 +43,27 @@ type Changes struct {
 	Peers []Peer
 }
 
+// Route adds a change of the routing mirror.
+func (ch *Changes) Route(cfg *Config, c routes.Change) {
+	switch {
+	case ch.All: // whatever else there is
+	case c.Rule != nil && cfg.OwnRule(c.Rule):
+		ch.OurRules = true
+	case c.Dst.IsValid() && c.Protocol == cfg.Protocol && cfg.OwnTable(c.Table):
+		ch.Ours = append(ch.Ours, c.Dst)
+	case c.Dst.IsValid():
+		ch.Dsts = append(ch.Dsts, c.Dst)
+	case !c.Addr: // no plan depends on addresses
+		*ch = Changes{All: true}
+	}
+}
+
 // Plan is the plan for an input that differs in nothing but the changes from the one before it.
 func (pl *Planner) Plan(in Input, ch Changes) *Plan {
 	in.Config = in.Config.WithDefaults()
+	if pl.p != nil && pl.p.follower != nil {
+		pl.p.part = pl.part()
+	}
 	if pl.p != nil && !ch.All && pl.p.follow(in, ch) {
 		pl.followed = true
 		pl.Follows++
@@ -54,17 +79,20 @@ func (pl *Planner) Plan(in Input, ch Changes) *Plan {
 
 // follower is what a planner knows besides to follow changes.
 type follower struct {
-	asked    map[Peer]Path // as the kernel answered
-	policies map[xfrmwatch.PolicyIndex][]*entry
+	policies index.Index[xfrmwatch.PolicyIndex, *entry]
 	gone     map[xfrmwatch.CoverageID]*entry
-	users    map[Peer][]*coverage
-	bySA     map[xfrmwatch.SAPlace][]xfrmwatch.PolicyIndex
+	users    index.Index[Peer, *coverage]
+	bySA     index.Index[xfrmwatch.SAPlace, xfrmwatch.PolicyIndex]
 	splits   string
 	pending  pending
 	common   common
 	foreign  map[routes.Family]map[routes.TableID]bool
 	touched  map[*coverage]struct{}
 	rerouted []rerouted
+	routed   bool // routes changed, near what is covered or not
+	// later are regions of routes that changed, which are not followed yet, and part is Planner.Part.
+	later []netip.Prefix
+	part  int
 	// regrouped says that shapes got or lost members since they were put into order.
 	regrouped bool
 	// indexed says of the dedicated devices above tunnels, and their like, whether their routes are known by their keys:
@@ -88,7 +116,7 @@ func (pl *Planner) Told() iter.Seq2[xfrmwatch.Coverage, int] {
 			each = maps.Keys(p.touched)
 		}
 		for c := range each {
-			if !c.gone && !c.dropped && !yield(c.Coverage, c.validMTU()) {
+			if !c.gone && !c.dropped && !yield(c.whole(), c.validMTU()) {
 				return
 			}
 		}
@@ -105,19 +133,38 @@ func (pl *Planner) Coverages(index xfrmwatch.PolicyIndex) iter.Seq[xfrmwatch.Cov
 			return
 		}
 		if index != 0 && pl.p.follower != nil {
-			for _, e := range pl.p.policies[index] {
-				if e.cov != nil && !yield(e.cov.Coverage) {
+			for _, e := range pl.p.entriesAt(index) {
+				if e.cov != nil && !yield(e.cov.whole()) {
 					return
 				}
 			}
 			return
 		}
 		for _, c := range pl.p.covers {
-			if !c.gone && (index == 0 || c.ID.Policy == index) && !yield(c.Coverage) {
+			if !c.gone && (index == 0 || c.pol.Index == index) && !yield(c.whole()) {
 				return
 			}
 		}
 	}
+}
+
+// Covers reports whether a policy of the newest plan is for a destination that is a destination, or in or around it. Those with an if_id that
+// are for all destinations don't count: of the routes they concern but those by their own devices.
+func (pl *Planner) Covers(dst netip.Prefix) bool {
+	if pl.p == nil {
+		return false
+	}
+	for id, t := range pl.p.byIfID {
+		if id != 0 {
+			if _, wide := t.Get(routes.FamilyOf(dst.Addr()).Any()); wide {
+				continue
+			}
+		}
+		if t.OverlapsPrefix(dst) {
+			return true
+		}
+	}
+	return false
 }
 
 // Alike yields the coverages that have a coverage's selector, mark and if_id, without what lingers.
@@ -126,9 +173,9 @@ func (pl *Planner) Alike(o xfrmwatch.Coverage) iter.Seq[xfrmwatch.Coverage] {
 		if pl.p == nil || pl.p.byIfID[o.Policy.IfID] == nil {
 			return
 		}
-		es, _ := pl.p.byIfID[o.Policy.IfID].Get(o.Selector.Dst)
-		for _, e := range es {
-			if c := e.cov; c != nil && !c.gone && c.Selector == o.Selector && c.Policy.Mark == o.Policy.Mark && !yield(c.Coverage) {
+		at, _ := pl.p.byIfID[o.Policy.IfID].Get(o.Selector.Dst)
+		for e := range at.each {
+			if c := e.cov; c != nil && !c.gone && *c.sel() == o.Selector && c.pol.Mark == o.Policy.Mark && !yield(c.whole()) {
 				return
 			}
 		}
@@ -138,7 +185,7 @@ func (pl *Planner) Alike(o xfrmwatch.Coverage) iter.Seq[xfrmwatch.Coverage] {
 // Relook has the next Steps look at everything: what is in place is what another plan wanted.
 func (pl *Planner) Relook() {
 	if pl.p != nil && pl.p.follower != nil {
-		pl.p.pending.all = true
+		pl.p.pending = pending{all: true}
 	}
 }
 
@@ -167,8 +214,7 @@ func (p *planner) learn(in Input) {
 		return
 	}
 	f := &follower{
-		asked: in.Peers, policies: map[xfrmwatch.PolicyIndex][]*entry{}, gone: map[xfrmwatch.CoverageID]*entry{},
-		users: map[Peer][]*coverage{}, bySA: map[xfrmwatch.SAPlace][]xfrmwatch.PolicyIndex{}, splits: p.splits(),
+		gone: map[xfrmwatch.CoverageID]*entry{}, splits: p.splits(),
 		pending: pending{all: true}, common: commonOf(in), touched: map[*coverage]struct{}{}, indexed: map[routes.Ifindex]bool{},
 	}
 	for i, t := range p.tunnels {
@@ -176,10 +222,11 @@ func (p *planner) learn(in Input) {
 			_, f.indexed[i] = p.FIB.LeavingBy(i)
 		}
 	}
+	f.foreign = p.takenTables()
 	p.follower = f
 	for _, t := range p.byIfID {
-		for _, es := range t.All() {
-			for _, e := range es {
+		for _, at := range t.All() {
+			for e := range at.each {
 				f.learn(e)
 			}
 		}
@@ -206,7 +253,7 @@ func (p *planner) regional() bool {
 	if c.MTU == MTUOff || c.Partial != PartialTable || c.CarrierMTU == CarrierDevice || c.shares() {
 		return false
 	}
-	for peer := range p.Peers {
+	for peer := range p.Peers.All() {
 		if p.nested(peer) {
 			return false
 		}
@@ -227,7 +274,7 @@ func (p *planner) regional() bool {
 
 // nested reports whether the way to a peer leads, or may lead, into what policies decide about once more.
 func (p *planner) nested(peer Peer) bool {
-	return slices.ContainsFunc(p.toPeers[peer], func(nh routes.Nexthop) bool {
+	return slices.ContainsFunc(p.wayTo(peer).ways, func(nh routes.Nexthop) bool {
 		l := p.FIB.Link(nh.Oif)
 		return nh.Encap || p.tunnels[nh.Oif] != nil || p.partly(nh.Oif) || l != nil && slices.Contains([]string{"xfrm", "vti", "vti6"}, l.Kind)
 	})
@@ -236,52 +283,56 @@ func (p *planner) nested(peer Peer) bool {
 func (f *follower) learn(e *entry) {
 	c := e.cov
 	switch {
-	case e.rank.gone:
-		f.gone[c.ID] = e
+	case e.gone:
+		f.gone[c.id()] = e
 	default:
-		f.policies[e.index] = append(f.policies[e.index], e)
+		f.policies.Add(e.pol.Index, e)
 	}
 	if c == nil {
 		return
 	}
-	for _, peer := range peersIn(c.Coverage) {
-		f.users[peer] = append(f.users[peer], c)
+	for _, peer := range peersIn(c) {
+		f.users.Add(peer, c)
 	}
-	if e.rank.gone {
+	if e.gone {
 		return
 	}
-	for _, at := range saPlaces(c.Policy) {
-		if list := f.bySA[at]; !slices.Contains(list, c.ID.Policy) {
-			f.bySA[at] = append(list, c.ID.Policy)
-		}
+	for _, at := range saPlaces(c.pol) {
+		f.bySA.Add(at, c.pol.Index)
 	}
 }
 
 func (f *follower) unlearn(e *entry) {
 	c := e.cov
-	if e.rank.gone {
-		delete(f.gone, c.ID)
+	if e.gone {
+		delete(f.gone, c.id())
+	} else {
+		f.policies.Remove(e.pol.Index, e)
 	}
 	if c == nil {
 		return
 	}
-	for _, peer := range peersIn(c.Coverage) {
-		if list := remove(f.users[peer], c); len(list) > 0 {
-			f.users[peer] = list
-		} else {
-			delete(f.users, peer)
-		}
+	for _, peer := range peersIn(c) {
+		f.users.Remove(peer, c)
 	}
-	if e.rank.gone {
+	if e.gone {
 		return
 	}
-	for _, at := range saPlaces(c.Policy) {
-		if list := remove(f.bySA[at], c.ID.Policy); len(list) > 0 {
-			f.bySA[at] = list
-		} else {
-			delete(f.bySA, at)
+	for _, at := range saPlaces(c.pol) {
+		f.bySA.Remove(at, c.pol.Index)
+	}
+}
+
+// entriesAt are the entries of a policy, without those that linger, in order.
+func (f *follower) entriesAt(index xfrmwatch.PolicyIndex) []*entry {
+	var out []*entry
+	for e := range f.policies.Of(index) {
+		if e.pol.Index == index {
+			out = append(out, e)
 		}
 	}
+	slices.SortFunc(out, (*entry).compare)
+	return out
 }
 
 func remove[T comparable](list []T, x T) []T {
@@ -307,14 +358,14 @@ func saPlaces(pol *xfrmwatch.Policy) []xfrmwatch.SAPlace {
 }
 
 // peersIn are the peers whose paths an answer about a coverage can depend on.
-func peersIn(c xfrmwatch.Coverage) []Peer {
+func peersIn(c *coverage) []Peer {
 	var out []Peer
 	add := func(peer Peer) {
 		if !slices.Contains(out, peer) {
 			out = append(out, peer)
 		}
 	}
-	for _, st := range c.Steps {
+	for _, st := range c.steps {
 		if st.Template.TakesFlow() {
 			continue
 		}
@@ -322,7 +373,7 @@ func peersIn(c xfrmwatch.Coverage) []Peer {
 			add(PeerOf(sa))
 		}
 	}
-	if peer, ok := policyPeer(c.Policy); ok && len(c.Steps) == 0 {
+	if peer, ok := policyPeer(c.pol); ok && len(c.steps) == 0 {
 		add(peer)
 	}
 	return out

@@ -22,12 +22,14 @@ import (
 //	go test ./agent/plan -run PlannerFollows -rapid.seed=0 -rapid.checks=20000
 func TestPlannerFollows(t *testing.T) {
 	var anew, followed uint64
+	parts := 0
 	rapid.Check(t, func(t *rapid.T) {
 		f, err := newFollowed(genFollowed(t))
 		if err != nil {
 			t.Fatal(err)
 		}
-		defer func() { anew, followed = anew+f.Anew, followed+f.Follows }()
+		f.Part = rapid.SampledFrom([]int{0, 0, 1, 2, 3}).Draw(t, "part")
+		defer func() { anew, followed, parts = anew+f.Anew, followed+f.Follows, parts+f.Parts }()
 		for i := range 1 + rapid.IntRange(0, 5).Draw(t, "steps") {
 			var lines []string
 			if i > 0 {
@@ -38,7 +40,7 @@ func TestPlannerFollows(t *testing.T) {
 			}
 		}
 	})
-	t.Logf("%d plans followed, %d worked out from scratch", followed, anew)
+	t.Logf("%d plans followed, %d of them parts of a change, %d worked out from scratch", followed, parts, anew)
 	if followed < anew/10 {
 		t.Errorf("only %d plans were followed, %d worked out from scratch", followed, anew)
 	}
@@ -190,6 +192,7 @@ type followed struct {
 	shapes  []ShapeID // of the newest plan
 	steps   Steps     // to it
 	history []string
+	Parts   int // how many plans followed a part of what the one before left
 }
 
 func newFollowed(text string) (*followed, error) {
@@ -198,14 +201,8 @@ func newFollowed(text string) (*followed, error) {
 		return nil, fmt.Errorf("%w in\n%s", err, text)
 	}
 	f := &followed{world: w, text: text, changes: Changes{All: true}, told: map[xfrmwatch.CoverageID]int{}, history: []string{text}}
-	w.fib.OnChange(func(c routes.Change) {
-		switch {
-		case c.Dst.IsValid():
-			f.changes.Dsts = append(f.changes.Dsts, c.Dst)
-		case !c.Addr:
-			f.changes.All = true
-		}
-	})
+	cfg := w.cfg.WithDefaults()
+	w.fib.OnChange(func(c routes.Change) { f.changes.Route(&cfg, c) })
 	w.db.OnChange(func(c xfrmwatch.Change) {
 		switch {
 		case c.All:
@@ -239,18 +236,27 @@ func (f *followed) step(lines []string) error {
 func (f *followed) differs() error {
 	f.lingering()
 	in := f.input()
-	for p, path := range in.Peers {
-		if old, ok := f.before.Peers[p]; !ok || old != path {
+	before := f.before.Peers
+	if before == nil {
+		before = PathsTo(nil)
+	}
+	for p, path := range in.Peers.All() {
+		if old, ok := before.Path(p); !ok || old != path {
 			f.changes.Peers = append(f.changes.Peers, p)
 		}
 	}
-	for p := range f.before.Peers {
-		if _, ok := in.Peers[p]; !ok {
+	for p := range before.All() {
+		if _, ok := in.Peers.Path(p); !ok {
 			f.changes.Peers = append(f.changes.Peers, p)
 		}
 	}
 	f.changes.Devices = f.changes.Devices || !maps.Equal(in.Holds, f.before.Holds)
 	got := f.Plan(in, f.changes)
+	for f.Unfinished() {
+		f.remember()
+		f.Parts++
+		got = f.Plan(in, Changes{})
+	}
 	in.Holds = maps.Clone(in.Holds)
 	f.changes, f.before = Changes{}, in
 	f.shapes = nil
@@ -276,11 +282,16 @@ func (f *followed) differs() error {
 	return f.tells(want)
 }
 
-// tells checks what the planner says of its plan besides.
-func (f *followed) tells(want *Plan) error {
+// remember takes what the planner tells of MTUs.
+func (f *followed) remember() {
 	for c, mtu := range f.Told() {
 		f.told[c.ID] = mtu
 	}
+}
+
+// tells checks what the planner says of its plan besides.
+func (f *followed) tells(want *Plan) error {
+	f.remember()
 	byPolicy := map[xfrmwatch.PolicyIndex]int{}
 	for _, c := range want.Current {
 		byPolicy[c.ID.Policy]++

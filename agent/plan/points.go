@@ -9,12 +9,58 @@ import (
 	"tsoagent/routes"
 )
 
-// point is a destination in a shape's table, with what the table holds there.
+// point is a destination in a shape's table, with what the table holds there. There are as many as clones.
 type point struct {
 	unit
-	has   bool // the table holds something
-	clone Clone
-	of    *member // nil for a throw
+	// The clone, with no coverage for a throw.
+	because *coverage
+	body    *routes.Body // of the route, whose destination contains this one
+	mtu     uint32       // in bytes
+	advMSS  uint32       // in bytes
+	bits    uint8        // of the route's destination
+	locked  bool
+	has     bool    // the table holds something
+	of      *member // nil for a throw
+}
+
+// put has the table hold a clone.
+func (at *point) put(c Clone, because *coverage) {
+	at.has, at.because = true, because
+	if because != nil {
+		at.body, at.bits = c.Of.Body, uint8(c.Of.Dst.Bits())
+		at.mtu, at.locked, at.advMSS = c.MTU.MTU, c.MTU.Locked, c.AdvMSS
+	}
+}
+
+// clear has the table hold nothing.
+func (at *point) clear() { *at = point{unit: at.unit} }
+
+// clone is what the table holds.
+func (at *point) clone() Clone {
+	if at.because == nil {
+		return Clone{Dst: at.dst, Throw: true}
+	}
+	of, _ := at.dst.Addr().Prefix(int(at.bits)) // the length of a wider one
+	return Clone{
+		Dst: at.dst, Of: routes.Route{Dst: of, Body: at.body},
+		MTU: MTUMetric{MTU: at.mtu, Locked: at.locked}, AdvMSS: at.advMSS, Because: at.because.id(),
+	}
+}
+
+// newPoint is a destination of which nothing is known yet.
+func (s *shaped) newPoint(x netip.Prefix) *point {
+	return &point{unit: unit{phase: phaseClones, shape: s, dst: x}}
+}
+
+// holds is the coverage for which the shape's table holds a clone for a destination, or for the next wider one that it
+// holds: nil for a throw. It is false if there is none.
+func (s *shaped) holds(x netip.Prefix) (*coverage, bool) {
+	for _, at := range s.points.Supernets(x) {
+		if at.has {
+			return at.because, true
+		}
+	}
+	return nil, false
 }
 
 // fill works out what the shape's table holds.
@@ -32,7 +78,7 @@ func (p *planner) fill(s *shaped) {
 	sorted := make([]netip.Prefix, 0, len(points))
 	for x := range points {
 		sorted = append(sorted, x)
-		s.points.Insert(x, &point{unit: unit{phase: phaseClones, shape: s, key: routes.Key{Dst: x}}})
+		s.points.Insert(x, s.newPoint(x))
 	}
 	// Wider ones first, so that a throw finds the clone that it cuts a hole into.
 	slices.SortFunc(sorted, func(a, b netip.Prefix) int {
@@ -48,22 +94,21 @@ func (p *planner) fill(s *shaped) {
 func (p *planner) settlePoint(s *shaped, x netip.Prefix, at *point) {
 	var above *coverage // a clone of a wider destination would take what is not taken here
 	if x.Bits() > 0 {
-		above, _ = s.kept.LookupPrefix(netip.PrefixFrom(x.Addr(), x.Bits()-1).Masked())
+		above, _ = s.holds(netip.PrefixFrom(x.Addr(), x.Bits()-1).Masked())
 	}
 	p.begin(&at.unit)
 	clone, c := p.decide(s, x, above)
 	if clone.Throw && above == nil {
 		return
 	}
-	s.kept.Insert(x, c)
-	at.has, at.clone = true, clone
+	at.put(clone, c)
 	s.clones++
 	if c == nil {
 		return
 	}
 	s.mtus[int(clone.MTU.MTU)]++
-	for _, m := range c.members {
-		if m.shape == s && routes.Contains(m.dst, x) {
+	for m := range c.members.each {
+		if m.shape == s && routes.Contains(m.dst(), x) {
 			at.of = m
 			m.clones++
 			break // of several, by rules of one priority
@@ -85,16 +130,15 @@ func (s *shaped) minMTU() int {
 // pointsOf are the destinations at which the outcome can differ inside a member's destination:
 // itself, and each route, policy and outer peer inside it.
 func (p *planner) pointsOf(s *shaped, m *member) ([]netip.Prefix, bool) {
-	p.begin(&m.unit)
-	m.full = false
-
+	p.notFull(m)
 	var points []netip.Prefix
 	full := func() bool {
 		if len(points) <= p.Config.MaxClonesPerCoverage {
 			return false
 		}
-		p.note(m.cov, fmt.Sprintf("no lock: more than %d routes and policies inside %s (max_clones_per_coverage)", p.Config.MaxClonesPerCoverage, m.dst))
-		m.full = true
+		m.full = &unit{phase: phaseMembers, shape: s, dst: m.dst()}
+		p.begin(m.full)
+		p.note(m.cov, fmt.Sprintf("no lock: more than %d routes and policies inside %s (max_clones_per_coverage)", p.Config.MaxClonesPerCoverage, m.dst()))
 		return true
 	}
 	for _, seed := range p.seeds(s, m) {
@@ -111,8 +155,8 @@ func (p *planner) pointsOf(s *shaped, m *member) ([]netip.Prefix, bool) {
 			}
 		}
 		for _, t := range p.byIfID {
-			for pfx, es := range t.Subnets(seed) {
-				if pfx == seed || !slices.ContainsFunc(es, func(e *entry) bool { _, some := e.takes(s.id.Flows); return some }) {
+			for pfx, e := range t.Subnets(seed) {
+				if pfx == seed || !e.anyTakes(s.id.Flows) {
 					continue
 				}
 				if points = append(points, pfx); full() {
@@ -124,26 +168,34 @@ func (p *planner) pointsOf(s *shaped, m *member) ([]netip.Prefix, bool) {
 	return points, true
 }
 
+// notFull takes back that there is too much to look at for a member.
+func (p *planner) notFull(m *member) {
+	if m.full != nil {
+		p.takeBack(m.full)
+		m.full = nil
+	}
+}
+
 // seeds are the destinations where a member's flows can need a clone: all of its destination,
 // or, for a policy with an if_id, those that routes through its xfrm interfaces leave of it.
 func (p *planner) seeds(s *shaped, m *member) []netip.Prefix {
-	if m.cov.Policy.IfID == 0 {
-		return []netip.Prefix{m.dst}
+	if m.cov.pol.IfID == 0 {
+		return []netip.Prefix{m.dst()}
 	}
 	var seeds []netip.Prefix
 	add := func(keys []routes.Key) {
 		for _, k := range keys {
-			if x, ok := routes.Intersect(k.Dst, m.dst); ok && k.Table == s.id.Table && !p.locked[k] {
+			if x, ok := routes.Intersect(k.Dst, m.dst()); ok && k.Table == s.id.Table && !p.locked[k] {
 				seeds = append(seeds, x)
 			}
 		}
 	}
-	for _, w := range p.waysOf(m.cov.Policy.IfID) {
-		for _, keys := range w.byDst.Supernets(m.dst) {
+	for _, w := range p.waysOf(m.cov.pol.IfID) {
+		for _, keys := range w.byDst.Supernets(m.dst()) {
 			add(keys)
 		}
-		for pfx, keys := range w.byDst.Subnets(m.dst) {
-			if pfx != m.dst {
+		for pfx, keys := range w.byDst.Subnets(m.dst()) {
+			if pfx != m.dst() {
 				add(keys)
 			}
 		}
@@ -208,7 +260,7 @@ func (p *planner) decide(s *shaped, x netip.Prefix, above *coverage) (Clone, *co
 	if own := r.Body.Metrics.AdvMSS; own != 0 {
 		adv = min(adv, own)
 	}
-	return Clone{Dst: x, Of: r, MTU: p.metric(mtu), AdvMSS: adv, Because: c.ID}, c
+	return Clone{Dst: x, Of: r, MTU: p.metric(mtu), AdvMSS: adv, Because: c.id()}, c
 }
 
 // loops reports whether the route leads to the loopback device, whose packets XFRM leaves alone
@@ -317,13 +369,13 @@ func (p *planner) winnerAt(s *shaped, x netip.Prefix, w way) *coverage {
 			p.note(e.cov, fmt.Sprintf("%s: a bypass with priority over this policy can leave flows to the device's own: no lock there", x))
 			for _, own := range p.applying(w, x, true) {
 				if own.cov != nil && own != e {
-					p.note(own.cov, fmt.Sprintf("%s: a bypass can leave it flows past policy %d: no lock there", x, e.cov.ID.Policy))
+					p.note(own.cov, fmt.Sprintf("%s: a bypass can leave it flows past policy %d: no lock there", x, e.cov.pol.Index))
 				}
 			}
 			return nil
 		}
 		for _, q := range parts {
-			if ahead := p.serving[serves{q, s.base}]; ahead == nil || ahead.order >= s.order || !ahead.takesAll(x, s) {
+			if ahead := q.servedBy(s.base); ahead == nil || ahead.order >= s.order || !ahead.takesAll(x, s) {
 				p.note(e.cov, fmt.Sprintf("%s: a policy with priority over this one takes a part of the flows: no lock there", x))
 				return nil
 			}
@@ -336,11 +388,11 @@ func (p *planner) winnerAt(s *shaped, x netip.Prefix, w way) *coverage {
 // takesAll reports whether the shape's table leaves nothing to a destination over for a shape
 // behind it, but where that one looks again.
 func (s *shaped) takesAll(x netip.Prefix, behind *shaped) bool {
-	if clone, ok := s.kept.LookupPrefix(x); !ok || clone == nil {
+	if because, ok := s.holds(x); !ok || because == nil {
 		return false
 	}
-	for y, clone := range s.kept.Subnets(x) {
-		if clone == nil {
+	for y, at := range s.points.Subnets(x) {
+		if at.has && at.because == nil {
 			if at, _, ok := behind.points.LookupPrefixLPM(y); !ok || at.Bits() <= x.Bits() {
 				return false
 			}

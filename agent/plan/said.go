@@ -2,6 +2,7 @@ package plan
 
 import (
 	"cmp"
+	"net/netip"
 	"slices"
 
 	"tsoagent/routes"
@@ -30,25 +31,59 @@ const (
 
 // unit is a piece of the planner's work.
 type unit struct {
+	shape *shaped      // of a destination in a table of ours
+	dst   netip.Prefix // that destination
+	first said         // of no coverage for nothing
+	rest  *rest        // nil for nothing
 	phase phase
-	shape *shaped    // of a destination in a table of ours
-	key   routes.Key // the route, or that destination
-	said  []said
-	index map[*coverage]int // where in said a coverage is, once there are many
+}
+
+// rest is what few units have.
+type rest struct {
+	route *routes.Key // the route of a trial
+	moreSaid
 }
 
 // said is what a unit says of one coverage.
 type said struct {
-	cov *coverage
-	at  int // where the unit is among those of the coverage
+	cov   *coverage
+	notes *[]string // nil for none. They can be shared, and are never changed
+	at    int32     // where the unit is among those of the coverage
 	// left is the least inner MTU found for the verdict, valid the one by a valid SA now; both in bytes, 0
 	// for none.
-	left, valid int
-	notes       []string
-	locked      []string
+	left, valid int32
+	locked      uint32 // so many of the notes, the last, say what is locked
+}
+
+// moreSaid is what a unit says of other coverages than the first. Most speak of one.
+type moreSaid struct {
+	list  []said
+	index map[*coverage]int // where in the list a coverage is, once there are many
 }
 
 const manySaid = 8
+
+// words are the notes, and what is locked.
+func (s *said) words() (notes, locked []string) {
+	if s.notes == nil {
+		return nil, nil
+	}
+	all := *s.notes
+	n := len(all) - int(s.locked)
+	return all[:n], all[n:]
+}
+
+// all yields what a unit says.
+func (u *unit) all(yield func(*said) bool) {
+	if u.first.cov != nil && !yield(&u.first) || u.rest == nil {
+		return
+	}
+	for i := range u.rest.list {
+		if !yield(&u.rest.list[i]) {
+			return
+		}
+	}
+}
 
 // begin makes a unit the one at work, and takes back what it has said before.
 func (p *planner) begin(u *unit) {
@@ -59,9 +94,11 @@ func (p *planner) begin(u *unit) {
 // beginOwn begins the unit of a phase that speaks of a coverage alone. Most have nothing to say, so that it becomes the coverage's
 // only when it says something.
 func (p *planner) beginOwn(c *coverage, at phase) {
-	if i := slices.IndexFunc(c.mine, func(u *unit) bool { return u.phase == at }); i >= 0 {
-		p.begin(c.mine[i])
-		return
+	if c.aside != nil {
+		if i := slices.IndexFunc(c.aside.mine, func(u *unit) bool { return u.phase == at }); i >= 0 {
+			p.begin(c.aside.mine[i])
+			return
+		}
 	}
 	if p.spare == nil {
 		p.spare = &unit{}
@@ -71,11 +108,14 @@ func (p *planner) beginOwn(c *coverage, at phase) {
 }
 
 func (p *planner) takeBack(u *unit) {
-	for i := range u.said {
-		p.touch(u.said[i].cov)
-		u.said[i].cov.forget(u.said[i].at)
+	for s := range u.all {
+		p.touch(s.cov)
+		s.cov.forget(s.at)
 	}
-	u.said, u.index = nil, nil
+	u.first = said{}
+	if u.rest != nil {
+		u.rest.moreSaid = moreSaid{}
+	}
 }
 
 // touch notes that what is said of a coverage is not what it was in the plan before.
@@ -86,7 +126,7 @@ func (p *planner) touch(c *coverage) {
 }
 
 // forget takes a unit from a coverage's; the last one takes its place.
-func (c *coverage) forget(at int) {
+func (c *coverage) forget(at int32) {
 	last := len(c.units) - 1
 	moved := c.units[last]
 	c.units[at] = moved
@@ -97,15 +137,22 @@ func (c *coverage) forget(at int) {
 
 // of is what the unit says of a coverage, nil if there is nothing yet.
 func (u *unit) of(c *coverage) *said {
-	if u.index != nil {
-		if i, ok := u.index[c]; ok {
-			return &u.said[i]
+	if u.first.cov == c {
+		return &u.first
+	}
+	if u.rest == nil {
+		return nil
+	}
+	more := &u.rest.moreSaid
+	if more.index != nil {
+		if i, ok := more.index[c]; ok {
+			return &more.list[i]
 		}
 		return nil
 	}
-	for i := range u.said {
-		if u.said[i].cov == c {
-			return &u.said[i]
+	for i := range more.list {
+		if more.list[i].cov == c {
+			return &more.list[i]
 		}
 	}
 	return nil
@@ -121,53 +168,80 @@ func (p *planner) on(c *coverage) *said {
 		return s
 	}
 	if u == p.spare {
-		c.mine, p.spare = append(c.mine, u), nil
+		a := c.besides()
+		a.mine, p.spare = append(a.mine, u), nil
 	}
 	p.touch(c)
-	u.said = append(u.said, said{cov: c, at: len(c.units)})
+	s := said{cov: c, at: int32(len(c.units))}
 	c.units = append(c.units, u)
+	if u.first.cov == nil {
+		u.first = s
+		return &u.first
+	}
+	if u.rest == nil {
+		u.rest = &rest{}
+	}
+	return u.rest.add(s)
+}
+
+func (m *moreSaid) add(s said) *said {
+	m.list = append(m.list, s)
 	switch {
-	case u.index != nil:
-		u.index[c] = len(u.said) - 1
-	case len(u.said) > manySaid:
-		u.index = make(map[*coverage]int, 2*manySaid)
-		for i := range u.said {
-			u.index[u.said[i].cov] = i
+	case m.index != nil:
+		m.index[s.cov] = len(m.list) - 1
+	case len(m.list) > manySaid:
+		m.index = make(map[*coverage]int, 2*manySaid)
+		for i := range m.list {
+			m.index[m.list[i].cov] = i
 		}
 	}
-	return &u.said[len(u.said)-1]
+	return &m.list[len(m.list)-1]
 }
 
 // note adds a sentence to a coverage's verdict, once.
 func (p *planner) note(c *coverage, text string) {
-	if s := p.on(c); !slices.Contains(s.notes, text) {
-		s.notes = append(s.notes, text)
+	s := p.on(c)
+	notes, locked := s.words()
+	if !slices.Contains(notes, text) {
+		all := slices.Concat(notes, []string{text}, locked)
+		s.notes = &all
 	}
+}
+
+// noteShared is the same for a list of one sentence that very many coverages hear.
+func (p *planner) noteShared(c *coverage, text *[]string) {
+	if s := p.on(c); s.notes == nil {
+		s.notes = text
+		return
+	}
+	p.note(c, (*text)[0])
 }
 
 // left says what inner MTU, in bytes, a coverage has somewhere: the verdict tells the least.
 func (p *planner) left(c *coverage, mtu int) {
-	if s := p.on(c); s.left == 0 || mtu < s.left {
-		s.left = mtu
+	if s := p.on(c); s.left == 0 || mtu < int(s.left) {
+		s.left = int32(mtu)
 	}
 }
 
 // valid says what inner MTU, in bytes, a coverage has by its valid SAs; of several the least.
 func (p *planner) valid(c *coverage, mtu int) {
-	if s := p.on(c); s.valid == 0 || mtu < s.valid {
-		s.valid = mtu
+	if s := p.on(c); s.valid == 0 || mtu < int(s.valid) {
+		s.valid = int32(mtu)
 	}
 }
 
 // locks says what is locked for a coverage.
 func (p *planner) locks(c *coverage, what string) {
 	s := p.on(c)
-	s.locked = append(s.locked, what)
+	notes, locked := s.words()
+	all := slices.Concat(notes, locked, []string{what})
+	s.notes, s.locked = &all, s.locked+1
 }
 
 // anyLocked reports whether something was locked for a coverage so far.
 func (c *coverage) anyLocked() bool {
-	return slices.ContainsFunc(c.units, func(u *unit) bool { return len(u.of(c).locked) > 0 })
+	return slices.ContainsFunc(c.units, func(u *unit) bool { return u.of(c).locked > 0 })
 }
 
 // sorted are the units that say something of a coverage, in order.
@@ -180,7 +254,10 @@ func (c *coverage) sorted() []*unit {
 		if a.shape != b.shape && a.shape != nil && b.shape != nil {
 			return cmp.Compare(a.shape.order, b.shape.order)
 		}
-		return a.key.Compare(b.key)
+		if a.phase == phaseTrials {
+			return a.rest.route.Compare(*b.rest.route)
+		}
+		return routes.ComparePrefix(a.dst, b.dst)
 	})
 	return units
 }

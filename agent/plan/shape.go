@@ -25,30 +25,55 @@ type shaped struct {
 	toAll, toServed []string
 
 	// What fill works out.
-	clones int                   // how many points have one, throws included
-	mtus   map[int]int           // how many clones have each MTU, in bytes
-	points bart.Table[*point]    // the destinations that were looked at
-	kept   bart.Table[*coverage] // that of a clone, nil for a throw
+	clones int                // how many points have one, throws included
+	mtus   map[int]int        // how many clones have each MTU, in bytes
+	points bart.Table[*point] // the destinations that were looked at
 	table  routes.TableID
-}
-
-// serves names the shape that serves an entry ahead of a rule.
-type serves struct {
-	e    *entry
-	base *routes.Rule
 }
 
 // member is a coverage in a shape, with the part of its destination that the base rule takes.
 type member struct {
 	cov    *coverage
 	shape  *shaped
-	base   *routes.Rule // that of its own part: rules of one priority that lead to one table share shapes
-	dst    netip.Prefix
-	nth    int  // of its coverage's members
-	at     int  // where it is among the shape's
-	full   bool // there is too much to look at
-	unit   unit // which says so
-	clones int  // how many are because of it
+	base   *routes.Rule  // that of its own part: rules of one priority that lead to one table share shapes
+	next   *member       // of its coverage's
+	part   *netip.Prefix // nil for its coverage's whole destination
+	full   *unit         // which says that there is too much to look at, nil if there is not
+	nth    int32         // of its coverage's members
+	at     int32         // where it is among the shape's
+	clones int32         // how many are because of it
+}
+
+// dst is the part of its coverage's destination.
+func (m *member) dst() netip.Prefix {
+	if m.part != nil {
+		return *m.part
+	}
+	return m.cov.sel().Dst
+}
+
+// each yields a member and those of its coverage that come after it. They can be taken out meanwhile.
+func (m *member) each(yield func(*member) bool) {
+	for m != nil {
+		next := m.next
+		if !yield(m) {
+			return
+		}
+		m = next
+	}
+}
+
+// servedBy is the shape that serves an entry ahead of a rule, nil for none.
+func (e *entry) servedBy(base *routes.Rule) *shaped {
+	var s *shaped
+	if e.cov != nil {
+		for m := range e.cov.members.each {
+			if m.shape.base == base {
+				s = m.shape
+			}
+		}
+	}
+	return s
 }
 
 // shape works out the tables of our own: for each shape of selectors, and each rule that
@@ -115,11 +140,11 @@ func (p *planner) empty(s *shaped) {
 		p.takeBack(&at.unit)
 	}
 	for _, m := range s.members {
-		p.takeBack(&m.unit)
+		p.notFull(m)
 		m.clones = 0
 	}
 	s.clones, s.mtus, s.table = 0, map[int]int{}, 0
-	s.points, s.kept = bart.Table[*point]{}, bart.Table[*coverage]{}
+	s.points = bart.Table[*point]{}
 	s.toAll, s.toServed = nil, nil
 }
 
@@ -155,8 +180,8 @@ func (p *planner) shapesOf(c *coverage) []placing {
 		// Its own lookups have the mark, and no packet: what it carries is locked on its routes.
 		return nil
 	}
-	if c.inexact != "" {
-		p.note(c, "no lock where other flows share a route: "+c.inexact)
+	if _, inexact := c.flows(); inexact != "" {
+		p.note(c, "no lock where other flows share a route: "+inexact)
 		return nil
 	}
 	var out []placing
@@ -183,9 +208,16 @@ func (p *planner) join(s *shaped, c *coverage, in placing, nth int) {
 	if p.follower != nil {
 		p.follower.regrouped = true
 	}
-	m := &member{cov: c, shape: s, base: in.base, dst: in.dst, nth: nth, at: len(s.members), unit: unit{phase: phaseMembers, shape: s, key: routes.Key{Dst: in.dst}}}
-	s.members, c.members = append(s.members, m), append(c.members, m)
-	p.serving[serves{c.entry, s.base}] = s
+	m := &member{cov: c, shape: s, base: in.base, nth: int32(nth), at: int32(len(s.members))}
+	if in.dst != c.sel().Dst {
+		m.part = &in.dst
+	}
+	s.members = append(s.members, m)
+	last := &c.members
+	for *last != nil {
+		last = &(*last).next
+	}
+	*last = m
 	if s.first == nil || m.ahead(s.first) {
 		s.first = m
 	}
@@ -193,7 +225,7 @@ func (p *planner) join(s *shaped, c *coverage, in placing, nth int) {
 
 // ahead says which of two members comes first in the kernel's order: a shape comes where its first does.
 func (m *member) ahead(o *member) bool {
-	return cmp.Or(m.cov.entry.rank.compare(o.cov.entry.rank), cmp.Compare(m.nth, o.nth)) < 0
+	return cmp.Or(m.cov.entry.compare(&o.cov.entry), cmp.Compare(m.nth, o.nth)) < 0
 }
 
 // allLocked reports whether all unicast routes that a part of the flows uses are locked in place,
@@ -234,11 +266,11 @@ func (p *planner) noteVRFsOf(covers []*coverage) {
 		}
 		for _, c := range covers {
 			// An xfrm interface's policies are those of its own routes.
-			if c.Policy.IfID != 0 || !c.tunnels {
+			if c.pol.IfID != 0 || !c.tunnels() {
 				continue
 			}
 			p.beginOwn(c, phaseVRFs)
-			m, inside := p.FIB.Cover(c.flows.Family, l.VRFTable, c.Selector.Dst)
+			m, inside := p.FIB.Cover(routes.Family(c.sel().Family), l.VRFTable, c.sel().Dst)
 			part := routes.Part{Containing: m, Inside: inside}
 			if p.leads(part) && !p.allLocked(part) {
 				p.note(c, fmt.Sprintf("VRF %s: flows inside of it have no lock in a table of our own", l.Name))

@@ -11,8 +11,8 @@ import (
 
 // Keep is a copy of the plan that stays as it is when its planner makes the next one.
 func (pl *Plan) Keep() *Plan {
-	kept := *pl.Complete()
-	kept.counts = nil
+	kept := *pl // whose verdicts go with it
+	kept.Complete().counts = nil
 	kept.Shapes = slices.Clone(pl.Shapes)
 	for i := range kept.Shapes {
 		sh := &kept.Shapes[i]
@@ -28,7 +28,7 @@ func (sh *Shape) Clones() iter.Seq[Clone] {
 	}
 	return func(yield func(Clone) bool) {
 		for _, at := range sh.live.points.AllSorted() {
-			if at.has && !yield(at.clone) {
+			if at.has && !yield(at.clone()) {
 				return
 			}
 		}
@@ -53,7 +53,7 @@ func (sh *Shape) Clone(dst netip.Prefix) (Clone, bool) {
 		return sh.kept[i], true
 	}
 	if at, ok := sh.live.points.Get(dst); ok && at.has {
-		return at.clone, true
+		return at.clone(), true
 	}
 	return Clone{}, false
 }
@@ -67,8 +67,12 @@ func (sh *Shape) Inside(dst netip.Prefix, a netip.Addr) (netip.Prefix, bool) {
 		}
 		return sh.kept[i].Dst, true
 	}
-	in, _, ok := sh.live.kept.LookupPrefixLPM(netip.PrefixFrom(a, a.BitLen()))
-	return in, ok && in.Bits() > dst.Bits()
+	for in, at := range sh.live.points.Supernets(netip.PrefixFrom(a, a.BitLen())) {
+		if at.has {
+			return in, in.Bits() > dst.Bits()
+		}
+	}
+	return netip.Prefix{}, false
 }
 
 // Causes are the coverages that ask for a hold of the plan, in the kernel's order.

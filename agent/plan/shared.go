@@ -22,7 +22,7 @@ func (p *planner) share() {
 	}
 	var wanted []laneWanted
 	for _, c := range p.covers {
-		if c.Maybe || c.Policy.IfID != 0 && p.cutOnCarrier(c) {
+		if c.maybe || c.pol.IfID != 0 && p.cutOnCarrier(c) {
 			continue
 		}
 		for _, l := range p.nics(c) {
@@ -185,8 +185,8 @@ func (p *planner) addLane(w laneWanted, lanes map[routes.Ifindex]*Lane) {
 	}
 	have.Matches = append(have.Matches, w.matches...)
 	switch { // on behalf of a device above, too
-	case w.cov != nil && !slices.Contains(have.Because, w.cov.ID):
-		have.Because = append(have.Because, w.cov.ID)
+	case w.cov != nil && !slices.Contains(have.Because, w.cov.id()):
+		have.Because = append(have.Because, w.cov.id())
 	case w.key != nil && !slices.Contains(have.Keys, w.key.key):
 		have.Keys = append(have.Keys, w.key.key)
 	default:
@@ -212,11 +212,11 @@ func (v *Verdict) lane(l *routes.Link) {
 
 // laneMatches are the packets of the coverage's outermost SAs as a NIC sees them.
 func laneMatches(c *coverage) []lane.Match {
-	if len(c.Steps) == 0 {
+	if len(c.steps) == 0 {
 		return nil
 	}
 	var out []lane.Match
-	for _, sa := range c.Steps[len(c.Steps)-1].SAs {
+	for _, sa := range c.steps[len(c.steps)-1].SAs {
 		m := lane.Match{Src: hostOrAny(sa.Src, sa.Family), Dst: hostOrAny(sa.Dst, sa.Family), Proto: uint8(sa.Proto)}
 		switch sa.Encap.Type {
 		case 0:
@@ -252,10 +252,10 @@ func (p *planner) nics(c *coverage) []*routes.Link {
 	oifs := map[routes.Ifindex]bool{}
 	if peers := outermost(c); len(peers) > 0 {
 		for _, peer := range peers {
-			oifs[p.Peers[peer].Oif] = true
+			oifs[p.wayTo(peer).path.Oif] = true
 		}
 	} else {
-		p.devicesOf(p.parts(c), c.Selector.Dst, p.holding(c), oifs)
+		p.devicesOf(p.parts(c), c.sel().Dst, p.holding(c), oifs)
 	}
 	return p.shareable(oifs)
 }
@@ -273,11 +273,11 @@ func (p *planner) shareable(oifs map[routes.Ifindex]bool) []*routes.Link {
 
 // outermost are the peers of the outermost template, none if it takes the flow's own addresses.
 func outermost(c *coverage) []Peer {
-	t := c.Policy.Templates[len(c.Policy.Templates)-1]
+	t := c.pol.Templates[len(c.pol.Templates)-1]
 	if t.TakesFlow() {
 		return nil
 	}
-	return peersOf(c.Coverage, t)
+	return peersOf(c, t)
 }
 
 // devicesOf adds the devices of the routes that flows to dst use.

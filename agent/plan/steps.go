@@ -1,7 +1,6 @@
 package plan
 
 import (
-	"cmp"
 	"maps"
 	"net/netip"
 	"slices"
@@ -12,12 +11,15 @@ import (
 // pending is where what is in place may differ from what is wanted: what changed since the last look, and what
 // differed then.
 type pending struct {
-	all   bool // nothing was looked at yet
+	all   bool // nothing was looked at yet: whatever else there is
 	dsts  map[netip.Prefix]struct{}
 	locks map[routes.Key]struct{}
 }
 
 func (p *pending) dst(dst netip.Prefix) {
+	if p.all {
+		return
+	}
 	if p.dsts == nil {
 		p.dsts = map[netip.Prefix]struct{}{}
 	}
@@ -25,6 +27,9 @@ func (p *pending) dst(dst netip.Prefix) {
 }
 
 func (p *pending) lock(k routes.Key) {
+	if p.all {
+		return
+	}
 	if p.locks == nil {
 		p.locks = map[routes.Key]struct{}{}
 	}
@@ -44,6 +49,7 @@ func (pl *Planner) Steps(in Input, held Held) Steps {
 	p.pending = pending{}
 	var s Steps
 	if todo.all {
+		todo = pending{}
 		p.pendAll(in, held, &todo)
 	}
 	p.stepRules(&s, stale)
@@ -56,8 +62,10 @@ func (pl *Planner) Steps(in Input, held Held) Steps {
 // pendAll makes everything that is wanted or in place something to look at.
 func (p *planner) pendAll(in Input, held Held, todo *pending) {
 	for _, s := range p.shapes {
-		for x := range s.kept.All() {
-			todo.dst(x)
+		for x, at := range s.points.All() {
+			if at.has {
+				todo.dst(x)
+			}
 		}
 	}
 	for _, f := range []routes.Family{routes.IPv4, routes.IPv6} {
@@ -91,46 +99,89 @@ func (p *planner) stepRules(s *Steps, stale bool) {
 	}
 }
 
+// found is a step for a clone, as far as the clone itself does not say it. There can be very many of them.
+type found struct {
+	dst   netip.Prefix
+	shape int // its place in the plan
+	rank  int
+	moved bool
+	old   []routes.Route
+}
+
+// stepClones compares what our tables hold at some destinations with what they are to hold. There can be very many of
+// both: they are put into order by destination first, and the steps not again.
 func (p *planner) stepClones(s *Steps, dsts map[netip.Prefix]struct{}, stale bool) {
 	if len(dsts) == 0 {
 		return
 	}
-	byTable := map[routes.Family]map[routes.TableID]*Shape{routes.IPv4: {}, routes.IPv6: {}}
-	order := map[ShapeID]int{}
-	for i := range p.plan.Shapes {
-		sh := &p.plan.Shapes[i]
-		byTable[sh.ID.Flows.Family][sh.Table], order[sh.ID] = sh, i
-	}
-	for dst := range dsts {
-		have := map[routes.TableID][]routes.Route{}
+	list := slices.AppendSeq(make([]netip.Prefix, 0, len(dsts)), maps.Keys(dsts))
+	slices.SortFunc(list, routes.ComparePrefix)
+	var steps []found
+	var have, at []routes.Route // at one destination, and in one table
+	same := sameWays{}
+	for _, dst := range list {
+		have = have[:0]
 		for r := range p.FIB.At(dst) {
 			if p.Config.OwnTable(r.Body.Table) && p.Config.OwnRoute(r) {
-				have[r.Body.Table] = append(have[r.Body.Table], r)
+				have = append(have, r)
 			}
 		}
-		for table, sh := range byTable[routes.FamilyOf(dst.Addr())] {
+		f := routes.FamilyOf(dst.Addr())
+		for i := range p.plan.Shapes {
+			sh := &p.plan.Shapes[i]
+			if sh.ID.Flows.Family != f {
+				continue
+			}
 			c, ok := sh.Clone(dst)
 			if !ok {
 				continue
 			}
-			if step, differs := cloneStep(c, have[table]); differs {
-				step.Table, step.Shape = table, sh.ID
-				s.Clones = append(s.Clones, step)
+			at = at[:0]
+			have = slices.DeleteFunc(have, func(r routes.Route) bool {
+				if r.Body.Table != sh.Table {
+					return false
+				}
+				at = append(at, r)
+				return true
+			})
+			if step, differs := cloneStep(c, at, same); differs {
+				steps = append(steps, found{dst, i, step.rank(), step.Moved, step.Old})
 				p.pending.dst(dst)
 			}
-			delete(have, table)
 		}
-		for _, rs := range have {
+		if len(have) > 0 {
 			p.pending.dst(dst)
 			if !stale {
-				s.DropClones = append(s.DropClones, rs...)
+				s.DropClones = append(s.DropClones, have...)
 			}
 		}
 	}
-	slices.SortFunc(s.Clones, func(a, b CloneStep) int {
-		return cmp.Or(cmp.Compare(a.rank(), b.rank()), cmp.Compare(order[a.Shape], order[b.Shape]), routes.ComparePrefix(a.Clone.Dst, b.Clone.Dst))
-	})
+	s.Clones = p.inOrder(steps)
 	sortDropped(s.DropClones)
+}
+
+// inOrder makes steps of what was found in the order of destinations: by their ranks, then by shapes.
+func (p *planner) inOrder(list []found) []CloneStep {
+	if len(list) == 0 {
+		return nil
+	}
+	shapes := len(p.plan.Shapes)
+	next := make([]int, ranks*shapes+1) // where the next step goes, by rank and shape
+	for i := range list {
+		next[list[i].rank*shapes+list[i].shape+1]++
+	}
+	for i := range next[1:] {
+		next[i+1] += next[i]
+	}
+	out := make([]CloneStep, len(list))
+	for i := range list {
+		f := &list[i]
+		sh, at := &p.plan.Shapes[f.shape], &next[f.rank*shapes+f.shape]
+		c, _ := sh.Clone(f.dst)
+		out[*at] = CloneStep{Table: sh.Table, Shape: sh.ID, Clone: c, Moved: f.moved, Old: f.old}
+		*at++
+	}
+	return out
 }
 
 func (p *planner) stepLocks(s *Steps, keys map[routes.Key]struct{}, held Held, stale bool) {

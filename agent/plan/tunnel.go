@@ -245,13 +245,13 @@ func (p *planner) takersOf(t *tunnel, o outerFlow, done map[*tunnel]bool) ([]*co
 		switch {
 		case !some:
 			continue
-		case e.cov == nil && e.block || e.cov == nil && below.drops():
+		case e.cov == nil && e.blocks() || e.cov == nil && below.drops():
 			// dropped; an xfrm interface or vti drops what its own lookup lets pass
 		case e.cov == nil:
 			partly = "a bypass policy takes a part of its outer packets"
 		default:
 			took = append(took, e.cov)
-			t.maybe = t.maybe || e.cov.Maybe
+			t.maybe = t.maybe || e.cov.maybe
 		}
 		if partly != "" {
 			break

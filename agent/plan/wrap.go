@@ -46,23 +46,23 @@ func (p *planner) wraps(t *tunnel) (int, string) {
 	mtu := path
 	for _, c := range t.own {
 		behind, why := path, ""
-		if !c.tunnels && p.takenAtRoute(t, c) {
+		if !c.tunnels() && p.takenAtRoute(t, c) {
 			behind, why = p.through(ways, path, func() []espPackets { return p.espFrom(t, c) })
 		}
-		left, status := c.MTU(p.peerMTU, behind)
+		left, status := c.whole().MTU(p.peerMTU, behind)
 		switch {
 		case why != "":
 			return 0, why
 		case t.loops:
 			return 0, fmt.Sprintf("the outer packets of %s go into itself", t.link.Name)
-		case status == xfrmwatch.MTUKnown && c.tunnels:
+		case status == xfrmwatch.MTUKnown && c.tunnels():
 			p.sayValid(c)
 		case status == xfrmwatch.MTUKnown:
 			p.valid(c, left)
-		case p.Last[c.ID] != 0:
-			left = min(p.Last[c.ID], behind)
+		case p.Last[c.id()] != 0:
+			left = min(p.Last[c.id()], behind)
 			p.note(c, fmt.Sprintf("%s; the last valid MTU stays", status))
-		case p.Config.PresumeMTU != 0 && !c.Maybe:
+		case p.Config.PresumeMTU != 0 && !c.maybe:
 			left = min(p.Config.PresumeMTU, behind)
 			p.note(c, fmt.Sprintf("%s; presume_mtu %d", status, p.Config.PresumeMTU))
 		default:

@@ -29,6 +29,11 @@ const (
 	exitUsage  = 2
 )
 
+// gcPercent is by which part of what is in use the heap may grow until garbage is collected. A gateway's tables stay for
+// days, and what changes them is little: half of the runtime's default doubles what collections cost in a storm, about a
+// second of CPU for a million events, and takes a quarter of the memory less. GOGC, as the environment has it, goes first.
+const gcPercent = 50
+
 func main() {
 	if err := newApp().Run(os.Args); err != nil {
 		var code cli.ExitCoder
@@ -179,6 +184,9 @@ func run(c *cli.Context) error {
 	watchdog, err := daemon.SdWatchdogEnabled(false)
 	if err != nil {
 		log.Warn("the watchdog's environment makes no sense: it is not fed", "err", err)
+	}
+	if os.Getenv("GOGC") == "" {
+		debug.SetGCPercent(gcPercent)
 	}
 	hup := make(chan os.Signal, 1)
 	signal.Notify(hup, syscall.SIGHUP)

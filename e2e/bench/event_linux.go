@@ -61,8 +61,9 @@ func (e *eventRun) measure() error {
 	if _, err := e.agent.quiet(settled); err != nil {
 		return err
 	}
-	// The shape of these policies has its rules from the first one on, which stays.
-	if err := e.byAgent(1, nil, nil); err != nil {
+	// The shape of these policies has its rules from the second one on: one destination alone stands in the rules, of several they say
+	// nothing. These two stay.
+	if err := e.byAgent(2, nil, nil); err != nil {
 		return err
 	}
 	first := e.added
@@ -219,6 +220,7 @@ func (e *eventRun) straightLine(n int) error {
 	lines := bufio.NewScanner(out)
 	lines.Scan() // it is ready
 	for range n {
+		wait(pause) // as the agent has it
 		took, err := e.add(straightProto)
 		if err != nil {
 			return err

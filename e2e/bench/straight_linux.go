@@ -16,21 +16,16 @@ import (
 //
 //	recvfrom  XFRM_MSG_NEWPOLICY         the event, and that there is no other
 //	pread64   twice                      whether the host forwards
-//	sendmsg   RTM_GETROUTE  recvfrom     the path to the tunnel's other end
-//	sendmsg   RTM_NEWROUTE  recvfrom     the clone with the locked MTU, acknowledged
-//	write                                the line of the log
-//	sendmsg   RTM_GETROUTE  recvfrom     three lookups of the covered flows: locally, as forwarded, without the rule
-//
-// The agent's answers end with an acknowledgement each, which costs another recvfrom: the answers here do, too.
+//	sendto    RTM_GETROUTE  recvfrom     the path to the tunnel's other end
+//	sendto    RTM_NEWROUTE  recvfrom     the clone with the locked MTU, acknowledged
+//	sendto    RTM_GETROUTE  recvfrom     where the covered flows go now
+//	write                                the line of the log, when all is done: neither has it in its time
 
 // straightTable is a table that no rule leads to, nor to the 99 behind it, straightProto the protocol of routes there.
 const (
 	straightTable = 9900
 	straightProto = 85
 )
-
-// lookupsAfter is how many lookups follow the write.
-const lookupsAfter = 3
 
 // Straight answers policy events in a straight line until the input ends, with a line for each: how many nanoseconds it took.
 func Straight(in io.Reader, out io.Writer) error {
@@ -79,7 +74,9 @@ func Straight(in io.Reader, out io.Writer) error {
 		if err := line.answer(p); err != nil {
 			return err
 		}
-		if _, err := fmt.Fprintln(out, time.Since(began).Nanoseconds()); err != nil {
+		took := time.Since(began)
+		fmt.Fprintf(os.Stderr, "level=INFO msg=\"route cloned with a locked mtu\" route=%s table=%d mtu=1400 because=\"a policy\"\n", p.Dst, straightTable)
+		if _, err := fmt.Fprintln(out, took.Nanoseconds()); err != nil {
 			return err
 		}
 	}
@@ -111,10 +108,10 @@ func (s *straight) answer(p Policy) error {
 			return err
 		}
 	}
-	if err := s.lookup(p.Peer, localEnd, 0); err != nil {
+	if err := s.lookup(p.Peer, localEnd); err != nil {
 		return err
 	}
-	err := s.ask(unix.RTM_NEWROUTE, unix.NLM_F_CREATE|unix.NLM_F_REPLACE, func(b []byte) []byte {
+	err := s.ask(unix.RTM_NEWROUTE, unix.NLM_F_CREATE|unix.NLM_F_REPLACE|unix.NLM_F_ACK, func(b []byte) []byte {
 		b = append(b, unix.AF_INET, byte(p.Dst.Bits()), 0, 0, unix.RT_TABLE_COMPAT, straightProto, unix.RT_SCOPE_UNIVERSE, unix.RTN_UNICAST, 0, 0, 0, 0)
 		b = attr32(b, unix.RTA_TABLE, straightTable)
 		b = attr(b, unix.RTA_DST, p.Dst.Addr().AsSlice())
@@ -125,17 +122,11 @@ func (s *straight) answer(p Policy) error {
 	if err != nil {
 		return fmt.Errorf("clone %s: %w", p.Dst, err)
 	}
-	fmt.Fprintf(os.Stderr, "level=INFO msg=\"route cloned with a locked mtu\" route=%s table=%d mtu=1400 because=\"a policy\"\n", p.Dst, straightTable)
-	for i := range lookupsAfter {
-		if err := s.lookup(p.Dst.Addr(), netip.Addr{}, i); err != nil {
-			return err
-		}
-	}
-	return nil
+	return s.lookup(p.Dst.Addr(), netip.Addr{})
 }
 
-// lookup asks for the route to an address; the mark makes lookups differ.
-func (s *straight) lookup(dst, src netip.Addr, mark int) error {
+// lookup asks for the route to an address.
+func (s *straight) lookup(dst, src netip.Addr) error {
 	err := s.ask(unix.RTM_GETROUTE, 0, func(b []byte) []byte {
 		bits := byte(0)
 		if src.IsValid() {
@@ -146,7 +137,7 @@ func (s *straight) lookup(dst, src netip.Addr, mark int) error {
 		if src.IsValid() {
 			b = attr(b, unix.RTA_SRC, src.AsSlice())
 		}
-		return attr32(b, unix.RTA_MARK, uint32(mark))
+		return b
 	})
 	if err != nil {
 		return fmt.Errorf("lookup %s: %w", dst, err)
@@ -154,11 +145,24 @@ func (s *straight) lookup(dst, src netip.Addr, mark int) error {
 	return nil
 }
 
+// ask makes one request and reads its one answer: an acknowledgement, where it asks for one, or a route.
 func (s *straight) ask(typ, flags uint16, fill func([]byte) []byte) error {
 	s.seq++
-	s.msg = message(s.msg[:0], typ, flags|unix.NLM_F_ACK, s.seq, fill)
+	s.msg = message(s.msg[:0], typ, flags, s.seq, fill)
 	if err := unix.Sendto(s.fd, s.msg, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
 		return err
 	}
-	return s.acked(s.seq)
+	var failed error
+	err := s.receive(func(h header, b []byte) bool {
+		if h.seq != s.seq {
+			failed = fmt.Errorf("an answer to %d, not to %d", h.seq, s.seq)
+		}
+		if h.typ == unix.NLMSG_ERROR && len(b) >= 4 {
+			if errno := int32(ne.Uint32(b)); errno != 0 {
+				failed = unix.Errno(-errno)
+			}
+		}
+		return true
+	})
+	return errors.Join(failed, err)
 }

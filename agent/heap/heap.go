@@ -1,0 +1,76 @@
+// Package heap gives memory back to the system that a process has no use for any more.
+//
+// Tables of a million routes are read once, and then little happens for days. The Go runtime collects garbage when the
+// heap has grown by a part of what was in use, so what the start or a large change left behind would stay for those days,
+// and more than the tables themselves take.
+package heap
+
+import (
+	"runtime/debug"
+	"sync"
+	"time"
+)
+
+const (
+	// large is how much work leaves garbage that is worth a collection, in events or coverages: some megabytes. A
+	// collection takes about a millisecond for each megabyte in use.
+	large = 20_000
+	// busy is how much work at once says that it goes on.
+	busy = 500
+	// quiet is how long it must not go on.
+	quiet = 2 * time.Second
+)
+
+// Keeper has memory given back when much was done and no more comes. Without work it does nothing, and wakes nobody.
+// The zero value is ready, nil is none. It is safe for concurrent use.
+type Keeper struct {
+	mu    sync.Mutex
+	done  int
+	timer *time.Timer // nil before the first; it runs where due
+	due   bool
+	free  func() // nil for the runtime's
+}
+
+// Did notes how much was done at once, in events or coverages.
+func (k *Keeper) Did(n int) {
+	if k == nil || n == 0 {
+		return
+	}
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.done += n; k.done < large || k.due && n < busy {
+		return
+	}
+	k.due = true
+	if k.timer == nil {
+		k.timer = time.AfterFunc(quiet, k.giveBack)
+		return
+	}
+	k.timer.Reset(quiet)
+}
+
+// Settled says that what was done is over, and no more of it comes: the start of an agent.
+func (k *Keeper) Settled() {
+	if k == nil {
+		return
+	}
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.done < large {
+		return
+	}
+	k.done, k.due = 0, false
+	k.timer.Stop()
+	go k.giveBack()
+}
+
+func (k *Keeper) giveBack() {
+	k.mu.Lock()
+	k.done, k.due = 0, false
+	free := k.free
+	k.mu.Unlock()
+	if free == nil {
+		free = debug.FreeOSMemory
+	}
+	free()
+}

@@ -1,0 +1,287 @@
+package routes
+
+import (
+	"net/netip"
+	"slices"
+)
+
+// findings are those of a dump that is being taken. They take effect at its end, all at once, so that no reader sees half of it. Of
+// the routes only those are held that the mirror does not have already; a destination with just the routes that the mirror has for it is
+// marked there. So a dump that finds nothing new needs no memory.
+//
+//	found before the end   in the mirror        after the end
+//	nothing                not marked           gone
+//	the same               marked               as it is
+//	something else         (not marked), other  other
+type findings struct {
+	scope  Scope
+	facts  *facts // of a full dump, else nil
+	mirror *store
+	other  store
+}
+
+// begin begins a dump. One that was not ended is given up.
+func (f *FIB) begin(scope Scope) {
+	f.giveUp()
+	if f.marks {
+		for _, t := range f.tables {
+			t.rewrite(func(_ netip.Prefix, n setNumber, _ bool) (setNumber, bool) { return n, true })
+		}
+		f.marks = false
+	}
+	f.dump = &findings{scope: scope, mirror: &f.store, other: newStore(f.sets)}
+	if !scope.RoutesOnly {
+		fresh := newFacts()
+		f.dump.facts = &fresh
+	}
+}
+
+func (f *FIB) giveUp() {
+	if f.dump != nil {
+		f.dump.other.release()
+		f.dump, f.marks = nil, true
+	}
+}
+
+// takes reports whether the event is an item of the dump. A partial one is of routes alone.
+func (d *findings) takes(ev Event) bool {
+	_, found := ev.(RouteSet)
+	return found || d.facts != nil
+}
+
+// apply takes an item.
+func (d *findings) apply(ev Event) (e Effect) {
+	switch ev := ev.(type) {
+	case RouteSet:
+		if !d.scope.shows(ev.Route.Body.Family) {
+			return Effect{}
+		}
+		if d.confirm(ev.Route) {
+			return Effect{Changed: d.facts != nil}
+		}
+		if d.facts == nil {
+			d.collect(ev.Route)
+			return Effect{}
+		}
+		ev.Append = true // a dump lists routes with one key in their order
+		e, _ = setRoute(d, ev)
+		return e
+	case RouteGone:
+		e, _ = removeRoute(d, ev.Route)
+		return e
+	}
+	e, _ = d.facts.apply(ev)
+	return e
+}
+
+// own takes what the program itself wrote. In a dump by device it counts where that shows it, or has shown what it replaces.
+func (d *findings) own(ev Event) {
+	switch ev := ev.(type) {
+	case RouteSet:
+		b := ev.Route.Body
+		if d.scope.shows(b.Family) && (d.scope.covers(b) || d.get(ev.Route.tableKey(), ev.Route.Dst) != nil) {
+			setRoute(d, ev)
+		}
+	case RouteGone:
+		removeRoute(d, ev.Route)
+	default:
+		if d.facts != nil {
+			d.facts.apply(ev)
+		}
+	}
+}
+
+// confirm marks a destination that has this route alone, which the dump finds the first time.
+func (d *findings) confirm(r Route) bool {
+	k := r.tableKey()
+	t := d.mirror.tables[k]
+	if t == nil {
+		return false
+	}
+	if o := d.other.tables[k]; o != nil {
+		if _, _, found := o.get(r.Dst); found {
+			return false
+		}
+	}
+	n, ok := d.mirror.sets.number(r.Body)
+	return ok && t.confirm(r.Dst, n)
+}
+
+// collect takes an item of a partial dump. One that is repeated brings what it has brought before again.
+func (d *findings) collect(r Route) {
+	k := r.tableKey()
+	if old := d.get(k, r.Dst); !slices.ContainsFunc(old, r.Body.same) {
+		d.replace(k, r.Dst, old, append(slices.Clone(old), r.Body))
+	}
+}
+
+// get returns what the dump has found so far to a destination.
+func (d *findings) get(k tableKey, dst netip.Prefix) []*Body {
+	if bodies := d.other.get(k, dst); bodies != nil {
+		return bodies
+	}
+	if t := d.mirror.tables[k]; t != nil {
+		if n, marked, _ := t.get(dst); marked {
+			return d.mirror.sets.paths(n).bodies
+		}
+	}
+	return nil
+}
+
+func (d *findings) replace(k tableKey, dst netip.Prefix, _, bodies []*Body) {
+	same := len(bodies) > 0 && slices.EqualFunc(d.mirror.get(k, dst), bodies, (*Body).same)
+	if t := d.mirror.tables[k]; t != nil {
+		t.mark(dst, same)
+	}
+	if same {
+		bodies = nil
+	}
+	d.other.put(k, dst, bodies)
+}
+
+// keep holds what was found to a destination, before the mirror has something else there.
+func (d *findings) keep(k tableKey, dst netip.Prefix) {
+	if bodies := d.get(k, dst); bodies != nil {
+		d.other.put(k, dst, bodies)
+		if t := d.mirror.tables[k]; t != nil {
+			t.mark(dst, false)
+		}
+	}
+}
+
+// shows reports whether a dump of the scope has routes of the family.
+func (s Scope) shows(f Family) bool { return s.Family == 0 || s.Family == f }
+
+// covers reports whether a dump of the scope has the route, if its family is shown.
+func (s Scope) covers(b *Body) bool { return s.Oif == 0 || leavesBy(b, s.Oif) }
+
+func (s Scope) coversAll(bodies []*Body) bool {
+	return s.Oif == 0 || !slices.ContainsFunc(bodies, func(b *Body) bool { return !s.covers(b) })
+}
+
+// end lets a dump take effect.
+func (f *FIB) end(scope Scope) (e Effect) {
+	d := f.dump
+	if d == nil || scope.RoutesOnly != (d.facts == nil) {
+		return Effect{}
+	}
+	f.dump = nil
+	var changed differences
+	if d.facts != nil {
+		e.Changed = true
+		changed.all = f.stale || !f.facts.same(d.facts)
+		if !changed.all { // what is equal keeps its pointers, by which others know it
+			d.facts.links, d.facts.sorted, d.facts.rules, d.facts.nexthops = f.links, f.sorted, f.rules, f.nexthops
+		}
+		f.facts, f.stale = *d.facts, false
+		f.devices = nil // made anew below
+	}
+	tell := func(k tableKey, dst netip.Prefix) {
+		e.Changed = true
+		changed.add(k, dst)
+	}
+	f.sweep(d, &e, tell)
+	f.takeOther(d, &e, tell)
+	if d.facts != nil {
+		f.pack()
+		f.indexAll()
+	}
+	changed.each(f.note)
+	return e
+}
+
+// sweep takes out what a dump has not found, and takes all marks away.
+func (f *FIB) sweep(d *findings, e *Effect, tell func(tableKey, netip.Prefix)) {
+	for k, t := range f.tables {
+		if !d.scope.shows(k.family) {
+			continue
+		}
+		other := d.other.tables[k]
+		t.rewrite(func(dst netip.Prefix, n setNumber, marked bool) (setNumber, bool) {
+			bodies := f.sets.paths(n).bodies
+			if marked {
+				if !d.scope.coversAll(bodies) {
+					e.doubt(k.family) // see next
+				}
+				return n, true
+			}
+			if !slices.ContainsFunc(bodies, d.scope.covers) {
+				return n, true
+			}
+			if other != nil {
+				if _, _, found := other.get(dst); found {
+					return n, true
+				}
+			}
+			left := slices.DeleteFunc(slices.Clone(bodies), d.scope.covers)
+			f.n += len(left) - len(bodies)
+			f.reindexed(dst, bodies, left)
+			tell(k, dst)
+			if len(left) == 0 {
+				f.sets.drop(n)
+				return 0, false
+			}
+			now := f.sets.use(left)
+			f.sets.drop(n)
+			return now, true
+		})
+		if t.size() == 0 {
+			delete(f.tables, k)
+		}
+	}
+}
+
+// takeOther puts in place what a dump has found that the mirror did not have.
+func (f *FIB) takeOther(d *findings, e *Effect, tell func(tableKey, netip.Prefix)) {
+	anew := d.facts != nil && f.n == 0
+	for k, t := range d.other.tables {
+		if anew {
+			t.all(func(dst netip.Prefix, _ setNumber) bool {
+				tell(k, dst)
+				return true
+			})
+			continue
+		}
+		t.all(func(dst netip.Prefix, n setNumber) bool {
+			old := f.get(k, dst)
+			next := d.next(k, old, f.sets.paths(n).bodies, e)
+			if !slices.EqualFunc(old, next, (*Body).same) {
+				f.replace(k, dst, old, next)
+				tell(k, dst)
+			}
+			return true
+		})
+	}
+	if anew {
+		f.store = d.other
+		return
+	}
+	d.other.release()
+}
+
+// next are the routes to a destination of which some were found.
+func (d *findings) next(k tableKey, old, found []*Body, e *Effect) []*Body {
+	next := slices.Clone(found)
+	slices.SortStableFunc(next, before)
+	for _, b := range old {
+		switch {
+		case d.scope.covers(b):
+		case slices.ContainsFunc(found, b.sameKey):
+			// Replaced by what was found, or an alias of it: only a dump of both tells.
+			e.doubt(k.family)
+		default:
+			next = insertBody(next, b, false)
+		}
+	}
+	return next
+}
+
+// doubt asks for a dump of the family.
+func (e *Effect) doubt(family Family) {
+	switch {
+	case e.Resync == nil:
+		e.Resync = &Scope{RoutesOnly: true, Family: family}
+	case e.Resync.Family != family:
+		e.Resync.Family = 0 // both families have such routes
+	}
+}
