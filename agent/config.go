@@ -24,9 +24,9 @@ import (
 
 	"tsoagent/agent/netns"
 	"tsoagent/agent/plan"
-	"tsoagent/agent/trust"
 	"tsoagent/ethtool"
 	"tsoagent/routes"
+	"tsoagent/trust"
 )
 
 // OnStop says what happens to holds and locks when the agent is told to stop.

@@ -11,7 +11,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"tsoagent/agent/trust"
+	"tsoagent/trust"
 )
 
 // A directory is an open directory; everything in it is reached through its descriptor, so that

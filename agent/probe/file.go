@@ -7,7 +7,7 @@ import (
 	"os"
 	"path/filepath"
 
-	"tsoagent/agent/trust"
+	"tsoagent/trust"
 )
 
 // DefaultStateDir is where the result is kept.
