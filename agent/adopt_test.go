@@ -273,10 +273,15 @@ func TestEntriesThatCannotBeUsedAreReported(t *testing.T) {
 
 // The index of a device that is gone can be given to another one.
 // TestHoldGoesWithARenamedDevice: without a permanent address its name tells it from another one.
-func TestHoldGoesWithARenamedDevice(t *testing.T) {
+func TestHoldGoesWithARenamedDevice(t *testing.T) { holdGoesWith(t, "vpn0") }
+
+// The journal is JSON, which can't have a byte that is no UTF-8.
+func TestHoldGoesWithANameThatIsNoText(t *testing.T) { holdGoesWith(t, "v\x9bpn\xff\xfe") }
+
+func holdGoesWith(t *testing.T, name string) {
 	w := coveredWorld(t)
 	l := *w.kernel.Link(ipsec1)
-	l.Name = "vpn0"
+	l.Name = name
 	w.rename(&l)
 	w.routing(routes.LinkSet{Link: &l})
 	w.settle()
@@ -286,7 +291,7 @@ func TestHoldGoesWithARenamedDevice(t *testing.T) {
 	if ops := w.took(); len(ops) > 0 {
 		t.Errorf("written:\n%s", strings.Join(ops, "\n"))
 	}
-	if h := w.hold(tso); h.State != StateInPlace || h.Device != "vpn0" {
+	if h := w.hold(tso); h.State != StateInPlace || h.Device != name {
 		t.Errorf("the report says %+v", h)
 	}
 	w.dumpXFRM()

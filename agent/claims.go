@@ -271,7 +271,7 @@ func (a *Agent) checkAdopted() {
 			continue
 		}
 		l := a.st.fib.Link(routes.Ifindex(k.Index))
-		if l == nil || (l.Name == c.Device.Name && l.PermAddr == c.PermAddr) || (l.PermAddr != "" && l.PermAddr == c.PermAddr) {
+		if l == nil || (sameName(l.Name, c.Device.Name) && l.PermAddr == c.PermAddr) || (l.PermAddr != "" && l.PermAddr == c.PermAddr) {
 			continue // gone ones are dropped by the first plan
 		}
 		a.findings = append(a.findings, fmt.Sprintf("device %d is %s now and not %s: its features stay as they are", k.Index, l.Name, c.Device.Name))

@@ -26,6 +26,7 @@ import (
 	"tsoagent/agent/plan"
 	"tsoagent/ethtool"
 	"tsoagent/routes"
+	"tsoagent/trust"
 )
 
 // OnStop says what happens to holds and locks when the agent is told to stop.
@@ -209,6 +210,22 @@ func LoadConfig(file string) (Config, error) {
 		return Config{}, fmt.Errorf("agent: read the configuration: %w", err)
 	}
 	defer f.Close()
+	return ReadConfig(f, file)
+}
+
+// LoadOwnConfig is LoadConfig of what decides what root does: a regular file that somebody else can write to is refused
+// (os.ErrPermission).
+func LoadOwnConfig(file string) (Config, error) {
+	f, err := os.Open(file)
+	if err != nil {
+		return Config{}, fmt.Errorf("agent: read the configuration: %w", err)
+	}
+	defer f.Close()
+	if st, err := f.Stat(); err == nil && st.Mode().IsRegular() {
+		if err := trust.Check(f); err != nil {
+			return Config{}, fmt.Errorf("agent: read the configuration: %w", err)
+		}
+	}
 	return ReadConfig(f, file)
 }
 

@@ -41,7 +41,7 @@ type deviceMTU struct {
 }
 
 func (d deviceMTU) is(l *routes.Link) bool {
-	return l.Name == d.Name || l.Kind == d.Kind && l.IfID == d.IfID && l.PermAddr == d.PermAddr
+	return sameName(l.Name, d.Name) || l.Kind == d.Kind && l.IfID == d.IfID && l.PermAddr == d.PermAddr
 }
 
 func mtuDeviceID(i routes.Ifindex) string { return fmt.Sprintf("device-mtu/%d", i) }

@@ -121,7 +121,7 @@ func (d *movedDevice) same(l *routes.Link) bool {
 // back reports whether a link that appeared in the old namespace is the device, of whose way back
 // the kernel tells nothing.
 func (d *movedDevice) back(l *routes.Link) bool {
-	return d.same(l) && (l.Name == d.Name || l.Name == d.There || l.Index == d.Index || d.Kind == "" && d.PermAddr != "")
+	return d.same(l) && (sameName(l.Name, d.Name) || sameName(l.Name, d.There) || l.Index == d.Index || d.Kind == "" && d.PermAddr != "")
 }
 
 // nicKey is by what a NIC is known in whatever namespace, empty for other devices and the loopback.
@@ -164,7 +164,7 @@ func (a *Agent) departed(ev routes.LinkGone) {
 	}
 	d := movedFrom(l, ev.To)
 	for _, k := range a.st.holdsOn(l.Index) {
-		if c := a.st.holds[k]; a.lastP != nil || c.Device.Name == l.Name && c.PermAddr == l.PermAddr {
+		if c := a.st.holds[k]; a.lastP != nil || sameName(l.Name, c.Device.Name) && c.PermAddr == l.PermAddr {
 			d.Features = append(d.Features, k.Feature)
 		}
 	}

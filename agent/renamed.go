@@ -8,6 +8,10 @@ import (
 	"tsoagent/routes"
 )
 
+// sameName reports whether a name that a link has is one that the journal has. The journal is JSON, which has U+FFFD for each byte that is
+// no UTF-8, and the kernel takes any for a name (dev_valid_name, net/core/dev.c).
+func sameName(link, noted string) bool { return link == noted || string([]rune(link)) == noted }
+
 // renamed books the holds on a device under the name that it has now. Most devices with holds have
 // no permanent address, so that a later run, or `tsoctl restore`, knows them by name and index.
 func (a *Agent) renamed(l *routes.Link) {

@@ -12,10 +12,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"tsoagent/failpoint"
+	"tsoagent/trust"
 )
-
-// openFlags never follow a link, never leak to a child and never hang on a FIFO.
-const openFlags = unix.O_NOFOLLOW | unix.O_CLOEXEC | unix.O_NONBLOCK
 
 // A directory is an open directory; everything in it is reached through its descriptor, so that
 // nobody can put another one in its place.
@@ -33,7 +31,7 @@ func openDirectory(path string, create bool) (*directory, error) {
 			return nil, err
 		}
 	}
-	fd, err := unix.Open(path, openFlags|unix.O_DIRECTORY|unix.O_RDONLY, 0)
+	fd, err := unix.Open(path, trust.OpenFlags|unix.O_DIRECTORY|unix.O_RDONLY, 0)
 	if errors.Is(err, unix.ENOTDIR) || errors.Is(err, unix.ELOOP) {
 		return nil, fmt.Errorf("%s is a symbolic link or no directory; name the directory itself: %w", path, err)
 	}
@@ -41,33 +39,16 @@ func openDirectory(path string, create bool) (*directory, error) {
 		return nil, &os.PathError{Op: "open", Path: path, Err: err}
 	}
 	d := &directory{os.NewFile(uintptr(fd), path), path}
-	if err := trust(d.File); err != nil {
+	if err := trust.Check(d.File); err != nil {
 		return nil, errors.Join(err, d.Close())
 	}
 	return d, nil
 }
 
-// trust refuses a file that somebody else could have made or could write to.
-func trust(f *os.File) error {
-	var st unix.Stat_t
-	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
-		return &os.PathError{Op: "stat", Path: f.Name(), Err: err}
-	}
-	if st.Uid != 0 && st.Uid != uint32(os.Geteuid()) {
-		return fmt.Errorf("%s belongs to user %d, not to root or to user %d; look at what is in it, then remove it or give it to root: %w",
-			f.Name(), st.Uid, os.Geteuid(), os.ErrPermission)
-	}
-	if st.Mode&unix.S_IWOTH != 0 {
-		return fmt.Errorf("%s is writable for everybody (mode %04o); look at what is in it, then run chmod o-w %s: %w",
-			f.Name(), st.Mode&0o7777, f.Name(), os.ErrPermission)
-	}
-	return nil
-}
-
 // open opens a regular file in the directory, and creates it (0640) if flags say so.
 func (d *directory) open(name string, flags int) (*os.File, error) {
 	path := filepath.Join(d.path, name)
-	fd, err := unix.Openat(int(d.Fd()), name, openFlags|flags, 0o640)
+	fd, err := unix.Openat(int(d.Fd()), name, trust.OpenFlags|flags, 0o640)
 	if errors.Is(err, unix.ELOOP) {
 		return nil, fmt.Errorf("%s is a symbolic link; look at where it leads, then remove it: %w", path, err)
 	}
@@ -75,7 +56,7 @@ func (d *directory) open(name string, flags int) (*os.File, error) {
 		return nil, &os.PathError{Op: "open", Path: path, Err: err}
 	}
 	f := os.NewFile(uintptr(fd), path)
-	if err := trust(f); err != nil {
+	if err := trust.Check(f); err != nil {
 		return nil, errors.Join(err, f.Close())
 	}
 	if st, err := f.Stat(); err != nil || !st.Mode().IsRegular() {

@@ -298,6 +298,13 @@ func TestUntrustedPlacesAreRefused(t *testing.T) {
 		{"directory is somebody's", func(dir string) error {
 			return errors.Join(os.Mkdir(dir, 0o750), os.Chown(dir, 4711, 4711))
 		}, "belongs to user 4711"},
+		{"directory is writable for a group", func(dir string) error {
+			return errors.Join(os.Mkdir(dir, 0o750), os.Chown(dir, 0, 4711), os.Chmod(dir, 0o770))
+		}, "chmod g-w"},
+		{"journal is writable for a group", func(dir string) error {
+			path := filepath.Join(dir, fileName)
+			return errors.Join(os.Mkdir(dir, 0o750), os.WriteFile(path, nil, 0o640), os.Chown(path, 0, 4711), os.Chmod(path, 0o660))
+		}, "chmod g-w"},
 		{"journal is somebody's", func(dir string) error {
 			path := filepath.Join(dir, fileName)
 			return errors.Join(os.Mkdir(dir, 0o750), os.WriteFile(path, nil, 0o640), os.Chown(path, 4711, 4711))

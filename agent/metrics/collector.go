@@ -135,7 +135,7 @@ func (c *Collector) Collect(ch chan<- prometheus.Metric) {
 	}
 	states.send(Namespaces, send)
 	for _, o := range c.source.Observations() {
-		p := page{report: o.Report, figures: o.Figures, netns: cmp.Or(o.Netns, netns.Host), out: send}
+		p := page{report: o.Report, figures: o.Figures, netns: text(cmp.Or(o.Netns, netns.Host)), out: send}
 		p.kernel()
 		p.coverages()
 		p.changes()

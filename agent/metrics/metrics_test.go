@@ -218,19 +218,21 @@ func TestLabelsAreBounded(t *testing.T) {
 	}
 }
 
-// A device's name is bytes: those that are no UTF-8 can't be a label as they are, and one such device must not cost the whole page.
+// A device's name is bytes: those that are no UTF-8 can't be a label as they are, and one such device must not cost the whole page. Others
+// would be obeyed by the terminal of who looks at it.
 func TestNamesThatAreNoText(t *testing.T) {
 	const odd = "n\xffx\"1"
+	const wild = "a\x1b[31m\u009b\x7f\\é<"
 	r := agent.Report{
 		Holds:  []agent.HoldReport{{Device: odd, Feature: "tx-tcp-segmentation", State: agent.StateInPlace}},
-		Locks:  []agent.LockReport{{Route: "10.2.0.0/16", MTU: 1400, Devices: []string{odd, "n\xfe"}, State: agent.StateInPlace}},
+		Locks:  []agent.LockReport{{Route: "10.2.0.0/16", MTU: 1400, Devices: []string{odd, "n\xfe", wild}, State: agent.StateInPlace}},
 		Clones: []agent.CloneReport{{Dst: "10.3.0.0/16", MTU: 1300, Devices: []string{odd}, State: agent.StateInPlace}},
 	}
 	f := agent.Figures{Features: []agent.ManagedFeature{{Device: odd, Feature: "tx-tcp-segmentation", Active: true}}}
 	page := scrape(t, NewCollector("v1", only{&r, &f}))
 	for _, want := range []string{
 		`tsoagent_holds{device="n\\xffx\"1",netns="host",state="in place"} 1`, `tsoagent_feature_active{device="n\\xffx\"1",feature="tx-tcp-segmentation",netns="host"} 1`,
-		`tsoagent_locks{device="n\\xfe",netns="host",state="in place"} 1`, `tsoagent_lock_mtu_min_bytes{device="n\\xffx\"1",netns="host"} 1300`,
+		`tsoagent_locks{device="n\\xfe",netns="host",state="in place"} 1`, `tsoagent_locks{device="a\\x1b[31m\\u009b\\x7f\\é<",netns="host",state="in place"} 1`, `tsoagent_lock_mtu_min_bytes{device="n\\xffx\"1",netns="host"} 1300`,
 	} {
 		if !strings.Contains(page, want+"\n") {
 			t.Errorf("the page doesn't have %s", want)

@@ -4,6 +4,7 @@ package metrics
 
 import (
 	"fmt"
+	"strconv"
 	"strings"
 	"unicode/utf8"
 )
@@ -86,18 +87,19 @@ const (
 )
 
 // text is a device's name as a label: the kernel takes any byte for one (dev_valid_name, net/core/dev.c), a label is UTF-8, and a single one
-// that isn't would cost the whole page. A byte that is none is written as \xff.
+// that isn't would cost the whole page. A byte that is none is written as \xff, and what can't be printed, which the terminal of who
+// looks at the page would obey, as \x1b or \u009b.
 func text(name string) string {
-	if utf8.ValidString(name) {
-		return name
-	}
 	var b strings.Builder
 	for len(name) > 0 {
 		r, size := utf8.DecodeRuneInString(name)
-		if r == utf8.RuneError && size == 1 {
-			fmt.Fprintf(&b, `\x%02x`, name[0])
-		} else {
+		switch {
+		case strconv.IsPrint(r) && (r != utf8.RuneError || size > 1):
 			b.WriteString(name[:size])
+		case size == 1:
+			fmt.Fprintf(&b, `\x%02x`, name[0])
+		default:
+			fmt.Fprintf(&b, `\u%04x`, r)
 		}
 		name = name[size:]
 	}

@@ -79,19 +79,18 @@ func Serve(ctx context.Context, l net.Listener, webConfig string, c prometheus.C
 	loud := slog.New(warnings{log.Handler()})
 	errorLog := slog.NewLogLogger(loud.Handler(), slog.LevelDebug) // what clients do wrong is their own affair
 	mux := http.NewServeMux()
-	mux.Handle("GET /metrics", promhttp.HandlerFor(reg, promhttp.HandlerOpts{
-		ErrorLog: gathering{loud}, MaxRequestsInFlight: 4, Timeout: 10 * time.Second,
-	}))
+	mux.Handle("GET /metrics", inTurn(promhttp.HandlerFor(reg, promhttp.HandlerOpts{ErrorLog: gathering{loud}})))
 	mux.Handle("GET /{$}", pageHandler("index.html"))
 	mux.Handle("GET /status.js", pageHandler("status.js"))
 	mux.Handle("GET /status.css", pageHandler("status.css"))
 	srv := &http.Server{
-		Handler: mux, ErrorLog: errorLog, ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 10 * time.Second,
-		WriteTimeout: 30 * time.Second, IdleTimeout: 2 * time.Minute, MaxHeaderBytes: 16 << 10,
+		Handler: attended(mux), ErrorLog: errorLog, ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 10 * time.Second,
+		WriteTimeout: 30 * time.Second, IdleTimeout: 2 * time.Minute, MaxHeaderBytes: 16 << 10, ConnContext: withGuest,
+		HTTP2: &http.HTTP2Config{MaxConcurrentStreams: maxStreams},
 	}
 	stop := context.AfterFunc(ctx, func() { _ = srv.Close() })
 	defer stop()
-	if err := web.Serve(l, srv, &web.FlagConfig{WebConfigFile: &webConfig}, loud); !errors.Is(err, http.ErrServerClosed) {
+	if err := web.Serve(newCrowd(l), srv, &web.FlagConfig{WebConfigFile: &webConfig}, loud); !errors.Is(err, http.ErrServerClosed) {
 		return errors.Join(fmt.Errorf("metrics: %w", err), l.Close())
 	}
 	return nil

@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+
+	"tsoagent/trust"
 )
 
 // DefaultStateDir is where the result is kept.
@@ -30,10 +32,13 @@ func Writable(stateDir string) error {
 	return nil
 }
 
-// Load reads a result. The error is os.ErrNotExist (errors.Is) where there is none. Whether it
+// maxResult bounds a result's file, in bytes. One with all cases has less than a tenth of that.
+const maxResult = 1 << 20
+
+// Load reads a result, if nobody but root, or who asks, can have written it. The error is os.ErrNotExist (errors.Is) where there is none. Whether it
 // is of the kernel that runs, Valid tells.
 func Load(path string) (*Result, error) {
-	b, err := os.ReadFile(path)
+	b, err := trust.ReadFile(path, maxResult)
 	if err != nil {
 		return nil, fmt.Errorf("probe: %w", err)
 	}

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
 )
 
 func thisKernel() Identity {
@@ -87,6 +88,26 @@ func TestSavedResultIsLoadedAsItWas(t *testing.T) {
 	entries, err := os.ReadDir(filepath.Dir(path))
 	if err != nil || len(entries) != 1 {
 		t.Errorf("got %v, %v in the directory; want the result alone", entries, err)
+	}
+}
+
+// The result decides what keeps its offload: it is root's, or nobody's. A FIFO must not hold up the agent's start.
+func TestLoadRefusesWhatOthersCanHaveMade(t *testing.T) {
+	for says, prepare := range map[string]func(path string) error{
+		"symbolic link":   func(path string) error { return os.Symlink("/etc/hostname", path) },
+		"no regular file": func(path string) error { return unix.Mkfifo(path, 0o644) },
+		"writable for everybody": func(path string) error {
+			return errors.Join(os.WriteFile(path, []byte("{}"), 0o644), os.Chmod(path, 0o666))
+		},
+		"is larger than": func(path string) error { return errors.Join(os.WriteFile(path, nil, 0o644), os.Truncate(path, 1<<40)) },
+	} {
+		path := filepath.Join(t.TempDir(), "probe.json")
+		if err := prepare(path); err != nil {
+			t.Fatal(err)
+		}
+		if r, err := Load(path); err == nil || !strings.Contains(err.Error(), says) {
+			t.Errorf("got %v, %v; want an error that says %q", r, err, says)
+		}
 	}
 }
 

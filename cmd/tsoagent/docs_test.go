@@ -1,7 +1,9 @@
 package main
 
 import (
+	"io/fs"
 	"os"
+	"path/filepath"
 	"reflect"
 	"regexp"
 	"strings"
@@ -95,4 +97,35 @@ func TestEveryFlagIsDocumented(t *testing.T) { commandtest.Documented(t, newApp(
 func TestManualPages(t *testing.T) {
 	manualtest.Written(t, newApp(), "tsoagent.8", "tsoagent-run.8")
 	manualtest.Clean(t, &pages, newApp())
+}
+
+// TestThreatModelNamesTests holds docs/threat-model.md to the tests that it names, and the scripts.
+func TestThreatModelNamesTests(t *testing.T) {
+	known := map[string]bool{}
+	err := filepath.WalkDir("../..", func(path string, d fs.DirEntry, err error) error {
+		if err != nil || d.IsDir() {
+			return err
+		}
+		known[d.Name()] = true
+		if !strings.HasSuffix(path, "_test.go") {
+			return nil
+		}
+		b, err := os.ReadFile(path)
+		for _, m := range regexp.MustCompile(`(?m)^func ((?:Test|Fuzz)\w+)\(`).FindAllSubmatch(b, -1) {
+			known[string(m[1])] = true
+		}
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	named := regexp.MustCompile(`\b(Test|Fuzz)[A-Z]\w+|\w+\.txtar`).FindAllString(document(t, "threat-model.md"), -1)
+	if len(named) < 40 {
+		t.Fatalf("it names %d tests only", len(named))
+	}
+	for _, name := range named {
+		if !known[name] {
+			t.Errorf("docs/threat-model.md names %s, which is nowhere", name)
+		}
+	}
 }

@@ -9,6 +9,8 @@ import (
 	"sync"
 
 	"golang.org/x/sys/unix"
+
+	"tsoagent/cmd/internal/inert"
 )
 
 // toJournal reports whether a file is the journal's own (JOURNAL_STREAM, systemd.exec(5)), which notes the time
@@ -41,7 +43,7 @@ func newHandler(w io.Writer, format string, level slog.Level, journal bool) (slo
 	case "text":
 		h = slog.NewTextHandler(w, opts)
 	case "json":
-		h = slog.NewJSONHandler(w, opts)
+		h = slog.NewJSONHandler(inert.JSONWriter{Writer: w}, opts)
 	default:
 		return nil, fmt.Errorf("--log-format: %q is not one of text, json", format)
 	}

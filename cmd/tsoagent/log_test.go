@@ -6,6 +6,7 @@ import (
 	"io"
 	"log/slog"
 	"os"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -91,6 +92,25 @@ func TestLinesKeepTheirPriorities(t *testing.T) {
 	}
 	if n != 800 {
 		t.Errorf("%d lines, want 800", n)
+	}
+}
+
+// A device's name has any byte but a few, and a process's any. A line stays one line, and a terminal obeys nothing in it.
+func TestLogsObeyNoNames(t *testing.T) {
+	const evil = "a\x1b]0;x\x07\n<3>b\u009b31m\u202ec\x9bd\x7f"
+	for _, format := range []string{"text", "json"} {
+		for _, journal := range []bool{false, true} {
+			var out bytes.Buffer
+			h, err := newHandler(&out, format, slog.LevelInfo, journal)
+			if err != nil {
+				t.Fatal(err)
+			}
+			slog.New(h).With("netns", evil).Info("held", "device", evil, "err", fmt.Errorf("%s: no", evil), "all", []string{evil})
+			got, ended := strings.CutSuffix(out.String(), "\n")
+			if i := strings.IndexFunc(got, func(r rune) bool { return !strconv.IsPrint(r) }); i >= 0 || !ended {
+				t.Errorf("%s, to the journal %v: %q", format, journal, got)
+			}
+		}
 	}
 }
 

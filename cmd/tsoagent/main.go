@@ -19,6 +19,7 @@ import (
 
 	"tsoagent/agent"
 	"tsoagent/agent/metrics"
+	"tsoagent/cmd/internal/inert"
 	"tsoagent/cmd/internal/manual"
 )
 
@@ -36,7 +37,7 @@ const gcPercent = 50
 func main() {
 	if err := newApp().Run(os.Args); err != nil {
 		var code cli.ExitCoder
-		fmt.Fprintln(os.Stderr, "tsoagent:", err)
+		fmt.Fprintln(inert.Writer{Writer: os.Stderr}, "tsoagent:", err)
 		if errors.As(err, &code) {
 			os.Exit(code.ExitCode())
 		}
@@ -114,7 +115,7 @@ func load(c *cli.Context) (agent.Config, error) {
 	var cfg agent.Config
 	if file := c.String("config"); file != "" {
 		var err error
-		if cfg, err = agent.LoadConfig(file); err != nil {
+		if cfg, err = agent.LoadOwnConfig(file); err != nil {
 			return cfg, configError(file, err)
 		}
 	}

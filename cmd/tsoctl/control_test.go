@@ -13,6 +13,7 @@ import (
 
 	"tsoagent/agent"
 	"tsoagent/agent/api"
+	"tsoagent/cmd/internal/inert"
 	"tsoagent/cmd/internal/manual/manualtest"
 )
 
@@ -73,9 +74,9 @@ func TestPainterKeepsTextAndColumns(t *testing.T) {
 		t.Errorf("got\n%q, want\n%q", b.String(), want)
 	}
 	b.Reset()
-	statusTable(page{plain{&painter{w: &b}}, 80}, degradedReport())
+	statusTable(page{inert.Writer{Writer: &painter{w: &b}}, 80}, degradedReport())
 	var bare bytes.Buffer
-	statusTable(page{plain{&bare}, 80}, degradedReport())
+	statusTable(page{inert.Writer{Writer: &bare}, 80}, degradedReport())
 	text := strings.NewReplacer(plainly, "", bold, "", red, "", green, "", yellow, "").Replace(b.String())
 	if text != bare.String() || b.String() == text {
 		t.Errorf("in colour it says\n%s\nelse\n%s", text, bare.String())

@@ -11,6 +11,7 @@ import (
 
 	"tsoagent/agent/api"
 	"tsoagent/agent/client"
+	"tsoagent/cmd/internal/inert"
 )
 
 func eventsCommand() *cli.Command {
@@ -47,7 +48,7 @@ func showEvents(c *cli.Context) error {
 			if err != nil {
 				return err
 			}
-			_, err = c.App.Writer.Write(append(inert(b), '\n'))
+			_, err = c.App.Writer.Write(append(inert.JSON(b), '\n'))
 			return err
 		case "yaml":
 			if _, err := fmt.Fprintln(c.App.Writer, "---"); err != nil {

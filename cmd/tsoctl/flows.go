@@ -21,6 +21,7 @@ import (
 	"tsoagent/agent/doctor"
 	"tsoagent/agent/flows"
 	"tsoagent/agent/netns"
+	"tsoagent/cmd/internal/inert"
 )
 
 func flowsCommand() *cli.Command {
@@ -68,7 +69,7 @@ func showFlows(c *cli.Context) error {
 	}
 	out := bufio.NewWriterSize(c.App.Writer, 64<<10)
 	p := pageOf(c.App.Writer)
-	p.Writer = plain{out}
+	p.Writer = inert.Writer{Writer: out}
 	var list flowList
 	switch option(c, "output") {
 	case "json":
@@ -135,7 +136,7 @@ func (l *flowJSON) flow(f *flows.Flow) error {
 	if err := json.Indent(&l.buf, b, "    ", "  "); err != nil {
 		return err
 	}
-	_, err = l.w.Write(inert(l.buf.Bytes()))
+	_, err = l.w.Write(inert.JSON(l.buf.Bytes()))
 	return err
 }
 
@@ -148,7 +149,7 @@ func (l *flowJSON) end(r *flows.Result) error {
 	if l.n == 0 {
 		head = flowsHead + "\n  \"flows\": [],"
 	}
-	_, err = fmt.Fprintf(l.w, "%s%s\n", head, bytes.TrimPrefix(inert(b), []byte(flowsHead)))
+	_, err = fmt.Fprintf(l.w, "%s%s\n", head, bytes.TrimPrefix(inert.JSON(b), []byte(flowsHead)))
 	return err
 }
 

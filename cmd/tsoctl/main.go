@@ -19,6 +19,7 @@ import (
 	"tsoagent/agent"
 	"tsoagent/agent/client"
 	"tsoagent/agent/netns"
+	"tsoagent/cmd/internal/inert"
 )
 
 // Exit codes.
@@ -49,7 +50,7 @@ func run(args []string) int {
 		err = cli.Exit(fmt.Sprintf("--%s: %v", absent.Of, absent), exitUsage)
 	}
 	if text := err.Error(); text != "" {
-		fmt.Fprintln(plain{os.Stderr}, "tsoctl:", text)
+		fmt.Fprintln(inert.Writer{Writer: os.Stderr}, "tsoctl:", text)
 	}
 	return exitCode(err)
 }

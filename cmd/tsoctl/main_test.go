@@ -43,7 +43,7 @@ func TestWithAgent(t *testing.T) {
 	bin := buildCommands(t)
 	testscript.Run(t, testscript.Params{
 		Dir:  "testdata/agent",
-		Cmds: map[string]func(*testscript.TestScript, bool, []string){"exits": commandtest.Exits},
+		Cmds: map[string]func(*testscript.TestScript, bool, []string){"exits": commandtest.Exits, "printable": commandtest.Printable},
 		Setup: func(env *testscript.Env) error {
 			env.Setenv("PATH", bin+string(filepath.ListSeparator)+env.Getenv("PATH"))
 			ns, err := newNamespace()

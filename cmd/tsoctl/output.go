@@ -7,11 +7,11 @@ import (
 	"fmt"
 	"io"
 	"slices"
-	"unicode/utf16"
-	"unicode/utf8"
 
 	"github.com/urfave/cli/v2"
 	"go.yaml.in/yaml/v3"
+
+	"tsoagent/cmd/internal/inert"
 )
 
 // show prints v as the format asks, with table for people.
@@ -35,38 +35,8 @@ func showJSON(w io.Writer, v any) error {
 	if err != nil {
 		return err
 	}
-	_, err = w.Write(append(inert(b), '\n'))
+	_, err = w.Write(append(inert.JSON(b), '\n'))
 	return err
-}
-
-// inert is JSON with an escape for each character that can't be printed. Go's encoder leaves some that a terminal would obey: U+009B begins
-// a command as ESC [ does, and names are chosen by others. Outside of strings there are none.
-func inert(b []byte) []byte {
-	return escaped(b, func(out []byte, r rune) []byte {
-		for _, unit := range utf16.AppendRune(nil, r) {
-			out = fmt.Appendf(out, `\u%04x`, unit)
-		}
-		return out
-	})
-}
-
-// escaped has an escape in place of each character that can't be printed.
-func escaped(b []byte, escape func([]byte, rune) []byte) []byte {
-	wild := func(r rune) bool { return harmless(r) != r }
-	if !bytes.ContainsFunc(b, wild) {
-		return b
-	}
-	var out []byte
-	for len(b) > 0 {
-		r, n := utf8.DecodeRune(b)
-		if wild(r) {
-			out = escape(out, r)
-		} else {
-			out = append(out, b[:n]...)
-		}
-		b = b[n:]
-	}
-	return out
 }
 
 func knownOutput(c *cli.Context) error {
@@ -84,19 +54,31 @@ func showYAML(w io.Writer, v any) error {
 		return err
 	}
 	// YAML takes JSON, but for control characters that JSON has as they are, and for escapes in pairs.
-	b = escaped(b, func(out []byte, r rune) []byte { return fmt.Appendf(out, `\U%08x`, r) })
+	b = inert.Escaped(b, escapeYAML)
 	var n yaml.Node
 	if err := yaml.Unmarshal(b, &n); err != nil {
 		return err
 	}
 	blockStyle(&n)
-	enc := yaml.NewEncoder(w)
+	var out bytes.Buffer
+	enc := yaml.NewEncoder(&out)
 	enc.SetIndent(2)
-	return errors.Join(enc.Encode(&n), enc.Close())
+	if err := errors.Join(enc.Encode(&n), enc.Close()); err != nil {
+		return err
+	}
+	_, err = w.Write(inert.Escaped(out.Bytes(), escapeYAML))
+	return err
 }
 
+func escapeYAML(out []byte, r rune) []byte { return fmt.Appendf(out, `\U%08x`, r) }
+
+// blockStyle has all as people write it. What has an escape has to be in quotes, also where YAML itself would let a character stand that
+// can't be printed, as one that turns the direction of what follows.
 func blockStyle(n *yaml.Node) {
 	n.Style &^= yaml.FlowStyle | yaml.DoubleQuotedStyle
+	if n.Kind == yaml.ScalarNode && !inert.Is(n.Value) {
+		n.Style |= yaml.DoubleQuotedStyle
+	}
 	for _, c := range n.Content {
 		blockStyle(c)
 	}

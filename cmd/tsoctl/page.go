@@ -6,12 +6,13 @@ import (
 	"io"
 	"os"
 	"slices"
-	"strconv"
 	"strings"
 	"time"
 	"unicode/utf8"
 
 	"golang.org/x/sys/unix"
+
+	"tsoagent/cmd/internal/inert"
 )
 
 // Tables are plain text that fits 80 columns wherever the values allow it. On a terminal,
@@ -34,35 +35,10 @@ func pageOf(w io.Writer) page {
 			if os.Getenv("NO_COLOR") == "" && os.Getenv("TERM") != "dumb" {
 				w = &painter{w: w}
 			}
-			return page{plain{w}, int(size.Col)}
+			return page{inert.Writer{Writer: w}, int(size.Col)}
 		}
 	}
-	return page{plain{w}, 0}
-}
-
-// plain is a writer for text with names in it that others chose: a device's may have any byte but
-// blanks, '/' and ':' (dev_valid_name, net/core/dev.c). A terminal gets none that it would obey.
-type plain struct{ io.Writer }
-
-// Write writes b with a question mark for each character that a terminal could obey.
-func (w plain) Write(b []byte) (int, error) {
-	if utf8.Valid(b) && !bytes.ContainsFunc(b, func(r rune) bool { return harmless(r) != r }) {
-		return w.Writer.Write(b)
-	}
-	if _, err := w.Writer.Write(bytes.Map(harmless, b)); err != nil {
-		return 0, err
-	}
-	return len(b), nil
-}
-
-// harmless is the rune itself, or a question mark for one that can't be printed.
-func harmless(r rune) rune {
-	switch {
-	case r >= ' ' && r <= '~', r == '\n', r == '\t': // nearly all there is
-	case !strconv.IsPrint(r):
-		return '?'
-	}
-	return r
+	return page{inert.Writer{Writer: w}, 0}
 }
 
 // text prints a line after an indent. Where it is wrapped, the rest is indented by two more.

@@ -19,6 +19,7 @@ import (
 	"tsoagent/agent"
 	"tsoagent/agent/api"
 	"tsoagent/agent/verify"
+	"tsoagent/cmd/internal/inert"
 )
 
 var update = flag.Bool("update", false, "write what is printed to the files in testdata")
@@ -425,7 +426,7 @@ func TestTablesObeyNoNames(t *testing.T) {
 	}
 	var b bytes.Buffer
 	// A byte alone is no UTF-8, and what a terminal of one byte a character obeys.
-	if n, err := (plain{&b}).Write([]byte("x\x9b31m\x9d0;y")); n != 9 || err != nil || b.String() != "x\ufffd31m\ufffd0;y" {
+	if n, err := (inert.Writer{Writer: &b}).Write([]byte("x\x9b31m\x9d0;y")); n != 9 || err != nil || b.String() != "x\ufffd31m\ufffd0;y" {
 		t.Errorf("bytes alone become %q, %d, %v", b.String(), n, err)
 	}
 	b.Reset()

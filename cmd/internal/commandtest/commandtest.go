@@ -12,6 +12,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"unicode/utf8"
 
 	"github.com/rogpeppe/go-internal/testscript"
 	"github.com/urfave/cli/v2"
@@ -33,6 +34,25 @@ func Exits(ts *testscript.TestScript, _ bool, args []string) {
 	}
 	if have != want {
 		ts.Fatalf("exit code %d, want %d", have, want)
+	}
+}
+
+// Printable is a command for scripts: it wants files, or stdout or stderr, to have nothing that a terminal would obey, as in
+// `printable stdout log`.
+func Printable(ts *testscript.TestScript, _ bool, args []string) {
+	for _, name := range args {
+		text := ts.ReadFile(name)
+		if text == "" {
+			ts.Fatalf("%s is empty", name)
+		}
+		if !utf8.ValidString(text) {
+			ts.Fatalf("%s is no UTF-8: %q", name, text)
+		}
+		for i, r := range text {
+			if r != '\n' && r != '\t' && !strconv.IsPrint(r) {
+				ts.Fatalf("%s has %q", name, text[max(0, i-40):min(len(text), i+40)])
+			}
+		}
 	}
 }
 
