@@ -333,12 +333,7 @@ func (p *planner) leave(m *member) {
 	}
 	*at = m.next
 	if s.first == m {
-		s.first = nil
-		for _, o := range s.members {
-			if s.first == nil || o.ahead(s.first) {
-				s.first = o
-			}
-		}
+		s.first, s.headless = nil, true
 	}
 }
 

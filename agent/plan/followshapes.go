@@ -171,7 +171,7 @@ func (c *coverage) isPlaced(placings []placing) bool {
 }
 
 // reorder sorts the shapes, forgets those without members and reports whether the others stand to each
-// other, and to the rules that are not ours, as before.
+// other, where they have flows in common, and to the rules that are not ours, as before.
 func (p *planner) reorder(old []*shaped) bool {
 	empty := func(s *shaped) bool { return len(s.members) == 0 }
 	for _, s := range p.shapes {
@@ -187,6 +187,9 @@ func (p *planner) reorder(old []*shaped) bool {
 		}
 	}
 	p.shapes = slices.DeleteFunc(p.shapes, empty)
+	for _, s := range p.shapes {
+		s.findFirst()
+	}
 	slices.SortFunc(p.shapes, func(a, b *shaped) int {
 		switch {
 		case a == b:
@@ -197,9 +200,9 @@ func (p *planner) reorder(old []*shaped) bool {
 		return 1
 	})
 	stay := slices.DeleteFunc(old, empty)
-	for i := 1; i < len(stay); i++ {
-		if !stay[i-1].first.ahead(stay[i].first) {
-			return false
+	for i, b := range stay {
+		if slices.ContainsFunc(stay[:i], func(a *shaped) bool { return b.first.ahead(a.first) && meet(a.id.Flows, b.id.Flows) }) {
+			return false // which is served first matters to both
 		}
 	}
 	limited := false
@@ -211,6 +214,13 @@ func (p *planner) reorder(old []*shaped) bool {
 		limited = limited || s.why != ""
 	}
 	return !limited || len(p.shapes) == len(old) && len(stay) == len(old)
+}
+
+// meet reports whether some flows are among both, whatever their destination.
+func meet(a, b routes.Flows) bool {
+	ports := func(a, b routes.PortRange) bool { return a.Any() || b.Any() || a.Lo <= b.Hi && b.Lo <= a.Hi }
+	return a.Family == b.Family && a.Src.Overlaps(b.Src) && (a.Proto == 0 || b.Proto == 0 || a.Proto == b.Proto) &&
+		ports(a.Sport, b.Sport) && ports(a.Dport, b.Dport) && (a.Mark^b.Mark)&a.Mask&b.Mask == 0
 }
 
 // followVRFs is noteVRFs for the coverages in a region.

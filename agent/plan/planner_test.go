@@ -340,3 +340,41 @@ func (f *followed) locksChange(before map[routes.Key]LockClaim) {
 		}
 	}
 }
+
+// Policies that go one by one, oldest first, change the order of their shapes each time: that is followed where the shapes have no flows in common.
+func TestPlannerFollowsShapesThatChangeTheirOrder(t *testing.T) {
+	for name, c := range map[string]struct {
+		sources [2]string
+		anew    uint64
+	}{
+		"apart":   {[2]string{"172.16.0.0/16", "172.17.0.0/16"}, 1},
+		"crossed": {[2]string{"172.16.0.0/16", "172.16.0.0/15"}, 2},
+	} {
+		t.Run(name, func(t *testing.T) {
+			const policies = 8
+			var text strings.Builder
+			text.WriteString("link 1 lo\nlink 2 eth0\nroute 192.0.2.0/24 dev eth0 proto kernel\nroute 0.0.0.0/0 via 192.0.2.9 dev eth0\nsa esp 192.0.2.1 192.0.2.2 spi 1 gcm\n")
+			for i := range policies {
+				fmt.Fprintf(&text, "policy %d src %s dst 10.0.%d.0/24 tmpl esp tunnel 192.0.2.1 192.0.2.2\n", i+1, c.sources[i%2], i)
+			}
+			f, err := newFollowed(text.String())
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := f.differs(); err != nil {
+				t.Fatal(err)
+			}
+			for i := range policies - 2 {
+				index := xfrmwatch.PolicyIndex(i + 1)
+				f.db.Apply(xfrmwatch.PolicyGone{Index: index})
+				f.changes = Changes{Policies: []xfrmwatch.PolicyIndex{index}}
+				if err := f.differs(); err != nil {
+					t.Fatalf("without policy %d: %v", index, err)
+				}
+			}
+			if (f.Anew > 1) != (c.anew > 1) {
+				t.Errorf("worked out from scratch %d times", f.Anew)
+			}
+		})
+	}
+}

@@ -13,12 +13,13 @@ import (
 
 // shaped is a shape under construction: the coverages that share its selectors.
 type shaped struct {
-	id      ShapeID
-	base    *routes.Rule
-	members []*member
-	first   *member
-	order   int
-	left    bool // by a member, since the plan before
+	id       ShapeID
+	base     *routes.Rule
+	members  []*member
+	first    *member
+	headless bool // the first member has left, and the next one is not looked for yet
+	order    int
+	left     bool // by a member, since the plan before
 	// why says why there is no room for it, empty if there is. The shapes behind it serve its flows then.
 	why string
 	// toAll and toServed are what its members hear, all of them or those that it has a clone for.
@@ -218,8 +219,21 @@ func (p *planner) join(s *shaped, c *coverage, in placing, nth int) {
 		last = &(*last).next
 	}
 	*last = m
-	if s.first == nil || m.ahead(s.first) {
+	if !s.headless && (s.first == nil || m.ahead(s.first)) {
 		s.first = m
+	}
+}
+
+// findFirst finds the first member once for all that have left.
+func (s *shaped) findFirst() {
+	if !s.headless {
+		return
+	}
+	s.first, s.headless = nil, false
+	for _, m := range s.members {
+		if s.first == nil || m.ahead(s.first) {
+			s.first = m
+		}
 	}
 }
 
