@@ -73,7 +73,8 @@ bench: build bin/bench
 	@bin/bench -bin bin -o bin/bench.json -table docs/bench.md
 
 growth:
-	@go test ./agent -run '^$$' -bench 'Growth' -benchtime 300ms -timeout 0 | tee /dev/stderr | go run ./e2e/cmd/growth -svg docs/growth.svg -table docs/planning.md
+	@go test ./agent -run '^$$' -bench 'Growth' -benchtime 300ms -timeout 0 >bin/growth.txt || { cat bin/growth.txt; exit 1; }
+	@go run ./e2e/cmd/growth -svg docs/growth.svg -table docs/planning.md <bin/growth.txt
 
 soak:
 	@go test ./agent/plan -run 'Promises|Changes|Planner' -timeout 0 -rapid.seed=0 -rapid.checks=$(CHECKS)

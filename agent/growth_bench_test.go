@@ -52,6 +52,9 @@ func growth(b *testing.B, coverages, others int, do func(w *world, coverages, i 
 	w.addRoute("198.51.100.0/24", hop{oif: 2})
 	for i := range others {
 		w.addRoute(netip.PrefixFrom(numbered(0x40_00_00_00, i<<8), 24).String(), hop{oif: 2, gw: "192.0.2.9"})
+		if i%50_000 == 0 { // a round takes a part of a storm
+			w.settle()
+		}
 	}
 	w.settle()
 	w.took()
