@@ -98,6 +98,17 @@ func (p *planner) followLater(r *region) (dsts []netip.Prefix) {
 	return dsts
 }
 
+// policyAt reports whether a destination is that of a policy: its points are looked at together, as those that are none any more are found
+// only where the region has them as a whole (redo).
+func (p *planner) policyAt(dst netip.Prefix) bool {
+	for _, t := range p.byIfID {
+		if _, there := t.Get(dst); there {
+			return true
+		}
+	}
+	return false
+}
+
 // near reports whether a policy, a peer or a tried route is at, inside or around a destination.
 func (p *planner) near(dst netip.Prefix) bool {
 	return p.covered(dst) || p.outer.OverlapsPrefix(dst) || p.trialsAt.OverlapsPrefix(dst)
