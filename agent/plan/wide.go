@@ -83,7 +83,7 @@ func (p *planner) followLater(r *region) (dsts []netip.Prefix) {
 		}
 		n := p.crowd(x, p.part)
 		switch {
-		case n > p.part && !x.IsSingleIP():
+		case n > p.part && !x.IsSingleIP() && !p.policyAt(x):
 			a, b := halves(x)
 			p.later = append(p.later, b, a)
 			continue
