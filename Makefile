@@ -5,7 +5,7 @@
 # make build              bin/tsoagent and bin/tsoctl
 # make install            into DESTDIR (/): the commands, the unit, its group and directories, and the documentation
 # make testkernel         the test kernel, if it isn't in the cache (about 5 minutes on 2 processors)
-# make bench              how the agent does with a full BGP table and 100,000 tunnels, into docs/bench.md (root; some minutes, 4 GiB of memory)
+# make bench              how the agent does with a full BGP table and 100,000 tunnels, into docs/bench.md and README.md (root; some minutes, 4 GiB of memory)
 # make growth             how the cost of an event grows with coverages and with routes: docs/growth.svg and the table in docs/planning.md
 # make soak               random worlds for the planner, whose seed differs each time, until CHECKS of each kind have passed, then churn
 #                         under a real agent, CHURN rounds of it, and KILLS agents killed at any point, and what is left compared (root)
@@ -70,7 +70,7 @@ scenario: setup testkernel
 
 # Profiles of the agent: bin/bench -profiles DIR. Another size: bin/bench -scale 0.01.
 bench: build bin/bench
-	@bin/bench -bin bin -o bin/bench.json -table docs/bench.md
+	@bin/bench -bin bin -o bin/bench.json -table docs/bench.md -readme README.md
 
 growth:
 	@go test ./agent -run '^$$' -bench 'Growth' -benchtime 300ms -timeout 0 >bin/growth.txt || { cat bin/growth.txt; exit 1; }

@@ -113,14 +113,25 @@ func TestTableIsPutBetweenItsMarks(t *testing.T) {
 	}
 }
 
-// TestPageHasTheMarks holds docs/bench.md to what `make bench` writes there.
+// TestPageHasTheMarks holds docs/bench.md and README.md to what `make bench` writes there.
 func TestPageHasTheMarks(t *testing.T) {
-	text, err := os.ReadFile("../../docs/bench.md")
-	if err != nil {
-		t.Fatal(err)
+	for _, page := range []string{"docs/bench.md", "README.md"} {
+		text, err := os.ReadFile("../../" + page)
+		if err != nil {
+			t.Fatal(err)
+		}
+		begin, end := strings.Index(string(text), tableBegin), strings.Index(string(text), tableEnd)
+		if begin < 0 || end < begin {
+			t.Errorf("%s: the marks are missing", page)
+		}
 	}
-	begin, end := strings.Index(string(text), tableBegin), strings.Index(string(text), tableEnd)
-	if begin < 0 || end < begin {
-		t.Error("the marks are missing")
+}
+
+func TestShortTable(t *testing.T) {
+	text := good().Short()
+	for _, want := range []string{"| what | time | by that of the floor |", "by a straight line", "Resident when quiet: ", good().Machine.String()} {
+		if !strings.Contains(text, want) {
+			t.Errorf("no %q in\n%s", want, text)
+		}
 	}
 }

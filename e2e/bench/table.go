@@ -81,6 +81,20 @@ func (r *Results) Markdown() string {
 	return b.String()
 }
 
+// Short is the table for who wants to know what to expect: medians alone, with the machine's description.
+func (r *Results) Short() string {
+	var b strings.Builder
+	b.WriteString("| what | time | by that of the floor |\n| --- | ---: | ---: |\n")
+	for _, row := range r.timeRows() {
+		if len(row.of.Ours) > 0 {
+			fmt.Fprintf(&b, "| %s | %s | %s |\n", row.what, seconds(row.of.Ours.Median()), ratio(row.of.Median()))
+		}
+	}
+	fmt.Fprintf(&b, "\nResident when quiet: %s that only observe, %s that enforce. (%s.)\n",
+		mib(largest(r.Memory.Quiet[observe]).RSS), mib(largest(r.Memory.Quiet[enforce]).RSS), r.Machine)
+	return b.String()
+}
+
 func ratio(x float64) string {
 	if x == 0 {
 		return "-"

@@ -2,7 +2,7 @@
 // it. `make bench` builds what it needs and writes the table in docs/bench.md; `make bench-check` compares what was measured with the figures
 // to reach.
 //
-//	bench [-scale N] [-rounds N] [-o FILE] [-table FILE] [-profiles DIR]
+//	bench [-scale N] [-rounds N] [-o FILE] [-table FILE] [-readme FILE] [-profiles DIR]
 //	bench -check FILE
 //
 // With -scale it is quick to try: 0.01 takes a minute.
@@ -38,6 +38,7 @@ func run() error {
 	flag.IntVar(&o.ProfileSeconds, "profile-seconds", 15, "how much of a start, of policy events and of a storm is in a profile of the CPU")
 	out := flag.String("o", "", "write all samples as JSON to this file")
 	table := flag.String("table", "", "replace the table in this file")
+	readme := flag.String("readme", "", "replace the short table in this file")
 	from := flag.String("from", "", "measure nothing, and take the samples in this file")
 	check := flag.String("check", "", "only compare the samples in this file with the figures to reach")
 	straight := flag.Bool("straight-line", false, "be the floor of a policy event (what bench starts itself)")
@@ -55,7 +56,7 @@ func run() error {
 		if err != nil {
 			return err
 		}
-		return show(r, *table)
+		return show(r, *table, *readme)
 	case *check != "":
 		return checkFile(*check)
 	case os.Geteuid() != 0:
@@ -67,10 +68,10 @@ func run() error {
 		}
 		return err
 	}
-	return measure(o, *out, *table)
+	return measure(o, *out, *table, *readme)
 }
 
-func measure(o bench.Options, out, table string) error {
+func measure(o bench.Options, out, table, readme string) error {
 	var err error
 	if o.Bin, err = filepath.Abs(o.Bin); err != nil {
 		return err
@@ -86,7 +87,7 @@ func measure(o bench.Options, out, table string) error {
 	if err != nil {
 		return err
 	}
-	return show(r, table)
+	return show(r, table, readme)
 }
 
 // save writes all samples to a file, also those of a run that went wrong in the end.
@@ -98,13 +99,17 @@ func save(r *bench.Results, file string) error {
 	return os.WriteFile(file, append(text, '\n'), 0o644)
 }
 
-// show prints the table, and puts it into a file if one is named.
-func show(r *bench.Results, table string) error {
+// show prints the table, and puts it and the short one into files if they are named.
+func show(r *bench.Results, table, readme string) error {
 	fmt.Print(r.Markdown())
-	if table == "" {
-		return nil
+	var errs []error
+	if table != "" {
+		errs = append(errs, r.WriteTable(table))
 	}
-	return r.WriteTable(table)
+	if readme != "" {
+		errs = append(errs, bench.Between(readme, "bench", r.Short()))
+	}
+	return errors.Join(errs...)
 }
 
 func load(file string) (*bench.Results, error) {
