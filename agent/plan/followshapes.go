@@ -187,9 +187,7 @@ func (p *planner) reorder(old []*shaped) bool {
 		}
 	}
 	p.shapes = slices.DeleteFunc(p.shapes, empty)
-	for _, s := range p.shapes {
-		s.findFirst()
-	}
+	p.findFirsts()
 	slices.SortFunc(p.shapes, func(a, b *shaped) int {
 		switch {
 		case a == b:

@@ -224,15 +224,24 @@ func (p *planner) join(s *shaped, c *coverage, in placing, nth int) {
 	}
 }
 
-// findFirst finds the first member once for all that have left.
-func (s *shaped) findFirst() {
-	if !s.headless {
-		return
+// findFirsts finds the first members of shapes that have lost theirs. They are among the first coverages, as a rule: what goes one by one
+// goes in that order.
+func (p *planner) findFirsts() {
+	missing := 0
+	for _, s := range p.shapes {
+		if s.headless {
+			missing++
+		}
 	}
-	s.first, s.headless = nil, false
-	for _, m := range s.members {
-		if s.first == nil || m.ahead(s.first) {
-			s.first = m
+	for _, c := range p.covers {
+		if missing == 0 {
+			return
+		}
+		for m := range c.members.each {
+			if s := m.shape; s.headless {
+				s.first, s.headless = m, false
+				missing--
+			}
 		}
 	}
 }
