@@ -108,7 +108,8 @@ func TestCountersGoOnWithAReload(t *testing.T) {
 		}
 		return out
 	}
-	last := read()
+	var last map[string]sums
+	netnstest.Within(t, "both have a rule", func() bool { last = read(); return last[""].rules > 0 && last["a"].rules > 0 })
 	for i := range 2 {
 		old := map[string]*Agent{"": s.agent(netns.Host), "a": s.agent("a")}
 		s.cfg.Plan.PresumeMTU = 1300 + i
