@@ -18,6 +18,7 @@ type Options struct {
 	Profiles string
 	// ProfileSeconds is how much of a start, of policy events and of a storm is in a profile of the CPU.
 	ProfileSeconds int
+	StormsOnly     bool // measure storms, and nothing else
 	Progress       io.Writer
 }
 
@@ -51,6 +52,12 @@ const (
 	enforce = "enforce"
 )
 
+// step is a part of a run.
+type step struct {
+	what string
+	do   func() error
+}
+
 // Run measures everything, in the namespace that the process is in. It is the caller's to make one. With an error there is what was measured
 // until then.
 func Run(o Options) (*Results, error) {
@@ -61,10 +68,7 @@ func Run(o Options) (*Results, error) {
 	if r.lab, err = newLab(w); err != nil {
 		return nil, fmt.Errorf("namespace: %w", err)
 	}
-	for _, step := range []struct {
-		what string
-		do   func() error
-	}{
+	steps := []step{
 		{"cold starts, empty tables", r.plain},
 		{"policy events, empty tables", func() error { return r.event(&r.out.EmptyEvent) }},
 		{"tables", r.lab.fill},
@@ -72,7 +76,11 @@ func Run(o Options) (*Results, error) {
 		{"policy events, full tables", func() error { return r.event(&r.out.FullEvent) }},
 		{"idle, and all locks taken away and installed", r.idle},
 		{"memory after the tables shrink", r.shrink},
-	} {
+	}
+	if o.StormsOnly {
+		steps = []step{{"tables", r.lab.fill}, {"storms", r.storms}}
+	}
+	for _, step := range steps {
 		r.say(step.what)
 		if err := step.do(); err != nil {
 			return r.out, fmt.Errorf("%s: %w", step.what, err)
@@ -90,6 +98,16 @@ func (r *run) rounds() error {
 			if err := r.round(i, mode); err != nil {
 				return fmt.Errorf("%s: %w", mode, err)
 			}
+		}
+	}
+	return nil
+}
+
+// storms is each storm and its floor.
+func (r *run) storms() error {
+	for i := range r.Rounds {
+		if err := r.round(i, enforce); err != nil {
+			return err
 		}
 	}
 	return nil

@@ -30,6 +30,7 @@ type Storm struct {
 
 	Overruns float64 `json:"overruns"` // of the agent's receive buffers, in all storms
 	Rounds   Samples `json:"rounds"`   // of the agent's loop in each storm
+	CPU      Samples `json:"cpu"`      // seconds of the processors that the agent used in each storm
 }
 
 // gatewayOf is the step that storm i moves each route by, so that no two storms in a row write the same.
@@ -93,6 +94,10 @@ func (r *run) storm(a *Agent, i int) error {
 	if err != nil {
 		return err
 	}
+	cpu, err := a.cpu()
+	if err != nil {
+		return err
+	}
 	began := time.Now()
 	if err := r.blow(i); err != nil {
 		return err
@@ -109,6 +114,11 @@ func (r *run) storm(a *Agent, i int) error {
 		end = clones.seen[n-1].at // between two looks
 	}
 	r.out.Storm.Time.Ours.add(end.Sub(began))
+	used, err := a.cpu()
+	if err != nil {
+		return err
+	}
+	r.out.Storm.CPU.add(used - cpu)
 	r.out.Storm.Moved = append(r.out.Storm.Moved, moved...)
 	r.out.Storm.Late += late
 	after, err := a.metrics()

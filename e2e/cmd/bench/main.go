@@ -36,6 +36,7 @@ func run() error {
 	flag.StringVar(&o.Bin, "bin", "bin", "the directory of tsoagent and tsoctl")
 	flag.StringVar(&o.Profiles, "profiles", "", "save the agent's profiles in this directory; they cost time, so no figure counts then")
 	flag.IntVar(&o.ProfileSeconds, "profile-seconds", 15, "how much of a start, of policy events and of a storm is in a profile of the CPU")
+	flag.BoolVar(&o.StormsOnly, "storms", false, "measure storms, and nothing else")
 	out := flag.String("o", "", "write all samples as JSON to this file")
 	table := flag.String("table", "", "replace the table in this file")
 	readme := flag.String("readme", "", "replace the short table in this file")
