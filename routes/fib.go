@@ -114,7 +114,7 @@ func (f *FIB) Apply(ev Event) Effect {
 
 // Own takes what the program itself has just written and the kernel confirmed: it holds at once,
 // also in the middle of a dump, which may have passed by it already.
-func (f *FIB) Own(ev Event) {
+func (f *FIB) Own(ev Event) Effect {
 	e, c := f.apply(ev)
 	if f.dump != nil {
 		f.dump.own(ev)
@@ -123,6 +123,7 @@ func (f *FIB) Own(ev Event) {
 		f.vers++
 		f.note(c)
 	}
+	return e
 }
 
 func (f *FIB) note(c Change) {

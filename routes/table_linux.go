@@ -21,9 +21,13 @@ type Table struct {
 	out []byte // the messages of a batch
 }
 
+// tableBuffer is room for what the kernel tells of a batch, which is a KiB for each write, or much more where a route has many ways: all
+// of it is there before the first is read.
+const tableBuffer = 4 << 20
+
 // OpenTable opens a Table in the network namespace of the calling thread.
 func OpenTable() (*Table, error) {
-	c, err := dialTalk(1 << 20)
+	c, err := dialTalk(tableBuffer)
 	if err != nil {
 		return nil, err
 	}
@@ -116,6 +120,9 @@ type Write struct {
 type Result struct {
 	Seq uint32 // the Origin.Seq of its events
 	Err error  // the kernel's answer, nil if it was done
+	// Events are what every Watcher will be told of an OpPut or OpDelete, in its order, and nil of others. A put that changes nothing has none
+	// on IPv4.
+	Events []Event
 }
 
 // batchBytes and batchLen bound what goes into one system call, below the default send buffer
@@ -138,7 +145,7 @@ func (t *Table) Batch(writes []Write) ([]Result, error) {
 		if err := t.c.send(t.out); err != nil {
 			return results[:done], fmt.Errorf("routes: send %d writes: %w", n, err)
 		}
-		if err := t.c.acknowledged(results[done:]); err != nil {
+		if err := t.c.acknowledged(&t.dec, results[done:]); err != nil {
 			return results[:done], fmt.Errorf("routes: wait for %d writes: %w", n, err)
 		}
 		writes = writes[n:]
@@ -148,7 +155,8 @@ func (t *Table) Batch(writes []Write) ([]Result, error) {
 
 // encodeBatch puts as many of the writes into the buffer as go into one system call, and appends
 // a result for each. Only the last one asks for an acknowledgement: of the others the kernel
-// tells errors alone, in order (netlink_rcv_skb, net/netlink/af_netlink.c).
+// tells errors alone, in order (netlink_rcv_skb, net/netlink/af_netlink.c). What is for a table of our
+// own has its notification sent here, too (NLM_F_ECHO; nlmsg_notify, net/netlink/af_netlink.c).
 func (t *Table) encodeBatch(writes []Write, results []Result) []Result {
 	t.out = t.out[:0]
 	last := 0
@@ -160,6 +168,9 @@ func (t *Table) encodeBatch(writes []Write, results []Result) []Result {
 		seq := t.c.next()
 		last, results = len(t.out), append(results, Result{Seq: seq})
 		typ, flags := w.Op.header()
+		if w.Op == OpPut || w.Op == OpDelete {
+			flags |= unix.NLM_F_ECHO
+		}
 		t.out = binary.NativeEndian.AppendUint32(t.out, uint32(size))
 		t.out = binary.NativeEndian.AppendUint16(t.out, typ)
 		t.out = binary.NativeEndian.AppendUint16(t.out, unix.NLM_F_REQUEST|flags)

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"os"
-	"slices"
 	"sync/atomic"
 
 	"github.com/mdlayher/netlink"
@@ -26,6 +25,7 @@ type talk struct {
 	port uint32
 	seq  uint32
 	in   []byte
+	many *train
 	out  []byte
 	done atomic.Bool
 }
@@ -37,7 +37,7 @@ func dialTalk(rcvbuf int) (t *talk, err error) {
 		return nil, fmt.Errorf("routes: open rtnetlink: %w", os.NewSyscallError("socket", err))
 	}
 	// Another one may have had the port, and be told of still: its numbers are others.
-	t = &talk{fd: fd, in: make([]byte, bufLen), seq: rand.Uint32()}
+	t = &talk{fd: fd, in: make([]byte, bufLen), many: newTrain(), seq: rand.Uint32()}
 	if err := t.prepare(rcvbuf); err != nil {
 		_ = unix.Close(fd)
 		return nil, fmt.Errorf("routes: open rtnetlink: %w", err)
@@ -174,10 +174,12 @@ func (t *talk) request(typ, flags uint16, payload []byte, f func(Header, []byte)
 }
 
 // acknowledged reads the answers to requests, up to and with the acknowledgement of the last one,
-// and fills the errors in. The error is for the connection.
-func (t *talk) acknowledged(results []Result) error {
+// and fills in the errors and the notifications, which come in the order of the requests. The error is for the connection.
+func (t *talk) acknowledged(dec *Decoder, results []Result) error {
+	of := 0
+	var told []Event // of all of them
 	for {
-		b, err := t.receive()
+		b, err := t.receiveMany()
 		if err != nil {
 			return err
 		}
@@ -187,17 +189,46 @@ func (t *talk) acknowledged(results []Result) error {
 				return err
 			}
 			b = rest
-			i := slices.IndexFunc(results, func(r Result) bool { return r.Seq == h.Seq })
-			if i < 0 || h.Type != unix.NLMSG_ERROR {
+			i := of
+			for i < len(results) && results[i].Seq != h.Seq {
+				i++
+			}
+			if i == len(results) {
+				continue // left over
+			}
+			of = i
+			r := &results[i]
+			if h.Type != unix.NLMSG_ERROR {
+				if ev, err := dec.Decode(h, data); err == nil && ev != nil { // else the Watcher will say so
+					told = append(told, ev)
+					r.Events = told[len(told)-1-len(r.Events) : len(told) : len(told)]
+				}
 				continue
 			}
 			err = ackError(h, data)
 			if k := (*kernelError)(nil); err != nil && !errors.As(err, &k) {
 				return err
 			}
-			if results[i].Err = err; i == len(results)-1 {
+			if r.Err = err; i == len(results)-1 {
 				return nil
 			}
+		}
+	}
+}
+
+// receiveMany is receive for many answers, which are there already.
+func (t *talk) receiveMany() ([]byte, error) {
+	for {
+		if b, got, err := t.many.next(); err != nil || b != nil {
+			return b, err
+		} else if got {
+			continue // not from the kernel
+		}
+		switch err := t.many.fill(t.fd); {
+		case err == unix.EAGAIN:
+			return t.receive() // which waits
+		case err != nil:
+			return nil, os.NewSyscallError("recvmmsg", err)
 		}
 	}
 }
