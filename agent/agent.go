@@ -61,6 +61,8 @@ type Agent struct {
 	early    early
 	backlog  backlog
 	brought  bool // this step took events of routes in
+	news     bool // it took something else in, or had nothing to take in and was called nonetheless
+	due      due
 	calls    chan func()
 	ended    chan struct{} // closed when Run returns
 	reports  reports
@@ -401,7 +403,7 @@ func (a *Agent) loop(ctx context.Context, failed <-chan error) error {
 				says, order = "giving everything back for another configuration", takenOver
 			}
 			a.says(says, "on_stop", a.cfg.OnStop, "holds", len(a.st.holds), "locks", len(a.st.locks))
-			a.st.causes.order = order
+			a.st.causes.order, a.st.touched = order, true
 			deadline = time.After(stopWithin)
 			timer.Reset(0)
 		case <-deadline:
@@ -450,7 +452,13 @@ func (a *Agent) resyncIn() time.Duration {
 // again without an event, 0 for not; reached says that the goal is reached.
 func (a *Agent) step(now time.Time) (next time.Duration, reached bool) {
 	left := a.takeEvents()
-	next, reached = a.act(now)
+	if a.still(now) {
+		next, reached = a.pass(now)
+	} else {
+		a.due.failed = a.stats.Failed
+		next, reached = a.act(now)
+		a.due.after(now, next, reached)
+	}
 	if left {
 		return time.Nanosecond, false // the rest is for the next rounds
 	}

@@ -206,9 +206,10 @@ func (a *Agent) urgent(table routes.TableID, dst netip.Prefix) bool {
 
 // takeEvents brings what is pending into the state, as much of it as one round is to take. It reports whether something is left.
 func (a *Agent) takeEvents() (left bool) {
-	a.brought = false
+	a.brought, a.news = false, false
 	if !a.backlog.full() {
 		pending := a.take()
+		a.news = len(pending) == 0 && a.backlog.empty()
 		n := 0
 		for i := range pending {
 			n += len(pending[i].routes) - a.countOwn(pending[i].routes)
@@ -233,5 +234,6 @@ func (a *Agent) takeBatch(b batch) {
 		a.since = b.at
 	}
 	a.brought = a.brought || len(b.routes) > 0
+	a.news = a.news || !b.onlyRoutes()
 	a.apply(b)
 }

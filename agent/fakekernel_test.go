@@ -71,16 +71,22 @@ func (w *world) Batch(writes []routes.Write) ([]routes.Result, error) {
 				res.Err = w.cloneErr
 				break
 			}
-			w.routing(routes.RouteSet{Route: r, Replace: true, Origin: from})
+			if have, n := w.kernel.Get(r.Key()); n > 0 && r.Body.Family == routes.IPv4 && have.Body.Raw == r.Body.Raw {
+				break
+			}
+			res.Events = []routes.Event{routes.RouteSet{Route: r, Replace: true, Origin: from}}
 		case routes.OpDelete:
 			w.wrote("delete %s", r.Key())
 			if _, n := w.kernel.Get(r.Key()); n == 0 {
 				res.Err = fmt.Errorf("fake: %w", unix.ESRCH)
 			} else {
-				w.routing(routes.RouteGone{Route: r, Origin: from})
+				res.Events = []routes.Event{routes.RouteGone{Route: r, Origin: from}}
 			}
 		default:
 			w.t.Fatalf("op %d in a batch", x.Op)
+		}
+		if len(res.Events) > 0 {
+			w.routing(res.Events...)
 		}
 		out = append(out, res)
 	}

@@ -33,6 +33,11 @@ func (b batch) len() int {
 	return len(b.xfrm) + len(b.routes) + len(b.features) + len(b.keys) + len(b.l2tp)
 }
 
+// onlyRoutes reports whether there is nothing in it but events of routing.
+func (b *batch) onlyRoutes() bool {
+	return len(b.routes) > 0 && len(b.routes) == b.len() && len(b.arrivals)+len(b.handed)+len(b.orders) == 0 && !b.offer && !b.resync
+}
+
 // inbox carries events from the watchers to the loop. It is bounded: a watcher that finds it
 // full waits, and further events wait in the kernel's own buffer. It is safe for concurrent use.
 type inbox struct {

@@ -27,8 +27,7 @@ func (a *Agent) apply(b batch) {
 		a.st.db.Apply(ev)
 	}
 	for _, ev := range b.routes {
-		a.noteRoute(ev, b.at)
-		a.applyRoute(ev)
+		a.takeRoute(ev, b.at)
 	}
 	for _, ev := range b.features {
 		a.noteFeatures(ev, b.at)
@@ -74,6 +73,24 @@ func (a *Agent) apply(b batch) {
 	}
 }
 
+// takeRoute applies an event, and notes it as a cause. Of routes, those that nothing is near are none: a full table has a million of
+// them.
+func (a *Agent) takeRoute(ev routes.Event, at time.Time) {
+	if _, _, ok := routeOf(ev); !ok {
+		a.st.touched = true
+		a.noteRoute(ev, at)
+		a.applyRoute(ev)
+		return
+	}
+	before := a.st.touched
+	a.st.touched = len(a.st.inflight)+len(a.st.writing)+len(a.st.withheld) > 0
+	a.applyRoute(ev)
+	if a.st.touched {
+		a.noteRoute(ev, at)
+	}
+	a.st.touched = a.st.touched || before
+}
+
 func (a *Agent) applyRoute(ev routes.Event) {
 	switch ev := ev.(type) {
 	case routes.Lost:
@@ -81,6 +98,11 @@ func (a *Agent) applyRoute(ev routes.Event) {
 		// What was written may have been seen in what was lost.
 		clear(a.st.inflight)
 		clear(a.st.writing)
+		a.st.ahead.forget()
+	case routes.RouteSet, routes.RouteGone:
+		if a.behind(ev) {
+			return
+		}
 	case routes.LinkSet:
 		a.st.ways.link(a.st.fib, ev.Link)
 		a.doubtMTU6(ev.Link)
@@ -121,6 +143,9 @@ func (a *Agent) applyRoute(ev routes.Event) {
 	}
 	if e := a.st.fib.Apply(ev); e.Resync != nil && a.sources != nil {
 		a.sources.resyncRoutes(*e.Resync)
+	}
+	if _, begin := ev.(routes.ResyncBegin); begin {
+		a.keepAhead()
 	}
 	a.moved(ev)
 	a.echo(ev)
@@ -229,6 +254,7 @@ func (a *Agent) round(now time.Time) (next time.Duration, reached bool) {
 			a.st.causes.order = takenOver
 		}
 	}
+	a.st.touched = false
 	a.st.linger(now, time.Duration(a.cfg.RestoreAfter))
 	a.st.forwarding = a.forwards.read(a.st.forwarding)
 	a.freshenMTUs()

@@ -72,13 +72,17 @@ type state struct {
 
 	// writing are the in-place writes whose notification has not come back yet.
 	writing map[routes.Key]*write
-	// inflight are the sequence numbers of our route writes that the watcher has not seen yet.
+	// inflight are the sequence numbers of our route writes that the watcher has not seen yet, but for those that the mirror has already,
+	// which are ahead.
 	inflight map[uint32]struct{}
+	ahead    ahead
 	patience time.Time // until when they are waited for
 	wrote    time.Time // when the first step came after the writes, zero for not yet
 	dumping  bool      // between a ResyncBegin and its end
 
-	causes triggers
+	causes  triggers
+	touched bool // something that is no matter of course happened to routes since the last round
+
 	paused *api.Paused // nil for none. What it points to never changes: reports have it
 	orders []order     // that came since the last round
 	obeyed []order     // that are in force at its end
@@ -195,11 +199,14 @@ func (s *state) changed(c routes.Change) {
 	}
 	if c.Rule != nil && s.cfg.OwnRule(c.Rule) {
 		s.ways.through(c.Rule)
-	} else {
-		s.ways.changed(c)
+	} else if s.ways.changed(c) {
+		s.touched = true
 	}
 	s.changedSources(c)
-	s.changes.Route(s.cfg, c)
+	if !s.planner.Far(c) {
+		s.touched = true
+		s.changes.Route(s.cfg, c)
+	}
 }
 
 // changedSources forgets the sources that a change can concern: those whose way back may be another one, and where more than routes

@@ -171,7 +171,7 @@ func (a *Agent) mayClone(c *plan.CloneStep, now time.Time) bool {
 	return may
 }
 
-// batch does the writes and returns the error of each. The loop waits for their echoes.
+// batch does the writes and returns the error of each.
 func (a *Agent) batch(writes []routes.Write) []error {
 	out := make([]error, len(writes))
 	for i, res := range a.results(writes) {
@@ -180,17 +180,13 @@ func (a *Agent) batch(writes []routes.Write) []error {
 	return out
 }
 
-// results does the writes and returns what became of each. The loop waits for their echoes.
+// results does the writes and returns what became of each. Those in our own tables are in the mirror then; the loop waits for the echoes of others.
 func (a *Agent) results(writes []routes.Write) []routes.Result {
 	if len(writes) == 0 {
 		return nil
 	}
 	results, err := a.rt.Batch(writes)
-	for _, res := range results {
-		if res.Err == nil {
-			a.st.inflight[res.Seq] = struct{}{}
-		}
-	}
+	a.own(results)
 	for len(results) < len(writes) {
 		results = append(results, routes.Result{Err: err})
 	}
@@ -345,6 +341,7 @@ func (a *Agent) dropClones(list []routes.Route) {
 	if err != nil {
 		a.failed("clones can't be deleted", err)
 	}
+	a.own(results)
 	for i, res := range results {
 		if res.Err != nil && !errors.Is(res.Err, unix.ESRCH) && !errors.Is(res.Err, unix.ENOENT) {
 			a.failed("clone can't be deleted", res.Err, "route", of[i].Key().String())
@@ -353,7 +350,6 @@ func (a *Agent) dropClones(list []routes.Route) {
 		if res.Err != nil {
 			continue // gone already; the mirror is about to know
 		}
-		a.st.inflight[res.Seq] = struct{}{}
 		a.dropped.clones++
 		if what := "clone deleted"; !a.onlyCounted(what) {
 			a.did(what, "route", of[i].Key().String())

@@ -190,16 +190,17 @@ func (s *ways) All() iter.Seq2[plan.Peer, plan.Path] {
 	}
 }
 
-// changed hears of each change of the routing mirror.
-func (s *ways) changed(c routes.Change) {
+// changed hears of each change of the routing mirror, and reports whether the kernel is to be asked for one of the ways.
+func (s *ways) changed(c routes.Change) bool {
 	switch {
 	case c.All:
 		s.all, s.relink = true, true
 	case c.Link != 0:
 		s.links[c.Link], s.relink = true, true
 	default:
-		s.route(c.Dst, s.isSlow)
+		return s.route(c.Dst, s.isSlow)
 	}
+	return true
 }
 
 // through hears of a rule of ours that came or went. What leaves the table meanwhile, or comes to it, has events of its own.
@@ -235,16 +236,21 @@ func (s *ways) isSlow(w *way) {
 	}
 }
 
-// route makes the ways due to whose address a route leads.
-func (s *ways) route(dst netip.Prefix, due func(*way)) {
-	if s.all || !s.byAddr.OverlapsPrefix(dst) {
-		return
+// route makes the ways due to whose address a route leads, and reports whether there are some.
+func (s *ways) route(dst netip.Prefix, due func(*way)) (some bool) {
+	if s.all {
+		return true
+	}
+	if !s.byAddr.OverlapsPrefix(dst) {
+		return false
 	}
 	for _, at := range s.byAddr.Subnets(dst) {
 		for w := range at.each {
 			due(w)
+			some = true
 		}
 	}
+	return some
 }
 
 // link hears of a link's event ahead of the mirror. Those that leave by it are due anyway, once it is another one there.

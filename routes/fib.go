@@ -28,7 +28,10 @@ type Change struct {
 	Table  TableID      // which that route is in
 	// Protocol is that of all routes at Dst in the table, before and after, 0 if they differ or that was not looked at.
 	Protocol Protocol
-	Link     Ifindex
+	// New is the route that came, changed or went, nil where it may be any; Old are those that were at Dst in the table.
+	New  *Body
+	Old  []*Body
+	Link Ifindex
 	Addr     bool  // only an address of the link
 	Rule     *Rule // only this rule came or went, of All
 	All      bool  // rules, nexthop objects, a resync: anything may differ
@@ -197,7 +200,7 @@ func (s *facts) apply(ev Event) (Effect, Change) {
 
 // changeOf is the change of a route. old are those that were at its destination.
 func changeOf(r Route, old []*Body) Change {
-	c := Change{Family: r.Body.Family, Dst: r.Dst, Table: r.Body.Table, Protocol: r.Body.Protocol}
+	c := Change{Family: r.Body.Family, Dst: r.Dst, Table: r.Body.Table, Protocol: r.Body.Protocol, New: r.Body, Old: old}
 	for _, b := range old {
 		if b.Protocol != c.Protocol {
 			c.Protocol = 0

@@ -18,6 +18,8 @@ type findings struct {
 	facts  *facts // of a full dump, else nil
 	mirror *store
 	other  store
+	// owned are the routes that the program itself has written or taken away meanwhile: what the dump finds of them may be older.
+	owned map[Key]struct{}
 }
 
 // begin begins a dump. One that was not ended is given up.
@@ -56,6 +58,11 @@ func (d *findings) apply(ev Event) (e Effect) {
 		if !d.scope.shows(ev.Route.Body.Family) {
 			return Effect{}
 		}
+		if len(d.owned) > 0 {
+			if _, own := d.owned[ev.Route.Key()]; own {
+				return Effect{}
+			}
+		}
 		if d.confirm(ev.Route) {
 			return Effect{Changed: d.facts != nil}
 		}
@@ -74,21 +81,37 @@ func (d *findings) apply(ev Event) (e Effect) {
 	return e
 }
 
-// own takes what the program itself wrote. In a dump by device it counts where that shows it, or has shown what it replaces.
+// own takes what the program itself wrote, which is all that there is of its key. In a dump by device it counts where that shows it, or has
+// shown what it replaces.
 func (d *findings) own(ev Event) {
 	switch ev := ev.(type) {
 	case RouteSet:
 		b := ev.Route.Body
 		if d.scope.shows(b.Family) && (d.scope.covers(b) || d.get(ev.Route.tableKey(), ev.Route.Dst) != nil) {
-			setRoute(d, ev)
+			d.ownRoute(ev.Route, insertBody(d.others(ev.Route), b, false))
 		}
 	case RouteGone:
-		removeRoute(d, ev.Route)
+		if d.scope.shows(ev.Route.Body.Family) {
+			d.ownRoute(ev.Route, d.others(ev.Route))
+		}
 	default:
 		if d.facts != nil {
 			d.facts.apply(ev)
 		}
 	}
+}
+
+func (d *findings) ownRoute(r Route, bodies []*Body) {
+	if d.owned == nil {
+		d.owned = map[Key]struct{}{}
+	}
+	d.owned[r.Key()] = struct{}{}
+	d.replace(r.tableKey(), r.Dst, nil, bodies)
+}
+
+// others are the routes at a route's destination that were found and have another key.
+func (d *findings) others(r Route) []*Body {
+	return slices.DeleteFunc(slices.Clone(d.get(r.tableKey(), r.Dst)), r.Body.sameKey)
 }
 
 // confirm marks a destination that has this route alone, which the dump finds the first time.

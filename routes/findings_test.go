@@ -143,7 +143,7 @@ func TestOwnInTheMiddleOfADump(t *testing.T) {
 	var in Interner
 	a, b, was := parsed(t, &in, "10.1.0.0/16", 2), parsed(t, &in, "10.2.0.0/16", 2), parsed(t, &in, "10.1.0.0/16", 3)
 	for name, scope := range map[string]Scope{"full": {}, "of routes": {RoutesOnly: true}} {
-		for _, passed := range []bool{false, true} {
+		for _, finds := range []string{"was, then", "now", "was"} { // what the dump finds: ahead of what is ours, or behind it
 			f := NewFIB()
 			f.Apply(ResyncBegin{})
 			f.Apply(RouteSet{Route: was})
@@ -151,7 +151,7 @@ func TestOwnInTheMiddleOfADump(t *testing.T) {
 			f.Apply(ResyncEnd{})
 
 			f.Apply(ResyncBegin{Scope: scope})
-			if passed {
+			if finds == "was, then" {
 				f.Apply(RouteSet{Route: was})
 				f.Apply(RouteSet{Route: b})
 			}
@@ -160,12 +160,16 @@ func TestOwnInTheMiddleOfADump(t *testing.T) {
 			holds := func(when string) {
 				t.Helper()
 				if got, n := f.Get(a.Key()); n != 1 || got.Body != a.Body || f.Len() != 1 {
-					t.Errorf("%s, passed %t: %d routes %s, of which the first is by %v", name, passed, f.Len(), when, got.Body.Nexthops)
+					t.Errorf("%s, finds %q: %d routes %s, of which the first is by %v", name, finds, f.Len(), when, got.Body.Nexthops)
 				}
 			}
 			holds("at once")
-			if !passed {
+			switch finds {
+			case "now":
 				f.Apply(RouteSet{Route: a})
+			case "was":
+				f.Apply(RouteSet{Route: was})
+				f.Apply(RouteSet{Route: b})
 			}
 			f.Apply(ResyncEnd{Scope: scope})
 			holds("after the dump")

@@ -104,13 +104,22 @@ func (p *planner) plain(dst netip.Prefix) bool {
 		if p.Config.OwnTable(r.Body.Table) {
 			return false
 		}
-		for _, nh := range r.Body.Nexthops {
-			if l := p.FIB.Link(nh.Oif); p.tunnels[nh.Oif] != nil || l.Tunnel() || nh.Encap {
-				return false
-			}
+		if p.tunnelled(r.Body) {
+			return false
 		}
 	}
 	return true
+}
+
+// tunnelled reports whether a route leaves by a device that has it be tried for a lock, or is one itself.
+func (p *planner) tunnelled(b *routes.Body) bool {
+	for i := range b.Nexthops {
+		nh := &b.Nexthops[i]
+		if nh.Encap || p.tunnels[nh.Oif] != nil || p.FIB.Link(nh.Oif).Tunnel() {
+			return true
+		}
+	}
+	return false
 }
 
 // covered reports whether the destination of a policy is at, inside or around a destination.

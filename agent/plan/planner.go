@@ -43,6 +43,11 @@ type Changes struct {
 	Peers []Peer
 }
 
+// None reports whether nothing differs.
+func (ch *Changes) None() bool {
+	return !ch.All && !ch.OurRules && !ch.Devices && len(ch.Dsts)+len(ch.Ours)+len(ch.Policies)+len(ch.SAs)+len(ch.Peers) == 0
+}
+
 // Route adds a change of the routing mirror.
 func (ch *Changes) Route(cfg *Config, c routes.Change) {
 	switch {
@@ -165,6 +170,20 @@ func (pl *Planner) Covers(dst netip.Prefix) bool {
 		}
 	}
 	return false
+}
+
+// Far reports whether no plan can follow from a change of a route, nor from any other one at its destination as long as the plan stays and that
+// leaves as plainly: nothing that is covered is near, no peer, no tunnel's other end and no route that is tried. In a full table nearly all
+// are so. A change that is far need not be among those that Plan is told of.
+func (pl *Planner) Far(c routes.Change) bool {
+	p, dst := pl.p, c.Dst
+	if p == nil || p.follower == nil || c.New == nil || p.Config.OwnTable(c.Table) || p.wide+len(p.wholes) > 0 {
+		return false
+	}
+	if p.near(dst) || p.tunnelDsts.OverlapsPrefix(dst) || len(p.foreign[c.Family]) > 0 || len(p.waysAt[dst]) > 0 {
+		return false
+	}
+	return !p.tunnelled(c.New) && !slices.ContainsFunc(c.Old, p.tunnelled)
 }
 
 // Alike yields the coverages that have a coverage's selector, mark and if_id, without what lingers.

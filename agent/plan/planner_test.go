@@ -193,6 +193,7 @@ type followed struct {
 	shapes  []ShapeID // of the newest plan
 	steps   Steps     // to it
 	history []string
+	Distant int // how many changes of routes no plan was told of
 	Parts   int // how many plans followed a part of what the one before left
 }
 
@@ -203,7 +204,13 @@ func newFollowed(text string) (*followed, error) {
 	}
 	f := &followed{world: w, text: text, changes: Changes{All: true}, told: map[xfrmwatch.CoverageID]int{}, history: []string{text}}
 	cfg := w.cfg.WithDefaults()
-	w.fib.OnChange(func(c routes.Change) { f.changes.Route(&cfg, c) })
+	w.fib.OnChange(func(c routes.Change) {
+		if f.Far(c) {
+			f.Distant++
+			return
+		}
+		f.changes.Route(&cfg, c)
+	})
 	w.db.OnChange(func(c xfrmwatch.Change) {
 		switch {
 		case c.All:

@@ -1,0 +1,42 @@
+package agent
+
+import "time"
+
+// Most of what happens on a host with a full table of routes concerns nothing that is covered: such a change goes into the mirror, and that
+// is all. No round is made for it.
+//
+//	events ──> mirror ──> something near? a timer? anything else? ──no──> wait for more
+//	                                    │ yes
+//	                                    v
+//	                                  round
+
+// due is what the last round left.
+type due struct {
+	at      time.Time // when it wanted another one without an event, zero for never
+	reached bool      // its goal
+	failed  uint64    // Counters.Failed ahead of it
+}
+
+func (d *due) after(now time.Time, next time.Duration, reached bool) {
+	d.at, d.reached = time.Time{}, reached
+	if next > 0 {
+		d.at = now.Add(next)
+	}
+}
+
+// still reports whether a round would find nothing to do: what came since the last one were routes that nothing is near. After one in which
+// something failed, each event is a reason to try again.
+func (a *Agent) still(now time.Time) bool {
+	st := a.st
+	return a.lastP != nil && !a.news && !st.touched && st.changes.None() && st.ready() && a.goal == protect && !a.once && a.due.failed == a.stats.Failed &&
+		len(st.orders)+len(st.arrivals)+len(st.inflight)+len(a.early.batches) == 0 && (a.due.at.IsZero() || now.Before(a.due.at))
+}
+
+// pass goes on without a round.
+func (a *Agent) pass(now time.Time) (next time.Duration, reached bool) {
+	a.since = time.Time{}
+	a.reports.changed(a)
+	a.heap.Did(int(a.stats.Events - a.toldWork))
+	a.toldWork = a.stats.Events
+	return untilDue(a.due.at, now), a.due.reached
+}
