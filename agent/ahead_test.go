@@ -33,12 +33,15 @@ func TestWhatIsOlderThanOurWriteIsPassedBy(t *testing.T) {
 	}
 	w.took()
 	foreign := routes.Origin{Port: ownerPort, Seq: 9}
-	w.queue = append([]batch{{routes: []routes.Event{
+	w.queue = []batch{{routes: []routes.Event{
 		routes.RouteSet{Route: first, Replace: true, Origin: routes.Origin{Port: ourPort, Seq: 1}}, // an earlier write of ours
 		routes.RouteGone{Route: first, Origin: foreign},
-	}}}, late...)
+	}}}
 	w.settle()
 	w.quiet("what was older than our write")
+	w.queue = late
+	w.settle()
+	w.quiet("our write itself")
 	if got, n := w.a.st.fib.Get(second.Key()); n != 1 || got.Body.Raw != second.Body.Raw {
 		t.Errorf("the mirror has %d clones", n)
 	}
