@@ -24,6 +24,8 @@ type backlog struct {
 	rest     int // those that are not urgent
 	dumping  bool
 
+	ours int // events of our own tables in it
+
 	// What became covered while the rest holds something: earlier events of the same routes may be among that. They don't overtake it.
 	grown bart.Lite
 	grew  bool // there is something in grown
@@ -56,9 +58,19 @@ func (b *backlog) empty() bool { return b.size == 0 }
 // full reports whether nothing more is to be put in now.
 func (b *backlog) full() bool { return b.size >= maxBacklog }
 
-// put adds what was delivered. urgent says of a route whether its events overtake others. The slice is the backlog's to change.
-func (b *backlog) put(events []routes.Event, at time.Time, urgent func(table routes.TableID, dst netip.Prefix) bool) {
-	b.size += len(events)
+// sorter is what the backlog asks about events.
+type sorter interface {
+	// urgent says of a route whether its events overtake others.
+	urgent(table routes.TableID, dst netip.Prefix) bool
+	ownTable(table routes.TableID) bool
+	// behind takes an event of one of our own tables if the mirror has gone past it.
+	behind(ev routes.Event) bool
+}
+
+// put adds what was delivered. The slice is the backlog's to change.
+func (b *backlog) put(events []routes.Event, at time.Time, of sorter) {
+	size := b.size
+	defer func() { b.size = size }()
 	keep := events[:0]
 	flush := func() {
 		if len(keep) > 0 {
@@ -71,6 +83,13 @@ func (b *backlog) put(events []routes.Event, at time.Time, urgent func(table rou
 	var first []routes.Event
 	for _, ev := range events {
 		table, dst, isRoute := routeOf(ev)
+		if isRoute && !b.dumping && of.ownTable(table) {
+			if b.ours == 0 && of.behind(ev) {
+				continue // most of them: nothing follows from it
+			}
+			b.ours++
+		}
+		size++
 		if ordered := !isRoute || b.dumping; len(b.segments) == 0 || b.segments[len(b.segments)-1].ordered != ordered {
 			flush()
 			b.first(&first, at)
@@ -82,7 +101,7 @@ func (b *backlog) put(events []routes.Event, at time.Time, urgent func(table rou
 		case routes.ResyncEnd, routes.Lost:
 			b.dumping = false
 		}
-		if isRoute && !b.dumping && !b.waits(dst) && urgent(table, dst) {
+		if isRoute && !b.dumping && !b.waits(dst) && of.urgent(table, dst) {
 			first = append(first, ev)
 		} else {
 			keep = append(keep, ev)
@@ -137,9 +156,12 @@ func (b *backlog) next(apply func(piece)) {
 		b.grown, b.grew, b.all = bart.Lite{}, false, false
 	}
 	if b.size == 0 {
-		b.segments = nil
+		b.segments, b.ours = nil, 0
 	}
 }
+
+// pressing reports whether urgent events are left for the next round.
+func (b *backlog) pressing() bool { return len(b.segments) > 0 && len(b.segments[0].urgent) > 0 }
 
 // take hands on up to n events of the first pieces, and returns how many it were.
 func take(pieces *[]piece, n int, apply func(piece)) (took int) {
@@ -188,13 +210,20 @@ func (b *backlog) replanned(pl *plan.Planner) {
 	}
 }
 
-// stormPart is how many policies of a wide route's a round works out anew while a backlog waits, as what is covered waits for that, too.
-const stormPart = 64
+// stormPart is how many policies of a wide route's a round works out anew while a backlog waits, as what is covered waits for that, too, and
+// pressingPart while what is covered waits.
+const (
+	stormPart    = 64
+	pressingPart = 8
+)
 
 // part is how many it is now, 0 for the planner's own number.
 func (b *backlog) part() int {
-	if b.empty() {
+	switch {
+	case b.empty():
 		return 0
+	case b.pressing():
+		return pressingPart
 	}
 	return stormPart
 }
@@ -203,6 +232,8 @@ func (b *backlog) part() int {
 func (a *Agent) urgent(table routes.TableID, dst netip.Prefix) bool {
 	return a.cfg.Plan.OwnTable(table) || a.st.planner.Covers(dst)
 }
+
+func (a *Agent) ownTable(table routes.TableID) bool { return a.cfg.Plan.OwnTable(table) }
 
 // takeEvents brings what is pending into the state, as much of it as one round is to take. It reports whether something is left.
 func (a *Agent) takeEvents() (left bool) {
@@ -218,7 +249,7 @@ func (a *Agent) takeEvents() (left bool) {
 		calm := a.backlog.empty() && (n <= roundEvents || a.lastP == nil)
 		for _, b := range pending {
 			if !calm && len(b.routes) > 0 {
-				a.backlog.put(b.routes, b.at, a.urgent)
+				a.backlog.put(b.routes, b.at, a)
 			} else {
 				a.takeBatch(b)
 			}

@@ -32,7 +32,7 @@ func (a *Agent) keepUp() {
 			a.early.batches = append(a.early.batches, b)
 			a.early.own += a.countOwn(b.routes)
 		}
-		unseen := len(a.st.inflight) + a.st.ahead.n - a.early.own
+		unseen := len(a.st.inflight) + a.st.own.n - a.early.own
 		if unseen-a.early.missed <= maxUnseen {
 			return
 		}

@@ -98,7 +98,7 @@ func (a *Agent) applyRoute(ev routes.Event) {
 		// What was written may have been seen in what was lost.
 		clear(a.st.inflight)
 		clear(a.st.writing)
-		a.st.ahead.forget()
+		a.st.own.forget()
 	case routes.RouteSet, routes.RouteGone:
 		if a.behind(ev) {
 			return
@@ -236,6 +236,7 @@ func (a *Agent) input(now time.Time) plan.Input {
 			delete(a.st.withheld, id)
 		}
 	}
+	a.st.ways.pressed = a.backlog.pressing()
 	a.st.ways.settle(a.rt, a.st)
 	if !a.st.changes.All {
 		a.st.changes.Peers = append(a.st.changes.Peers, a.st.ways.others...)

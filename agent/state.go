@@ -75,7 +75,7 @@ type state struct {
 	// inflight are the sequence numbers of our route writes that the watcher has not seen yet, but for those that the mirror has already,
 	// which are ahead.
 	inflight map[uint32]struct{}
-	ahead    ahead
+	own      ownWrites
 	patience time.Time // until when they are waited for
 	wrote    time.Time // when the first step came after the writes, zero for not yet
 	dumping  bool      // between a ResyncBegin and its end

@@ -32,13 +32,15 @@ type ways struct {
 	paths   map[plan.Path]*plan.Path     // those that peers have, or had
 	pathOut map[routes.Ifindex]plan.Path // what the kernel has answered, without those to which there is no way
 
-	all   bool // every answer may be another one now
-	due   []*way
-	slow  []*way                  // likewise, of a route that changed: a part of them in each round
-	links map[routes.Ifindex]bool // those that leave by one of these are due
-	addrs map[netip.Addr]bool     // those from one of these, and from none
-	ours  map[ourTable]bool       // those in one of these
-	again map[*way]bool           // the question itself failed
+	all  bool // every answer may be another one now
+	due  []*way
+	slow []*way // likewise, of a route that changed: a part of them in each round
+	// pressed says that the part is to be small.
+	pressed bool
+	links   map[routes.Ifindex]bool // those that leave by one of these are due
+	addrs   map[netip.Addr]bool     // those from one of these, and from none
+	ours    map[ourTable]bool       // those in one of these
+	again   map[*way]bool           // the question itself failed
 	// others are the peers to which the way is another one since the last time, or of which nobody asks any more.
 	others []plan.Peer
 
@@ -206,12 +208,20 @@ func (s *ways) changed(c routes.Change) bool {
 // through hears of a rule of ours that came or went. What leaves the table meanwhile, or comes to it, has events of its own.
 func (s *ways) through(r *routes.Rule) { s.ours[ourTable{r.Family, r.Table}] = true }
 
-// maxAsks is how many ways are asked for in one round because a route changed: of a default route very many can have.
-const maxAsks = 128
+// maxAsks is how many ways are asked for in one round because a route changed: of a default route very many can have. pressingAsks is how
+// many while events wait of routes that what is covered takes.
+const (
+	maxAsks      = 128
+	pressingAsks = 16
+)
 
 // askSlow asks for a part of those that are due because of a route that changed.
 func (s *ways) askSlow(rt routeTable, fib *routes.FIB) {
-	for n := 0; n < maxAsks && len(s.slow) > 0; {
+	most := maxAsks
+	if s.pressed {
+		most = pressingAsks
+	}
+	for n := 0; n < most && len(s.slow) > 0; {
 		last := len(s.slow) - 1
 		w := s.slow[last]
 		s.slow = s.slow[:last]

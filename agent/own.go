@@ -2,7 +2,7 @@ package agent
 
 import "tsoagent/routes"
 
-// ahead is what was written in tables of our own and is in the mirror already. The watcher tells of it as well, behind all that the kernel has
+// ownWrites is what was written in tables of our own and is in the mirror already. The watcher tells of it as well, behind all that the kernel has
 // told of before, which in a storm takes long. What it tells of such a route until then is older, and would undo what is known.
 //
 //	Batch ── what the kernel has told of the writes ──> mirror
@@ -11,7 +11,7 @@ import "tsoagent/routes"
 //	        ── of any other ──────────────────────────> mirror
 //
 // The zero value is empty. It belongs to the loop.
-type ahead struct {
+type ownWrites struct {
 	of map[routes.Key]newest
 	n  int // notifications that are still to come
 }
@@ -24,7 +24,7 @@ type newest struct {
 }
 
 // put notes what the watcher will tell of a write.
-func (h *ahead) put(res *routes.Result) {
+func (h *ownWrites) put(res *routes.Result) {
 	k, _, ok := routeEvent(res.Events[0])
 	if !ok {
 		return
@@ -38,7 +38,7 @@ func (h *ahead) put(res *routes.Result) {
 
 // passed takes note of what the watcher tells, and reports whether the mirror is ahead of it. intruder says that it is somebody else's
 // route in a place of ours: only a dump tells what became of that.
-func (h *ahead) passed(ev routes.Event, ours bool) (old, intruder bool) {
+func (h *ownWrites) passed(ev routes.Event, ours bool) (old, intruder bool) {
 	if h.n == 0 {
 		return false, false
 	}
@@ -59,14 +59,14 @@ func (h *ahead) passed(ev routes.Event, ours bool) (old, intruder bool) {
 		if w.left--; w.left > 0 {
 			h.of[k] = w
 		} else if delete(h.of, k); len(h.of) == 0 {
-			*h = ahead{} // a map does not shrink
+			*h = ownWrites{} // a map does not shrink
 		}
 	}
 	return true, false
 }
 
 // forget is for when events were lost: what is to come is not known.
-func (h *ahead) forget() { *h = ahead{} }
+func (h *ownWrites) forget() { *h = ownWrites{} }
 
 // routeEvent is the key of a route's event, and who caused it.
 func routeEvent(ev routes.Event) (k routes.Key, from routes.Origin, ok bool) {
@@ -85,7 +85,7 @@ func (a *Agent) own(results []routes.Result) {
 	for i := range results {
 		switch res := &results[i]; {
 		case len(res.Events) > 0: // also where it failed halfway
-			a.st.ahead.put(res)
+			a.st.own.put(res)
 			for _, ev := range res.Events {
 				if e := a.st.fib.Own(ev); e.Resync != nil && a.sources != nil {
 					a.sources.resyncRoutes(*e.Resync)
@@ -104,7 +104,7 @@ func (a *Agent) behind(ev routes.Event) bool {
 		return false
 	}
 	_, from, _ := routeEvent(ev)
-	old, intruder := a.st.ahead.passed(ev, a.ours(from))
+	old, intruder := a.st.own.passed(ev, a.ours(from))
 	if intruder && a.sources != nil {
 		a.sources.resyncRoutes(routes.Scope{RoutesOnly: true})
 	}
@@ -113,7 +113,7 @@ func (a *Agent) behind(ev routes.Event) bool {
 
 // keepAhead is for the begin of a dump, which may have been taken before what was written since.
 func (a *Agent) keepAhead() {
-	for _, w := range a.st.ahead.of {
+	for _, w := range a.st.own.of {
 		for _, ev := range w.events {
 			a.st.fib.Own(ev)
 		}
