@@ -35,8 +35,8 @@ func newGuard(c *cli.Context, log *slog.Logger) *guard.Guard {
 }
 
 func serveGuard(c *cli.Context) error {
-	// Who ends the service tells all of its processes. It is the agent's end that counts.
-	signal.Ignore(syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP)
+	// Who ends the service tells all of its processes, and so does its watchdog. It is the agent's end that counts.
+	signal.Ignore(syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP, syscall.SIGQUIT, syscall.SIGABRT)
 	log, err := logger(c)
 	if err != nil {
 		return err
