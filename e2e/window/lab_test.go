@@ -154,7 +154,7 @@ func (l *lab) back() {
 	l.specific = -1
 }
 
-// storm changes other routes as fast as the kernel takes them, until it is told to stop.
+// storm changes other routes, a tenth of them below the agent's clones, as fast as the kernel takes them, until it is told to stop.
 func (l *lab) storm() (stop func()) {
 	l.Helper()
 	h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
@@ -165,7 +165,11 @@ func (l *lab) storm() (stop func()) {
 	var routes [2][]*netlink.Route
 	for way := range 2 {
 		for i := range 1000 {
-			routes[way] = append(routes[way], l.route(fmt.Sprintf("11.%d.%d.0/24", i/250, i%250), way))
+			dst := fmt.Sprintf("11.%d.%d.0/24", i/250, i%250)
+			if i%10 == 0 { // inside of what is covered, so that each has a clone or a throw of its own
+				dst = fmt.Sprintf("10.3.%d.0/24", 100+i/10)
+			}
+			routes[way] = append(routes[way], l.route(dst, way))
 		}
 	}
 	wg.Go(func() {

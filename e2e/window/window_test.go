@@ -154,6 +154,9 @@ func (l *lab) try(s scene, specific bool) (out [2][]sight) {
 	arrive(way)
 	tr.end(l)
 	for f, flow := range flows {
+		if s.stays {
+			break // it is as long as we like
+		}
 		if s := tr.since(f, began, way); concerned(f) {
 			family := 0
 			if strings.Contains(flow.dst, ":") {
