@@ -94,6 +94,9 @@ func (a *Agent) applyRoute(ev routes.Event) {
 		}
 		a.renamed(ev.Link)
 		a.nicSet(ev.Link)
+		if ev.Features {
+			delete(a.st.unheard, ethtool.Ifindex(ev.Link.Index))
+		}
 	case routes.LinkGone:
 		delete(a.st.features, ev.Index)
 		a.st.l2tp.gone(ev.Index)
@@ -101,7 +104,9 @@ func (a *Agent) applyRoute(ev routes.Event) {
 		if l := a.st.fib.Link(ev.Index); l != nil && nicKey(l) != "" {
 			a.st.nics = true
 		}
-		a.forgetDevice(ev.Index)
+		if !a.strayed(ev.Index) {
+			a.forgetDevice(ev.Index)
+		}
 		a.laneLink(ev.Index, "")
 	case routes.AddrSet:
 		a.st.ways.addr(ev.Addr.Prefix.Addr())
