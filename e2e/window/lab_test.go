@@ -212,7 +212,7 @@ const config = "presume_mtu: 1400\nmetrics: off\nrestore_after: 100ms\nrun_dir: 
 // start starts an agent, and waits until packets go by its clones.
 func (l *lab) start(then func()) *agent {
 	l.Helper()
-	file := filepath.Join("/run", "window.yaml")
+	const file = "/run/window.yaml"
 	l.must(os.WriteFile(file, []byte(config), 0o644))
 	a := &agent{cmd: exec.Command(filepath.Join(l.bin, "tsoagent"), "run", "-c", file), log: &bytes.Buffer{}, gone: make(chan struct{}), then: then}
 	log, err := os.CreateTemp(host.WorkDir(), "log")

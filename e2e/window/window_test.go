@@ -2,6 +2,7 @@ package window
 
 import (
 	"fmt"
+	"net"
 	"os"
 	"slices"
 	"strconv"
@@ -37,14 +38,14 @@ func scenes() []scene {
 }
 
 // TestStaleWindow measures for how long packets go the old way. Times are told and never held to anything: what fails is a packet that goes the
-// wrong way in the end. TSOAGENT_WINDOW is how often each is done.
+// wrong way in the end. TSOAGENT_WINDOW is how often each is done, TSOAGENT_WINDOW_ROUTES how many other routes there are.
 func TestStaleWindow(t *testing.T) {
 	l := newLab(t)
-	n := 2
-	if text := os.Getenv("TSOAGENT_WINDOW"); text != "" {
-		var err error
-		n, err = strconv.Atoi(text)
-		l.must(err)
+	n := l.number("TSOAGENT_WINDOW", 2)
+	for i := range l.number("TSOAGENT_WINDOW_ROUTES", 0) {
+		r := l.route("20.0.0.0/28", 0)
+		r.Dst.IP = net.IPv4(byte(20+i>>20), byte(i>>12), byte(i>>4), byte(i<<4))
+		l.must(l.owner.RouteAdd(r))
 	}
 	var table strings.Builder
 	fmt.Fprintf(&table, "%-29s %-9s %-6s %10s %10s %10s %12s\n", "", "what", "family", "median", "largest", "runs", "packets late")
@@ -67,6 +68,18 @@ func TestStaleWindow(t *testing.T) {
 		})
 	}
 	t.Log("\n" + table.String())
+}
+
+// number is that of a variable of the environment.
+func (l *lab) number(name string, otherwise int) int {
+	l.Helper()
+	text := os.Getenv(name)
+	if text == "" {
+		return otherwise
+	}
+	n, err := strconv.Atoi(text)
+	l.must(err)
+	return n
 }
 
 func row(w *strings.Builder, name, what, family string, all []sight) {
