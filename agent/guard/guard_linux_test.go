@@ -335,6 +335,23 @@ func TestGuardThatWasKilledIsStartedAgain(t *testing.T) {
 	}
 }
 
+// TestGuardThatIsStoppedDoesNotKeepTheAgent stops the guard's process as SIGSTOP does.
+func TestGuardThatIsStoppedDoesNotKeepTheAgent(t *testing.T) {
+	l := newLab(t)
+	table, lock, _ := files(t)
+	l.Watch(numbers, table, lock)
+	if err := l.process.Signal(unix.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	before := rules(t)
+	if err := l.End(); err != nil {
+		t.Error(err)
+	}
+	if got := rules(t); got != before {
+		t.Errorf("before:\n%s\nafter:\n%s", before, got)
+	}
+}
+
 // TestGarbageIsNothingThatWasSaid sends what makes no sense, and files where there can be none.
 func TestGarbageIsNothingThatWasSaid(t *testing.T) {
 	l := newLab(t)

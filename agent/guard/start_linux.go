@@ -58,16 +58,15 @@ func (g *Guard) keep(cmd *exec.Cmd, err error) {
 			began := time.Now()
 			err = cmd.Wait()
 			g.mu.Lock()
-			bye := g.bye
 			_ = g.conn.Close()
 			g.conn = nil
 			g.mu.Unlock()
-			if bye {
-				return
-			}
 			if time.Since(began) > lastRetry {
 				wait = firstRetry
 			}
+		}
+		if g.ends() {
+			return
 		}
 		g.log.Warn("the agent's guard has ended: if the agent is killed meanwhile, its rules stay until somebody takes them away", "err", err, "again_in", wait)
 		select {
@@ -77,6 +76,13 @@ func (g *Guard) keep(cmd *exec.Cmd, err error) {
 		}
 		cmd, err = g.start()
 	}
+}
+
+// ends reports whether there is to be no process any more.
+func (g *Guard) ends() bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.bye
 }
 
 // start starts a process, and tells it all.
@@ -153,6 +159,9 @@ func (g *Guard) Watch(w Watch, table, lock *os.File) (drop func() error) {
 	})
 }
 
+// endWithin bounds for how long the end of a guard is waited for. One that is stopped (SIGSTOP) is killed then.
+const endWithin = 5 * time.Second
+
 // End tells the guard that all was given back, or is meant to stay, and waits for its end.
 func (g *Guard) End() error {
 	g.mu.Lock()
@@ -165,7 +174,12 @@ func (g *Guard) End() error {
 	g.tell(message{Bye: true})
 	g.mu.Unlock()
 	close(g.leave)
-	<-g.over
+	select {
+	case <-g.over:
+	case <-time.After(endWithin):
+		g.kill()
+		<-g.over
+	}
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	var errs []error
@@ -177,4 +191,12 @@ func (g *Guard) End() error {
 		return fmt.Errorf("guard: %w", err)
 	}
 	return nil
+}
+
+func (g *Guard) kill() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.conn != nil {
+		_ = g.process.Kill() // it may have ended
+	}
 }

@@ -224,9 +224,5 @@ func run(c *cli.Context) error {
 		}
 		return err
 	})
-	err = errors.Join(tasks.Wait(), f.Close())
-	if err == nil { // else the guard takes away what is left when we have ended
-		err = g.End()
-	}
-	return err
+	return errors.Join(tasks.Wait(), f.Close(), g.End())
 }
