@@ -312,23 +312,24 @@ func (a *Agent) listenFor(dev ethtool.Device, due []plan.Hold, now *ethtool.Feat
 	}
 }
 
-// strayed reports whether what was written last to a device that is gone has hit the next one, which was made with its index and its name. A write
-// tells of the device in the same stream of events as its end does: where the end comes first, the write came behind it. The kernel itself compares
+// strayed is the device that was hit by what was written last to one that is gone, as it was made with that one's index and name; nil for none. A
+// write tells of the device in the same stream of events as its end does: where the end comes first, the write came behind it. The kernel itself compares
 // index and name (ethtool.Client.Set), and has nothing else to tell two devices apart.
-func (a *Agent) strayed(i routes.Ifindex) bool {
+func (a *Agent) strayed(i routes.Ifindex) *routes.Link {
 	at, unheard := a.st.unheard[ethtool.Ifindex(i)]
 	delete(a.st.unheard, ethtool.Ifindex(i))
 	l := a.st.fib.Link(i)
-	if !unheard || l == nil || a.clock().Sub(at) > unheardFor {
-		return false
+	if !unheard || l == nil || a.links == nil || a.clock().Sub(at) > unheardFor {
+		return nil
 	}
+	next, lerr := a.links.ReadLink(i)
 	now, err := a.et.Features(ethtool.Device{Index: ethtool.Ifindex(i), Name: l.Name})
-	if err != nil {
-		return false // there is none
+	if errors.Join(lerr, err) != nil {
+		return nil // there is none
 	}
 	a.noted("a device was made anew just when features were held off on it: they are given back", "device", l.Name)
 	a.st.know(now)
-	return true
+	return next
 }
 
 // forgetDevice drops the claims on a device that is gone. One that comes under its name or

@@ -75,6 +75,7 @@ func (a *Agent) apply(b batch) {
 }
 
 func (a *Agent) applyRoute(ev routes.Event) {
+	var next *routes.Link // there already in the place of one that is gone
 	switch ev := ev.(type) {
 	case routes.Lost:
 		a.notice(eventsLost, "source", "routes", "err", ev.Err)
@@ -104,7 +105,7 @@ func (a *Agent) applyRoute(ev routes.Event) {
 		if l := a.st.fib.Link(ev.Index); l != nil && nicKey(l) != "" {
 			a.st.nics = true
 		}
-		if !a.strayed(ev.Index) {
+		if next = a.strayed(ev.Index); next == nil {
 			a.forgetDevice(ev.Index)
 		}
 		a.laneLink(ev.Index, "")
@@ -126,6 +127,9 @@ func (a *Agent) applyRoute(ev routes.Event) {
 	}
 	if e := a.st.fib.Apply(ev); e.Resync != nil && a.sources != nil {
 		a.sources.resyncRoutes(*e.Resync)
+	}
+	if next != nil { // its own event can be late, and claims on what isn't there are dropped
+		a.st.fib.Own(routes.LinkSet{Link: next})
 	}
 	a.moved(ev)
 	a.echo(ev)
