@@ -8,7 +8,9 @@
 # make bench              how the agent does with a full BGP table and 100,000 tunnels, into docs/bench.md and README.md (root; some minutes, 4 GiB of memory)
 # make growth             how the cost of an event grows with coverages and with routes: docs/growth.svg and the table in docs/planning.md
 # make soak               random worlds for the planner, whose seed differs each time, until CHECKS of each kind have passed, then churn
-#                         under a real agent, CHURN rounds of it, and KILLS agents killed at any point, and what is left compared (root)
+#                         under a real agent, CHURN rounds of it, KILLS agents killed at any point, and what is left compared, and RACES
+#                         writes in place that a route's owner races (root)
+# make window             for how long packets go the old way when a route moves below a clone: the table in docs/stale-window.md (root; WINDOW times each)
 # make bench-check        compares what make bench measured with the figures to reach
 # make lint               golangci-lint and govulncheck
 # make fuzz               every fuzz target for FUZZTIME
@@ -19,12 +21,14 @@ FUZZTIME ?= 10s
 CHECKS   ?= 1000000
 CHURN    ?= 2000
 KILLS    ?= 2000
+RACES    ?= 1000000
+WINDOW   ?= 20
 
 # Go stamps the version from git, and refuses to build where git doesn't answer: no git, or a tree that
 # belongs to somebody else.
 VCS := $(shell git status >/dev/null 2>&1 && echo auto || echo false)
 
-.PHONY: build install run test test-kernels testkernel demo scenario bench bench-check growth soak lint fuzz setup
+.PHONY: build install run test test-kernels testkernel demo scenario bench bench-check growth window soak lint fuzz setup
 
 build:
 	CGO_ENABLED=0 go build -buildvcs=$(VCS) -o bin/ ./cmd/...
@@ -76,10 +80,14 @@ growth:
 	@go test ./agent -run '^$$' -bench 'Growth' -benchtime 300ms -timeout 0 >bin/growth.txt || { cat bin/growth.txt; exit 1; }
 	@go run ./e2e/cmd/growth -svg docs/growth.svg -table docs/planning.md <bin/growth.txt
 
+window:
+	@TSOAGENT_WINDOW=$(WINDOW) go test ./e2e/window -count=1 -timeout 0 -v
+
 soak:
 	@go test ./agent/plan -run 'Promises|Changes|Planner' -timeout 0 -rapid.seed=0 -rapid.checks=$(CHECKS)
 	@TSOAGENT_CHURN_ROUNDS=$(CHURN) go test ./e2e/churn -count=1 -timeout 0
 	@TSOAGENT_KILLS=$(KILLS) go test ./e2e/kill -run TestKilledAnywhere -count=1 -timeout 0 -v
+	@TSOAGENT_RACES=$(RACES) go test ./agent -run TestHostOwnersRaceEachLock -count=1 -timeout 0 -v
 
 bench-check: bin/bench
 	@bin/bench -check bin/bench.json

@@ -78,6 +78,7 @@ type Agent struct {
 	links    linkTable                                 // nil where no MTU of a device is ever set
 	ids      *netns.IDs                                // nil where the numbers of other namespaces can't be asked for
 	others   others                                    // nil where there are none
+	guard    Guard                                     // nil where there is none
 	nics     atomic.Pointer[map[string]routes.Ifindex] // those in the namespace, by nicKey; 0 for several
 	away     atomic.Int32                              // how many devices are in st.moved
 	openNFT  func() (clampTable, error)                // nil where nothing is ever clamped
@@ -333,6 +334,7 @@ func (a *Agent) Close() error {
 // Run follows the kernel until the context ends, then restores or keeps what is held as the
 // configuration says: with keep, only the rules and clones go, which nobody would follow. The error is nil after a graceful stop.
 func (a *Agent) Run(ctx context.Context) error {
+	a.watchOver()
 	watch, cancel := context.WithCancel(context.Background())
 	var wg sync.WaitGroup
 	defer wg.Wait()

@@ -24,7 +24,7 @@ type backlog struct {
 	rest     int // those that are not urgent
 	dumping  bool
 
-	ours int // events of our own tables in it
+	ours int // events of our own tables in it, and dumps
 
 	// What became covered while the rest holds something: earlier events of the same routes may be among that. They don't overtake it.
 	grown bart.Lite
@@ -83,8 +83,11 @@ func (b *backlog) put(events []routes.Event, at time.Time, of sorter) {
 	var first []routes.Event
 	for _, ev := range events {
 		table, dst, isRoute := routeOf(ev)
-		if isRoute && !b.dumping && of.ownTable(table) {
-			if b.ours == 0 && of.behind(ev) {
+		switch _, dump := ev.(routes.ResyncBegin); {
+		case dump: // which can have found what is older than what was written
+			b.ours++
+		case isRoute && of.ownTable(table):
+			if b.ours == 0 && !b.dumping && of.behind(ev) {
 				continue // most of them: nothing follows from it
 			}
 			b.ours++

@@ -138,7 +138,7 @@ func (a *Agent) setMTUs(list []plan.DeviceMTU) bool {
 
 func (a *Agent) setMTU(d plan.DeviceMTU) bool {
 	l, err := a.links.ReadLink(d.Device.Index)
-	if err != nil {
+	if err != nil || !sameDevice(l, d.Device) {
 		return false // its event is on the way
 	}
 	if l.MTU != d.Device.MTU { // changed since: the next plan decides
@@ -179,6 +179,11 @@ func (a *Agent) setMTU(d plan.DeviceMTU) bool {
 	return true
 }
 
+// sameDevice reports whether what has a device's index now is that device, as far as the kernel lets it be told. An MTU is set by the index alone.
+func sameDevice(now, then *routes.Link) bool {
+	return now.Name == then.Name && now.Kind == then.Kind && now.IfID == then.IfID && now.PermAddr == then.PermAddr
+}
+
 // refuseMTU leaves a device alone that the kernel does not let us set: it has been read since, and
 // has the MTU that it had. What we set earlier stays ours to give back.
 func (a *Agent) refuseMTU(d plan.DeviceMTU, before plan.MTUClaim, had bool, err error) {
@@ -212,6 +217,9 @@ func (a *Agent) giveMTUs(s *plan.MTUSteps) {
 
 func (a *Agent) giveMTU(b plan.MTUBack) {
 	l, err := a.links.ReadLink(b.Device.Index)
+	if err == nil && !sameDevice(l, b.Device) {
+		return // its event is on the way
+	}
 	if err == nil && !b.Claim.Wrote(l.MTU) {
 		a.st.fib.Own(routes.LinkSet{Link: l})
 		a.again = true // the next plan drops the claim

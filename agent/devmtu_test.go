@@ -19,9 +19,14 @@ type fakeLinks struct {
 	lateErr  error // of a set that was done
 	readErr  error // of the reads after a set
 	readsBad bool
+	ahead    func() // of the next read
 }
 
 func (f *fakeLinks) ReadLink(i routes.Ifindex) (*routes.Link, error) {
+	if ahead := f.ahead; ahead != nil {
+		f.ahead = nil
+		ahead()
+	}
 	if f.readsBad {
 		return nil, f.readErr
 	}
@@ -145,6 +150,37 @@ func TestDeviceMTUThatIsRefusedLocksTheRoutes(t *testing.T) {
 	if m := w.a.Report().DeviceMTUs; len(m) != 1 || !strings.Contains(m[0].Why, "refuses") {
 		t.Errorf("the report says %+v", m)
 	}
+}
+
+// An MTU is set by a device's index alone, which another one can have by then.
+func TestDeviceMTUOfAnotherDeviceWithTheIndexStays(t *testing.T) {
+	another := func(w *world) func() {
+		return func() {
+			l := *w.kernel.Link(ipsec1)
+			l.Name, l.Kind, l.IfID = "other0", "dummy", 0
+			w.kernel.Apply(routes.LinkSet{Link: &l}) // its event is on the way
+		}
+	}
+	t.Run("set", func(t *testing.T) {
+		w, f := mtuWorld(t)
+		w.start(tunnelPolicy)
+		f.ahead = another(w)
+		w.xfrm(tunnelSA)
+		w.settle()
+		wantOps(t, "set", w.mtuOps())
+	})
+	t.Run("given back", func(t *testing.T) {
+		w, f := mtuWorld(t)
+		w.start(tunnelPolicy, tunnelSA)
+		w.took()
+		w.xfrm(gone(tunnelPolicy))
+		w.settle()
+		f.ahead = another(w)
+		w.advance(5 * time.Second)
+		if ops := w.mtuOps(); slices.ContainsFunc(ops, func(op string) bool { return strings.HasPrefix(op, "mtu ") }) {
+			t.Errorf("given back: %q", ops)
+		}
+	})
 }
 
 // A claim is dropped only when it is known that nothing was written.

@@ -73,6 +73,8 @@ type Fleet struct {
 	reloader func(context.Context) error
 
 	heap heap.Keeper // of the process
+	// guard watches over all agents, nil for none.
+	guard Guard
 
 	openHook func() (keyHook, error)
 	openAO   func() (keyLister, error)

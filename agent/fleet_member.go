@@ -134,7 +134,7 @@ func (f *Fleet) open(m *member) (a *Agent, generation uint64, err error) {
 				if a.ns.ID() != m.id {
 					return errMoved
 				}
-				a.others, a.heap = f, &f.heap
+				a.others, a.heap, a.guard = f, &f.heap, f.guard
 				return a.open()
 			})
 			return err

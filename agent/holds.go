@@ -74,6 +74,7 @@ func (a *Agent) holdDevice(dev ethtool.Device, due []plan.Hold, at time.Time) {
 	now, err := a.et.Set(dev, want)
 	failpoint("hold-written")
 	if now != nil {
+		a.listenFor(dev, due, now)
 		a.st.know(now)
 	}
 	var refused *ethtool.RefusedError
@@ -294,6 +295,41 @@ func (a *Agent) forgiveHolds(pl *plan.Plan) {
 			delete(a.st.refused, k)
 		}
 	}
+}
+
+// unheardFor bounds for how long the event of a write of features is waited for. It comes within milliseconds, but for a storm.
+const unheardFor = 10 * time.Second
+
+// listenFor notes that an event will tell of features that were just switched off.
+func (a *Agent) listenFor(dev ethtool.Device, due []plan.Hold, now *ethtool.Features) {
+	before := a.st.features[routes.Ifindex(dev.Index)]
+	for _, h := range due {
+		was, known := before.Get(h.Feature)
+		if is, ok := now.Get(h.Feature); ok && !is.Wanted && (!known || was.Wanted) {
+			a.st.unheard[dev.Index] = a.clock()
+			return
+		}
+	}
+}
+
+// strayed is the device that was hit by what was written last to one that is gone, as it was made with that one's index and name; nil for none. A
+// write tells of the device in the same stream of events as its end does: where the end comes first, the write came behind it. The kernel itself compares
+// index and name (ethtool.Client.Set), and has nothing else to tell two devices apart.
+func (a *Agent) strayed(i routes.Ifindex) *routes.Link {
+	at, unheard := a.st.unheard[ethtool.Ifindex(i)]
+	delete(a.st.unheard, ethtool.Ifindex(i))
+	l := a.st.fib.Link(i)
+	if !unheard || l == nil || a.links == nil || a.clock().Sub(at) > unheardFor {
+		return nil
+	}
+	next, lerr := a.links.ReadLink(i)
+	now, err := a.et.Features(ethtool.Device{Index: ethtool.Ifindex(i), Name: l.Name})
+	if errors.Join(lerr, err) != nil {
+		return nil // there is none
+	}
+	a.noted("a device was made anew just when features were held off on it: they are given back", "device", l.Name)
+	a.st.know(now)
+	return next
 }
 
 // forgetDevice drops the claims on a device that is gone. One that comes under its name or

@@ -167,12 +167,19 @@ type running struct {
 // start runs an agent until stop, which a failing test calls as well.
 func (ns *testNS) start(cfg Config) *running {
 	ns.t.Helper()
+	return ns.startWith(cfg, func(*Agent) {})
+}
+
+// startWith is start with something that is changed about the agent first.
+func (ns *testNS) startWith(cfg Config, change func(*Agent)) *running {
+	ns.t.Helper()
 	r := &running{t: ns.t, done: make(chan error, 1), log: new(lockedBuffer)}
 	a, err := New(cfg, slog.New(slog.NewTextHandler(r.log, nil)), "test")
 	if err != nil {
 		ns.t.Fatal(err)
 	}
 	r.Agent = a
+	change(a)
 	var ctx context.Context
 	ctx, r.cancel = context.WithCancel(context.Background())
 	go func() {

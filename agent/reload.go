@@ -379,7 +379,7 @@ func (f *Fleet) openHost() (a *Agent, cfg Config, generation uint64, err error) 
 	f.mu.Unlock()
 	err = f.host.Do(func() (err error) {
 		a, err = newAgentIn(netns.Host, cfg, f.log, f.version, func(a *Agent) error {
-			a.others, a.heap = f, &f.heap
+			a.others, a.heap, a.guard = f, &f.heap, f.guard
 			return a.open()
 		})
 		return err

@@ -92,6 +92,7 @@ func (a *Agent) takeRoute(ev routes.Event, at time.Time) {
 }
 
 func (a *Agent) applyRoute(ev routes.Event) {
+	var next *routes.Link // there already in the place of one that is gone
 	switch ev := ev.(type) {
 	case routes.Lost:
 		a.notice(eventsLost, "source", "routes", "err", ev.Err)
@@ -116,6 +117,9 @@ func (a *Agent) applyRoute(ev routes.Event) {
 		}
 		a.renamed(ev.Link)
 		a.nicSet(ev.Link)
+		if ev.Features {
+			delete(a.st.unheard, ethtool.Ifindex(ev.Link.Index))
+		}
 	case routes.LinkGone:
 		delete(a.st.features, ev.Index)
 		a.st.l2tp.gone(ev.Index)
@@ -123,7 +127,9 @@ func (a *Agent) applyRoute(ev routes.Event) {
 		if l := a.st.fib.Link(ev.Index); l != nil && nicKey(l) != "" {
 			a.st.nics = true
 		}
-		a.forgetDevice(ev.Index)
+		if next = a.strayed(ev.Index); next == nil {
+			a.forgetDevice(ev.Index)
+		}
 		a.laneLink(ev.Index, "")
 	case routes.AddrSet:
 		a.st.ways.addr(ev.Addr.Prefix.Addr())
@@ -146,6 +152,9 @@ func (a *Agent) applyRoute(ev routes.Event) {
 	}
 	if _, begin := ev.(routes.ResyncBegin); begin {
 		a.keepAhead()
+	}
+	if next != nil { // its own event can be late, and claims on what isn't there are dropped
+		a.st.fib.Own(routes.LinkSet{Link: next})
 	}
 	a.moved(ev)
 	a.echo(ev)

@@ -57,6 +57,8 @@ type state struct {
 	mtus      map[routes.Ifindex]plan.MTUClaim
 	retakes   map[plan.HoldKey]int
 	unsure    map[plan.HoldKey]bool // holds that may be in place: it could not be read back
+	// unheard is when features of devices were written of which no event has told yet.
+	unheard   map[ethtool.Ifindex]time.Time
 	contested map[plan.HoldKey]string
 	refused   map[plan.HoldKey]string
 	release   map[plan.HoldKey]time.Time     // when a hold that is wanted no more is given back
@@ -172,20 +174,20 @@ func newState(cfg *plan.Config) *state {
 		moved:         map[string]*movedDevice{},
 		left:          map[routes.Ifindex]leftDevice{},
 		retakes:       map[plan.HoldKey]int{},
-		unsure:        map[plan.HoldKey]bool{},
-		contested:     map[plan.HoldKey]string{},
-		refused:       map[plan.HoldKey]string{},
-		release:       map[plan.HoldKey]time.Time{},
-		flaps:         map[ethtool.Ifindex]flap{},
-		fights:        map[routes.Key]fight{},
-		resting:       map[routes.Key]bool{},
-		placed:        map[plan.ShapeID]fight{},
-		stuck:         map[routes.Key]int{},
-		cloned:        map[clonePlace]clonedAt{},
-		withheld:      map[plan.ShapeID]withheldShape{},
-		sources:       map[plan.ShapeID]shapeSource{},
-		writing:       map[routes.Key]*write{},
-		inflight:      map[uint32]struct{}{},
+		unsure:        map[plan.HoldKey]bool{}, unheard: map[ethtool.Ifindex]time.Time{},
+		contested: map[plan.HoldKey]string{},
+		refused:   map[plan.HoldKey]string{},
+		release:   map[plan.HoldKey]time.Time{},
+		flaps:     map[ethtool.Ifindex]flap{},
+		fights:    map[routes.Key]fight{},
+		resting:   map[routes.Key]bool{},
+		placed:    map[plan.ShapeID]fight{},
+		stuck:     map[routes.Key]int{},
+		cloned:    map[clonePlace]clonedAt{},
+		withheld:  map[plan.ShapeID]withheldShape{},
+		sources:   map[plan.ShapeID]shapeSource{},
+		writing:   map[routes.Key]*write{},
+		inflight:  map[uint32]struct{}{},
 	}
 	s.fib.OnChange(s.changed)
 	s.db.OnChange(s.changedXFRM)

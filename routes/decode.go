@@ -82,7 +82,7 @@ func (d *Decoder) decode(h Header, data []byte) (Event, error) {
 		}
 		return RouteSet{Route: r, Replace: h.Flags&nlmReplace != 0, Append: h.Flags&nlmAppend != 0, Origin: origin}, nil
 	case rtmNewLink, rtmDelLink:
-		l, err := decodeLink(data)
+		l, event, err := decodeLinkEvent(data)
 		if err != nil || l == nil {
 			return nil, err
 		}
@@ -90,7 +90,7 @@ func (d *Decoder) decode(h Header, data []byte) (Event, error) {
 			to, err := decodePlace(data)
 			return LinkGone{Index: l.Index, To: to}, err
 		}
-		return LinkSet{Link: l}, nil
+		return LinkSet{Link: l, Features: event == eventFeatures}, nil
 	case rtmNewAddr, rtmDelAddr:
 		a, ok, err := decodeAddr(data)
 		if err != nil || !ok {

@@ -17,6 +17,7 @@ const (
 	iflaLinkInfo    = 18
 	iflaAFSpec      = 26
 	iflaLinkNetnsid = 37
+	iflaEvent       = 44
 	iflaNewNetnsid  = 45
 	iflaNewIfindex  = 49
 	iflaPermAddress = 54
@@ -47,11 +48,20 @@ const (
 // means that the port left the bridge, not that the device is gone), those of other families
 // of their settings, and wireless events carry next to no attributes.
 func decodeLink(data []byte) (*Link, error) {
+	l, _, err := decodeLinkEvent(data)
+	return l, err
+}
+
+// eventFeatures is IFLA_EVENT_FEATURES (linux/if_link.h): the features of the device changed.
+const eventFeatures = 2
+
+// decodeLinkEvent also returns why the kernel tells of the device (IFLA_EVENT), 0 where it does not say.
+func decodeLinkEvent(data []byte) (_ *Link, event uint32, err error) {
 	if len(data) < ifinfomsgLen {
-		return nil, errShort
+		return nil, 0, errShort
 	}
 	if data[0] != 0 { // AF_UNSPEC
-		return nil, nil
+		return nil, 0, nil
 	}
 	flags := binary.NativeEndian.Uint32(data[8:])
 	l := &Link{
@@ -61,13 +71,15 @@ func decodeLink(data []byte) (*Link, error) {
 		Running: flags&iffLowerUp != 0,
 	}
 	if l.Index <= 0 {
-		return nil, errAttribute
+		return nil, 0, errAttribute
 	}
 	a := attrs{b: data[ifinfomsgLen:]}
 	for a.next() {
 		switch a.typ {
 		case iflaWireless:
-			return nil, a.err
+			return nil, 0, a.err
+		case iflaEvent:
+			event = a.u32()
 		case iflaIfname:
 			l.Name = a.str()
 		case iflaMTU:
@@ -92,7 +104,7 @@ func decodeLink(data []byte) (*Link, error) {
 		a.err = errAttribute
 	}
 	if a.err != nil {
-		return nil, a.err
+		return nil, 0, a.err
 	}
 	// A tunnel that was moved sends in the namespace that it was made in, and IFLA_LINK_NETNSID
 	// names that one (rtnl_fill_link_netnsid, net/core/rtnetlink.c).
@@ -100,7 +112,7 @@ func decodeLink(data []byte) (*Link, error) {
 	if l.MTU6 >= l.MTU { // the first events of a device come before IPv6 is on it
 		l.MTU6 = 0
 	}
-	return l, nil
+	return l, event, nil
 }
 
 // decodePlace is where a device went that left the namespace (dev_change_net_namespace,

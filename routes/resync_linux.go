@@ -98,7 +98,8 @@ func (w *Watcher) release(sink func([]Event)) {
 		w.held[0], w.held = nil, w.held[1:]
 		for i, ev := range batch {
 			if set, ok := ev.(LinkSet); ok { // its database may have been dumped since
-				batch[i] = LinkSet{Link: w.fdbs.stamp(set.Link)}
+				set.Link = w.fdbs.stamp(set.Link)
+				batch[i] = set
 			}
 		}
 		if len(batch) > 0 {

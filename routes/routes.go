@@ -405,7 +405,11 @@ type (
 	// ResyncEnd closes it.
 	ResyncEnd struct{ Scope Scope }
 	// LinkSet is a device that is new, changed or found by a dump.
-	LinkSet struct{ Link *Link }
+	LinkSet struct {
+		Link *Link
+		// Features says that it was told because the device's features changed (IFLA_EVENT_FEATURES).
+		Features bool
+	}
 	// LinkGone is a device that was deleted or left the namespace.
 	LinkGone struct {
 		Index Ifindex

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"os"
 
 	"golang.org/x/sys/unix"
 )
@@ -28,6 +29,29 @@ const tableBuffer = 4 << 20
 // OpenTable opens a Table in the network namespace of the calling thread.
 func OpenTable() (*Table, error) {
 	c, err := dialTalk(tableBuffer)
+	if err != nil {
+		return nil, err
+	}
+	return &Table{c: c}, nil
+}
+
+// File is a copy of its socket for another process, which TableFrom makes a Table of there, once this one is not used any more.
+func (t *Table) File() (*os.File, error) {
+	fd, err := unix.FcntlInt(uintptr(t.c.fd), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("routes: copy a socket: %w", os.NewSyscallError("fcntl", err))
+	}
+	return os.NewFile(uintptr(fd), "rtnetlink"), nil
+}
+
+// TableFrom makes a Table of the copy of another one's socket. It takes the file over, also where it fails.
+func TableFrom(f *os.File) (*Table, error) {
+	defer f.Close()
+	fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("routes: copy a socket: %w", os.NewSyscallError("fcntl", err))
+	}
+	c, err := talkOn(fd)
 	if err != nil {
 		return nil, err
 	}

@@ -45,6 +45,16 @@ func dialTalk(rcvbuf int) (t *talk, err error) {
 	return t, nil
 }
 
+// talkOn is one on a socket of dialTalk's that nobody else uses any more. It takes the file over, also where it fails.
+func talkOn(fd int) (*talk, error) {
+	t := &talk{fd: fd, in: make([]byte, bufLen), seq: rand.Uint32()}
+	if err := t.named(); err != nil {
+		_ = unix.Close(fd)
+		return nil, fmt.Errorf("routes: take over rtnetlink: %w", err)
+	}
+	return t, nil
+}
+
 func (t *talk) prepare(rcvbuf int) error {
 	for _, opt := range []int{unix.NETLINK_EXT_ACK, unix.NETLINK_GET_STRICT_CHK, unix.NETLINK_CAP_ACK} {
 		if err := unix.SetsockoptInt(t.fd, unix.SOL_NETLINK, opt, 1); err != nil {
@@ -61,6 +71,11 @@ func (t *talk) prepare(rcvbuf int) error {
 	if err := unix.Bind(t.fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
 		return os.NewSyscallError("bind", err)
 	}
+	return t.named()
+}
+
+// named finds out which port it has.
+func (t *talk) named() error {
 	sa, err := unix.Getsockname(t.fd)
 	if err != nil {
 		return os.NewSyscallError("getsockname", err)

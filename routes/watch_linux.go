@@ -309,7 +309,8 @@ func (w *Watcher) decode(h Header, data []byte) (Event, error) {
 	ev, err := w.dec.Decode(h, data)
 	switch e := ev.(type) {
 	case LinkSet:
-		return LinkSet{Link: w.fdbs.set(e.Link)}, err
+		e.Link = w.fdbs.set(e.Link)
+		return e, err
 	case LinkGone:
 		w.fdbs.gone(e.Index)
 	}

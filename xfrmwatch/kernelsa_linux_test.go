@@ -2,7 +2,9 @@ package xfrmwatch
 
 import (
 	"fmt"
+	"os/exec"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -166,5 +168,33 @@ func TestKernelLarval(t *testing.T) {
 	l.wait("the valid SA", func(db *DB) bool { s, ok := db.SA(sa.Key); return ok && !s.Larval })
 	if c := l.covered(p, 1); c.Larval {
 		t.Errorf("coverage %+v, want the SA", c)
+	}
+}
+
+// TestKernelOverrunOfSAsEndsInTheExactState drops events of SAs while nobody reads.
+func TestKernelOverrunOfSAsEndsInTheExactState(t *testing.T) {
+	newLab(t, true)
+	m := newMirror(t, Options{ReadBuffer: 4096})
+	m.fresh()
+	m.take()
+	m.gate.Lock()
+	const n = 500
+	var lines strings.Builder
+	for i := range n {
+		fmt.Fprintf(&lines, "xfrm state add src 192.0.2.1 dst 192.0.2.%d proto esp spi %d reqid 1 mode tunnel aead rfc4106(gcm(aes)) 0x%s 128\n", 2+i%200, 0x1000+i, strings.Repeat("11", 20))
+	}
+	for i := 0; i < n; i += 3 {
+		fmt.Fprintf(&lines, "xfrm state delete src 192.0.2.1 dst 192.0.2.%d proto esp spi %d\n", 2+i%200, 0x1000+i)
+	}
+	cmd := exec.Command("ip", "-batch", "-")
+	cmd.Stdin = strings.NewReader(lines.String())
+	out, err := cmd.CombinedOutput()
+	m.gate.Unlock()
+	if err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	m.wait("the exact state", func(db *DB) bool { return !db.Stale() && db.SACount() == n-(n+2)/3 })
+	if m.w.Stats().Overruns == 0 {
+		t.Error("nothing was dropped: the test tests nothing")
 	}
 }

@@ -1,6 +1,7 @@
 package journal
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"io"
@@ -8,6 +9,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -87,11 +89,19 @@ func (d *directory) lock() (*os.File, error) {
 	if err != nil {
 		return nil, err
 	}
-	err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
-	if errors.Is(err, unix.EWOULDBLOCK) {
+	var pid int
+	for until := time.Now().Add(lockWithin); ; time.Sleep(lockAgain) {
+		if err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); !errors.Is(err, unix.EWOULDBLOCK) {
+			break
+		}
 		b := make([]byte, 32)
 		n, _ := f.ReadAt(b, 0)
-		pid, _ := strconv.Atoi(strings.TrimSpace(string(b[:n])))
+		pid, _ = strconv.Atoi(strings.TrimSpace(string(b[:n])))
+		if pid <= 0 || !ended(pid) || time.Now().After(until) {
+			break
+		}
+	}
+	if errors.Is(err, unix.EWOULDBLOCK) {
 		return nil, errors.Join(&LockedError{Dir: d.path, PID: max(pid, 0)}, f.Close())
 	}
 	if err == nil {
@@ -104,6 +114,27 @@ func (d *directory) lock() (*os.File, error) {
 		return nil, errors.Join(fmt.Errorf("lock %s: %w", f.Name(), err), f.Close())
 	}
 	return f, nil
+}
+
+// The lock of a process that has ended is still held while its guard takes its rules away (LockFile): it is tried again for some time then, which is
+// longer than the guard takes.
+const (
+	lockWithin = 6 * time.Second
+	lockAgain  = time.Millisecond
+)
+
+// ended reports whether a process has ended, also where nobody has waited for it yet.
+func ended(pid int) bool {
+	if errors.Is(unix.Kill(pid, 0), unix.ESRCH) {
+		return true
+	}
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return errors.Is(err, os.ErrNotExist)
+	}
+	// Behind the name, which is in parentheses and may have some, is the state (proc_pid_stat(5)).
+	state := b[bytes.LastIndexByte(b, ')')+1:]
+	return len(state) > 1 && (state[1] == 'Z' || state[1] == 'X')
 }
 
 // unlock gives the lock back at once. A process that is just being started has a copy of the file until it runs its

@@ -315,6 +315,21 @@ func (j *Journal) Len() int {
 	return len(j.entries) - j.foreign
 }
 
+// LockFile is a copy of the lock's file, for another process: where this one ends without closing the journal, the lock lasts until that one does,
+// too, or closes its copy (flock(2)).
+func (j *Journal) LockFile() (*os.File, error) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if j.lock == nil {
+		return nil, fmt.Errorf("journal: %w", os.ErrClosed)
+	}
+	fd, err := unix.FcntlInt(j.lock.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("journal: copy the lock: %w", os.NewSyscallError("fcntl", err))
+	}
+	return os.NewFile(uintptr(fd), j.lock.Name()), nil
+}
+
 // Close closes the journal and gives up the lock. The entries stay.
 func (j *Journal) Close() error {
 	j.mu.Lock()

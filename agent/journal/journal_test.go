@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
@@ -30,6 +31,24 @@ func TestMain(m *testing.M) {
 			fmt.Println("open:", err)
 		}
 		os.Exit(0)
+	}
+	// The agent of TestLockOutlivesAnAgentByItsGuard: it hands its lock on to a process that inherits this file.
+	if dir := os.Getenv("JOURNAL_TEST_DIE"); dir != "" {
+		j, _, err := Open(dir, here)
+		if err != nil {
+			panic(err)
+		}
+		lock, err := j.LockFile()
+		if err != nil {
+			panic(err)
+		}
+		guard := exec.Command("cat") // which ends when its input does
+		guard.Stdin, guard.ExtraFiles = os.Stdin, []*os.File{lock}
+		if err := guard.Start(); err != nil {
+			panic(err)
+		}
+		_ = unix.Kill(os.Getpid(), unix.SIGKILL)
+		select {}
 	}
 	os.Exit(m.Run())
 }
@@ -392,5 +411,59 @@ func BenchmarkPutRemove(b *testing.B) {
 		if err := j.Remove("feature/7/tx-tcp-segmentation"); err != nil {
 			b.Fatal(err)
 		}
+	}
+}
+
+// TestLockOutlivesAnAgentByItsGuard kills an agent whose lock another process has a copy of: the next one waits for that one's end, and no longer.
+func TestLockOutlivesAnAgentByItsGuard(t *testing.T) {
+	for _, reaped := range []bool{true, false} {
+		t.Run(fmt.Sprintf("reaped %t", reaped), func(t *testing.T) {
+			dir := t.TempDir()
+			in, out, err := os.Pipe()
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer out.Close()
+			agent := exec.Command(os.Args[0])
+			agent.Env = append(os.Environ(), "JOURNAL_TEST_DIE="+dir)
+			agent.Stdin = in
+			if err := errors.Join(agent.Start(), in.Close()); err != nil {
+				t.Fatal(err)
+			}
+			var info unix.Siginfo
+			if err := unix.Waitid(unix.P_PID, agent.Process.Pid, &info, unix.WEXITED|unix.WNOWAIT, nil); err != nil {
+				t.Fatal(err)
+			}
+			if reaped {
+				_ = agent.Wait()
+			} else {
+				defer func() { _ = agent.Wait() }()
+			}
+			lock, err := os.Open(filepath.Join(dir, lockName))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer lock.Close()
+			if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); !errors.Is(err, unix.EWOULDBLOCK) {
+				t.Fatalf("the lock went with the agent: %v", err)
+			}
+			opened := make(chan error)
+			go func() {
+				j, _, err := Open(dir, here)
+				if err == nil {
+					err = j.Close()
+				}
+				opened <- err
+			}()
+			select {
+			case err := <-opened:
+				t.Errorf("it does not wait: %v", err)
+			case <-time.After(50 * time.Millisecond): // of waiting
+				_ = out.Close()
+				if err := <-opened; err != nil {
+					t.Error(err)
+				}
+			}
+		})
 	}
 }

@@ -99,8 +99,8 @@ func TestManualPages(t *testing.T) {
 	manualtest.Clean(t, &pages, newApp())
 }
 
-// TestThreatModelNamesTests holds docs/threat-model.md to the tests that it names, and the scripts.
-func TestThreatModelNamesTests(t *testing.T) {
+// TestDocumentsNameTests holds the documents that say which test shows what to the tests that they name, and the scripts.
+func TestDocumentsNameTests(t *testing.T) {
 	known := map[string]bool{}
 	err := filepath.WalkDir("../..", func(path string, d fs.DirEntry, err error) error {
 		if err != nil || d.IsDir() {
@@ -119,13 +119,15 @@ func TestThreatModelNamesTests(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	named := regexp.MustCompile(`\b(Test|Fuzz)[A-Z]\w+|\w+\.txtar`).FindAllString(document(t, "threat-model.md"), -1)
-	if len(named) < 40 {
-		t.Fatalf("it names %d tests only", len(named))
-	}
-	for _, name := range named {
-		if !known[name] {
-			t.Errorf("docs/threat-model.md names %s, which is nowhere", name)
+	for doc, least := range map[string]int{"threat-model.md": 40, "faults.md": 20, "stale-window.md": 3} {
+		named := regexp.MustCompile(`\b(Test|Fuzz)[A-Z]\w+|\w+\.txtar`).FindAllString(document(t, doc), -1)
+		if len(named) < least {
+			t.Errorf("docs/%s names %d tests only", doc, len(named))
+		}
+		for _, name := range named {
+			if !known[name] {
+				t.Errorf("docs/%s names %s, which is nowhere", doc, name)
+			}
 		}
 	}
 }

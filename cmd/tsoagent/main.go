@@ -74,6 +74,7 @@ func newApp() *cli.App {
 				Name: "check", Usage: "validate a configuration; exit 2 and a line for each mistake if it is wrong",
 				ArgsUsage: "[FILE]", OnUsageError: usage, Action: check, Flags: []cli.Flag{config},
 			},
+			guardCommand(),
 			pages.Command("tsoagent", usage),
 		},
 		Action: func(c *cli.Context) error {
@@ -200,6 +201,8 @@ func run(c *cli.Context) error {
 	case err != nil:
 		return err
 	}
+	g := newGuard(c, log)
+	f.GuardedBy(g)
 	again := func() (agent.Config, error) {
 		if err := rereadable(c.String("config")); err != nil {
 			return agent.Config{}, err
@@ -210,16 +213,16 @@ func run(c *cli.Context) error {
 		fleet: f, log: log, load: again, hup: hup, asks: make(chan chan<- error), notify: notifySystemd, watchdog: watchdog,
 		metrics: metricsServer{collector: metrics.NewCollector(version(), f), log: log},
 	}
-	g, serving := errgroup.WithContext(context.Background())
+	tasks, serving := errgroup.WithContext(context.Background())
 	serving, done := context.WithCancel(serving)
-	g.Go(func() error { defer done(); return f.Run(ctx) })
-	g.Go(func() error { s.run(ctx, serving, cfg.WithDefaults()); return nil })
-	g.Go(func() error {
+	tasks.Go(func() error { defer done(); return f.Run(ctx) })
+	tasks.Go(func() error { s.run(ctx, serving, cfg.WithDefaults()); return nil })
+	tasks.Go(func() error {
 		err := f.Serve(serving)
 		if err != nil {
 			stop()
 		}
 		return err
 	})
-	return errors.Join(g.Wait(), f.Close())
+	return errors.Join(tasks.Wait(), f.Close(), g.End())
 }
