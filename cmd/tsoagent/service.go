@@ -15,7 +15,7 @@ import (
 )
 
 // A service is what the agent is to the machine around it: it tells systemd when it is ready and that it lives
-// (sd_notify(3)), takes over another configuration at SIGHUP, and lets Prometheus scrape. Without systemd there is
+// (sd_notify(3)), takes over another configuration at SIGHUP, hands over to another program at SIGUSR2, and lets Prometheus scrape. Without systemd there is
 // nobody to tell, which costs nothing.
 type service struct {
 	fleet  *agent.Fleet
@@ -23,6 +23,8 @@ type service struct {
 	load   func() (agent.Config, error)
 	hup    <-chan os.Signal
 	asks   chan chan<- error // who asks for a reload over the control API hears what came of it
+	usr2   <-chan os.Signal
+	become func() error // executes the program that is installed now in this process, and does not return if it can
 	notify func(state string) error
 	// watchdog is how often systemd wants to hear that the loops go round, 0 for never.
 	watchdog time.Duration
@@ -47,19 +49,21 @@ func (s *service) run(stopped, serving context.Context, cfg agent.Config) {
 		close(fed)
 	}
 	defer func() { <-fed }()
-	stop, ready, hup := stopped.Done(), s.fleet.Ready(), s.hup
+	stop, ready, hup, usr2 := stopped.Done(), s.fleet.Ready(), s.hup, s.usr2
 	s.fleet.OnReload(func(ctx context.Context) error { return s.ask(ctx, stopped) })
 	for {
 		select {
 		case <-serving.Done():
 			return
 		case <-stop:
-			stop, ready, hup = nil, nil, nil
+			stop, ready, hup, usr2 = nil, nil, nil, nil
 			s.tell(daemon.SdNotifyStopping)
 		case <-ready:
 			s.tell(daemon.SdNotifyReady, s.status())
 		case <-hup:
 			_ = s.reload(stopped, serving) // the log has it
+		case <-usr2:
+			s.handOver()
 		case heard := <-s.asks:
 			heard <- s.reload(stopped, serving)
 		}
