@@ -9,6 +9,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 )
@@ -30,6 +31,7 @@ func watch(t *testing.T, command func(args ...string) *exec.Cmd) *monitor {
 	for out, args := range map[*log][]string{m.routes: {"ip", "monitor", "route", "rule"}, m.feats: {"stdbuf", "-oL", "ethtool", "--monitor", "-K"}} {
 		cmd := command(args...)
 		cmd.Stdout, cmd.Stderr = out, out
+		cmd.WaitDelay = time.Millisecond // in a machine its child lives as long as that
 		if err := cmd.Start(); err != nil {
 			t.Fatal(err)
 		}

@@ -24,11 +24,16 @@ type machine struct {
 // boot starts a machine with the tree as it would be installed. It ends with the test.
 func boot(t *testing.T) *machine {
 	t.Helper()
+	return bootWith(t, mustStage(t))
+}
+
+// bootWith starts a machine with the files of a directory over this host's.
+func bootWith(t *testing.T, staged string) *machine {
+	t.Helper()
 	host.Need(t, map[string]string{
 		"/lib/systemd/systemd": "systemd", "systemctl": "systemd", "journalctl": "systemd", "unshare": "util-linux", "nsenter": "util-linux",
 		"ip": "iproute2", "make": "make",
 	})
-	staged := mustStage(t)
 	work, script := t.TempDir(), filepath.Join(t.TempDir(), "boot.sh")
 	text, err := os.ReadFile("testdata/boot.sh")
 	if err != nil {
@@ -104,8 +109,9 @@ func ownGroup(t *testing.T) string {
 			t.Errorf("unmount %s: %v", at, err)
 		}
 	})
-	dir := filepath.Join(at, fmt.Sprintf("tsoagent-test-%d", os.Getpid()))
-	if err := os.Mkdir(dir, 0o755); err != nil {
+	// In a PID namespace all are called alike: a name that is nobody else's.
+	dir, err := os.MkdirTemp(at, "tsoagent-test-")
+	if err != nil {
 		t.Skipf("needs a control group of its own: %v", err)
 	}
 	t.Cleanup(func() {

@@ -39,11 +39,13 @@ ip addr add 10.1.0.1/16 dev n0
 ip route add default via 192.0.2.254
 ip xfrm policy add src 10.1.0.0/16 dst 10.3.0.0/16 dir out tmpl src 192.0.2.1 dst 192.0.2.2 proto esp reqid 1 mode tunnel
 
-# What a package does.
-systemd-sysusers tsoagent.conf
-systemd-tmpfiles --create tsoagent.conf
-tsoagent init >/run/init
-printf 'presume_mtu: 1400\nrestore_after: 100ms\n' >>/etc/tsoagent/tsoagent.yaml
+# What a package does, where there is none.
+if [ -e /usr/sbin/tsoagent ]; then
+	systemd-sysusers tsoagent.conf
+	systemd-tmpfiles --create tsoagent.conf
+	tsoagent init >/run/init
+	printf 'presume_mtu: 1400\nrestore_after: 100ms\n' >>/etc/tsoagent/tsoagent.yaml
+fi
 
 mkdir /run/units
 for unit in sysinit.target basic.target multi-user.target shutdown.target umount.target network-pre.target sockets.target \
