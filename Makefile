@@ -5,6 +5,7 @@
 # make build              bin/tsoagent and bin/tsoctl
 # make install            into DESTDIR (/): the commands, the unit, its group and directories, and the documentation
 # make packages           deb and rpm for amd64 and arm64 into dist/, with bills of materials: the same bytes from the same tree
+# make image              dist/image, the context of a container from nothing (IMAGE=NAME builds it with BUILDER, podman or docker)
 # make testkernel         the test kernel, if it isn't in the cache (about 5 minutes on 2 processors)
 # make bench              how the agent does with a full BGP table and 100,000 tunnels, into docs/bench.md and README.md (root; some minutes, 4 GiB of memory)
 # make growth             how the cost of an event grows with coverages and with routes: docs/growth.svg and the table in docs/planning.md
@@ -20,12 +21,13 @@ FUZZTIME ?= 10s
 CHECKS   ?= 1000000
 CHURN    ?= 2000
 KILLS    ?= 2000
+BUILDER  ?= podman
 
 # Go stamps the version from git, and refuses to build where git doesn't answer: no git, or a tree that
 # belongs to somebody else.
 VCS := $(shell git status >/dev/null 2>&1 && echo auto || echo false)
 
-.PHONY: build install stage packages run test test-kernels testkernel demo scenario bench bench-check growth soak lint fuzz setup
+.PHONY: build install stage packages image run test test-kernels testkernel demo scenario bench bench-check growth soak lint fuzz setup
 
 build:
 	CGO_ENABLED=0 go build -buildvcs=$(VCS) -o bin/ ./cmd/...
@@ -56,6 +58,13 @@ stage:
 # The same tree gives the same bytes; tools/packages says what it can be told.
 packages:
 	@tools/packages dist
+
+# The container's context has the same programs; IMAGE=NAME has a builder, where there is one, make it.
+image:
+	rm -rf dist/image && install -d dist/image
+	CGO_ENABLED=0 go build -trimpath -buildvcs=$(VCS) -ldflags "-s -w -buildid=" -o dist/image/ ./cmd/...
+	cp LICENSE packaging/container/Containerfile dist/image/
+	@[ -z "$(IMAGE)" ] || $(BUILDER) build -f dist/image/Containerfile -t "$(IMAGE)" dist/image
 
 run: build
 	@if [ "$$(id -u)" -ne 0 ]; then echo "make run: needs root (sudo may hide go: use a root shell)" >&2; exit 1; fi

@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"os"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/coreos/go-systemd/v22/daemon"
@@ -29,6 +30,7 @@ type service struct {
 	// watchdog is how often systemd wants to hear that the loops go round, 0 for never.
 	watchdog time.Duration
 	metrics  metricsServer
+	ready    atomic.Bool // what is needed has been in place once
 }
 
 // notifySystemd sends a state to systemd, if there is one that wants it.
@@ -40,6 +42,7 @@ func notifySystemd(state string) error {
 // run serves until serving ends, which is when all is given back; stopped ends when the agent is told to stop. What
 // goes wrong is told in the log: none of it is a reason to leave the network alone.
 func (s *service) run(stopped, serving context.Context, cfg agent.Config) {
+	s.metrics.health = metrics.Health{Alive: s.fleet.Alive, Ready: s.ready.Load}
 	s.metrics.serve(serving, cfg)
 	defer s.metrics.stop()
 	fed := make(chan struct{})
@@ -59,6 +62,7 @@ func (s *service) run(stopped, serving context.Context, cfg agent.Config) {
 			stop, ready, hup, usr2 = nil, nil, nil, nil
 			s.tell(daemon.SdNotifyStopping)
 		case <-ready:
+			s.ready.Store(true)
 			s.tell(daemon.SdNotifyReady, s.status())
 		case <-hup:
 			_ = s.reload(stopped, serving) // the log has it
@@ -184,6 +188,7 @@ func rereadable(file string) error {
 // A metricsServer lets Prometheus scrape, with the configuration that it was given last.
 type metricsServer struct {
 	collector *metrics.Collector
+	health    metrics.Health
 	log       *slog.Logger
 
 	address, webConfig string
@@ -215,7 +220,7 @@ func (m *metricsServer) serve(ctx context.Context, cfg agent.Config) {
 	}
 	go func() {
 		defer close(done)
-		if err := metrics.Serve(mine, l, cfg.MetricsWebConfig, m.collector, m.log); err != nil && mine.Err() == nil {
+		if err := metrics.Serve(mine, l, cfg.MetricsWebConfig, m.collector, m.health, m.log); err != nil && mine.Err() == nil {
 			m.warn(err)
 		}
 	}()

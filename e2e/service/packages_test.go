@@ -45,6 +45,10 @@ func makePackages(name, version, arches string, environment ...string) (string, 
 func mustPackages(t *testing.T, made func() (string, error)) string {
 	t.Helper()
 	host.Need(t, map[string]string{"dpkg-deb": "dpkg", "rpm": "rpm", "make": "make", "tar": "tar"})
+	// There is no way out of the test's network namespace.
+	if out, err := exec.Command("go", "-C", "../../tools/packaging", "list", "-deps", "tool").CombinedOutput(); err != nil {
+		t.Skipf("needs the Go modules of tools/packaging (go -C tools/packaging mod download): %v: %s", err, out)
+	}
 	dir, err := made()
 	if err != nil {
 		t.Fatal(err)
