@@ -74,7 +74,7 @@ func (p *packaged) installs(t *testing.T, before string) {
 	p.run("ip", "addr", "add", "2001:db8::1/64", "dev", "n0", "nodad")
 	p.run("ip", "-6", "route", "add", "default", "via", "2001:db8::fe")
 	p.cover("2001:db8::/64", "2001:db8:3::/48", "2001:db8::1", "2001:db8::2")
-	p.run("systemctl", "start", "tsoagent.service")
+	p.run("systemctl", "enable", "--now", "tsoagent.service")
 	for _, want := range []string{"10.3.0.0/16 via 192.0.2.254", "2001:db8:3::/48 via 2001:db8::fe", "mtu lock 1400", "lookup 5450", "tx-tcp-segmentation: off", "tx-tcp6-segmentation: off"} {
 		if got := p.network(); !strings.Contains(got, want) {
 			t.Fatalf("%q is not in place:\n%s", want, got)
@@ -167,6 +167,9 @@ func (p *packaged) removes(t *testing.T, before string) {
 	}
 	gone("/usr/sbin/tsoagent")
 	gone("/usr/lib/systemd/system/tsoagent.service")
+	if got := p.run("find", "/etc/systemd/system", "-name", "tsoagent*"); got != "" {
+		t.Errorf("it is still enabled: %s", got)
+	}
 	if p.format.name == "rpm" {
 		p.run("grep", "on_stop: keep", "/etc/tsoagent/tsoagent.yaml.rpmsave")
 		return
