@@ -29,6 +29,8 @@ const (
 	alerts    = "../../dashboards/alerts.yml"
 	fleet     = "../../dashboards/fleet.yml"
 	dashboard = "../../dashboards/tsoagent.json"
+
+	fleetDashboard = "../../dashboards/tsoagent-fleet.json"
 )
 
 // rule is a recording or an alerting rule.
@@ -68,21 +70,24 @@ func rulesOf(t *testing.T, name string) (out []rule) {
 // mustExist fails if an expression uses a metric, a record or a label that is not there.
 func mustExist(t *testing.T, where, expr string, records []string) {
 	t.Helper()
-	names := named(expr)
+	inRecords := regexp.MustCompile(`\w+:\w+:\w+`)
+	names := named(inRecords.ReplaceAllString(expr, ""))
 	for _, name := range names {
 		if !slices.Contains(Names, name) {
 			t.Errorf("%s names %s, which is no metric", where, name)
 		}
 	}
-	for _, record := range regexp.MustCompile(`\w+:\w+:\w+`).FindAllString(expr, -1) {
+	known := []string{"instance", "job", "le", "__name__"}
+	for _, record := range inRecords.FindAllString(expr, -1) {
 		if names = append(names, record); !slices.Contains(records, record) {
 			t.Errorf("%s names %s, which no rule records", where, record)
 		}
+		level, _, _ := strings.Cut(record, ":")
+		known = append(known, strings.Split(level, "_")...)
 	}
 	if len(names) == 0 && !strings.Contains(expr, "up{") {
 		t.Errorf("%s has nothing of ours: %s", where, expr)
 	}
-	known := []string{"instance", "job", "le", "__name__"}
 	for _, name := range names {
 		known = append(known, metrics[name].labels...)
 	}
