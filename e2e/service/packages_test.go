@@ -189,7 +189,7 @@ func isBilled(t *testing.T, path string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	b, err := os.ReadFile(filepath.Join(filepath.Dir(path), "../share/doc/tsoagent/sbom", filepath.Base(path)+".cdx.json"))
+	b, err := os.ReadFile(filepath.Join(filepath.Dir(path), "..", "share", "doc", "tsoagent", "sbom", filepath.Base(path)+".cdx.json"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -268,7 +268,7 @@ func TestVersionOfPackages(t *testing.T) {
 		if err := exec.Command("dpkg", "--compare-versions", versions[i]+"-1", "lt", versions[i+1]+"-1").Run(); err != nil {
 			t.Errorf("for dpkg %s is not before %s", versions[i], versions[i+1])
 		}
-		out, err := exec.Command("rpm", "--eval", fmt.Sprintf(`%%{lua:print(rpm.vercmp("%s","%s"))}`, versions[i], versions[i+1])).Output()
+		out, err := exec.Command("rpm", "--eval", fmt.Sprintf(`%%{lua:print(rpm.vercmp(%q,%q))}`, versions[i], versions[i+1])).Output()
 		if err != nil || strings.TrimSpace(string(out)) != "-1" {
 			t.Errorf("for rpm %s is not before %s: %v %s", versions[i], versions[i+1], err, out)
 		}
