@@ -180,3 +180,40 @@ func (p *packaged) removes(t *testing.T, before string) {
 		gone(path)
 	}
 }
+
+// TestPackagesInAnImage installs and removes the deb in a root without a service manager, as who makes an image does, while an agent of the
+// machine itself has work: it is none of the image's business.
+func TestPackagesInAnImage(t *testing.T) {
+	dir := mustPackages(t, packages)
+	network(t)
+	cover(t, "10.3.0.0/16")
+	run(t)
+	before := output(t, "ip", "rule") + output(t, "ip", "route", "show", "table", "5450")
+	if !strings.Contains(before, "mtu lock 1400") {
+		t.Fatalf("in place: %s", before)
+	}
+	const image = `set -eu
+mount --make-rprivate /
+mount -t tmpfs tmpfs "$1"
+mkdir "$1/up" "$1/wk" "$1/root"
+cp "$2" "$1/p.deb"
+mount -t overlay overlay -o "lowerdir=/,upperdir=$1/up,workdir=$1/wk" "$1/root"
+mount -t proc proc "$1/root/proc"
+mount -t tmpfs tmpfs "$1/root/run"
+mount -t tmpfs -o mode=755 tmpfs "$1/root/dev"
+touch "$1/root/dev/null"
+mount --bind /dev/null "$1/root/dev/null"
+cp "$1/p.deb" "$1/root/run"
+cd "$1/root"
+for args in "-i /run/p.deb" "-i /run/p.deb" "-r tsoagent" "-P tsoagent"; do
+	chroot . dpkg --no-triggers $args
+	chroot . ip route show table 5450
+done`
+	out := output(t, "unshare", "--mount", "sh", "-c", image, "sh", t.TempDir(), filepath.Join(dir, formats[0].file(version, runtime.GOARCH)))
+	if strings.Count(out, "mtu lock 1400") != 4 {
+		t.Errorf("not in place all the time:\n%s", out)
+	}
+	if got := output(t, "ip", "rule") + output(t, "ip", "route", "show", "table", "5450"); got != before {
+		t.Errorf("now\n%s\nbefore\n%s", got, before)
+	}
+}
