@@ -4,6 +4,8 @@
 # make demo               the whole story in the test kernel, as a timeline
 # make build              bin/tsoagent and bin/tsoctl
 # make install            into DESTDIR (/): the commands, the unit, its group and directories, and the documentation
+# make packages           deb and rpm for amd64 and arm64 into dist/, with bills of materials: the same bytes from the same tree
+# make image              dist/image, the context of a container from nothing (IMAGE=NAME builds it with BUILDER, podman or docker)
 # make testkernel         the test kernel, if it isn't in the cache (about 5 minutes on 2 processors)
 # make bench              how the agent does with a full BGP table and 100,000 tunnels, into docs/bench.md and README.md (root; some minutes, 4 GiB of memory)
 # make growth             how the cost of an event grows with coverages and with routes: docs/growth.svg and the table in docs/planning.md
@@ -23,31 +25,50 @@ CHURN    ?= 2000
 KILLS    ?= 2000
 RACES    ?= 1000000
 WINDOW   ?= 20
+BUILDER  ?= podman
 
 # Go stamps the version from git, and refuses to build where git doesn't answer: no git, or a tree that
 # belongs to somebody else.
 VCS := $(shell git status >/dev/null 2>&1 && echo auto || echo false)
 
-.PHONY: build install run test test-kernels testkernel demo scenario bench bench-check growth window soak lint fuzz setup
+.PHONY: build install stage packages image run test test-kernels testkernel demo scenario bench bench-check growth window soak lint fuzz setup
 
 build:
 	CGO_ENABLED=0 go build -buildvcs=$(VCS) -o bin/ ./cmd/...
 
 install: build
-	install -D -m 755 bin/tsoagent $(DESTDIR)/usr/sbin/tsoagent
-	install -D -m 755 bin/tsoctl $(DESTDIR)/usr/bin/tsoctl
+	@$(MAKE) --no-print-directory stage
+
+# The programs are those in BIN, and those in RUN write their pages: a package for another machine has both.
+BIN ?= bin
+RUN ?= $(BIN)
+
+stage:
+	install -D -m 755 $(BIN)/tsoagent $(DESTDIR)/usr/sbin/tsoagent
+	install -D -m 755 $(BIN)/tsoctl $(DESTDIR)/usr/bin/tsoctl
 	install -d -m 755 $(DESTDIR)/usr/share/man/man8
-	bin/tsoagent man --dir $(DESTDIR)/usr/share/man/man8
-	bin/tsoctl man --dir $(DESTDIR)/usr/share/man/man8
+	$(RUN)/tsoagent man --dir $(DESTDIR)/usr/share/man/man8
+	$(RUN)/tsoctl man --dir $(DESTDIR)/usr/share/man/man8
 	install -d -m 755 $(addprefix $(DESTDIR)/usr/share/,bash-completion/completions zsh/vendor-completions fish/vendor_completions.d)
-	bin/tsoctl completion bash >$(DESTDIR)/usr/share/bash-completion/completions/tsoctl
-	bin/tsoctl completion zsh >$(DESTDIR)/usr/share/zsh/vendor-completions/_tsoctl
-	bin/tsoctl completion fish >$(DESTDIR)/usr/share/fish/vendor_completions.d/tsoctl.fish
+	$(RUN)/tsoctl completion bash >$(DESTDIR)/usr/share/bash-completion/completions/tsoctl
+	$(RUN)/tsoctl completion zsh >$(DESTDIR)/usr/share/zsh/vendor-completions/_tsoctl
+	$(RUN)/tsoctl completion fish >$(DESTDIR)/usr/share/fish/vendor_completions.d/tsoctl.fish
 	install -D -m 644 packaging/systemd/tsoagent.service $(DESTDIR)/usr/lib/systemd/system/tsoagent.service
 	install -D -m 644 packaging/sysusers.d/tsoagent.conf $(DESTDIR)/usr/lib/sysusers.d/tsoagent.conf
 	install -D -m 644 packaging/tmpfiles.d/tsoagent.conf $(DESTDIR)/usr/lib/tmpfiles.d/tsoagent.conf
 	install -D -m 644 -t $(DESTDIR)/usr/share/doc/tsoagent README.md LICENSE docs/*.md docs/*.svg docs/tsoagent.yaml docs/openapi.yaml
 	install -D -m 644 -t $(DESTDIR)/usr/share/doc/tsoagent/dashboards dashboards/*
+
+# The same tree gives the same bytes; tools/packages says what it can be told.
+packages:
+	@tools/packages dist
+
+# The container's context has the same programs; IMAGE=NAME has a builder, where there is one, make it.
+image:
+	rm -rf dist/image && install -d dist/image
+	CGO_ENABLED=0 go build -trimpath -buildvcs=$(VCS) -ldflags "-s -w -buildid=" -o dist/image/ ./cmd/...
+	cp LICENSE packaging/container/Containerfile dist/image/
+	@[ -z "$(IMAGE)" ] || $(BUILDER) build -f dist/image/Containerfile -t "$(IMAGE)" dist/image
 
 run: build
 	@if [ "$$(id -u)" -ne 0 ]; then echo "make run: needs root (sudo may hide go: use a root shell)" >&2; exit 1; fi

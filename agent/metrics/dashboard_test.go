@@ -13,9 +13,40 @@ import (
 	"testing"
 )
 
-// TestDashboard holds Grafana's dashboard to the metrics. What a legend names has to be in its expression.
+// TestDashboard holds Grafana's dashboard to the metrics.
 func TestDashboard(t *testing.T) {
-	b, err := os.ReadFile(dashboard)
+	shown, _ := holdDashboard(t, dashboard, recorded(rules(t)))
+	for _, name := range []string{
+		Coverages, CoverageMTUs, Holds, FeatureActive, Locks, Clones, LockMTUMin, LockMTUMax, Reaction, Contested, RestoresPending,
+		ConnectionsLostOffload, Degraded, Actions, SourceEvents, SourceOverruns, SourceResyncs,
+	} {
+		if !slices.Contains(shown, name) {
+			t.Errorf("no panel shows %s", name)
+		}
+	}
+}
+
+// TestDashboardOfFleets wants nothing asked that is not recorded, as each machine would be looked at for it, and each record shown.
+func TestDashboardOfFleets(t *testing.T) {
+	records := recorded(rulesOf(t, fleet))
+	_, exprs := holdDashboard(t, fleetDashboard, records)
+	all := strings.Join(exprs, "\n")
+	for _, record := range records {
+		if !strings.Contains(all, record+"{") && record != "job:tsoagent_config_last_reload_successful:sum" && record != "job:tsoagent_connections:sum" {
+			t.Errorf("no panel shows %s", record)
+		}
+		all = strings.ReplaceAll(all, record, "")
+	}
+	if names := named(all); len(names) > 0 {
+		t.Errorf("it asks each machine for %v", names)
+	}
+}
+
+// holdDashboard holds a dashboard to the metrics and records, and returns which it names and its expressions. What a legend names has to be in
+// its expression.
+func holdDashboard(t *testing.T, file string, records []string) (shown, exprs []string) {
+	t.Helper()
+	b, err := os.ReadFile(file)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -38,7 +69,6 @@ func TestDashboard(t *testing.T) {
 		}
 	}
 	ids, taken := map[int]bool{}, map[[2]int]string{}
-	var shown, exprs []string
 	for _, p := range d.Panels {
 		if ids[p.ID] {
 			t.Errorf("two panels have the id %d", p.ID)
@@ -62,7 +92,7 @@ func TestDashboard(t *testing.T) {
 			t.Errorf("panel %q: %s", p.Title, wrong)
 		}
 		for _, target := range p.Targets {
-			mustExist(t, p.Title, target.Expr, recorded(rules(t)))
+			mustExist(t, p.Title, target.Expr, records)
 			shown = append(shown, named(target.Expr)...)
 			exprs = append(exprs, target.Expr)
 			for _, m := range regexp.MustCompile(`{{(\w+)}}`).FindAllStringSubmatch(target.LegendFormat, -1) {
@@ -78,27 +108,20 @@ func TestDashboard(t *testing.T) {
 			}
 		}
 	}
-	for _, name := range []string{
-		Coverages, CoverageMTUs, Holds, FeatureActive, Locks, Clones, LockMTUMin, LockMTUMax, Reaction, Contested, RestoresPending,
-		ConnectionsLostOffload, Degraded, Actions, SourceEvents, SourceOverruns, SourceResyncs,
-	} {
-		if !slices.Contains(shown, name) {
-			t.Errorf("no panel shows %s", name)
-		}
-	}
 	promtool := needPromtool(t)
-	file := filepath.Join(t.TempDir(), "rules.yml")
+	asked := filepath.Join(t.TempDir(), "rules.yml")
 	var text strings.Builder
 	text.WriteString("groups:\n  - name: dashboard\n    rules:\n")
 	for i, e := range exprs {
 		fmt.Fprintf(&text, "      - record: r%d\n        expr: %q\n", i, strings.ReplaceAll(e, "$__rate_interval", "5m"))
 	}
-	if err := os.WriteFile(file, []byte(text.String()), 0o600); err != nil {
+	if err := os.WriteFile(asked, []byte(text.String()), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if out, err := exec.CommandContext(t.Context(), promtool, "check", "rules", file).CombinedOutput(); err != nil {
+	if out, err := exec.CommandContext(t.Context(), promtool, "check", "rules", asked).CombinedOutput(); err != nil {
 		t.Errorf("promtool doesn't like the expressions: %v\n%s", err, out)
 	}
+	return shown, exprs
 }
 
 // grafana is a dashboard, with those fields of Grafana's own description (kinds/dashboard/dashboard_kind.cue in its repository, and the options of
@@ -210,7 +233,11 @@ func (p *panel) wrong() (out []string) {
 		if strings.Contains(target.Expr, "_mtu_") && f.Unit != "none" {
 			say("the unit %q rounds an MTU: 1446 and 1438 look alike", f.Unit)
 		}
-		if !strings.Contains(target.Expr, "by (") && (!strings.Contains(target.LegendFormat, "{{instance}}") || !strings.Contains(target.LegendFormat, "{{netns}}")) {
+		ofFleet := strings.HasPrefix(target.Expr, "job:") // which has no other label
+		if ofFleet && !strings.Contains(target.LegendFormat, "{{job}}") {
+			say("the legend %q does not tell jobs apart, and %s does", target.LegendFormat, target.Expr)
+		}
+		if !ofFleet && !strings.Contains(target.Expr, "by (") && (!strings.Contains(target.LegendFormat, "{{instance}}") || !strings.Contains(target.LegendFormat, "{{netns}}")) {
 			say("the legend %q does not tell machines and namespaces apart, and %s does", target.LegendFormat, target.Expr)
 		}
 	}

@@ -35,7 +35,9 @@ func servePort(t *testing.T) port {
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	served := make(chan error, 1)
-	go func() { served <- Serve(ctx, l, "", NewCollector("v1", fixture{}), slog.New(slog.DiscardHandler)) }()
+	go func() {
+		served <- Serve(ctx, l, "", NewCollector("v1", fixture{}), Health{}, slog.New(slog.DiscardHandler))
+	}()
 	t.Cleanup(func() {
 		cancel()
 		if err := <-served; err != nil {

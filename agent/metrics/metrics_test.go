@@ -112,7 +112,7 @@ func scrape(t *testing.T, c prometheus.Collector) string {
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	served := make(chan error, 1)
-	go func() { served <- Serve(ctx, l, "", c, slog.New(slog.DiscardHandler)) }()
+	go func() { served <- Serve(ctx, l, "", c, Health{}, slog.New(slog.DiscardHandler)) }()
 	get := func(path string) (int, string) {
 		res, err := http.Get(fmt.Sprintf("http://%s%s", l.Addr(), path))
 		if err != nil {
@@ -363,7 +363,7 @@ func TestWhatCannotBeServedIsSaid(t *testing.T) {
 	if err := CheckWebConfig(file); err == nil {
 		t.Error("a password in the clear is taken for a hash")
 	}
-	if err := Serve(t.Context(), l, file, NewCollector("", fixture{}), slog.New(slog.DiscardHandler)); err == nil || errors.Is(err, http.ErrServerClosed) {
+	if err := Serve(t.Context(), l, file, NewCollector("", fixture{}), Health{}, slog.New(slog.DiscardHandler)); err == nil || errors.Is(err, http.ErrServerClosed) {
 		t.Errorf("served with a wrong web configuration: %v", err)
 	}
 	if err := CheckWebConfig(""); err != nil {
@@ -384,7 +384,9 @@ func TestWebConfigIsObeyed(t *testing.T) {
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	served := make(chan error, 1)
-	go func() { served <- Serve(ctx, l, file, NewCollector("v1", fixture{}), slog.New(slog.DiscardHandler)) }()
+	go func() {
+		served <- Serve(ctx, l, file, NewCollector("v1", fixture{}), Health{}, slog.New(slog.DiscardHandler))
+	}()
 	for password, want := range map[string]int{"secret": http.StatusOK, "wrong": http.StatusUnauthorized, "": http.StatusUnauthorized} {
 		req, err := http.NewRequestWithContext(ctx, http.MethodGet, fmt.Sprintf("http://%s/metrics", l.Addr()), nil)
 		if err != nil {

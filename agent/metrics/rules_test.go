@@ -27,7 +27,10 @@ func named(text string) []string {
 
 const (
 	alerts    = "../../dashboards/alerts.yml"
+	fleet     = "../../dashboards/fleet.yml"
 	dashboard = "../../dashboards/tsoagent.json"
+
+	fleetDashboard = "../../dashboards/tsoagent-fleet.json"
 )
 
 // rule is a recording or an alerting rule.
@@ -36,16 +39,18 @@ type rule struct {
 	Labels, Annotations      map[string]string
 }
 
-func rules(t *testing.T) (out []rule) {
+func rules(t *testing.T) []rule { t.Helper(); return rulesOf(t, alerts) }
+
+func rulesOf(t *testing.T, name string) (out []rule) {
 	t.Helper()
-	b, err := os.ReadFile(alerts)
+	b, err := os.ReadFile(name)
 	if err != nil {
 		t.Fatal(err)
 	}
 	var file struct {
 		Groups []struct {
-			Name  string
-			Rules []rule
+			Name, Interval string
+			Rules          []rule
 		}
 	}
 	dec := yaml.NewDecoder(strings.NewReader(string(b)))
@@ -65,21 +70,24 @@ func rules(t *testing.T) (out []rule) {
 // mustExist fails if an expression uses a metric, a record or a label that is not there.
 func mustExist(t *testing.T, where, expr string, records []string) {
 	t.Helper()
-	names := named(expr)
+	inRecords := regexp.MustCompile(`\w+:\w+:\w+`)
+	names := named(inRecords.ReplaceAllString(expr, ""))
 	for _, name := range names {
 		if !slices.Contains(Names, name) {
 			t.Errorf("%s names %s, which is no metric", where, name)
 		}
 	}
-	for _, record := range regexp.MustCompile(`\w+:\w+:\w+`).FindAllString(expr, -1) {
+	known := []string{"instance", "job", "le", "__name__"}
+	for _, record := range inRecords.FindAllString(expr, -1) {
 		if names = append(names, record); !slices.Contains(records, record) {
 			t.Errorf("%s names %s, which no rule records", where, record)
 		}
+		level, _, _ := strings.Cut(record, ":")
+		known = append(known, strings.Split(level, "_")...)
 	}
 	if len(names) == 0 && !strings.Contains(expr, "up{") {
 		t.Errorf("%s has nothing of ours: %s", where, expr)
 	}
-	known := []string{"instance", "job", "le", "__name__"}
 	for _, name := range names {
 		known = append(known, metrics[name].labels...)
 	}
@@ -107,8 +115,40 @@ func recorded(list []rule) (out []string) {
 }
 
 func TestAlertsNameMetricsThatExist(t *testing.T) {
-	list := rules(t)
-	b, err := os.ReadFile("testdata/alerts_test.yml")
+	for name, tests := range map[string]string{alerts: "testdata/alerts_test.yml", fleet: "testdata/fleet_test.yml"} {
+		t.Run(name, func(t *testing.T) { areTested(t, rulesOf(t, name), tests) })
+	}
+}
+
+// TestRulesOfFleetsDoNotGrow wants what a fleet's rules record to have labels only whose values don't come with machines, devices,
+// namespaces or peers.
+func TestRulesOfFleetsDoNotGrow(t *testing.T) {
+	bounded := []string{"job", "version", "kind", "cut", "state", "source", "action", "le"}
+	for _, r := range rulesOf(t, fleet) {
+		if r.Record == "" {
+			continue
+		}
+		outer := regexp.MustCompile(`^(?:sum|count) by \(([^)]*)\) \(`).FindStringSubmatch(r.Expr)
+		if outer == nil {
+			t.Errorf("%s is no sum: %s", r.Record, r.Expr)
+			continue
+		}
+		level, _, _ := strings.Cut(r.Record, ":")
+		labels := strings.Split(outer[1], ", ")
+		if level != strings.Join(labels, "_") {
+			t.Errorf("%s is by %v", r.Record, labels)
+		}
+		for _, label := range labels {
+			if !slices.Contains(bounded, label) {
+				t.Errorf("%s grows with %s", r.Record, label)
+			}
+		}
+	}
+}
+
+func areTested(t *testing.T, list []rule, file string) {
+	t.Helper()
+	b, err := os.ReadFile(file)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -117,7 +157,7 @@ func TestAlertsNameMetricsThatExist(t *testing.T) {
 		if r.Record != "" {
 			mustExist(t, r.Record, r.Expr, recorded(list))
 			if !strings.Contains(tests, r.Record) {
-				t.Errorf("%s has no test in testdata/alerts_test.yml", r.Record)
+				t.Errorf("%s has no test in %s", r.Record, file)
 			}
 			continue
 		}
@@ -127,7 +167,7 @@ func TestAlertsNameMetricsThatExist(t *testing.T) {
 		mustExist(t, r.Alert, r.Expr, recorded(list))
 		// Once it is to be silent, and once to fire.
 		if n := strings.Count(tests, "alertname: "+r.Alert+"\n"); n < 2 {
-			t.Errorf("%s has %d tests in testdata/alerts_test.yml", r.Alert, n)
+			t.Errorf("%s has %d tests in %s", r.Alert, n, file)
 		}
 	}
 }
@@ -149,7 +189,7 @@ func TestPromtool(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer page.Close()
-	for _, args := range [][]string{{"check", "metrics"}, {"check", "rules", alerts}, {"test", "rules", "testdata/alerts_test.yml"}} {
+	for _, args := range [][]string{{"check", "metrics"}, {"check", "rules", alerts}, {"test", "rules", "testdata/alerts_test.yml"}, {"check", "rules", fleet}, {"test", "rules", "testdata/fleet_test.yml"}} {
 		cmd := exec.CommandContext(t.Context(), promtool, args...)
 		cmd.Stdin = page
 		if out, err := cmd.CombinedOutput(); err != nil {

@@ -69,9 +69,9 @@ func (g gathering) Println(v ...any) {
 	g.log.Log(context.Background(), level, "metrics can't be sent", "err", text)
 }
 
-// Serve answers scrapes of /metrics, and has a status page, until the context ends. webConfig is the name of a web configuration
+// Serve answers scrapes of /metrics, and has a status page and what a supervisor asks (/-/healthy and /-/ready), until the context ends. webConfig is the name of a web configuration
 // file of the exporter toolkit, or empty.
-func Serve(ctx context.Context, l net.Listener, webConfig string, c prometheus.Collector, log *slog.Logger) error {
+func Serve(ctx context.Context, l net.Listener, webConfig string, c prometheus.Collector, h Health, log *slog.Logger) error {
 	reg := prometheus.NewPedanticRegistry()
 	if err := reg.Register(c); err != nil {
 		return errors.Join(fmt.Errorf("metrics: %w", err), l.Close())
@@ -83,6 +83,7 @@ func Serve(ctx context.Context, l net.Listener, webConfig string, c prometheus.C
 	mux.Handle("GET /{$}", pageHandler("index.html"))
 	mux.Handle("GET /status.js", pageHandler("status.js"))
 	mux.Handle("GET /status.css", pageHandler("status.css"))
+	h.register(mux)
 	srv := &http.Server{
 		Handler: attended(mux), ErrorLog: errorLog, ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 10 * time.Second,
 		WriteTimeout: 30 * time.Second, IdleTimeout: 2 * time.Minute, MaxHeaderBytes: 16 << 10, ConnContext: withGuest,

@@ -186,12 +186,19 @@ func run(c *cli.Context) error {
 	if err != nil {
 		log.Warn("the watchdog's environment makes no sense: it is not fed", "err", err)
 	}
+	program, err := os.Executable() // where another one is installed in its place
+	if err != nil {
+		return fmt.Errorf("find this program: %w", err)
+	}
 	if os.Getenv("GOGC") == "" {
 		debug.SetGCPercent(gcPercent)
 	}
 	hup := make(chan os.Signal, 1)
 	signal.Notify(hup, syscall.SIGHUP)
 	defer signal.Stop(hup)
+	usr2 := make(chan os.Signal, 1)
+	signal.Notify(usr2, syscall.SIGUSR2)
+	defer signal.Stop(usr2)
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
 	defer stop()
 	f, err := agent.NewFleet(ctx, cfg, log, version())
@@ -211,6 +218,7 @@ func run(c *cli.Context) error {
 	}
 	s := &service{
 		fleet: f, log: log, load: again, hup: hup, asks: make(chan chan<- error), notify: notifySystemd, watchdog: watchdog,
+		usr2: usr2, become: func() error { return become(program) },
 		metrics: metricsServer{collector: metrics.NewCollector(version(), f), log: log},
 	}
 	tasks, serving := errgroup.WithContext(context.Background())

@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"os"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/coreos/go-systemd/v22/daemon"
@@ -15,7 +16,7 @@ import (
 )
 
 // A service is what the agent is to the machine around it: it tells systemd when it is ready and that it lives
-// (sd_notify(3)), takes over another configuration at SIGHUP, and lets Prometheus scrape. Without systemd there is
+// (sd_notify(3)), takes over another configuration at SIGHUP, hands over to another program at SIGUSR2, and lets Prometheus scrape. Without systemd there is
 // nobody to tell, which costs nothing.
 type service struct {
 	fleet  *agent.Fleet
@@ -23,10 +24,13 @@ type service struct {
 	load   func() (agent.Config, error)
 	hup    <-chan os.Signal
 	asks   chan chan<- error // who asks for a reload over the control API hears what came of it
+	usr2   <-chan os.Signal
+	become func() error // executes the program that is installed now in this process, and does not return if it can
 	notify func(state string) error
 	// watchdog is how often systemd wants to hear that the loops go round, 0 for never.
 	watchdog time.Duration
 	metrics  metricsServer
+	ready    atomic.Bool // what is needed has been in place once
 }
 
 // notifySystemd sends a state to systemd, if there is one that wants it.
@@ -38,6 +42,7 @@ func notifySystemd(state string) error {
 // run serves until serving ends, which is when all is given back; stopped ends when the agent is told to stop. What
 // goes wrong is told in the log: none of it is a reason to leave the network alone.
 func (s *service) run(stopped, serving context.Context, cfg agent.Config) {
+	s.metrics.health = metrics.Health{Alive: s.fleet.Alive, Ready: s.ready.Load}
 	s.metrics.serve(serving, cfg)
 	defer s.metrics.stop()
 	fed := make(chan struct{})
@@ -47,19 +52,22 @@ func (s *service) run(stopped, serving context.Context, cfg agent.Config) {
 		close(fed)
 	}
 	defer func() { <-fed }()
-	stop, ready, hup := stopped.Done(), s.fleet.Ready(), s.hup
+	stop, ready, hup, usr2 := stopped.Done(), s.fleet.Ready(), s.hup, s.usr2
 	s.fleet.OnReload(func(ctx context.Context) error { return s.ask(ctx, stopped) })
 	for {
 		select {
 		case <-serving.Done():
 			return
 		case <-stop:
-			stop, ready, hup = nil, nil, nil
+			stop, ready, hup, usr2 = nil, nil, nil, nil
 			s.tell(daemon.SdNotifyStopping)
 		case <-ready:
+			s.ready.Store(true)
 			s.tell(daemon.SdNotifyReady, s.status())
 		case <-hup:
 			_ = s.reload(stopped, serving) // the log has it
+		case <-usr2:
+			s.handOver()
 		case heard := <-s.asks:
 			heard <- s.reload(stopped, serving)
 		}
@@ -180,6 +188,7 @@ func rereadable(file string) error {
 // A metricsServer lets Prometheus scrape, with the configuration that it was given last.
 type metricsServer struct {
 	collector *metrics.Collector
+	health    metrics.Health
 	log       *slog.Logger
 
 	address, webConfig string
@@ -211,7 +220,7 @@ func (m *metricsServer) serve(ctx context.Context, cfg agent.Config) {
 	}
 	go func() {
 		defer close(done)
-		if err := metrics.Serve(mine, l, cfg.MetricsWebConfig, m.collector, m.log); err != nil && mine.Err() == nil {
+		if err := metrics.Serve(mine, l, cfg.MetricsWebConfig, m.collector, m.health, m.log); err != nil && mine.Err() == nil {
 			m.warn(err)
 		}
 	}()

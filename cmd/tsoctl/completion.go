@@ -174,6 +174,8 @@ func values(cmd *cli.Command, f cli.Flag, prefix string) []completion {
 		if list = []string{"10m", "1h", "8h"}; cmd != nil && cmd.Name == "verify" {
 			list = []string{"5s", "30s", "2m"}
 		}
+	case "within":
+		list = []string{"10s", "1m", "5m"}
 	case "proto":
 		list = slices.Sorted(maps.Keys(protocols))
 	case "run-dir", "config", "state-dir", "dir":

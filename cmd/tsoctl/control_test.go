@@ -98,6 +98,8 @@ func TestCompletions(t *testing.T) {
 	for line, want := range map[string]string{
 		"st":                          "status",
 		"re":                          "restore resume reload",
+		"ha":                          "handover",
+		"handover --within ":          "10s 1m 5m",
 		"nope ":                       "",
 		"-o ":                         "table json yaml",
 		"-o j":                        "json",

@@ -48,6 +48,7 @@ func TestDocuments(t *testing.T) {
 			{Name: "host", Paused: report.Paused}, {Name: "blue"}, {Name: "green", Why: "the agent of this namespace has ended"},
 		}}},
 		{"reload", &api.ReloadAnswer{Version: api.Version, Changed: true, Configured: at}},
+		{"handover", &handedOver{Version: api.Version, Was: "v1.0.0", Program: "v1.1.0", PID: 143, Since: at}},
 		{"restore", restoredDocument{api.Version, &agent.Restored{Holds: 3, Actions: 3, Findings: []string{"x"}, Namespaces: []agent.Restored{{Netns: "blue", Lanes: 1, Findings: []string{}}}}}},
 		{"doctor", doctor.Check(&doctor.Patient{Diagnosis: report.Diagnosis})},
 		{"probe", &probe.Result{Version: probe.Version, Time: at, Cases: []probe.Case{probed4("gre", probe.Broken, 2.5, 54)}}},

@@ -192,6 +192,7 @@ func newApp() *cli.App {
 			pauseCommand(),
 			resumeCommand(),
 			reloadCommand(),
+			handoverCommand(),
 			completionCommand(),
 			pages.Command("tsoctl", usage),
 		},

@@ -227,6 +227,7 @@ func TestTables(t *testing.T) {
 		{"events, none", 80, func(p page) { eventsTable(p, &api.EventList{Since: covered().Since, Netns: "blue"}) }},
 		{"reload", 80, func(p page) { reloadTable(p, &api.ReloadAnswer{Changed: true, Configured: covered().Since}) }},
 		{"reload, nothing new", 80, func(p page) { reloadTable(p, &api.ReloadAnswer{Configured: covered().Since}) }},
+		{"handover", 80, func(p page) { handoverTable(p, &handedOver{Was: "v1.0.0", Program: "v1.1.0", PID: 143}) }},
 		{"pause", 80, func(p page) {
 			pauseTable(p, &api.PauseAnswer{Namespaces: []api.PausedNamespace{
 				{Name: "host", Paused: &api.Paused{Since: covered().Since, By: api.Peer{PID: 7, Process: "tsoctl"}}},

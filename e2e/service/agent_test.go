@@ -82,10 +82,16 @@ func cover(t *testing.T, dst string) {
 // run starts an agent, which ends with the test, and waits until it is ready.
 func run(t *testing.T, args ...string) *agent {
 	t.Helper()
+	return runAt(t, mustStage(t)+"/usr/sbin/tsoagent", args...)
+}
+
+// runAt is run with a program that need not be the installed one.
+func runAt(t *testing.T, program string, args ...string) *agent {
+	t.Helper()
 	harness.NeedPrograms(t, map[string]string{"setpriv": "util-linux"})
 	a := &agent{t: t, dir: filepath.Join(t.TempDir(), "run"), address: "127.0.0.1:15450", log: new(log)}
 	cmd := exec.Command("setpriv", append([]string{
-		capabilities, "--no-new-privs", mustStage(t) + "/usr/sbin/tsoagent", "run",
+		capabilities, "--no-new-privs", program, "run",
 		"--run-dir", a.dir, "--presume-mtu", "1400", "--restore-after", "100ms",
 	}, args...)...)
 	cmd.Stdout, cmd.Stderr = a.log, a.log

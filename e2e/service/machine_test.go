@@ -19,16 +19,25 @@ import (
 type machine struct {
 	t   *testing.T
 	pid int // of systemd, here
+	// units is where its systemd looks for them.
+	units string
 }
 
 // boot starts a machine with the tree as it would be installed. It ends with the test.
 func boot(t *testing.T) *machine {
 	t.Helper()
+	m := bootWith(t, mustStage(t))
+	m.units = "/run/units"
+	return m
+}
+
+// bootWith starts a machine with the files of a directory over this host's.
+func bootWith(t *testing.T, staged string) *machine {
+	t.Helper()
 	host.Need(t, map[string]string{
 		"/lib/systemd/systemd": "systemd", "systemctl": "systemd", "journalctl": "systemd", "unshare": "util-linux", "nsenter": "util-linux",
 		"ip": "iproute2", "make": "make",
 	})
-	staged := mustStage(t)
 	work, script := t.TempDir(), filepath.Join(t.TempDir(), "boot.sh")
 	text, err := os.ReadFile("testdata/boot.sh")
 	if err != nil {
@@ -48,7 +57,7 @@ func boot(t *testing.T) *machine {
 	var gone error
 	ended := make(chan struct{})
 	go func() { defer close(ended); gone = cmd.Wait() }()
-	m := &machine{t: t}
+	m := &machine{t: t, units: "/etc/systemd/system:/usr/lib/systemd/system"}
 	t.Cleanup(func() {
 		if t.Failed() {
 			t.Logf("the machine's console:\n%s%s", out.String(), m.said())
@@ -104,8 +113,9 @@ func ownGroup(t *testing.T) string {
 			t.Errorf("unmount %s: %v", at, err)
 		}
 	})
-	dir := filepath.Join(at, fmt.Sprintf("tsoagent-test-%d", os.Getpid()))
-	if err := os.Mkdir(dir, 0o755); err != nil {
+	// In a PID namespace all are called alike: a name that is nobody else's.
+	dir, err := os.MkdirTemp(at, "tsoagent-test-")
+	if err != nil {
 		t.Skipf("needs a control group of its own: %v", err)
 	}
 	t.Cleanup(func() {
@@ -143,7 +153,7 @@ func name(pid int) string {
 // command is a command in the machine.
 func (m *machine) command(args ...string) *exec.Cmd {
 	cmd := exec.Command("nsenter", append([]string{"-t", strconv.Itoa(m.pid), "-m", "-p", "-n", "-u", "-i", "-C", "-r", "-w"}, args...)...)
-	cmd.Env = []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "SYSTEMD_UNIT_PATH=/run/units", "TERM=dumb", "LC_ALL=C.UTF-8"}
+	cmd.Env = []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "SYSTEMD_UNIT_PATH=" + m.units, "TERM=dumb", "LC_ALL=C.UTF-8"}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	return cmd
 }

@@ -10,6 +10,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"tsoagent/e2e/harness"
 )
@@ -208,6 +209,36 @@ func TestUnitUnderSystemd(t *testing.T) {
 			return strings.Contains(out, "mtu lock 1380")
 		})
 		m.locked("1380")
+		// The new program is where the old one was, whatever namespaces its threads were in, and finds both again.
+		pid := m.property("MainPID")
+		heard := new(log)
+		monitor := m.command("ip", "-n", "blue", "monitor", "route", "rule")
+		monitor.Stdout, monitor.WaitDelay = heard, time.Millisecond
+		if err := monitor.Start(); err != nil {
+			t.Fatal(err)
+		}
+		mark := 0
+		tells := func() bool {
+			mark++
+			m.run("ip", "-n", "blue", "route", "add", "blackhole", fmt.Sprintf("203.0.113.%d", mark))
+			return strings.Contains(heard.String(), "blackhole")
+		}
+		within(t, "the monitor hears", tells)
+		m.run("tsoctl", "handover")
+		if got := m.property("MainPID") + " " + m.run("readlink", "/proc/"+pid+"/ns/net"); got != pid+" "+m.run("readlink", "/proc/1/ns/net") {
+			t.Errorf("after the handover it is %s", got)
+		}
+		within(t, "blue is followed", func() bool {
+			out, _ := m.try("tsoctl", "status", "--netns", "blue")
+			return strings.Contains(out, "1 coverage")
+		})
+		last := mark + 1
+		within(t, "the monitor has heard all", func() bool { tells(); return strings.Contains(heard.String(), fmt.Sprintf("203.0.113.%d ", last)) })
+		_ = monitor.Process.Kill()
+		_ = monitor.Wait()
+		if strings.Contains(heard.String(), "Deleted") || strings.Contains(heard.String(), "5450") {
+			t.Errorf("the handover writes in blue:\n%s", heard)
+		}
 		m.run("rm", "/etc/default/tsoagent")
 	})
 

@@ -1,5 +1,5 @@
 # boot.sh STAGE WORK: the first process of a machine of its own, in new namespaces of every kind. Its root is this host's, with the files of
-# STAGE over it, and forgets what is written. It becomes systemd, which knows the units in /run/units and no others.
+# STAGE over it, and forgets what is written. It becomes systemd, which knows few units beside the agent's.
 set -eu
 stage=$1 work=$2
 mount --make-rprivate /
@@ -39,21 +39,28 @@ ip addr add 10.1.0.1/16 dev n0
 ip route add default via 192.0.2.254
 ip xfrm policy add src 10.1.0.0/16 dst 10.3.0.0/16 dir out tmpl src 192.0.2.1 dst 192.0.2.2 proto esp reqid 1 mode tunnel
 
-# What a package does.
-systemd-sysusers tsoagent.conf
-systemd-tmpfiles --create tsoagent.conf
-tsoagent init >/run/init
-printf 'presume_mtu: 1400\nrestore_after: 100ms\n' >>/etc/tsoagent/tsoagent.yaml
-
-mkdir /run/units
+mkdir -p /run/units/multi-user.target.wants
 for unit in sysinit.target basic.target multi-user.target shutdown.target umount.target network-pre.target sockets.target \
-	systemd-journald.service systemd-journald.socket tsoagent.service; do
-	ln -s "/usr/lib/systemd/system/$unit" /run/units/
+	systemd-journald.service systemd-journald.socket; do
+	cp "/usr/lib/systemd/system/$unit" /run/units/
 done
-mkdir /run/units/multi-user.target.wants
 ln -s ../systemd-journald.service /run/units/multi-user.target.wants/
+path=/run/units
+if [ -e /usr/sbin/tsoagent ]; then
+	# What a package does.
+	systemd-sysusers tsoagent.conf
+	systemd-tmpfiles --create tsoagent.conf
+	tsoagent init >/run/init
+	printf 'presume_mtu: 1400\nrestore_after: 100ms\n' >>/etc/tsoagent/tsoagent.yaml
+	ln -s /usr/lib/systemd/system/tsoagent.service /run/units/
+else
+	# One will be installed here: its unit comes beside those, and can be enabled.
+	mount --bind /run/units /usr/lib/systemd/system
+	mount -t tmpfs -o mode=755 tmpfs /etc/systemd/system
+	path=/etc/systemd/system:/usr/lib/systemd/system
+fi
 # As a machine that is no container has it: what is mounted later, namespaces' names for one, services see, too.
 mount --make-rshared /
-export SYSTEMD_UNIT_PATH=/run/units container=tsoagent-test PATH=/usr/sbin:/usr/bin:/sbin:/bin
+export SYSTEMD_UNIT_PATH=$path container=tsoagent-test PATH=/usr/sbin:/usr/bin:/sbin:/bin
 unset NOTIFY_SOCKET
 exec /lib/systemd/systemd --system --unit=multi-user.target --log-target=journal --log-level=info --show-status=no
