@@ -79,18 +79,19 @@ func newAsker(n *harness.Netns) (a asker, err error) {
 }
 
 const (
-	rtmHeader      = 12         // struct rtmsg, linux/rtnetlink.h
-	flagFIBMatch   = 0x2000     // RTM_F_FIB_MATCH
-	flagTable      = 0x1000     // RTM_F_LOOKUP_TABLE
-	rtaUID         = 25         // RTA_UID
-	rtaNexthopID   = 30         // RTA_NH_ID
-	rtaIPProto     = 27         // RTA_IP_PROTO
-	rtaSport       = 28         // RTA_SPORT
-	rtaDport       = 29         // RTA_DPORT
-	rtaxLock       = 1          // RTAX_LOCK
-	rtaxMTU        = 2          // RTAX_MTU
-	rtaxAdvMSS     = 8          // RTAX_ADVMSS
-	nexthopNoAlive = 0x1 | 0x10 // RTNH_F_DEAD and RTNH_F_LINKDOWN, of which the kernel tells when it has the time
+	rtmHeader    = 12     // struct rtmsg, linux/rtnetlink.h
+	flagFIBMatch = 0x2000 // RTM_F_FIB_MATCH
+	flagTable    = 0x1000 // RTM_F_LOOKUP_TABLE
+	rtaUID       = 25     // RTA_UID
+	rtaNexthopID = 30     // RTA_NH_ID
+	rtaIPProto   = 27     // RTA_IP_PROTO
+	rtaSport     = 28     // RTA_SPORT
+	rtaDport     = 29     // RTA_DPORT
+	rtaxLock     = 1      // RTAX_LOCK
+	rtaxMTU      = 2      // RTAX_MTU
+	rtaxAdvMSS   = 8      // RTAX_ADVMSS
+	// RTNH_F_DEAD and RTNH_F_LINKDOWN are the kernel's, and RTNH_F_ONLINK is about how the gateway was looked for.
+	nexthopQuiet = 0x1 | 0x10 | 0x4
 )
 
 // ask asks for the way of a packet, or with match for the route that decides.
@@ -207,11 +208,11 @@ func (a *answer) metrics(ad *netlink.AttributeDecoder) error {
 	return nil
 }
 
-// quiet is a multipath attribute without the flags that come and go by themselves.
+// quiet is a multipath attribute without the flags that change no way.
 func quiet(b []byte) []byte {
 	b = slices.Clone(b)
 	for rest := b; len(rest) >= unix.SizeofRtNexthop; {
-		rest[2] &^= nexthopNoAlive
+		rest[2] &^= nexthopQuiet
 		n := int(binary.NativeEndian.Uint16(rest))
 		if n < unix.SizeofRtNexthop || n > len(rest) {
 			break

@@ -73,6 +73,10 @@ func (d draw) rule() string {
 	family := map[bool]string{true: "-6 ", false: "-4 "}[v6]
 	pref := d.of("0", "9", "100", "218", "219", "220", "1000", "5270", "20000", "32700", "32764", "32765")
 	if d.in(3) {
+		// The rule for table local stays: without another one ahead of it, its end would end what is addressed to the host once the agent has a rule.
+		if pref == "0" {
+			pref = "0 lookup " + d.of("main", "220", "52", "77")
+		}
 		return family + "rule del pref " + pref
 	}
 	s := family + "rule add pref " + pref

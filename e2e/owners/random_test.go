@@ -58,6 +58,14 @@ func random(t *testing.T, bin string, r *rand.Rand) *lab {
 	for range d.IntN(8) {
 		lines = append(lines, d.rule())
 	}
+	switch d.IntN(12) {
+	case 0: // as Cilium does it
+		for _, family := range []string{"-4 ", "-6 "} {
+			lines = append(lines, family+"rule add pref 100 lookup local", family+"rule del pref 0 lookup local")
+		}
+	case 1:
+		lines = append(lines, d.of("-4", "-6")+" rule del pref 0 lookup local")
+	}
 	var stages [][]string
 	for range 1 + d.IntN(4) {
 		var stage []string
