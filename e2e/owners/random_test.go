@@ -105,8 +105,14 @@ func random(t *testing.T, bin string, r *rand.Rand) *lab {
 		_ = l.stop(unix.SIGKILL) // which is no good end
 		l.tsoctl("restore", "--stale")
 		l.tsoctl("restore")
-	} else {
-		l.must(l.stop(unix.SIGTERM))
+	} else if err := l.stop(unix.SIGTERM); err != nil {
+		// The kernel refuses a route of several ways one of which is down (docs/limits.md): the journal keeps it.
+		if text, _ := os.ReadFile(l.log.Name()); !strings.Contains(string(text), "the kernel refuses to give the MTU") {
+			t.Errorf("the agent: %v", err)
+		}
+		l.change("link set nic0 up", "link set nic1 up", "link set nic2 up", "addr add 198.51.100.1/24 dev nic1",
+			"-6 addr add fd00:2::1/64 dev nic0 nodad", "-6 addr add fd00:3::1/64 dev nic1 nodad", "-6 addr add fd00:4::1/64 dev nic2 nodad")
+		l.tsoctl("restore")
 	}
 	l.compare("after the agent", nil)
 	l.same("after the agent")
