@@ -8,7 +8,7 @@
 # make bench              how the agent does with a full BGP table and 100,000 tunnels, into docs/bench.md and README.md (root; some minutes, 4 GiB of memory)
 # make growth             how the cost of an event grows with coverages and with routes: docs/growth.svg and the table in docs/planning.md
 # make soak               random worlds for the planner, whose seed differs each time, until CHECKS of each kind have passed, then churn
-#                         under a real agent, CHURN rounds of it, and KILLS agents killed at any point, and what is left compared (root)
+#                         under a real agent, CHURN rounds of it, OWNERS random worlds of rules and routes with and without an agent, and KILLS agents killed at any point, and what is left compared (root)
 # make bench-check        compares what make bench measured with the figures to reach
 # make lint               golangci-lint and govulncheck
 # make fuzz               every fuzz target for FUZZTIME
@@ -19,6 +19,7 @@ FUZZTIME ?= 10s
 CHECKS   ?= 1000000
 CHURN    ?= 2000
 KILLS    ?= 2000
+OWNERS   ?= 1000
 
 # Go stamps the version from git, and refuses to build where git doesn't answer: no git, or a tree that
 # belongs to somebody else.
@@ -79,6 +80,7 @@ growth:
 soak:
 	@go test ./agent/plan -run 'Promises|Changes|Planner' -timeout 0 -rapid.seed=0 -rapid.checks=$(CHECKS)
 	@TSOAGENT_CHURN_ROUNDS=$(CHURN) go test ./e2e/churn -count=1 -timeout 0
+	@TSOAGENT_OWNERS=$(OWNERS) go test ./e2e/owners -run TestRandomOwners -count=1 -timeout 0
 	@TSOAGENT_KILLS=$(KILLS) go test ./e2e/kill -run TestKilledAnywhere -count=1 -timeout 0 -v
 
 bench-check: bin/bench

@@ -97,7 +97,10 @@ func newLab(t testing.TB, bin string, seed *rand.Rand, config string, lines ...s
 	}
 	l := &lab{TB: t, bin: bin, dir: dir, strict: strings.Contains(config, "source_less_lookups: off"), talk: interview{Rand: seed}}
 	t.Cleanup(func() { _ = os.RemoveAll(dir) })
-	l.must(os.WriteFile(l.config(), fmt.Appendf(nil, "presume_mtu: 1400\nmetrics: off\nrestore_after: 20ms\nrun_dir: %s\nstate_dir: %s\n%s", dir, dir, config), 0o644))
+	if !strings.Contains(config, "metrics: ") {
+		config += "metrics: off\n"
+	}
+	l.must(os.WriteFile(l.config(), fmt.Appendf(nil, "presume_mtu: 1400\nrestore_after: 20ms\nrun_dir: %s\nstate_dir: %s\n%s", dir, dir, config), 0o644))
 	sysctls := []string{"ipv4/ip_forward 1", "ipv6/conf/all/forwarding 1"}
 	for i, n := range []**harness.Netns{&l.ours, &l.other} {
 		*n = harness.NewNetns(t, base, sysctls...)
@@ -274,6 +277,11 @@ func (l *lab) within(what string, ask func() error) {
 		if err == nil {
 			return
 		}
+		select {
+		case err := <-l.done:
+			l.Fatalf("%s: the agent has ended: %v", what, err)
+		default:
+		}
 		if time.Now().After(end) {
 			l.Fatalf("not within %v: %s: %v", patience, what, err)
 		}
@@ -330,8 +338,8 @@ func (l *lab) compare(when string, r *report) {
 	l.Helper()
 	wrong := 0
 	for _, p := range l.packets {
-		if p.dst.Is6() && p.oif != 0 && os.Getenv("SKIPOIF") != "" {
-			continue
+		if p.dst.Is6() && p.oif != 0 {
+			continue // IPv6 passes over a throw in a lookup that is bound to a device (docs/limits.md)
 		}
 		objects := false
 		for _, match := range []bool{true, false} {
