@@ -93,7 +93,7 @@ func TestNetworkd(t *testing.T) {
 			bin := need(t)
 			harness.NeedPrograms(t, map[string]string{networkdProgram: "systemd", "dbus-daemon": "dbus"})
 			l := newLab(t, bin, rand.New(rand.NewPCG(1, 1)), withMetrics, linesOf(paragraphs(policies))...)
-			l.change("-6 route replace default via fd00:3::9 dev nic1") // nic0 is networkd's
+			l.change("-6 route replace default via fd00:3::9 dev nic1", "addr flush dev nic0") // which is networkd's
 			files := "/run/systemd/network"
 			l.must(os.MkdirAll(files, 0o755))
 			t.Cleanup(func() { _ = os.RemoveAll("/run/systemd") })
