@@ -224,10 +224,9 @@ func quiet(b []byte) []byte {
 
 // words are what rules, routes and policies select by, as far as the lines of a world name it.
 type words struct {
-	prefixes            [2][]netip.Prefix // IPv4 and IPv6
-	marks, uids, ports  []uint32
-	toses               []uint32
-	iifs, oifs, ownAddr []string
+	prefixes           [2][]netip.Prefix // IPv4 and IPv6
+	marks, uids, ports []uint32
+	toses              []uint32
 }
 
 // read takes from a line what it names.

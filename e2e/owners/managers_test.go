@@ -26,8 +26,11 @@ func (l *lab) daemon(script string) (stop func()) {
 	l.must(err)
 	cmd.Stdout, cmd.Stderr = log, log
 	l.must(l.ours.Start(cmd))
-	gone := make(chan error, 1)
-	go func() { gone <- cmd.Wait() }()
+	gone := make(chan struct{})
+	go func() {
+		_ = cmd.Wait() // how a daemon ends when it is stopped is up to it
+		close(gone)
+	}()
 	stopped := false
 	stop = func() {
 		if stopped {
@@ -65,7 +68,7 @@ func (l *lab) dbus() {
 	})
 }
 
-// ask runs a program that talks to a daemon.
+// tell runs a program that talks to a daemon.
 func (l *lab) tell(args ...string) (string, error) {
 	return l.ours.Run("", append([]string{"env", "DBUS_SYSTEM_BUS_ADDRESS=" + l.bus()}, args...)...)
 }

@@ -104,10 +104,11 @@ func (n *writes) count(m netlink.Message) {
 	}
 }
 
-func (w *witness) sofar() writes {
+func (w *witness) sofar() *writes {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	return w.n
+	n := w.n
+	return &n
 }
 
 // actions are the agent's own counts of what it did, by their names (tsoagent_actions_total).
@@ -140,6 +141,6 @@ func (l *lab) actions() map[string]int {
 	return out
 }
 
-func (w writes) String() string {
-	return fmt.Sprintf("%d rules added and %d gone, %d clones put and %d gone, %d locks in place, %d routes of others", w.rules, w.rulesGone, w.clones, w.clonesGone, w.locks, w.theirs)
+func (n *writes) String() string {
+	return fmt.Sprintf("%d rules added and %d gone, %d clones put and %d gone, %d locks in place, %d routes of others", n.rules, n.rulesGone, n.clones, n.clonesGone, n.locks, n.theirs)
 }
