@@ -20,7 +20,7 @@ import (
 const deadline = 5 * time.Minute
 
 // kernelPackages are those with tests that want the test kernel: tests with Kernel in their name.
-var kernelPackages = []string{"xfrmwatch", "routes", "ethtool", "sockopt", "lane", "l2tp", "wire", "agent"}
+var kernelPackages = []string{"xfrmwatch", "routes", "ethtool", "sockopt", "lane", "l2tp", "wire", "agent", "e2e/owners"}
 
 // bench is what all machines share.
 type bench struct {

@@ -47,7 +47,7 @@ func (p *planner) follow(in Input, ch Changes) bool {
 			return false
 		}
 	}
-	if s := p.splits(); s != p.follower.splits {
+	if first := p.firstRule(); first != p.follower.firstRule {
 		return false
 	}
 	p.followPolicies(&r, ch)

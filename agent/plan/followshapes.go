@@ -66,7 +66,7 @@ func (p *planner) followShapes(r *region) bool {
 func (p *planner) limits(pending map[*shaped]map[*member]bool, same bool) bool {
 	return slices.ContainsFunc(p.shapes, func(s *shaped) bool {
 		switch {
-		case s.why == "" || p.bars(s, p.follower.splits, 0) != "":
+		case s.why == "" || p.bars(s, p.follower.firstRule, 0) != "":
 			return false
 		case s.why == tooManyRules:
 			return !same
@@ -140,7 +140,7 @@ func (p *planner) regroup(r *region) bool {
 			if s == nil {
 				s = &shaped{id: in.id, base: in.base}
 				p.empty(s)
-				s.why = p.bars(s, p.follower.splits, 0)
+				s.why = p.bars(s, p.follower.firstRule, 0)
 				p.byShape[in.id] = s
 				p.shapes = append(p.shapes, s)
 			}

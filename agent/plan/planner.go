@@ -84,17 +84,17 @@ func (pl *Planner) Plan(in Input, ch Changes) *Plan {
 
 // follower is what a planner knows besides to follow changes.
 type follower struct {
-	policies index.Index[xfrmwatch.PolicyIndex, *entry]
-	gone     map[xfrmwatch.CoverageID]*entry
-	users    index.Index[Peer, *coverage]
-	bySA     index.Index[xfrmwatch.SAPlace, xfrmwatch.PolicyIndex]
-	splits   string
-	pending  pending
-	common   common
-	foreign  map[routes.Family]map[routes.TableID]bool
-	touched  map[*coverage]struct{}
-	rerouted []rerouted
-	routed   bool // routes changed, near what is covered or not
+	policies  index.Index[xfrmwatch.PolicyIndex, *entry]
+	gone      map[xfrmwatch.CoverageID]*entry
+	users     index.Index[Peer, *coverage]
+	bySA      index.Index[xfrmwatch.SAPlace, xfrmwatch.PolicyIndex]
+	firstRule firstRule
+	pending   pending
+	common    common
+	foreign   map[routes.Family]map[routes.TableID]bool
+	touched   map[*coverage]struct{}
+	rerouted  []rerouted
+	routed    bool // routes changed, near what is covered or not
 	// later are regions of routes that changed, which are not followed yet, and part is Planner.Part.
 	later []netip.Prefix
 	part  int
@@ -233,7 +233,7 @@ func (p *planner) learn(in Input) {
 		return
 	}
 	f := &follower{
-		gone: map[xfrmwatch.CoverageID]*entry{}, splits: p.splits(),
+		gone: map[xfrmwatch.CoverageID]*entry{}, firstRule: p.firstRule(),
 		pending: pending{all: true}, common: commonOf(in), touched: map[*coverage]struct{}{}, indexed: map[routes.Ifindex]bool{},
 	}
 	for i, t := range p.tunnels {

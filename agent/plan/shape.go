@@ -96,11 +96,11 @@ func (p *planner) shape() {
 func (p *planner) fillAll(shapes []*shaped) []*shaped {
 	var filled []*shaped
 	total, used := 0, map[routes.Family]int{}
-	splits := p.splits()
+	first := p.firstRule()
 	for _, s := range shapes {
 		p.empty(s)
 		if s.why == "" {
-			s.why = p.bars(s, splits, used[s.id.Flows.Family])
+			s.why = p.bars(s, first, used[s.id.Flows.Family])
 		}
 		if s.why != "" {
 			continue
@@ -120,13 +120,13 @@ func (p *planner) fillAll(shapes []*shaped) []*shaped {
 }
 
 // bars says why a shape can't have a table at all, or is empty. used is how many of its family have one.
-func (p *planner) bars(s *shaped, splits string, used int) string {
+func (p *planner) bars(s *shaped, first firstRule, used int) string {
 	why, withheld := p.Withheld[s.id]
 	switch {
 	case withheld:
 		return "no lock in a table of our own: " + why
-	case splits != "" && s.id.Flows.Family == routes.IPv4:
-		return "no lock in a table of our own: " + splits
+	case first.of(s.id.Flows.Family) != "":
+		return "no lock in a table of our own: " + first.of(s.id.Flows.Family)
 	case used == MaxRules:
 		return tooManyRules
 	}

@@ -306,6 +306,8 @@ func (w *world) rule(f *words) error {
 		switch k := f.next(); k {
 		case "inet6":
 			r.Family = routes.IPv6
+		case "kernel":
+			r.Protocol = routes.ProtoKernel
 		case "not":
 			r.Invert = true
 		case "from", "to":

@@ -91,7 +91,7 @@ func (l *lab) try(t testing.TB, s *schedule) {
 		// Who overwrote what an owner wrote must have died of it.
 		var stale []string
 		if l.kills > kills {
-			stale = witness.overwritten(t, x.w.owner.Process.Pid)
+			stale = witness.overwritten(t, x.w.Owner())
 		}
 		if diff = slices.DeleteFunc(diff, func(line string) bool { f := strings.Fields(line); return len(f) > 2 && slices.Contains(stale, f[2]) }); len(diff) > 0 {
 			t.Errorf("not what it would be without an agent (- without, + with; overwritten: %q):\n%s", stale, strings.Join(diff, "\n"))
@@ -115,7 +115,7 @@ func (x *try) must(err error) {
 func (x *try) world() *world {
 	w := newWorld(x)
 	if x.s.tc {
-		_, err := w.run("", "tc", "qdisc", "add", "dev", "nic1", "clsact")
+		_, err := w.Run("", "tc", "qdisc", "add", "dev", "nic1", "clsact")
 		x.must(err)
 	}
 	if x.s.keys {
@@ -153,7 +153,7 @@ func (x *try) first() {
 func (x *try) cleanUp() {
 	if x.s.way == staleRestart || x.s.way == staleRestore {
 		x.tsoctl("restore", "--stale")
-		out, err := x.w.run("", "sh", "-c", "ip -d rule; ip -d -6 rule; ip route show table all proto 84; ip -6 route show table all proto 84")
+		out, err := x.w.Run("", "sh", "-c", "ip -d rule; ip -d -6 rule; ip route show table all proto 84; ip -6 route show table all proto 84")
 		if err != nil || strings.Contains(out, "proto 84") || strings.Contains(out, "5450") {
 			x.Errorf("after restore --stale, %v:\n%s", err, out)
 		}

@@ -1,31 +1,16 @@
 package kill
 
 import (
-	"bufio"
-	"bytes"
-	"errors"
-	"fmt"
-	"io"
-	"os"
-	"os/exec"
-	"regexp"
-	"runtime"
-	"slices"
-	"strings"
 	"testing"
-	"time"
 
 	"golang.org/x/sys/unix"
+
+	"tsoagent/e2e/harness"
 )
 
-// A world is a network namespace with some devices, addresses and routes. It has no name, and goes with its file.
+// A world is a network namespace with some devices, addresses and routes.
 type world struct {
-	ns *os.File
-	// owner is a long-lived `ip -batch`, which is told lines.
-	owner *exec.Cmd
-	in    io.WriteCloser
-	out   *bufio.Reader
-	said  bytes.Buffer
+	*harness.Netns
 	// listener has a TCP-MD5 key.
 	listener int
 }
@@ -55,113 +40,19 @@ route add 10.8.0.0/16 dev nic2 scope link
 // newWorld makes a world, and waits until the kernel has done with it what it does by itself.
 func newWorld(t testing.TB) *world {
 	t.Helper()
-	w := &world{}
-	made := make(chan error)
-	go func() {
-		runtime.LockOSThread() // and never unlocked: the thread ends with the goroutine
-		err := unix.Unshare(unix.CLONE_NEWNET)
-		if err == nil {
-			w.ns, err = os.Open("/proc/thread-self/ns/net")
-		}
-		// Link-local addresses are there at once, and nothing is sent for them.
-		for _, set := range []string{"ipv6/conf/default/accept_dad 0", "ipv6/conf/default/router_solicitations 0", "ipv4/ip_forward 1", "ipv6/conf/all/forwarding 1"} {
-			if key, value, _ := strings.Cut(set, " "); err == nil {
-				err = os.WriteFile("/proc/sys/net/"+key, []byte(value), 0)
-			}
-		}
-		made <- err
-	}()
-	if err := <-made; err != nil {
-		t.Fatal(err)
-	}
-	if _, err := w.run(base, "ip", "-batch", "-"); err != nil {
-		t.Fatal(err)
-	}
-	for end := time.Now().Add(patience); ; time.Sleep(time.Millisecond) {
-		out, err := w.run("", "ip", "-o", "link", "show", "type", "veth")
-		if err != nil || time.Now().After(end) {
-			t.Fatalf("the devices don't come up: %v\n%s", err, out)
-		}
-		if strings.Count(out, "state UP") == 6 {
-			return w
-		}
-	}
-}
-
-// start starts a command in the world.
-func (w *world) start(cmd *exec.Cmd) error {
-	done := make(chan error)
-	go func() {
-		runtime.LockOSThread()
-		err := unix.Setns(int(w.ns.Fd()), unix.CLONE_NEWNET)
-		if err == nil {
-			err = cmd.Start()
-		}
-		done <- err
-	}()
-	return <-done
-}
-
-// run runs a command in the world, and returns what it prints.
-func (w *world) run(stdin string, args ...string) (string, error) {
-	cmd := exec.Command(args[0], args[1:]...)
-	var out bytes.Buffer
-	cmd.Stdin, cmd.Stdout, cmd.Stderr = strings.NewReader(stdin), &out, &out
-	err := w.start(cmd)
-	if err == nil {
-		err = cmd.Wait()
-	}
-	if err != nil {
-		err = fmt.Errorf("%s: %w: %s", strings.Join(args, " "), err, out.String())
-	}
-	return out.String(), err
+	return &world{Netns: harness.NewNetns(t, base, "ipv4/ip_forward 1", "ipv6/conf/all/forwarding 1")}
 }
 
 // An event is a line of ip, or one of ethtool. Some fail, as what they delete is not there.
 type event string
 
-// do has an event happen. That it can't, as what it is about is not there, is no error.
-func (w *world) do(e event) error {
-	args := strings.Fields(string(e))
-	switch args[0] {
-	case "xfrm", "-6": // where the first fails, ip ends; the other is an option, which a line can't have
-		args = append([]string{"ip"}, args...)
-		fallthrough
-	case "ethtool":
-		_, err := w.run("", args...)
-		if exit := (*exec.ExitError)(nil); errors.As(err, &exit) && exit.Exited() {
-			err = nil
-		}
-		return err
-	}
-	if w.owner == nil {
-		w.owner = exec.Command("ip", "-force", "-batch", "-")
-		in, ierr := w.owner.StdinPipe()
-		out, oerr := w.owner.StdoutPipe()
-		w.owner.Stderr = &w.said
-		if err := errors.Join(ierr, oerr, w.start(w.owner)); err != nil {
-			return err
-		}
-		w.in, w.out = in, bufio.NewReader(out)
-	}
-	// The answer to the second line tells that the first one is done.
-	if _, err := fmt.Fprintf(w.in, "%s\nrule show pref 0\n", e); err != nil {
-		return err
-	}
-	if _, err := w.out.ReadString('\n'); err != nil {
-		return fmt.Errorf("ip %s: %w: %s", e, err, w.said.String())
-	}
-	return nil
-}
+// do has an event happen.
+func (w *world) do(e event) error { return w.Do(string(e)) }
 
-// close ends what runs in the world for us. The namespace goes with its file.
+// close ends what runs in the world for us.
 func (w *world) close() {
-	if w.owner != nil {
-		_ = w.in.Close()
-		_ = w.owner.Wait() // some lines failed
-	}
 	w.mute()
-	w.ns.Close()
+	w.Close()
 }
 
 // mute ends who listens.
@@ -174,13 +65,8 @@ func (w *world) mute() {
 
 // listen has somebody listen with a TCP-MD5 key, for as long as the world is there.
 func (w *world) listen() error {
-	done := make(chan error)
-	go func() {
-		runtime.LockOSThread()
-		err := unix.Setns(int(w.ns.Fd()), unix.CLONE_NEWNET)
-		if err == nil {
-			w.listener, err = unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
-		}
+	return w.In(func() (err error) {
+		w.listener, err = unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 		if err == nil {
 			key := unix.TCPMD5Sig{Keylen: 6}
 			key.Addr.Family = unix.AF_INET
@@ -194,30 +80,9 @@ func (w *world) listen() error {
 		if err == nil {
 			err = unix.Listen(w.listener, 1)
 		}
-		done <- err
-	}()
-	return <-done
+		return err
+	})
 }
 
-// What a snapshot leaves out comes some time later, and by itself: the kernel tells of a carrier when it has the time.
-var byItself = regexp.MustCompile(`NO-CARRIER,|,LOWER_UP| state [A-Z]+`)
-
-// snapshot is all that an agent could change: rules, routes, devices, qdiscs, nftables and features with their wanted bits (of those that are
-// not in effect, ethtool says what is requested). What has no order is sorted.
-func (w *world) snapshot() (string, error) {
-	text, err := w.run("", "sh", "-ec", `
-		ip -d -4 rule; echo; ip -d -6 rule; echo
-		ip -d -o -4 route show table all; ip -d -o -6 route show table all; echo
-		ip -d -o link; tc qdisc; echo
-		nft list ruleset; echo
-		for dev in nic0 nic1 nic2; do ethtool -k $dev; done`)
-	parts := strings.Split(byItself.ReplaceAllString(text, ""), "\n\n")
-	for _, i := range []int{2, 3} {
-		if i < len(parts) {
-			lines := strings.Split(parts[i], "\n")
-			slices.Sort(lines)
-			parts[i] = strings.Join(lines, "\n")
-		}
-	}
-	return strings.Join(parts, "\n\n"), err
-}
+// snapshot is all that an agent could change.
+func (w *world) snapshot() (string, error) { return w.Snapshot("nic0", "nic1", "nic2") }

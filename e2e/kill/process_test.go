@@ -70,7 +70,7 @@ func spawn(w *world, orders string, args ...string) (*process, error) {
 	p.cmd.Env = append(os.Environ(), "TSOAGENT_FAILPOINT="+orders, "TSOAGENT_FAILPOINT_FD=3")
 	p.cmd.ExtraFiles = []*os.File{tell}
 	p.cmd.Stdout, p.cmd.Stderr = p, p
-	err = w.start(p.cmd)
+	err = w.Start(p.cmd)
 	tell.Close()
 	if err != nil {
 		r.Close()

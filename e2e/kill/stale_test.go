@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
-	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -24,16 +23,10 @@ type witness struct{ *netlink.Conn }
 func (w *world) watch(t testing.TB) *witness {
 	t.Helper()
 	var c *netlink.Conn
-	done := make(chan error)
-	go func() {
-		runtime.LockOSThread()
-		err := unix.Setns(int(w.ns.Fd()), unix.CLONE_NEWNET)
-		if err == nil {
-			c, err = netlink.Dial(unix.NETLINK_ROUTE, &netlink.Config{Groups: 1<<(unix.RTNLGRP_IPV4_ROUTE-1) | 1<<(unix.RTNLGRP_IPV6_ROUTE-1)})
-		}
-		done <- err
-	}()
-	if err := <-done; err != nil {
+	if err := w.In(func() (err error) {
+		c, err = netlink.Dial(unix.NETLINK_ROUTE, &netlink.Config{Groups: 1<<(unix.RTNLGRP_IPV4_ROUTE-1) | 1<<(unix.RTNLGRP_IPV6_ROUTE-1)})
+		return err
+	}); err != nil {
 		t.Fatal(err)
 	}
 	if err := c.SetReadBuffer(4 << 20); err != nil {
