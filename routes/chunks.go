@@ -12,6 +12,8 @@ type prefixes interface {
 	get(dst netip.Prefix) (n setNumber, marked, ok bool)
 	// put is unmarked, and returns what was there.
 	put(dst netip.Prefix, n setNumber) (old setNumber, had bool)
+	// add puts a destination that is not there. It is false for one that is.
+	add(dst netip.Prefix, n setNumber) bool
 	remove(dst netip.Prefix) (old setNumber, had bool)
 	// mark marks a destination that is there, or takes its mark away.
 	mark(dst netip.Prefix, on bool)
@@ -122,6 +124,27 @@ func (c *chunks[E]) put(dst netip.Prefix, n setNumber) (old setNumber, had bool)
 	}
 	c.insert(l, i, k.with(n))
 	return 0, false
+}
+
+func (c *chunks[E]) add(dst netip.Prefix, n setNumber) bool {
+	k, ok := c.key(dst)
+	if !ok {
+		return false
+	}
+	// A dump comes nearly in order: then it is behind the last one.
+	if l := len(c.lists) - 1; l >= 0 {
+		list := c.lists[l]
+		if i := len(list); k.search(list[i-1:]) > 0 {
+			c.insert(l, i, k.with(n))
+			return true
+		}
+	}
+	l, i, ok := c.find(k)
+	if ok {
+		return false
+	}
+	c.insert(l, i, k.with(n))
+	return true
 }
 
 func (c *chunks[E]) insert(l, i int, e E) {

@@ -96,6 +96,12 @@ func (f *FIB) Apply(ev Event) Effect {
 		f.begin(ev.Scope)
 	case ResyncEnd:
 		e = f.end(ev.Scope)
+	case RoutesFound:
+		for _, r := range ev.Routes {
+			one := f.found(r)
+			e.Changed = e.Changed || one.Changed
+			e.join(one.Resync)
+		}
 	default:
 		if f.dump != nil && f.dump.takes(ev) {
 			e = f.dump.apply(ev)

@@ -54,6 +54,7 @@ func (w *Watcher) resync(ctx context.Context, scopes []Scope, sink func([]Event)
 		}
 		if w.lost == nil {
 			d.to = append(d.to, ResyncEnd{Scope: s})
+			w.known = w.known || s == (Scope{})
 			w.resyncs.Add(1)
 		}
 		if err := d.flush(); err != nil {
@@ -125,6 +126,9 @@ type dumper struct {
 	sink func([]Event)
 	to   []Event
 	bad  error
+	// found are routes of the first dump, of which there can be very many. They come after to.
+	found  []Route
+	beside *beside // the dump of IPv6 routes, nil for none
 }
 
 // scope dumps what the scope covers, each kind after those that it stands on.
@@ -165,6 +169,9 @@ func (d *dumper) scope(s Scope) error {
 }
 
 func (d *dumper) routes(s Scope) error {
+	if s == (Scope{}) {
+		return d.bothFamilies()
+	}
 	for _, f := range []Family{IPv4, IPv6} {
 		if s.Family != 0 && s.Family != f {
 			continue
@@ -194,7 +201,14 @@ func (d *dumper) routesOf(f Family, oif Ifindex) error {
 	}
 	for try := 1; ; try++ {
 		adds, removals := d.w.adds, d.w.removals
-		err := dumpRoutes(d.w.dumps, Filter{Family: f, Oif: oif}, d.item)
+		var err error
+		if b := d.beside; b != nil && f == IPv6 {
+			d.beside = nil
+			adds, removals = b.adds, b.removals
+			err = d.join(b)
+		} else {
+			err = dumpRoutes(d.w.dumps, Filter{Family: f, Oif: oif}, d.item)
+		}
 		if err := d.check(err); err != nil && !errors.Is(err, errInterrupted) {
 			return err
 		}
@@ -247,10 +261,12 @@ func (d *dumper) check(err error) error {
 // item takes one message of a dump.
 func (d *dumper) item(h Header, data []byte) error {
 	d.w.messages.Add(1)
+	if !d.w.known && h.Type == rtmNewRoute {
+		return d.first(data)
+	}
 	ev, err := d.w.decode(h, data)
 	if err != nil {
-		d.w.undecodable.Add(1)
-		d.bad = errors.Join(errDecode, err)
+		d.undecodable(err)
 		return nil
 	}
 	if ev == nil {
@@ -261,8 +277,36 @@ func (d *dumper) item(h Header, data []byte) error {
 	if len(d.to) < d.w.opts.Chunk {
 		return nil
 	}
+	return d.pass()
+}
+
+// first takes a route of the first dump.
+func (d *dumper) first(data []byte) error {
+	r, ok, err := d.w.dec.route(data)
+	switch {
+	case err != nil:
+		d.undecodable(err)
+	case ok:
+		d.found = append(d.found, r)
+	}
+	if len(d.found) < d.w.opts.Chunk {
+		return nil
+	}
+	return d.pass()
+}
+
+func (d *dumper) undecodable(err error) {
+	d.w.undecodable.Add(1)
+	d.bad = errors.Join(errDecode, err)
+}
+
+// pass hands on what was found, and looks what else has come.
+func (d *dumper) pass() error {
 	if err := d.flush(); err != nil {
 		return err
+	}
+	if d.beside != nil {
+		d.takeSome(d.beside)
 	}
 	return d.w.poll()
 }
@@ -274,6 +318,10 @@ func (d *dumper) flush() error {
 	if len(d.to) > 0 {
 		d.sink(d.to)
 		d.to = make([]Event, 0, d.w.opts.Chunk)
+	}
+	if len(d.found) > 0 {
+		d.sink([]Event{RoutesFound{Routes: d.found}})
+		d.found = make([]Route, 0, d.w.opts.Chunk)
 	}
 	return nil
 }

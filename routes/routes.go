@@ -431,6 +431,8 @@ type (
 		Replace, Append bool
 		Origin          Origin
 	}
+	// RoutesFound are routes that the first dump found: as a RouteSet of each, with Append. It comes alone.
+	RoutesFound struct{ Routes []Route }
 	// RouteGone is a route that was removed.
 	RouteGone struct {
 		Route  Route
@@ -450,4 +452,5 @@ func (RuleGone) routeEvent()    {}
 func (NexthopSet) routeEvent()  {}
 func (NexthopGone) routeEvent() {}
 func (RouteSet) routeEvent()    {}
+func (RoutesFound) routeEvent() {}
 func (RouteGone) routeEvent()   {}
