@@ -25,6 +25,7 @@ func (a *Agent) apply(b batch) {
 		}
 		a.st.ways.noteXFRM(a.st.db, ev)
 		a.st.db.Apply(ev)
+		a.lookAhead(ev)
 	}
 	for _, ev := range b.routes {
 		a.noteRoute(ev, b.at)
@@ -124,6 +125,7 @@ func (a *Agent) applyRoute(ev routes.Event) {
 	}
 	a.moved(ev)
 	a.echo(ev)
+	a.lookAhead(ev)
 }
 
 func (a *Agent) look(i routes.Ifindex) {

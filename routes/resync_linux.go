@@ -52,6 +52,15 @@ func (w *Watcher) resync(ctx context.Context, scopes []Scope, sink func([]Event)
 		case err != nil:
 			w.lose(err)
 		}
+		if s == (Scope{}) && w.lost == nil {
+			calm, err := w.calm()
+			if err != nil {
+				return err
+			}
+			if calm {
+				d.to = append(d.to, Calm{})
+			}
+		}
 		if w.lost == nil {
 			d.to = append(d.to, ResyncEnd{Scope: s})
 			w.known = w.known || s == (Scope{})
@@ -65,6 +74,17 @@ func (w *Watcher) resync(ctx context.Context, scopes []Scope, sink func([]Event)
 	w.doubt()
 	w.release(sink)
 	return nil
+}
+
+// calm reports whether no event has come since a full dump began. What a dump shows already is told soon after that.
+func (w *Watcher) calm() (bool, error) {
+	if err := w.dumps.barrier(); err != nil {
+		return false, fmt.Errorf("routes: wait for the kernel: %w", err)
+	}
+	if err := w.poll(); err != nil {
+		return false, err
+	}
+	return w.lost == nil && !slices.ContainsFunc(w.held, func(batch []Event) bool { return len(batch) > 0 }), nil
 }
 
 // doubt has the families dumped again for which the events that were held leave it open what is
@@ -126,7 +146,7 @@ type dumper struct {
 	sink func([]Event)
 	to   []Event
 	bad  error
-	// found are routes of the first dump, of which there can be very many. They come after to.
+	// found are routes of the first dump, of which there can be very many. They come before to.
 	found  []Route
 	beside *beside // the dump of IPv6 routes, nil for none
 }
@@ -286,6 +306,11 @@ func (d *dumper) first(data []byte) error {
 	switch {
 	case err != nil:
 		d.undecodable(err)
+	case ok && len(d.to) > 0:
+		if err := d.flush(); err != nil {
+			return err
+		}
+		fallthrough
 	case ok:
 		d.found = append(d.found, r)
 	}
@@ -315,13 +340,13 @@ func (d *dumper) flush() error {
 	if d.ctx.Err() != nil {
 		return errStop
 	}
-	if len(d.to) > 0 {
-		d.sink(d.to)
-		d.to = make([]Event, 0, d.w.opts.Chunk)
-	}
 	if len(d.found) > 0 {
 		d.sink([]Event{RoutesFound{Routes: d.found}})
 		d.found = make([]Route, 0, d.w.opts.Chunk)
+	}
+	if len(d.to) > 0 {
+		d.sink(d.to)
+		d.to = make([]Event, 0, d.w.opts.Chunk)
 	}
 	return nil
 }

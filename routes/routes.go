@@ -433,6 +433,8 @@ type (
 	}
 	// RoutesFound are routes that the first dump found: as a RouteSet of each, with Append. It comes alone.
 	RoutesFound struct{ Routes []Route }
+	// Calm comes directly ahead of the end of a full dump during which no event came.
+	Calm struct{}
 	// RouteGone is a route that was removed.
 	RouteGone struct {
 		Route  Route
@@ -452,5 +454,6 @@ func (RuleGone) routeEvent()    {}
 func (NexthopSet) routeEvent()  {}
 func (NexthopGone) routeEvent() {}
 func (RouteSet) routeEvent()    {}
+func (Calm) routeEvent()        {}
 func (RoutesFound) routeEvent() {}
 func (RouteGone) routeEvent()   {}

@@ -19,6 +19,8 @@ type Table struct {
 	c   *talk
 	dec Decoder
 	out []byte // the messages of a batch
+	// answers reads those of LookupAll, nil before the first.
+	answers *train
 }
 
 // OpenTable opens a Table in the network namespace of the calling thread.
@@ -251,21 +253,29 @@ func (t *Table) Lookup(q Query) (Answer, error) {
 			got = true
 			return ans.decode(&t.dec.Interner, data, q.FibMatch)
 		})
-		if k := (*kernelError)(nil); errors.As(err, &k) {
-			switch k.errno {
-			case unix.ENETUNREACH, unix.EHOSTUNREACH, unix.EACCES, unix.EINVAL, unix.EAGAIN:
-				err = fmt.Errorf("%w: %w", ErrUnreachable, err)
-			}
-		}
+		err = unreachable(err)
 	}
 	if err == nil && !got {
 		err = errShort
 	}
 	if err != nil {
-		return Answer{}, fmt.Errorf("routes: look up %s: %w", q.Dst, err)
+		return Answer{}, q.failed(err)
 	}
 	return ans, nil
 }
+
+// unreachable is the error of a lookup: ErrUnreachable, too, where the kernel says that there is no way.
+func unreachable(err error) error {
+	if k := (*kernelError)(nil); errors.As(err, &k) {
+		switch k.errno {
+		case unix.ENETUNREACH, unix.EHOSTUNREACH, unix.EACCES, unix.EINVAL, unix.EAGAIN:
+			return fmt.Errorf("%w: %w", ErrUnreachable, err)
+		}
+	}
+	return err
+}
+
+func (q Query) failed(err error) error { return fmt.Errorf("routes: look up %s: %w", q.Dst, err) }
 
 func (q Query) encode() ([]byte, error) {
 	if !q.Dst.IsValid() {

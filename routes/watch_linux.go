@@ -100,7 +100,7 @@ func Dial(opts WatchOptions) (*Watcher, error) {
 	if err != nil {
 		return nil, err
 	}
-	events.many = newTrain()
+	events.many = newTrain(trainCars, carLen)
 	if err := events.filterNeighbours(); err != nil {
 		_ = events.Close()
 		return nil, err
