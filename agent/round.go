@@ -30,6 +30,9 @@ func (a *Agent) apply(b batch) {
 	for _, ev := range b.routes {
 		a.noteRoute(ev, b.at)
 		a.applyRoute(ev)
+		if found, ok := ev.(routes.RoutesFound); ok {
+			found.Done()
+		}
 	}
 	for _, ev := range b.features {
 		a.noteFeatures(ev, b.at)

@@ -40,8 +40,10 @@ type ways struct {
 	ours  map[ourTable]bool       // those in one of these
 	again map[*way]bool           // the question itself failed
 	ahead *ahead                  // what is asked before the first plan, nil for nothing
-	// others are the peers to which the way is another one since the last time, or of which nobody asks any more.
-	others []plan.Peer
+	// others are the peers to which the way is another one since the last time, or of which nobody asks any more; none where the next plan is
+	// from scratch anyway.
+	others  []plan.Peer
+	scratch bool
 
 	needs peerNeeds
 	// relink says that links came, went or changed since it was worked out which tunnels there are.
@@ -286,7 +288,7 @@ func (s *ways) touch(addr netip.Addr) {
 
 // settle brings the questions up to what is needed now, and asks those that are due.
 func (s *ways) settle(rt routeTable, st *state) {
-	s.others = nil
+	s.others, s.scratch = nil, st.changes.All
 	s.need(st)
 	if s.relink {
 		s.tunnels(st)
@@ -309,6 +311,9 @@ func (s *ways) settle(rt routeTable, st *state) {
 
 // need brings the ways to peers up to who needs them now.
 func (s *ways) need(st *state) {
+	if s.needs.anew && s.byAddr.Size() == 0 { // as in the end, without counting first
+		s.needs.first(st.db, s)
+	}
 	for peer, by := range s.needs.settle(st, s) {
 		s.use(peer, by)
 	}
@@ -325,6 +330,12 @@ func (s *ways) use(peer plan.Peer, by int32) {
 	}
 	if w.uses += by; w.uses <= 0 {
 		s.remove(w)
+		s.other(peer)
+	}
+}
+
+func (s *ways) other(peer plan.Peer) {
+	if !s.scratch {
 		s.others = append(s.others, peer)
 	}
 }
@@ -406,15 +417,18 @@ func (s *ways) answered(fib *routes.FIB, w *way, a answered) {
 	switch {
 	case w.outer == nil && path.MTU > 0:
 		if w.path == nil || *w.path != path {
-			s.others = append(s.others, w.peer)
+			s.other(w.peer)
 		}
-		if s.paths[path] == nil {
-			s.paths[path] = &path
+		shared := s.paths[path]
+		if shared == nil {
+			one := path // path itself stays on the stack
+			shared = &one
+			s.paths[path] = shared
 		}
-		w.path = s.paths[path]
+		w.path = shared
 	case w.outer == nil:
 		if w.path != nil {
-			s.others = append(s.others, w.peer)
+			s.other(w.peer)
 		}
 		w.path = nil
 	case path.MTU > 0:

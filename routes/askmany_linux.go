@@ -33,13 +33,13 @@ func (t *Table) lookupSome(queries []Query, f func(i int, ans Answer, err error)
 	t.out = t.out[:0]
 	for i, q := range queries {
 		errs[i] = errUnanswered
-		payload, err := q.encode()
+		payload, err := q.appendTo(t.payload[:0])
 		if err != nil {
 			errs[i] = q.failed(err)
 			continue
 		}
 		m := netlink.Message{Header: netlink.Header{Type: rtmGetRoute, Flags: netlink.Request}, Data: payload}
-		t.out = t.c.append(t.out, &m)
+		t.payload, t.out = payload, t.c.append(t.out, &m)
 		seqs[i] = m.Header.Sequence
 	}
 	if len(queries) > 1 && t.c.send(t.out) == nil {

@@ -93,7 +93,7 @@ func (b *beside) run(w *Watcher) {
 	c := dumper{w: w}
 	hand := func() error {
 		if len(c.found) > 0 {
-			c.to, c.found = append(c.to, RoutesFound{Routes: c.found}), make([]Route, 0, w.opts.Chunk)
+			c.to, c.found = append(c.to, RoutesFound{Routes: c.found}), roomFor(w.opts.Chunk)
 		}
 		if len(c.to) == 0 {
 			return nil

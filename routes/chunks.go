@@ -159,6 +159,9 @@ func (c *chunks[E]) insert(l, i int, e E) {
 	}
 	list := c.lists[l]
 	if len(list) < chunkLen {
+		if l > 0 && i == len(list) && l == len(c.lists)-1 && len(list) == cap(list) { // a dump, which goes on
+			list = append(make([]E, 0, chunkLen), list...)
+		}
 		c.lists[l] = slices.Insert(roomy(list), i, e)
 		return
 	}

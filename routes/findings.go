@@ -3,6 +3,7 @@ package routes
 import (
 	"net/netip"
 	"slices"
+	"sync"
 )
 
 // findings are those of a dump that is being taken. They take effect at its end, all at once, so that no reader sees half of it. Of
@@ -49,6 +50,24 @@ func (f *FIB) giveUp() {
 func (d *findings) takes(ev Event) bool {
 	_, found := ev.(RouteSet)
 	return found || d.facts != nil
+}
+
+// foundRoom is what RoutesFound were in, for others.
+var foundRoom sync.Pool
+
+// Done gives their memory back: nobody is to look at them any more.
+func (f RoutesFound) Done() {
+	clear(f.Routes)
+	room := f.Routes[:0]
+	foundRoom.Put(&room)
+}
+
+// roomFor is an empty list for as many routes.
+func roomFor(n int) []Route {
+	if room, ok := foundRoom.Get().(*[]Route); ok && cap(*room) >= n {
+		return *room
+	}
+	return make([]Route, 0, n)
 }
 
 // found takes one of RoutesFound.

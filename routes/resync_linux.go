@@ -342,7 +342,7 @@ func (d *dumper) flush() error {
 	}
 	if len(d.found) > 0 {
 		d.sink([]Event{RoutesFound{Routes: d.found}})
-		d.found = make([]Route, 0, d.w.opts.Chunk)
+		d.found = roomFor(d.w.opts.Chunk)
 	}
 	if len(d.to) > 0 {
 		d.sink(d.to)

@@ -432,6 +432,7 @@ type (
 		Origin          Origin
 	}
 	// RoutesFound are routes that the first dump found: as a RouteSet of each, with Append. It comes alone.
+	// Who has taken them gives them back (Done).
 	RoutesFound struct{ Routes []Route }
 	// Calm comes directly ahead of the end of a full dump during which no event came.
 	Calm struct{}

@@ -21,6 +21,7 @@ type Table struct {
 	out []byte // the messages of a batch
 	// answers reads those of LookupAll, nil before the first.
 	answers *train
+	payload []byte // of a question
 }
 
 // OpenTable opens a Table in the network namespace of the calling thread.
@@ -277,7 +278,10 @@ func unreachable(err error) error {
 
 func (q Query) failed(err error) error { return fmt.Errorf("routes: look up %s: %w", q.Dst, err) }
 
-func (q Query) encode() ([]byte, error) {
+func (q Query) encode() ([]byte, error) { return q.appendTo(make([]byte, 0, 128)) }
+
+// appendTo appends the payload to what is empty.
+func (q Query) appendTo(b []byte) ([]byte, error) {
 	if !q.Dst.IsValid() {
 		return nil, errAddress
 	}
@@ -285,7 +289,7 @@ func (q Query) encode() ([]byte, error) {
 	if (q.Family != 0 && q.Family != f) || (q.Src.IsValid() && FamilyOf(q.Src) != f) {
 		return nil, errAddress
 	}
-	b := make([]byte, rtmsgLen, 128)
+	b = append(b, make([]byte, rtmsgLen)...)
 	b[0], b[1] = byte(f), byte(f.Bits())
 	var flags uint32
 	if f == IPv4 { // IPv6 always says which table, and refuses the flag
