@@ -74,21 +74,23 @@ type Agent struct {
 	forwards *forwarding
 	conns    *connections
 	rt       routeTable
-	et       featureClient
-	links    linkTable                                 // nil where no MTU of a device is ever set
-	ids      *netns.IDs                                // nil where the numbers of other namespaces can't be asked for
-	others   others                                    // nil where there are none
-	guard    Guard                                     // nil where there is none
-	nics     atomic.Pointer[map[string]routes.Ifindex] // those in the namespace, by nicKey; 0 for several
-	away     atomic.Int32                              // how many devices are in st.moved
-	openNFT  func() (clampTable, error)                // nil where nothing is ever clamped
-	nft      clampTable                                // nil until it is needed
-	lanes    laneClient                                // nil where none can be made, for the reason noLanes
-	noLanes  string
-	journal  book
-	closers  []func() error
-	findings []string // what the journal's recovery had to say
-	probed   map[plan.ProbeKey]plan.Probed
+	// openAsker opens another connection for questions, nil where there is none.
+	openAsker func() (closableAsker, error)
+	et        featureClient
+	links     linkTable                                 // nil where no MTU of a device is ever set
+	ids       *netns.IDs                                // nil where the numbers of other namespaces can't be asked for
+	others    others                                    // nil where there are none
+	guard     Guard                                     // nil where there is none
+	nics      atomic.Pointer[map[string]routes.Ifindex] // those in the namespace, by nicKey; 0 for several
+	away      atomic.Int32                              // how many devices are in st.moved
+	openNFT   func() (clampTable, error)                // nil where nothing is ever clamped
+	nft       clampTable                                // nil until it is needed
+	lanes     laneClient                                // nil where none can be made, for the reason noLanes
+	noLanes   string
+	journal   book
+	closers   []func() error
+	findings  []string // what the journal's recovery had to say
+	probed    map[plan.ProbeKey]plan.Probed
 	// probeFinding is why a probe's result can't be used, empty if it can or there is none.
 	probeFinding string
 
@@ -290,6 +292,13 @@ func (a *Agent) dial() error {
 		}
 		a.closers = append(a.closers, rt.Close)
 		a.rt, a.links, a.openNFT = rt, rt, openClamps
+		a.openAsker = func() (rt closableAsker, err error) {
+			err = a.in(func() (err error) {
+				rt, err = routes.OpenTable()
+				return err
+			})
+			return rt, err
+		}
 		et, err := ethtool.Dial()
 		if err != nil {
 			return fmt.Errorf("agent: %w", err)

@@ -9,6 +9,7 @@ import (
 	"strings"
 	"sync"
 	"time"
+	"weak"
 
 	"tsoagent/agent/api"
 	"tsoagent/agent/flows"
@@ -83,8 +84,10 @@ type connections struct {
 	step, whole time.Duration
 	now         func() time.Time
 
-	mu       sync.Mutex // of what follows
-	policies *flows.Policies
+	mu sync.Mutex // of what follows
+	// policies is kept by those who join with it: it has all policies of its version, some dozen MiB of a large table, and the next diagnosis
+	// may be long in coming.
+	policies weak.Pointer[flows.Policies]
 	version  uint64 // of the mirror that policies were indexed from
 
 	// diagnosing holds the token of whoever makes a diagnosis. It can be waited for until a context ends.
@@ -127,7 +130,7 @@ func atOnce(_ context.Context, fn func()) error {
 }
 
 // world is a snapshot of what connections are joined with. The loop only copies it: policies are
-// indexed outside of it, and only when they have changed.
+// indexed outside of it, unless somebody still uses those of the same version.
 func (a *Agent) world(ctx context.Context, call caller) (*flows.World, error) {
 	c := a.conns
 	c.mu.Lock()
@@ -135,11 +138,12 @@ func (a *Agent) world(ctx context.Context, call caller) (*flows.World, error) {
 	var w *flows.World
 	var list []*xfrmwatch.Policy
 	fresh := false
+	policies := c.policies.Value()
 	err := call(ctx, func() {
 		if a.lastP == nil {
 			return
 		}
-		if v := a.st.db.Version(); c.policies == nil || c.version != v {
+		if v := a.st.db.Version(); policies == nil || c.version != v {
 			fresh, c.version = true, v
 			list = make([]*xfrmwatch.Policy, 0, a.st.db.PolicyCount())
 			list = slices.AppendSeq(list, a.st.db.Policies())
@@ -150,12 +154,13 @@ func (a *Agent) world(ctx context.Context, call caller) (*flows.World, error) {
 		err = errNotReady
 	}
 	if fresh {
-		c.policies = flows.NewPolicies(list)
+		policies = flows.NewPolicies(list)
+		c.policies = weak.Make(policies)
 	}
 	if err != nil {
 		return nil, err
 	}
-	w.Policies = c.policies
+	w.Policies = policies
 	return w, nil
 }
 

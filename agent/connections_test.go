@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -227,6 +228,25 @@ func proc(t *testing.T, processes map[string][]string) string {
 		}
 	}
 	return dir
+}
+
+// TestIndexOfPoliciesGoesWithItsUsers: it holds all policies of its time, also those that are gone.
+func TestIndexOfPoliciesGoesWithItsUsers(t *testing.T) {
+	w := controlWorld(t)
+	w.start(tunnelPolicy, tunnelSA)
+	world, err := w.a.world(t.Context(), atOnce)
+	if err != nil {
+		t.Fatal(err)
+	}
+	runtime.GC()
+	if kept := w.a.conns.policies.Value(); kept == nil || kept != world.Policies {
+		t.Errorf("it is not kept for others while it is used: %v", kept)
+	}
+	runtime.KeepAlive(world)
+	runtime.GC()
+	if w.a.conns.policies.Value() != nil {
+		t.Error("nobody uses it, and it is still there")
+	}
 }
 
 func TestOwnersOfSockets(t *testing.T) {

@@ -30,7 +30,13 @@ type batch struct {
 }
 
 func (b batch) len() int {
-	return len(b.xfrm) + len(b.routes) + len(b.features) + len(b.keys) + len(b.l2tp)
+	n := len(b.xfrm) + len(b.routes) + len(b.features) + len(b.keys) + len(b.l2tp)
+	if len(b.routes) == 1 {
+		if found, ok := b.routes[0].(routes.RoutesFound); ok {
+			n = len(found.Routes)
+		}
+	}
+	return n
 }
 
 // onlyRoutes reports whether there is nothing in it but events of routing.

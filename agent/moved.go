@@ -448,6 +448,7 @@ func (a *Agent) movesDone() bool {
 // end closes the inbox when the loop ends. What was to be taken over is offered again by who offered it,
 // or told: nobody takes it here any more.
 func (a *Agent) end() {
+	a.st.ways.giveUpAhead()
 	a.inbox.close()
 	for _, b := range a.inbox.take() {
 		a.st.arrivals = append(a.st.arrivals, b.arrivals...)

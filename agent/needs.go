@@ -108,6 +108,22 @@ func (n *peerNeeds) settle(st *state, ways *ways) (changed map[plan.Peer]int32) 
 	return changed
 }
 
+// first is settle for policies where nobody needs anything yet, and what lingers is left to settle.
+func (n *peerNeeds) first(db *xfrmwatch.DB, ways *ways) {
+	*n = peerNeeds{delta: map[plan.Peer]int32{}, noted: map[xfrmwatch.PolicyIndex]bool{}}
+	n.bySA.Grow(db.PolicyCount())
+	var covs []xfrmwatch.Coverage
+	for p := range db.Policies() {
+		covs = db.AppendCoverage(covs[:0], p)
+		for _, peer := range plan.PeersOf(covs...) {
+			ways.use(peer, 1)
+		}
+		for _, at := range placesOf(p) {
+			n.bySA.Add(at, p.Index)
+		}
+	}
+}
+
 func (n *peerNeeds) learn(db *xfrmwatch.DB, p *xfrmwatch.Policy) {
 	for _, peer := range plan.PeersOf(db.Coverage(p)...) {
 		n.delta[peer]++

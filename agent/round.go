@@ -25,9 +25,13 @@ func (a *Agent) apply(b batch) {
 		}
 		a.st.ways.noteXFRM(a.st.db, ev)
 		a.st.db.Apply(ev)
+		a.lookAhead(ev)
 	}
 	for _, ev := range b.routes {
 		a.takeRoute(ev, b.at)
+		if found, ok := ev.(routes.RoutesFound); ok {
+			found.Done()
+		}
 	}
 	for _, ev := range b.features {
 		a.noteFeatures(ev, b.at)
@@ -158,6 +162,7 @@ func (a *Agent) applyRoute(ev routes.Event) {
 	}
 	a.moved(ev)
 	a.echo(ev)
+	a.lookAhead(ev)
 }
 
 func (a *Agent) look(i routes.Ifindex) {

@@ -67,12 +67,13 @@ func (s *sources) dialXFRM() error {
 }
 
 func (s *sources) dialRoutes() error {
-	w, err := routes.Dial(routes.WatchOptions{})
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	// Later on nothing is to wait long for a round.
+	w, err := routes.Dial(routes.WatchOptions{Singly: s.routes != nil})
 	if err != nil {
 		return fmt.Errorf("agent: %w", err)
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
 	if s.routes != nil {
 		s.keep(s.routesStats())
 	}

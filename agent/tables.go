@@ -272,6 +272,11 @@ func (a *Agent) moved(ev routes.Event) {
 		r = ev.Route
 	case routes.RouteGone:
 		r = ev.Route
+	case routes.RoutesFound:
+		for _, r := range ev.Routes {
+			a.moved(routes.RouteSet{Route: r})
+		}
+		return
 	default:
 		return
 	}

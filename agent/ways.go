@@ -1,9 +1,9 @@
 package agent
 
 import (
-	"errors"
 	"iter"
 	"net/netip"
+	"slices"
 
 	"github.com/gaissmai/bart"
 
@@ -41,8 +41,11 @@ type ways struct {
 	addrs   map[netip.Addr]bool     // those from one of these, and from none
 	ours    map[ourTable]bool       // those in one of these
 	again   map[*way]bool           // the question itself failed
-	// others are the peers to which the way is another one since the last time, or of which nobody asks any more.
-	others []plan.Peer
+	ahead   *ahead                  // what is asked before the first plan, nil for nothing
+	// others are the peers to which the way is another one since the last time, or of which nobody asks any more; none where the next plan is
+	// from scratch anyway.
+	others  []plan.Peer
+	scratch bool
 
 	needs peerNeeds
 	// relink says that links came, went or changed since it was worked out which tunnels there are.
@@ -301,10 +304,8 @@ func (s *ways) touch(addr netip.Addr) {
 
 // settle brings the questions up to what is needed now, and asks those that are due.
 func (s *ways) settle(rt routeTable, st *state) {
-	s.others = nil
-	for peer, by := range s.needs.settle(st, s) {
-		s.use(peer, by)
-	}
+	s.others, s.scratch = nil, st.changes.All
+	s.need(st)
 	if s.relink {
 		s.tunnels(st)
 	}
@@ -312,16 +313,26 @@ func (s *ways) settle(rt routeTable, st *state) {
 	if s.all { // each is asked again
 		clear(s.paths)
 	}
-	for _, w := range s.due {
-		if w.due = false; !w.gone {
-			s.ask(rt, st.fib, w)
-			w.slow = false
-		}
+	s.arrived(st.fib)
+	list := slices.DeleteFunc(s.due, func(w *way) bool { return !w.due || w.gone })
+	for _, w := range list {
+		w.due, w.slow = false, false
 	}
+	askAll(rt, list, func(w *way, a answered) { s.answered(st.fib, w, a) })
 	s.askSlow(rt, st.fib)
 	s.due, s.links, s.addrs = nil, emptied(s.links), emptied(s.addrs)
 	clear(s.ours)
 	s.all, s.relink = false, false
+}
+
+// need brings the ways to peers up to who needs them now.
+func (s *ways) need(st *state) {
+	if s.needs.anew && s.byAddr.Size() == 0 { // as in the end, without counting first
+		s.needs.first(st.db, s)
+	}
+	for peer, by := range s.needs.settle(st, s) {
+		s.use(peer, by)
+	}
 }
 
 // use counts who needs the way to a peer, and asks for one or forgets it.
@@ -335,6 +346,12 @@ func (s *ways) use(peer plan.Peer, by int32) {
 	}
 	if w.uses += by; w.uses <= 0 {
 		s.remove(w)
+		s.other(peer)
+	}
+}
+
+func (s *ways) other(peer plan.Peer) {
+	if !s.scratch {
 		s.others = append(s.others, peer)
 	}
 }
@@ -395,8 +412,18 @@ func (s *ways) gather(fib *routes.FIB) {
 }
 
 // ask asks the kernel for one way.
-func (s *ways) ask(rt routeTable, fib *routes.FIB, w *way) {
-	path, failed := pathOf(rt, fib, w.query())
+func (s *ways) ask(rt asker, fib *routes.FIB, w *way) {
+	askAll(rt, []*way{w}, func(w *way, a answered) { s.answered(fib, w, a) })
+}
+
+// answered takes what the kernel has answered.
+func (s *ways) answered(fib *routes.FIB, w *way, a answered) {
+	path, failed := a.path, a.failed
+	if l := fib.Link(path.Oif); l != nil {
+		if mtu := l.MTUFor(routes.FamilyOf(w.dst().Addr())); path.MTU == 0 || mtu < path.MTU {
+			path.MTU = mtu
+		}
+	}
 	w.oif = path.Oif
 	if failed {
 		s.again[w] = true
@@ -406,15 +433,18 @@ func (s *ways) ask(rt routeTable, fib *routes.FIB, w *way) {
 	switch {
 	case w.outer == nil && path.MTU > 0:
 		if w.path == nil || *w.path != path {
-			s.others = append(s.others, w.peer)
+			s.other(w.peer)
 		}
-		if s.paths[path] == nil {
-			s.paths[path] = &path
+		shared := s.paths[path]
+		if shared == nil {
+			one := path // path itself stays on the stack
+			shared = &one
+			s.paths[path] = shared
 		}
-		w.path = s.paths[path]
+		w.path = shared
 	case w.outer == nil:
 		if w.path != nil {
-			s.others = append(s.others, w.peer)
+			s.other(w.peer)
 		}
 		w.path = nil
 	case path.MTU > 0:
@@ -422,30 +452,6 @@ func (s *ways) ask(rt routeTable, fib *routes.FIB, w *way) {
 	default:
 		delete(s.pathOut, w.outer.Index)
 	}
-}
-
-// pathOf is the route that the kernel answers, the zero value if there is none. A source that is
-// no address of this host has no answer. failed says that the kernel has not answered.
-func pathOf(rt routeTable, fib *routes.FIB, q routes.Query) (path plan.Path, failed bool) {
-	ans, err := rt.Lookup(q)
-	if err != nil && q.Src.IsValid() {
-		failed = !errors.Is(err, routes.ErrUnreachable)
-		q.Src = netip.Addr{}
-		ans, err = rt.Lookup(q)
-	}
-	if err != nil {
-		return plan.Path{}, failed || !errors.Is(err, routes.ErrUnreachable)
-	}
-	path = plan.Path{Oif: ans.Oif, Table: ans.Table, Src: ans.PrefSrc}
-	if l := fib.Link(ans.Oif); l != nil {
-		path.MTU = l.MTUFor(q.Family)
-	}
-	for _, m := range []uint32{ans.MTU, ans.PMTU} {
-		if m != 0 && (path.MTU == 0 || int(m) < path.MTU) {
-			path.MTU = int(m)
-		}
-	}
-	return path, failed
 }
 
 // noteXFRM hears of an event of a policy or an SA ahead of the mirror.

@@ -23,12 +23,12 @@ func (w *world) sameWays() {
 	st := w.a.st
 	peers, outers := map[plan.Peer]plan.Path{}, map[routes.Ifindex]plan.Path{}
 	for _, p := range plan.PeersOf(append(slices.Collect(st.db.Coverages()), st.lingeringCoverages()...)...) {
-		if path, _ := pathOf(w, st.fib, (&way{peer: p}).query()); path.MTU > 0 {
+		if path, _ := pathOf(w, st.fib, &way{peer: p}); path.MTU > 0 {
 			peers[p] = path
 		}
 	}
 	for _, o := range plan.OutersOf(st.fib, st.l2tp.encaps(st.fib)) {
-		if path, _ := pathOf(w, st.fib, (&way{outer: &o}).query()); path.MTU > 0 {
+		if path, _ := pathOf(w, st.fib, &way{outer: &o}); path.MTU > 0 {
 			outers[o.Index] = path
 		}
 	}
@@ -39,6 +39,17 @@ func (w *world) sameWays() {
 	if d := cmp.Diff(outers, st.ways.pathOut, same); d != "" {
 		w.t.Errorf("the ways of tunnels (-asked now +kept):\n%s", d)
 	}
+}
+
+// pathOf asks for one way.
+func pathOf(rt asker, fib *routes.FIB, w *way) (path plan.Path, failed bool) {
+	askAll(rt, []*way{w}, func(_ *way, a answered) { path, failed = a.path, a.failed })
+	if l := fib.Link(path.Oif); l != nil {
+		if mtu := l.MTUFor(w.query().Family); path.MTU == 0 || mtu < path.MTU {
+			path.MTU = mtu
+		}
+	}
+	return path, failed
 }
 
 // The ways of waysWorld: three peers, of which 192.0.2.2 and 203.0.113.9 are reached by nic1 and 2001:db8:9::2 by nic3,

@@ -23,6 +23,9 @@ func (x *Index[K, V]) hash(k K) uint64 {
 	return maphash.Comparable(x.seed, k)
 }
 
+// Grow makes room for so many keys, if there are none yet.
+func (x *Index[K, V]) Grow(n int) { x.one.Grow(n) }
+
 // Add adds a value to those of a key. One that is there already is there twice then.
 func (x *Index[K, V]) Add(k K, v V) {
 	h := x.hash(k)

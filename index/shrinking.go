@@ -15,6 +15,13 @@ const (
 	shrinkFrom = 1024
 )
 
+// Grow makes room for so many entries, if there are none yet.
+func (s *Shrinking[K, V]) Grow(n int) {
+	if s.Map == nil && n >= shrinkFrom {
+		s.Map, s.most = make(map[K]V, n), n
+	}
+}
+
 // Set sets a value.
 func (s *Shrinking[K, V]) Set(k K, v V) {
 	if s.Map == nil {

@@ -12,6 +12,8 @@ type prefixes interface {
 	get(dst netip.Prefix) (n setNumber, marked, ok bool)
 	// put is unmarked, and returns what was there.
 	put(dst netip.Prefix, n setNumber) (old setNumber, had bool)
+	// add puts a destination that is not there. It is false for one that is.
+	add(dst netip.Prefix, n setNumber) bool
 	remove(dst netip.Prefix) (old setNumber, had bool)
 	// mark marks a destination that is there, or takes its mark away.
 	mark(dst netip.Prefix, on bool)
@@ -124,6 +126,27 @@ func (c *chunks[E]) put(dst netip.Prefix, n setNumber) (old setNumber, had bool)
 	return 0, false
 }
 
+func (c *chunks[E]) add(dst netip.Prefix, n setNumber) bool {
+	k, ok := c.key(dst)
+	if !ok {
+		return false
+	}
+	// A dump comes nearly in order: then it is behind the last one.
+	if l := len(c.lists) - 1; l >= 0 {
+		list := c.lists[l]
+		if i := len(list); k.search(list[i-1:]) > 0 {
+			c.insert(l, i, k.with(n))
+			return true
+		}
+	}
+	l, i, ok := c.find(k)
+	if ok {
+		return false
+	}
+	c.insert(l, i, k.with(n))
+	return true
+}
+
 func (c *chunks[E]) insert(l, i int, e E) {
 	c.n++
 	c.lengths[e.length()]++
@@ -136,6 +159,9 @@ func (c *chunks[E]) insert(l, i int, e E) {
 	}
 	list := c.lists[l]
 	if len(list) < chunkLen {
+		if l > 0 && i == len(list) && l == len(c.lists)-1 && len(list) == cap(list) { // a dump, which goes on
+			list = append(make([]E, 0, chunkLen), list...)
+		}
 		c.lists[l] = slices.Insert(roomy(list), i, e)
 		return
 	}

@@ -39,9 +39,20 @@ var kinds = map[string]struct {
 	"nexthops": {3000, "nexthop add id 1%d via 10.0.0.2 dev a0", "nexthop add id 999999 via 10.0.0.2 dev a0", "nexthop replace id 1%d via 10.0.0.3 dev a0", "nexthop del id 1%d",
 		func(ev Event) bool { _, ok := ev.(NexthopSet); return ok }},
 	"IPv4 routes": {3000, "route add 11.%a.0/24 via 10.0.0.2", "route add 203.0.113.0/24 via 10.0.0.2", "route replace 11.%a.0/24 via 10.0.0.3", "route del 11.%a.0/24",
-		func(ev Event) bool { set, ok := ev.(RouteSet); return ok && set.Route.Body.Family == IPv4 }},
+		func(ev Event) bool { return isRouteOf(ev, IPv4) }},
 	"IPv6 routes": {3000, "route add 2001:db8:%x::/48 via fd00:a::2", "route add 2001:db9::/48 via fd00:a::2", "route replace 2001:db8:%x::/48 via fd00:a::3", "route del 2001:db8:%x::/48",
-		func(ev Event) bool { set, ok := ev.(RouteSet); return ok && set.Route.Body.Family == IPv6 }},
+		func(ev Event) bool { return isRouteOf(ev, IPv6) }},
+}
+
+// isRouteOf reports whether an event tells of routes of a family, in a dump or besides.
+func isRouteOf(ev Event, f Family) bool {
+	switch ev := ev.(type) {
+	case RouteSet:
+		return ev.Route.Body.Family == f
+	case RoutesFound:
+		return len(ev.Routes) > 0 && ev.Routes[0].Body.Family == f
+	}
+	return false
 }
 
 // whole settles until all that the mirror knows is what one says that begins now.
@@ -145,6 +156,7 @@ func TestClosedSocketsEndTheWatcher(t *testing.T) {
 	for name, closes := range map[string]func(*Watcher) error{
 		"events": func(w *Watcher) error { return w.events.Close() },
 		"dumps":  func(w *Watcher) error { return w.dumps.Close() },
+		"dumps6": func(w *Watcher) error { return w.dumps6.Close() },
 	} {
 		for _, idle := range []bool{true, false} {
 			t.Run(fmt.Sprintf("%s, idle %t", name, idle), func(t *testing.T) {
@@ -160,8 +172,7 @@ func TestClosedSocketsEndTheWatcher(t *testing.T) {
 				go func() {
 					done <- w.Run(context.Background(), func(evs []Event) {
 						for _, ev := range evs {
-							set, ok := ev.(RouteSet)
-							if !idle && !closed && ok && set.Route.Body.Family == IPv4 {
+							if !idle && !closed && isRouteOf(ev, IPv4) {
 								closed = true
 								if err := closes(w); err != nil {
 									t.Error(err)

@@ -32,9 +32,9 @@ type Change struct {
 	New  *Body
 	Old  []*Body
 	Link Ifindex
-	Addr     bool  // only an address of the link
-	Rule     *Rule // only this rule came or went, of All
-	All      bool  // rules, nexthop objects, a resync: anything may differ
+	Addr bool  // only an address of the link
+	Rule *Rule // only this rule came or went, of All
+	All  bool  // rules, nexthop objects, a resync: anything may differ
 }
 
 // Effect is what an event did to the mirror.
@@ -99,6 +99,12 @@ func (f *FIB) Apply(ev Event) Effect {
 		f.begin(ev.Scope)
 	case ResyncEnd:
 		e = f.end(ev.Scope)
+	case RoutesFound:
+		for _, r := range ev.Routes {
+			one := f.found(r)
+			e.Changed = e.Changed || one.Changed
+			e.join(one.Resync)
+		}
 	default:
 		if f.dump != nil && f.dump.takes(ev) {
 			e = f.dump.apply(ev)

@@ -3,6 +3,7 @@ package routes
 import (
 	"net/netip"
 	"slices"
+	"sync"
 )
 
 // findings are those of a dump that is being taken. They take effect at its end, all at once, so that no reader sees half of it. Of
@@ -20,6 +21,8 @@ type findings struct {
 	other  store
 	// owned are the routes that the program itself has written or taken away meanwhile: what the dump finds of them may be older.
 	owned map[Key]struct{}
+	// alone are the sets of other that are one route, by it, as they were once.
+	alone map[*Body]setNumber
 }
 
 // begin begins a dump. One that was not ended is given up.
@@ -31,7 +34,7 @@ func (f *FIB) begin(scope Scope) {
 		}
 		f.marks = false
 	}
-	f.dump = &findings{scope: scope, mirror: &f.store, other: newStore(f.sets)}
+	f.dump = &findings{scope: scope, mirror: &f.store, other: newStore(f.sets), alone: map[*Body]setNumber{}}
 	if !scope.RoutesOnly {
 		fresh := newFacts()
 		f.dump.facts = &fresh
@@ -49,6 +52,65 @@ func (f *FIB) giveUp() {
 func (d *findings) takes(ev Event) bool {
 	_, found := ev.(RouteSet)
 	return found || d.facts != nil
+}
+
+// foundRoom is what RoutesFound were in, for others.
+var foundRoom sync.Pool
+
+// Done gives their memory back: nobody is to look at them any more.
+func (f RoutesFound) Done() {
+	clear(f.Routes)
+	room := f.Routes[:0]
+	foundRoom.Put(&room)
+}
+
+// roomFor is an empty list for as many routes.
+func roomFor(n int) []Route {
+	if room, ok := foundRoom.Get().(*[]Route); ok && cap(*room) >= n {
+		return *room
+	}
+	return make([]Route, 0, n)
+}
+
+// found takes one of RoutesFound.
+func (f *FIB) found(r Route) Effect {
+	if f.dump != nil && f.dump.first(r) {
+		return Effect{Changed: true}
+	}
+	ev := RouteSet{Route: r, Append: true}
+	if f.dump != nil {
+		return f.dump.apply(ev)
+	}
+	e, c := f.apply(ev)
+	if e.Changed {
+		f.note(c)
+	}
+	return e
+}
+
+// first takes a route of the first full dump, with nothing in the mirror, if it is the first to its destination: nearly all are. It does what
+// apply does.
+func (d *findings) first(r Route) bool {
+	if d.facts == nil || d.mirror.n > 0 {
+		return false
+	}
+	t := d.other.tables[r.tableKey()]
+	if t == nil {
+		return false
+	}
+	n, ok := d.alone[r.Body]
+	if set := d.mirror.sets.at(n); !ok || set.uses == 0 || len(set.paths.bodies) != 1 || set.paths.bodies[0] != r.Body {
+		if n, ok = d.mirror.sets.number(r.Body); !ok {
+			return false
+		}
+		d.alone[r.Body] = n
+	}
+	if !t.add(r.Dst, n) {
+		return false
+	}
+	d.mirror.sets.list[n].uses++
+	d.other.n++
+	return true
 }
 
 // apply takes an item.
@@ -297,6 +359,20 @@ func (d *findings) next(k tableKey, old, found []*Body, e *Effect) []*Body {
 		}
 	}
 	return next
+}
+
+// join asks for another dump, too.
+func (e *Effect) join(s *Scope) {
+	switch {
+	case s == nil:
+	case e.Resync == nil:
+		e.Resync = s
+	case *e.Resync != *s:
+		e.Resync = &Scope{RoutesOnly: true}
+		if s.Family == e.Resync.Family {
+			e.Resync.Family = s.Family
+		}
+	}
 }
 
 // doubt asks for a dump of the family.

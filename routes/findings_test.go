@@ -26,7 +26,7 @@ func TestDumpTakesEffectAtItsEnd(t *testing.T) {
 				k.request(t, rapid.IntRange(0, 6).Draw(t, "request"))
 			}
 			scope := rapid.SampledFrom([]Scope{{}, {RoutesOnly: true}, {RoutesOnly: true, Family: k.family}}).Draw(t, "scope")
-			items := k.items(scope)
+			items := inPieces(t, k.items(scope))
 			if rapid.IntRange(0, 2).Draw(t, "lost") == 0 {
 				f.Apply(ResyncBegin{Scope: scope})
 				for _, ev := range items[:rapid.IntRange(0, len(items)).Draw(t, "until")] {
@@ -76,6 +76,22 @@ func (k *fakeKernel) items(scope Scope) []Event {
 				out = append(out, ev)
 			}
 		}
+	}
+	return out
+}
+
+// inPieces puts what a dump shows into RoutesFound, or leaves it as it is. The kernel has an order of destinations of its own.
+func inPieces(t *rapid.T, items []Event) (out []Event) {
+	if !rapid.Bool().Draw(t, "pieces") {
+		return items
+	}
+	slices.SortStableFunc(items, func(a, b Event) int { return -ComparePrefix(a.(RouteSet).Route.Dst, b.(RouteSet).Route.Dst) })
+	for piece := range slices.Chunk(items, rapid.IntRange(1, 4).Draw(t, "piece")) {
+		var found RoutesFound
+		for _, ev := range piece {
+			found.Routes = append(found.Routes, ev.(RouteSet).Route)
+		}
+		out = append(out, found)
 	}
 	return out
 }

@@ -88,7 +88,11 @@ func (m Match) TOSSpecific() bool {
 // VRF and are passed over as well, but not where they are inverted. Where a goto rule takes a part of the flows is not followed:
 // that part is blocked. (fib_rules_lookup, net/core/fib_rules.c)
 func (f *FIB) Resolve(flows Flows, skip func(*Rule) bool) []Part {
-	var parts []Part
+	return f.AppendResolved(nil, flows, skip)
+}
+
+// AppendResolved appends what Resolve returns to a list.
+func (f *FIB) AppendResolved(parts []Part, flows Flows, skip func(*Rule) bool) []Part {
 	rules := f.rules[flows.Family]
 	for i := 0; i < len(rules); i++ {
 		r := rules[i]

@@ -22,7 +22,7 @@ import "slices"
 type losses struct {
 	links    map[Ifindex]linkState
 	nexthops map[uint32]*NexthopObject
-	bodies   *Interner
+	bodies   interface{ All(func(*Body) bool) }
 	due      scopeSet
 	// objects says that nexthop objects may be gone without an event.
 	objects bool
@@ -38,7 +38,7 @@ type linkState struct {
 	master      Ifindex
 }
 
-func newLosses(in *Interner) losses {
+func newLosses(in interface{ All(func(*Body) bool) }) losses {
 	return losses{
 		links:    make(map[Ifindex]linkState),
 		nexthops: make(map[uint32]*NexthopObject),

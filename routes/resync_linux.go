@@ -52,8 +52,18 @@ func (w *Watcher) resync(ctx context.Context, scopes []Scope, sink func([]Event)
 		case err != nil:
 			w.lose(err)
 		}
+		if s == (Scope{}) && w.lost == nil {
+			calm, err := w.calm()
+			if err != nil {
+				return err
+			}
+			if calm {
+				d.to = append(d.to, Calm{})
+			}
+		}
 		if w.lost == nil {
 			d.to = append(d.to, ResyncEnd{Scope: s})
+			w.known = w.known || s == (Scope{})
 			w.resyncs.Add(1)
 		}
 		if err := d.flush(); err != nil {
@@ -64,6 +74,17 @@ func (w *Watcher) resync(ctx context.Context, scopes []Scope, sink func([]Event)
 	w.doubt()
 	w.release(sink)
 	return nil
+}
+
+// calm reports whether no event has come since a full dump began. What a dump shows already is told soon after that.
+func (w *Watcher) calm() (bool, error) {
+	if err := w.dumps.barrier(); err != nil {
+		return false, fmt.Errorf("routes: wait for the kernel: %w", err)
+	}
+	if err := w.poll(); err != nil {
+		return false, err
+	}
+	return w.lost == nil && !slices.ContainsFunc(w.held, func(batch []Event) bool { return len(batch) > 0 }), nil
 }
 
 // doubt has the families dumped again for which the events that were held leave it open what is
@@ -126,6 +147,9 @@ type dumper struct {
 	sink func([]Event)
 	to   []Event
 	bad  error
+	// found are routes of the first dump, of which there can be very many. They come before to.
+	found  []Route
+	beside *beside // the dump of IPv6 routes, nil for none
 }
 
 // scope dumps what the scope covers, each kind after those that it stands on.
@@ -166,6 +190,9 @@ func (d *dumper) scope(s Scope) error {
 }
 
 func (d *dumper) routes(s Scope) error {
+	if s == (Scope{}) {
+		return d.bothFamilies()
+	}
 	for _, f := range []Family{IPv4, IPv6} {
 		if s.Family != 0 && s.Family != f {
 			continue
@@ -195,7 +222,14 @@ func (d *dumper) routesOf(f Family, oif Ifindex) error {
 	}
 	for try := 1; ; try++ {
 		adds, removals := d.w.adds, d.w.removals
-		err := dumpRoutes(d.w.dumps, Filter{Family: f, Oif: oif}, d.item)
+		var err error
+		if b := d.beside; b != nil && f == IPv6 {
+			d.beside = nil
+			adds, removals = b.adds, b.removals
+			err = d.join(b)
+		} else {
+			err = dumpRoutes(d.w.dumps, Filter{Family: f, Oif: oif}, d.item)
+		}
 		if err := d.check(err); err != nil && !errors.Is(err, errInterrupted) {
 			return err
 		}
@@ -248,10 +282,12 @@ func (d *dumper) check(err error) error {
 // item takes one message of a dump.
 func (d *dumper) item(h Header, data []byte) error {
 	d.w.messages.Add(1)
+	if !d.w.known && h.Type == rtmNewRoute {
+		return d.first(data)
+	}
 	ev, err := d.w.decode(h, data)
 	if err != nil {
-		d.w.undecodable.Add(1)
-		d.bad = errors.Join(errDecode, err)
+		d.undecodable(err)
 		return nil
 	}
 	if ev == nil {
@@ -262,8 +298,41 @@ func (d *dumper) item(h Header, data []byte) error {
 	if len(d.to) < d.w.opts.Chunk {
 		return nil
 	}
+	return d.pass()
+}
+
+// first takes a route of the first dump.
+func (d *dumper) first(data []byte) error {
+	r, ok, err := d.w.dec.route(data)
+	switch {
+	case err != nil:
+		d.undecodable(err)
+	case ok && len(d.to) > 0:
+		if err := d.flush(); err != nil {
+			return err
+		}
+		fallthrough
+	case ok:
+		d.found = append(d.found, r)
+	}
+	if len(d.found) < d.w.opts.Chunk {
+		return nil
+	}
+	return d.pass()
+}
+
+func (d *dumper) undecodable(err error) {
+	d.w.undecodable.Add(1)
+	d.bad = errors.Join(errDecode, err)
+}
+
+// pass hands on what was found, and looks what else has come.
+func (d *dumper) pass() error {
 	if err := d.flush(); err != nil {
 		return err
+	}
+	if d.beside != nil {
+		d.takeSome(d.beside)
 	}
 	return d.w.poll()
 }
@@ -271,6 +340,10 @@ func (d *dumper) item(h Header, data []byte) error {
 func (d *dumper) flush() error {
 	if d.ctx.Err() != nil {
 		return errStop
+	}
+	if len(d.found) > 0 {
+		d.sink([]Event{RoutesFound{Routes: d.found}})
+		d.found = roomFor(d.w.opts.Chunk)
 	}
 	if len(d.to) > 0 {
 		d.sink(d.to)

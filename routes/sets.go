@@ -107,6 +107,14 @@ func (s *routeSets) packed() (now []setNumber) {
 	return now
 }
 
+// at is a set, which is none where there is no such number.
+func (s *routeSets) at(n setNumber) routeSet {
+	if int(n) >= len(s.list) {
+		return routeSet{}
+	}
+	return s.list[n]
+}
+
 func (s *routeSets) paths(n setNumber) *Paths { return s.list[n].paths }
 
 // store holds the routes of all tables.

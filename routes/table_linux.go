@@ -20,6 +20,9 @@ type Table struct {
 	c   *talk
 	dec Decoder
 	out []byte // the messages of a batch
+	// answers reads those of LookupAll, nil before the first.
+	answers *train
+	payload []byte // of a question
 }
 
 // tableBuffer is room for what the kernel tells of a batch, which is a KiB for each write, or much more where a route has many ways: all
@@ -286,23 +289,34 @@ func (t *Table) Lookup(q Query) (Answer, error) {
 			got = true
 			return ans.decode(&t.dec.Interner, data, q.FibMatch)
 		})
-		if k := (*kernelError)(nil); errors.As(err, &k) {
-			switch k.errno {
-			case unix.ENETUNREACH, unix.EHOSTUNREACH, unix.EACCES, unix.EINVAL, unix.EAGAIN:
-				err = fmt.Errorf("%w: %w", ErrUnreachable, err)
-			}
-		}
+		err = unreachable(err)
 	}
 	if err == nil && !got {
 		err = errShort
 	}
 	if err != nil {
-		return Answer{}, fmt.Errorf("routes: look up %s: %w", q.Dst, err)
+		return Answer{}, q.failed(err)
 	}
 	return ans, nil
 }
 
-func (q Query) encode() ([]byte, error) {
+// unreachable is the error of a lookup: ErrUnreachable, too, where the kernel says that there is no way.
+func unreachable(err error) error {
+	if k := (*kernelError)(nil); errors.As(err, &k) {
+		switch k.errno {
+		case unix.ENETUNREACH, unix.EHOSTUNREACH, unix.EACCES, unix.EINVAL, unix.EAGAIN:
+			return fmt.Errorf("%w: %w", ErrUnreachable, err)
+		}
+	}
+	return err
+}
+
+func (q Query) failed(err error) error { return fmt.Errorf("routes: look up %s: %w", q.Dst, err) }
+
+func (q Query) encode() ([]byte, error) { return q.appendTo(make([]byte, 0, 128)) }
+
+// appendTo appends the payload to what is empty.
+func (q Query) appendTo(b []byte) ([]byte, error) {
 	if !q.Dst.IsValid() {
 		return nil, errAddress
 	}
@@ -310,7 +324,7 @@ func (q Query) encode() ([]byte, error) {
 	if (q.Family != 0 && q.Family != f) || (q.Src.IsValid() && FamilyOf(q.Src) != f) {
 		return nil, errAddress
 	}
-	b := make([]byte, rtmsgLen, 128)
+	b = append(b, make([]byte, rtmsgLen)...)
 	b[0], b[1] = byte(f), byte(f.Bits())
 	var flags uint32
 	if f == IPv4 { // IPv6 always says which table, and refuses the flag

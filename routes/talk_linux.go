@@ -37,7 +37,7 @@ func dialTalk(rcvbuf int) (t *talk, err error) {
 		return nil, fmt.Errorf("routes: open rtnetlink: %w", os.NewSyscallError("socket", err))
 	}
 	// Another one may have had the port, and be told of still: its numbers are others.
-	t = &talk{fd: fd, in: make([]byte, bufLen), many: newTrain(), seq: rand.Uint32()}
+	t = &talk{fd: fd, in: make([]byte, bufLen), many: newTrain(trainCars, carLen), seq: rand.Uint32()}
 	if err := t.prepare(rcvbuf); err != nil {
 		_ = unix.Close(fd)
 		return nil, fmt.Errorf("routes: open rtnetlink: %w", err)

@@ -72,6 +72,8 @@ route add 198.51.103.0/24 nhid 1
 			told = append(told, r.Events...) // also where it failed: a delete of an IPv6 route of several ways can have taken one of them
 		}
 	}
+	last, _ := originOf(told[len(told)-1])
+	f.until(func(ev Event) bool { o, ok := originOf(ev); return ok && o == last })
 	f.exact()
 	var seen []Event
 	for _, ev := range f.seen[from:] {

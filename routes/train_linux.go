@@ -31,12 +31,12 @@ const (
 	carLen = 64 << 10
 )
 
-func newTrain() *train {
+func newTrain(cars, carLen int) *train {
 	t := &train{
-		hdrs: make([]mmsghdr, trainCars), iovs: make([]unix.Iovec, trainCars),
-		from: make([]unix.RawSockaddrNetlink, trainCars), bufs: make([][]byte, trainCars),
+		hdrs: make([]mmsghdr, cars), iovs: make([]unix.Iovec, cars),
+		from: make([]unix.RawSockaddrNetlink, cars), bufs: make([][]byte, cars),
 	}
-	all := make([]byte, trainCars*carLen)
+	all := make([]byte, cars*carLen)
 	for i := range t.hdrs {
 		h := &t.hdrs[i].hdr
 		h.Iov, h.Name = &t.iovs[i], (*byte)(unsafe.Pointer(&t.from[i]))
@@ -60,7 +60,7 @@ func (t *train) fill(fd int) error {
 	for {
 		// With MSG_TRUNC the length is the datagram's, also where the buffer is shorter. An error that comes behind a datagram is the next
 		// call's (do_recvmmsg, net/socket.c).
-		n, _, errno := unix.Syscall6(unix.SYS_RECVMMSG, uintptr(fd), uintptr(unsafe.Pointer(&t.hdrs[0])), trainCars, unix.MSG_DONTWAIT|unix.MSG_TRUNC, 0, 0)
+		n, _, errno := unix.Syscall6(unix.SYS_RECVMMSG, uintptr(fd), uintptr(unsafe.Pointer(&t.hdrs[0])), uintptr(len(t.hdrs)), unix.MSG_DONTWAIT|unix.MSG_TRUNC, 0, 0)
 		switch errno {
 		case 0:
 			t.n = int(n)

@@ -19,6 +19,9 @@ type WatchOptions struct {
 	ReceiveBuffer int
 	// Chunk is the number of events after which a dump is handed on, by default 512.
 	Chunk int
+	// Singly has the first dump tell of each route by an event of its own, as the others do, which leaves it to the sink how many it takes at
+	// a time.
+	Singly bool
 }
 
 const (
@@ -46,8 +49,9 @@ type Stats struct {
 type Watcher struct {
 	events *conn
 	dumps  *conn
+	dumps6 *conn // of IPv6 routes, while dumps has the others
 	opts   WatchOptions
-	dec    Decoder
+	dec    decoders
 	losses losses
 	fdbs   fdbs
 
@@ -60,6 +64,7 @@ type Watcher struct {
 	// held are the events that came while a dump ran, in the batches in which they are handed on, and doubts counts the dumps in a row after
 	// which they left something open. later is to be dumped again because of it, from laterAt on.
 	held    [][]Event
+	known   bool // a full dump has ended
 	doubts  int
 	later   scopeSet
 	laterAt time.Time
@@ -95,7 +100,7 @@ func Dial(opts WatchOptions) (*Watcher, error) {
 	if err != nil {
 		return nil, err
 	}
-	events.many = newTrain()
+	events.many = newTrain(trainCars, carLen)
 	if err := events.filterNeighbours(); err != nil {
 		_ = events.Close()
 		return nil, err
@@ -106,18 +111,28 @@ func Dial(opts WatchOptions) (*Watcher, error) {
 			return nil, fmt.Errorf("routes: join group %d: %w", g, err)
 		}
 	}
-	dumps, err := dialRoute(0)
+	w := &Watcher{events: events, opts: opts, known: opts.Singly, told: make(map[Family]uint64), fdbs: newFDBs()}
+	if w.dumps, err = dialRoute(0); err == nil {
+		w.dumps6, err = dialRoute(0)
+	}
 	if err != nil {
-		_ = events.Close()
+		_ = w.Close()
 		return nil, err
 	}
-	w := &Watcher{events: events, dumps: dumps, opts: opts, told: make(map[Family]uint64), fdbs: newFDBs()}
-	w.losses = newLosses(&w.dec.Interner)
+	w.losses = newLosses(&w.dec)
 	return w, nil
 }
 
 // Close closes the connections of a Watcher that was never run; Run does it by itself.
-func (w *Watcher) Close() error { return errors.Join(w.events.Close(), w.dumps.Close()) }
+func (w *Watcher) Close() error {
+	var errs []error
+	for _, c := range []*conn{w.events, w.dumps, w.dumps6} {
+		if c != nil {
+			errs = append(errs, c.Close())
+		}
+	}
+	return errors.Join(errs...)
+}
 
 // Stats returns the counters.
 func (w *Watcher) Stats() Stats {

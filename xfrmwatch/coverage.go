@@ -102,20 +102,22 @@ func (db *DB) Coverages() iter.Seq[Coverage] {
 // (xfrm_tmpl_resolve_one, net/xfrm/xfrm_policy.c), so it has one coverage for each SA
 // destination, sorted, and a last one without a peer, larval unless the template is optional,
 // for the rest of the selector.
-func (db *DB) Coverage(p *Policy) []Coverage {
+func (db *DB) Coverage(p *Policy) []Coverage { return db.AppendCoverage(nil, p) }
+
+// AppendCoverage appends the coverages of a policy to a list.
+func (db *DB) AppendCoverage(to []Coverage, p *Policy) []Coverage {
 	covers, maybe := p.Covers()
 	if !covers {
-		return nil
+		return to
 	}
 	first := p.Templates[0]
 	if !first.TakesFlow() || p.Selector.Dst.IsSingleIP() {
-		return []Coverage{db.coverage(p, maybe, netip.Addr{})}
+		return append(to, db.coverage(p, maybe, netip.Addr{}))
 	}
-	var out []Coverage
 	for _, peer := range db.peers(p) {
-		out = append(out, db.coverage(p, maybe, peer))
+		to = append(to, db.coverage(p, maybe, peer))
 	}
-	return append(out, db.coverage(p, maybe, netip.Addr{}))
+	return append(to, db.coverage(p, maybe, netip.Addr{}))
 }
 
 // TakesFlow says that the template has no addresses of its own: the kernel takes the flow's.

@@ -96,9 +96,16 @@ type planner struct {
 	at     *unit // at work
 	spare  *unit // for the next that speaks of one coverage alone
 	covers []*coverage
-	trials map[routes.Key]*trial
-	wide   int            // how many coverages without an if_id take every flow to their destinations
-	counts map[uint32]int // of coverages, by if_id
+	covs   []xfrmwatch.Coverage // of the policy that is looked at
+	// partsAt and placings are those of the coverage whose shapes are looked for, and ownRule is Config.OwnRule.
+	partsAt  []routes.Part
+	placings []placing
+	ownRule  func(*routes.Rule) bool
+	// seedsAt are those of the member that is looked at.
+	seedsAt []netip.Prefix
+	trials  map[routes.Key]*trial
+	wide    int            // how many coverages without an if_id take every flow to their destinations
+	counts  map[uint32]int // of coverages, by if_id
 	// What is there to follow changes.
 	*follower
 	trialsAt   bart.Table[[]routes.Key]

@@ -3,6 +3,7 @@ package plan
 import (
 	"cmp"
 	"fmt"
+	"iter"
 	"net/netip"
 	"slices"
 
@@ -52,8 +53,9 @@ func (e *entry) compare(o *entry) int {
 // collect lists all output policies in the order in which the kernel tries them, those that
 // linger last, and indexes them by if_id and destination.
 func (p *planner) collect() {
+	p.covers = make([]*coverage, 0, p.XFRM.PolicyCount()+len(p.Lingering))
 	for pol := range p.XFRM.Policies() {
-		for _, e := range p.entriesOf(pol) {
+		for e := range p.eachEntry(pol) {
 			p.add(e)
 		}
 	}
@@ -66,26 +68,35 @@ func (p *planner) collect() {
 }
 
 // entriesOf are the entries of a policy: one for each of its coverages, one without if it covers nothing.
-func (p *planner) entriesOf(pol *xfrmwatch.Policy) []*entry {
-	if pol.Dir != xfrmwatch.Out || pol.Sub {
-		return nil
+func (p *planner) entriesOf(pol *xfrmwatch.Policy) []*entry { return slices.Collect(p.eachEntry(pol)) }
+
+// eachEntry yields them. Only one policy's at a time are to be walked.
+func (p *planner) eachEntry(pol *xfrmwatch.Policy) iter.Seq[*entry] {
+	return func(yield func(*entry) bool) {
+		if pol.Dir != xfrmwatch.Out || pol.Sub {
+			return
+		}
+		at := entry{pol: pol, age: p.XFRM.Age(pol.Index)}
+		p.covs = p.XFRM.AppendCoverage(p.covs[:0], pol)
+		covs := p.withRemembered(pol, p.covs)
+		if len(covs) == 0 {
+			alone := at // at itself stays on the stack
+			yield(&alone)
+			return
+		}
+		for i := range covs {
+			at.part = int32(i)
+			if !yield(p.cover(&covs[i], at)) {
+				break
+			}
+		}
+		clear(p.covs)
 	}
-	at := entry{pol: pol, age: p.XFRM.Age(pol.Index)}
-	covs := p.withRemembered(pol, p.XFRM.Coverage(pol))
-	if len(covs) == 0 {
-		return []*entry{&at}
-	}
-	out := make([]*entry, 0, len(covs))
-	for i, c := range covs {
-		at.part = int32(i)
-		out = append(out, p.cover(c, at))
-	}
-	return out
 }
 
 // linger is the entry of a coverage whose policy went away.
 func (p *planner) linger(c xfrmwatch.Coverage) *entry {
-	return p.cover(c, entry{pol: c.Policy, gone: true, age: int64(c.ID.Policy)})
+	return p.cover(&c, entry{pol: c.Policy, gone: true, age: int64(c.ID.Policy)})
 }
 
 // add makes an entry one of those that are looked at. It returns the addresses at which there are other
@@ -218,7 +229,7 @@ func (p *planner) withRemembered(pol *xfrmwatch.Policy, covs []xfrmwatch.Coverag
 }
 
 // cover is the entry of a coverage, at a place in the kernel's order.
-func (p *planner) cover(c xfrmwatch.Coverage, at entry) *entry {
+func (p *planner) cover(c *xfrmwatch.Coverage, at entry) *entry {
 	at.maybe, at.larval = c.Maybe, c.Larval
 	cov := &coverage{entry: at, steps: c.Steps}
 	cov.cov = cov

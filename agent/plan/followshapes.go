@@ -127,7 +127,7 @@ func (p *planner) regroup(r *region) bool {
 	var moved []netip.Prefix
 	old := slices.Clone(p.shapes)
 	for _, c := range p.coversIn(r) {
-		placings := p.shapesOf(c)
+		placings := p.shapesOf(c, nil)
 		if c.isPlaced(placings) {
 			continue
 		}
@@ -245,7 +245,7 @@ func (p *planner) refill(s *shaped, r *region, pending func() map[*member]bool, 
 			}
 			seen[m], again = true, true
 			was := m.full != nil
-			own, ok := p.pointsOf(s, m)
+			own, ok := p.pointsOf(s, m, nil)
 			if was == ok {
 				grow(m.dst())
 			}

@@ -122,12 +122,18 @@ func (p *planner) candidates(c *coverage) []routes.Route {
 }
 
 // parts follows the rules for a coverage, without our own rules and the local table.
-func (p *planner) parts(c *coverage) []routes.Part {
+func (p *planner) parts(c *coverage) []routes.Part { return p.partsIn(nil, c) }
+
+// partsIn is parts, in the memory of a list that is not needed any more.
+func (p *planner) partsIn(room []routes.Part, c *coverage) []routes.Part {
 	f, inexact := c.flows()
 	if inexact != "" { // what is not exact can still be followed by its destination
 		f = routes.Flows{Family: f.Family, Src: f.Src, Dst: f.Dst}
 	}
-	parts := p.FIB.Resolve(f, p.Config.OwnRule)
+	if p.ownRule == nil {
+		p.ownRule = p.Config.OwnRule
+	}
+	parts := p.FIB.AppendResolved(room[:0], f, p.ownRule)
 	return slices.DeleteFunc(parts, func(part routes.Part) bool {
 		return part.Rule.Action == routes.RuleToTable && part.Rule.Table == routes.TableLocal
 	})

@@ -1,7 +1,6 @@
 package plan
 
 import (
-	"cmp"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -65,28 +64,25 @@ func (s *shaped) holds(x netip.Prefix) (*coverage, bool) {
 
 // fill works out what the shape's table holds.
 func (p *planner) fill(s *shaped) {
-	points := map[netip.Prefix]bool{}
+	sorted := make([]netip.Prefix, 0, len(s.members))
 	for _, m := range s.members {
-		own, ok := p.pointsOf(s, m)
-		if !ok {
-			continue
-		}
-		for _, x := range own {
-			points[x] = true
-		}
-	}
-	sorted := make([]netip.Prefix, 0, len(points))
-	for x := range points {
-		sorted = append(sorted, x)
-		s.points.Insert(x, s.newPoint(x))
+		sorted, _ = p.pointsOf(s, m, sorted)
 	}
 	// Wider ones first, so that a throw finds the clone that it cuts a hole into.
 	slices.SortFunc(sorted, func(a, b netip.Prefix) int {
-		return cmp.Or(cmp.Compare(a.Bits(), b.Bits()), routes.ComparePrefix(a, b))
+		if d := a.Bits() - b.Bits(); d != 0 {
+			return d
+		}
+		return a.Addr().Compare(b.Addr())
 	})
-	for _, x := range sorted {
-		at, _ := s.points.Get(x)
-		p.settlePoint(s, x, at)
+	sorted = slices.Compact(sorted)
+	points := make([]*point, len(sorted))
+	for i, x := range sorted {
+		points[i] = s.newPoint(x)
+		s.points.Insert(x, points[i])
+	}
+	for i, x := range sorted {
+		p.settlePoint(s, x, points[i])
 	}
 }
 
@@ -127,13 +123,13 @@ func (s *shaped) minMTU() int {
 	return least
 }
 
-// pointsOf are the destinations at which the outcome can differ inside a member's destination:
-// itself, and each route, policy and outer peer inside it.
-func (p *planner) pointsOf(s *shaped, m *member) ([]netip.Prefix, bool) {
+// pointsOf appends the destinations at which the outcome can differ inside a member's destination:
+// itself, and each route, policy and outer peer inside it. It is false, and appends none, where there are too many.
+func (p *planner) pointsOf(s *shaped, m *member, to []netip.Prefix) ([]netip.Prefix, bool) {
 	p.notFull(m)
-	var points []netip.Prefix
+	points := to
 	full := func() bool {
-		if len(points) <= p.Config.MaxClonesPerCoverage {
+		if len(points)-len(to) <= p.Config.MaxClonesPerCoverage {
 			return false
 		}
 		m.full = &unit{phase: phaseMembers, shape: s, dst: m.dst()}
@@ -141,17 +137,18 @@ func (p *planner) pointsOf(s *shaped, m *member) ([]netip.Prefix, bool) {
 		p.note(m.cov, fmt.Sprintf("no lock: more than %d routes and policies inside %s (max_clones_per_coverage)", p.Config.MaxClonesPerCoverage, m.dst()))
 		return true
 	}
-	for _, seed := range p.seeds(s, m) {
+	p.seedsAt = p.seeds(s, m, p.seedsAt[:0])
+	for _, seed := range p.seedsAt {
 		points = append(points, seed)
 		_, inside := p.FIB.Cover(s.id.Flows.Family, s.id.Table, seed)
 		for r := range inside {
 			if points = append(points, r.Dst); full() {
-				return nil, false
+				return to, false
 			}
 		}
 		for peer := range p.outer.Subnets(seed) {
 			if points = append(points, peer); full() {
-				return nil, false
+				return to, false
 			}
 		}
 		for _, t := range p.byIfID {
@@ -160,7 +157,7 @@ func (p *planner) pointsOf(s *shaped, m *member) ([]netip.Prefix, bool) {
 					continue
 				}
 				if points = append(points, pfx); full() {
-					return nil, false
+					return to, false
 				}
 			}
 		}
@@ -176,13 +173,12 @@ func (p *planner) notFull(m *member) {
 	}
 }
 
-// seeds are the destinations where a member's flows can need a clone: all of its destination,
+// seeds appends the destinations where a member's flows can need a clone: all of its destination,
 // or, for a policy with an if_id, those that routes through its xfrm interfaces leave of it.
-func (p *planner) seeds(s *shaped, m *member) []netip.Prefix {
+func (p *planner) seeds(s *shaped, m *member, seeds []netip.Prefix) []netip.Prefix {
 	if m.cov.pol.IfID == 0 {
-		return []netip.Prefix{m.dst()}
+		return append(seeds, m.dst())
 	}
-	var seeds []netip.Prefix
 	add := func(keys []routes.Key) {
 		for _, k := range keys {
 			if x, ok := routes.Intersect(k.Dst, m.dst()); ok && k.Table == s.id.Table && !p.locked[k] {

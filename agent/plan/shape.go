@@ -154,7 +154,8 @@ func (p *planner) empty(s *shaped) {
 func (p *planner) group() []*shaped {
 	var shapes []*shaped
 	for _, c := range p.covers {
-		for i, in := range p.shapesOf(c) {
+		p.placings = p.shapesOf(c, p.placings[:0])
+		for i, in := range p.placings {
 			s := p.byShape[in.id]
 			if s == nil {
 				s = &shaped{id: in.id, base: in.base}
@@ -174,22 +175,23 @@ type placing struct {
 	dst  netip.Prefix
 }
 
-// shapesOf are the shapes in which a coverage's flows are.
-func (p *planner) shapesOf(c *coverage) []placing {
+// shapesOf appends the shapes in which a coverage's flows are.
+func (p *planner) shapesOf(c *coverage, out []placing) []placing {
 	p.beginOwn(c, phaseGroups)
 	if l := p.vtiOf(c); l != nil {
 		// Its own lookups have the mark, and no packet: what it carries is locked on its routes.
-		return nil
+		return out
 	}
 	if _, inexact := c.flows(); inexact != "" {
 		p.note(c, "no lock where other flows share a route: "+inexact)
-		return nil
+		return out
 	}
-	var out []placing
-	for _, part := range p.parts(c) {
+	p.partsAt = p.partsIn(p.partsAt, c)
+	for i := range p.partsAt {
+		part := &p.partsAt[i]
 		switch {
 		case part.Blocked != "":
-			if !p.allLocked(part) {
+			if !p.allLocked(*part) {
 				p.note(c, fmt.Sprintf("rule %d (%s) decides for a part of the flows: no lock there", part.Rule.Priority, part.Blocked))
 			}
 		case part.Rule.Action != routes.RuleToTable:
