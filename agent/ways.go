@@ -224,16 +224,17 @@ func (s *ways) askSlow(rt routeTable, fib *routes.FIB) {
 	if s.pressed {
 		most = pressingAsks
 	}
-	for n := 0; n < most && len(s.slow) > 0; {
+	var list []*way
+	for len(list) < most && len(s.slow) > 0 {
 		last := len(s.slow) - 1
 		w := s.slow[last]
 		s.slow = s.slow[:last]
 		if w.slow && !w.gone {
-			s.ask(rt, fib, w)
-			n++
+			list = append(list, w)
 		}
 		w.slow = false
 	}
+	askAll(rt, list, func(w *way, a answered) { s.answered(fib, w, a) })
 	if len(s.slow) == 0 {
 		s.slow = nil
 	}
