@@ -41,7 +41,7 @@ func good() *Results {
 		Memory:     MemoryFigures{Ready: mem, Quiet: mem, Shrunk: Memory{RSS: 20 << 20}, Fresh: Memory{RSS: 18 << 20}},
 		EmptyEvent: Event{even, even}, FullEvent: Event{even, even}, Storm: Storm{Time: even, Exact: []bool{true}, Moved: Samples{0.001}},
 		Writes: Writes{Install: even, Remove: even},
-		Idle:   Idle{Seconds: 30, EmptyRounds: 5},
+		Idle:   Idle{Seconds: 30, Changes: 5},
 	}
 }
 
@@ -75,8 +75,8 @@ func TestEachMissedFigureHasALine(t *testing.T) {
 		"writes": {func(r *Results) { r.Writes.Remove = slow }, []string{"locks taken away by ip -batch, median: 4, to reach 1.5"}},
 		"shrunk": {func(r *Results) { r.Memory.Shrunk.RSS = 180 << 20 }, []string{"resident memory when the tables have shrunk, by a fresh agent's: 10, to reach 2"}},
 		"idle": {
-			func(r *Results) { r.Idle.Rounds, r.Idle.AllocsARound = 2, 7 },
-			[]string{"idle: 2 rounds in 30 s, to reach 0", "allocations of a round with nothing to do: 7, to reach 0"},
+			func(r *Results) { r.Idle.Rounds, r.Idle.EmptyRounds = 2, 7 },
+			[]string{"idle: 2 rounds in 30 s, to reach 0", "rounds for 5 changes that concern nothing: 7, to reach 0"},
 		},
 	} {
 		r := good()

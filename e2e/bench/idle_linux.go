@@ -6,7 +6,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Idle is what the agent does while nothing happens, and what a round costs that finds nothing to do.
+// Idle is what the agent does while nothing happens, and what a change costs that concerns nothing.
 type Idle struct {
 	Seconds float64 `json:"seconds"`
 	Rounds  float64 `json:"rounds"`
@@ -14,9 +14,10 @@ type Idle struct {
 	Wakeups int64   `json:"wakeups"` // of all threads, the Go runtime's own among them
 	// Looks are at the keys of TCP sockets, of which the kernel sends no event; the resync is the other thing that a timer asks for.
 	Looks float64 `json:"tcp_key_looks"`
-	// AllocsARound is objects a round after a change that concerns nothing.
-	AllocsARound float64 `json:"allocs_a_round"`
-	EmptyRounds  float64 `json:"empty_rounds"`
+	// Changes that concern nothing were made, of one route; they led to EmptyRounds, and AllocsAChange are the objects that each took.
+	Changes       float64 `json:"empty_changes"`
+	AllocsAChange float64 `json:"allocs_a_change"`
+	EmptyRounds   float64 `json:"empty_rounds"`
 }
 
 func (r *run) idle() error {
@@ -30,7 +31,7 @@ func (r *run) idle() error {
 	if err := r.watchIdle(a); err != nil {
 		return stopped(a, err)
 	}
-	if err := r.emptyRounds(a); err != nil {
+	if err := r.emptyChanges(a); err != nil {
 		return stopped(a, err)
 	}
 	return r.writes(a)
@@ -79,12 +80,12 @@ func (r *run) watchIdle(a *Agent) error {
 	return nil
 }
 
-// emptyRoundEvents is how many changes that concern nothing are made.
-const emptyRoundEvents = 5
+// emptyChanges is how many changes that concern nothing are made.
+const emptyChanges = 5
 
-// emptyRounds changes a route that nothing covered uses, again and again, and counts what the agent allocates for it. What counting alone
+// emptyChanges changes a route that nothing covered uses, again and again, and counts what the agent allocates for it. What counting alone
 // allocates is taken off.
-func (r *run) emptyRounds(a *Agent) error {
+func (r *run) emptyChanges(a *Agent) error {
 	change := func(k int) error {
 		return r.lab.write(unix.RTM_NEWROUTE, unix.NLM_F_CREATE|unix.NLM_F_REPLACE, []Route{{Dst: unused, Gateway: k % gateways}})
 	}
@@ -100,9 +101,7 @@ func (r *run) emptyRounds(a *Agent) error {
 		return err
 	}
 	i := &r.out.Idle
-	if i.EmptyRounds = rounds; rounds > 0 {
-		i.AllocsARound = max(0, all-counting) / rounds
-	}
+	i.Changes, i.EmptyRounds, i.AllocsAChange = emptyChanges, rounds, max(0, all-counting)/emptyChanges
 	return nil
 }
 
@@ -121,7 +120,7 @@ func (a *Agent) allocations(do func(int) error) (mallocs, rounds float64, err er
 	if err != nil {
 		return 0, 0, err
 	}
-	for k := range emptyRoundEvents {
+	for k := range emptyChanges {
 		if err := do(k); err != nil {
 			return 0, 0, err
 		}
