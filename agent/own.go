@@ -1,6 +1,12 @@
 package agent
 
-import "tsoagent/routes"
+import (
+	"errors"
+
+	"golang.org/x/sys/unix"
+
+	"tsoagent/routes"
+)
 
 // ownWrites is what was written in tables of our own and is in the mirror already. The watcher tells of it as well, behind all that the kernel has
 // told of before, which in a storm takes long. What it tells of such a route until then is older, and would undo what is known.
@@ -94,6 +100,18 @@ func (a *Agent) own(results []routes.Result) {
 		case res.Err == nil:
 			a.st.inflight[res.Seq] = struct{}{}
 		}
+	}
+}
+
+// isGone reports whether the kernel had no such route to delete.
+func isGone(err error) bool { return errors.Is(err, unix.ESRCH) || errors.Is(err, unix.ENOENT) }
+
+// ownGone takes a clone out of the mirror that the kernel does not have as it is there. Nothing may tell of that: the kernel takes routes away
+// without a word where a device or a nexthop object goes. What it has instead, a dump tells.
+func (a *Agent) ownGone(r routes.Route) {
+	a.st.fib.Own(routes.RouteGone{Route: r})
+	if a.sources != nil {
+		a.sources.resyncRoutes(routes.Scope{RoutesOnly: true, Family: r.Body.Family})
 	}
 }
 

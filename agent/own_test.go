@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"tsoagent/routes"
+	"tsoagent/xfrmwatch"
 )
 
 // cloneOf is the fake kernel's route to a destination in our table.
@@ -85,4 +86,33 @@ func TestDumpFromBeforeOurWrite(t *testing.T) {
 			t.Errorf("moves %t: the mirror has %d clones, the kernel %d", moves, n, want)
 		}
 	}
+}
+
+// The kernel takes clones away without a word where a device or a nexthop object goes. One that is to be replaced, and is not there any more, does
+// not have its successor written again and again until the lock is withdrawn.
+func TestCloneThatIsGoneWithoutAWord(t *testing.T) {
+	w := partWorld(t, Config{})
+	w.addRoute("10.3.8.0/24", hop{oif: 2, gw: "192.0.2.10"})
+	w.settle()
+	w.kernel.Apply(routes.RouteGone{Route: w.cloneOf("10.3.8.0/24")[0]})
+	bypass := policy(57, "10.1.0.0/16", "10.3.8.0/24", 0)
+	p := *bypass.Policy
+	p.Templates, p.Priority = nil, 50
+	w.took()
+	w.xfrm(xfrmwatch.PolicySet{Policy: &p})
+	w.settle()
+	if n := w.count("put 10.3.8.0/24 table 5450"); n != 1 {
+		t.Errorf("the throw is written %d times, want once", n)
+	}
+	if got := w.ownRules(); got == "" {
+		t.Error("the lock was withdrawn")
+	}
+	w.deleteRoute("10.3.8.0/24")
+	w.kernel.Apply(routes.RouteGone{Route: w.cloneOf("10.3.8.0/24")[0]})
+	w.xfrm(xfrmwatch.PolicyGone{Index: 57})
+	w.settle()
+	w.took()
+	w.addRoute("10.4.0.0/16", hop{oif: 2})
+	w.settle()
+	w.quiet("once it is known to be gone")
 }

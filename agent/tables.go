@@ -106,6 +106,7 @@ func (a *Agent) putSome(steps []plan.CloneStep, broken map[plan.ShapeID]string, 
 		writes, of = append(writes, routes.Write{Op: routes.OpPut, Msg: msg}), append(of, c)
 	}
 	var old []routes.Write
+	var oldOf []routes.Route
 	for i, err := range a.onLink(writes, a.batch(writes)) {
 		c := of[i]
 		if err == nil {
@@ -122,11 +123,15 @@ func (a *Agent) putSome(steps []plan.CloneStep, broken map[plan.ShapeID]string, 
 				continue // it stands in for the clone
 			}
 			if msg, err := routes.EncodeDelete(r); err == nil {
-				old = append(old, routes.Write{Op: routes.OpDelete, Msg: msg})
+				old, oldOf = append(old, routes.Write{Op: routes.OpDelete, Msg: msg}), append(oldOf, r)
 			}
 		}
 	}
-	a.batch(old) // what is gone already is as good
+	for i, err := range a.batch(old) {
+		if isGone(err) { // which is as good
+			a.ownGone(oldOf[i])
+		}
+	}
 }
 
 // onLink tries the IPv6 clones again whose gateway the kernel does not find from our table.
@@ -348,12 +353,13 @@ func (a *Agent) dropClones(list []routes.Route) {
 	}
 	a.own(results)
 	for i, res := range results {
-		if res.Err != nil && !errors.Is(res.Err, unix.ESRCH) && !errors.Is(res.Err, unix.ENOENT) {
-			a.failed("clone can't be deleted", res.Err, "route", of[i].Key().String())
+		if isGone(res.Err) {
+			a.ownGone(of[i])
 			continue
 		}
 		if res.Err != nil {
-			continue // gone already; the mirror is about to know
+			a.failed("clone can't be deleted", res.Err, "route", of[i].Key().String())
+			continue
 		}
 		a.dropped.clones++
 		if what := "clone deleted"; !a.onlyCounted(what) {
