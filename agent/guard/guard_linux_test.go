@@ -335,6 +335,48 @@ func TestGuardThatWasKilledIsStartedAgain(t *testing.T) {
 	}
 }
 
+// TestNoGuardWhileAnotherProgramTakesOver: what is done then leaves the rules alone, and if it comes to nothing, they are guarded as before.
+func TestNoGuardWhileAnotherProgramTakesOver(t *testing.T) {
+	l := newLab(t)
+	table, lock, _ := files(t)
+	l.Watch(numbers, table, lock)
+	before, first := rules(t), l.process.Pid
+	want := errors.New("it can't be executed")
+	if err := l.Without(func() error {
+		if err := unix.Kill(first, 0); !errors.Is(err, unix.ESRCH) {
+			t.Errorf("the guard's process is there: %v", err)
+		}
+		if l.conn != nil {
+			t.Error("there is a process")
+		}
+		return want
+	}); !errors.Is(err, want) {
+		t.Error(err)
+	}
+	if got := rules(t); got != before {
+		t.Errorf("before:\n%s\nafter:\n%s", before, got)
+	}
+	for deadline := time.Now().Add(30 * time.Second); !l.runs(); time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("it is not started again:\n%s", l.out)
+		}
+	}
+	if got := l.out.String(); got != "" {
+		t.Errorf("log:\n%s", got)
+	}
+	l.die()
+	if got := rules(t); strings.Contains(got, "lookup 5451") {
+		t.Errorf("left:\n%s", got)
+	}
+}
+
+// runs reports whether there is a process.
+func (l *lab) runs() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.conn != nil
+}
+
 // TestGuardThatIsStoppedDoesNotKeepTheAgent stops the guard's process as SIGSTOP does.
 func TestGuardThatIsStoppedDoesNotKeepTheAgent(t *testing.T) {
 	l := newLab(t)

@@ -28,6 +28,7 @@ type Guard struct {
 	last    uint64
 	begun   bool
 	bye     bool
+	rest    *rest         // there is to be no process for now, nil for not
 	over    chan struct{} // closed when nobody starts a process any more
 	leave   chan struct{} // closed by End and Leave
 }
@@ -36,6 +37,11 @@ type Guard struct {
 type given struct {
 	Watch
 	table, lock *os.File
+}
+
+// rest is a time without a process.
+type rest struct {
+	began, over chan struct{} // closed
 }
 
 // The time after which a guard that has ended is started again, and the longest.
@@ -68,6 +74,16 @@ func (g *Guard) keep(cmd *exec.Cmd, err error) {
 		if g.ends() {
 			return
 		}
+		if r := g.rests(); r != nil {
+			close(r.began)
+			select {
+			case <-g.leave:
+				return
+			case <-r.over:
+			}
+			cmd, err = g.start()
+			continue
+		}
 		g.log.Warn("the agent's guard has ended: if the agent is killed meanwhile, its rules stay until somebody takes them away", "err", err, "again_in", wait)
 		select {
 		case <-g.leave:
@@ -83,6 +99,38 @@ func (g *Guard) ends() bool {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	return g.bye
+}
+
+func (g *Guard) rests() *rest {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.rest
+}
+
+// Without does something that ends the agent for its guard, though another program goes on with what it holds: to execute that in this process. There
+// is no guard's process meanwhile. If it returns, there is one again.
+func (g *Guard) Without(do func() error) error {
+	g.mu.Lock()
+	if g.conn == nil || g.bye || g.rest != nil {
+		g.mu.Unlock()
+		return do()
+	}
+	r := &rest{make(chan struct{}), make(chan struct{})}
+	g.rest = r
+	g.tell(message{Bye: true})
+	g.mu.Unlock()
+	select {
+	case <-r.began:
+	case <-time.After(endWithin):
+		g.kill()
+		<-r.began
+	}
+	err := do()
+	g.mu.Lock()
+	g.rest = nil
+	g.mu.Unlock()
+	close(r.over)
+	return err
 }
 
 // start starts a process, and tells it all.

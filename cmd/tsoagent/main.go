@@ -218,7 +218,7 @@ func run(c *cli.Context) error {
 	}
 	s := &service{
 		fleet: f, log: log, load: again, hup: hup, asks: make(chan chan<- error), notify: notifySystemd, watchdog: watchdog,
-		usr2: usr2, become: func() error { return become(program) },
+		usr2: usr2, become: func() error { return g.Without(func() error { return become(program) }) },
 		metrics: metricsServer{collector: metrics.NewCollector(version(), f), log: log},
 	}
 	tasks, serving := errgroup.WithContext(context.Background())
