@@ -7,6 +7,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -45,7 +46,7 @@ func watch(t *testing.T, command func(args ...string) *exec.Cmd) *monitor {
 // poke changes something that nobody cares about, and each time something else.
 func (m *monitor) poke() {
 	m.t.Helper()
-	m.marks++
+	m.marks = int(marks.Add(1))
 	onOff := []string{"on", "off"}[m.marks%2]
 	for _, args := range [][]string{
 		{"ip", "route", "add", "blackhole", m.mark()},
@@ -57,7 +58,10 @@ func (m *monitor) poke() {
 	}
 }
 
-func (m *monitor) mark() string { return fmt.Sprintf("203.0.113.%d", m.marks) }
+// marks counts what was changed by all monitors, as they can be in one namespace.
+var marks atomic.Int32
+
+func (m *monitor) mark() string { return fmt.Sprintf("198.19.%d.%d", m.marks/250, 1+m.marks%250) }
 
 // heard says whether the monitors have told of the last poke.
 func (m *monitor) heard() bool {
