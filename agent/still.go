@@ -1,6 +1,9 @@
 package agent
 
-import "time"
+import (
+	"maps"
+	"time"
+)
 
 // Most of what happens on a host with a full table of routes concerns nothing that is covered: such a change goes into the mirror, and that
 // is all. No round is made for it.
@@ -15,6 +18,8 @@ type due struct {
 	at      time.Time // when it wanted another one without an event, zero for never
 	reached bool      // its goal
 	failed  uint64    // Counters.Failed ahead of it
+
+	forwards time.Time // when it was looked last whether the host forwards, while no round did
 }
 
 func (d *due) after(now time.Time, next time.Duration, reached bool) {
@@ -29,7 +34,19 @@ func (d *due) after(now time.Time, next time.Duration, reached bool) {
 func (a *Agent) still(now time.Time) bool {
 	st := a.st
 	return a.lastP != nil && !a.news && !st.touched && st.changes.None() && st.ready() && a.goal == protect && !a.once && a.due.failed == a.stats.Failed &&
-		len(st.orders)+len(st.arrivals)+len(st.inflight)+len(a.early.batches) == 0 && (a.due.at.IsZero() || now.Before(a.due.at))
+		len(st.orders)+len(st.arrivals)+len(st.inflight)+len(a.early.batches) == 0 && (a.due.at.IsZero() || now.Before(a.due.at)) && !a.forwardsOther(now)
+}
+
+// forwardsAgain is how long it is not looked again whether the host forwards, of which the kernel tells nothing, while no round does.
+const forwardsAgain = time.Second
+
+// forwardsOther reports whether the host forwards what it did not, or the other way round.
+func (a *Agent) forwardsOther(now time.Time) bool {
+	if now.Sub(a.due.forwards) < forwardsAgain {
+		return false
+	}
+	a.due.forwards = now
+	return !maps.Equal(a.forwards.read(a.st.forwarding), a.st.forwarding)
 }
 
 // pass goes on without a round.
