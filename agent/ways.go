@@ -412,11 +412,6 @@ func (s *ways) gather(fib *routes.FIB) {
 	}
 }
 
-// ask asks the kernel for one way.
-func (s *ways) ask(rt asker, fib *routes.FIB, w *way) {
-	askAll(rt, []*way{w}, func(w *way, a answered) { s.answered(fib, w, a) })
-}
-
 // answered takes what the kernel has answered.
 func (s *ways) answered(fib *routes.FIB, w *way, a answered) {
 	path, failed := a.path, a.failed

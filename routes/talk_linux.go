@@ -240,7 +240,7 @@ func (t *talk) receiveMany() ([]byte, error) {
 			continue // not from the kernel
 		}
 		switch err := t.many.fill(t.fd); {
-		case err == unix.EAGAIN:
+		case errors.Is(err, unix.EAGAIN):
 			return t.receive() // which waits
 		case err != nil:
 			return nil, os.NewSyscallError("recvmmsg", err)

@@ -51,7 +51,7 @@ route add 198.51.103.0/24 nhid 1
 	var sources []Route
 	for _, fam := range []Family{IPv4, IPv6} {
 		for r := range f.fib.Table(fam, TableMain) {
-			if r.Dst.Bits() > 0 && strings.Contains("198.51. 2001:db", r.Dst.String()[:7]) {
+			if r.Dst.Bits() > 0 && (strings.HasPrefix(r.Dst.String(), "198.51.") || strings.HasPrefix(r.Dst.String(), "2001:db")) {
 				sources = append(sources, r)
 			}
 		}
