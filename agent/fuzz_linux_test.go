@@ -51,7 +51,7 @@ func FuzzAdopt(f *testing.F) {
 		if !json.Valid([]byte(data)) {
 			return // the journal's own decoder refuses that (agent/journal, FuzzParse)
 		}
-		a := newAgent(Config{RunDir: t.TempDir()}.WithDefaults(), discard(), "")
+		a := newAgent(Config{RunDir: "/nonexistent"}.WithDefaults(), discard(), "")
 		e := journal.Entry{ID: "x", Kind: kinds[int(kind)%len(kinds)], Data: json.RawMessage(data)}
 		if err := a.adoptEntry(e); err != nil {
 			return

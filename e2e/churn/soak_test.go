@@ -36,6 +36,12 @@ func TestAgentStaysFlat(t *testing.T) {
 	a, base := l.soaked()
 	t.Cleanup(a.stop)
 	begin := time.Now()
+	defer func() {
+		if t.Failed() {
+			t.Logf("seed %d, after %s, %d rounds; what the agent knows otherwise than it should (-should +does: links, routes, policies, SAs, namespaces):\n%s\n%s",
+				seed, time.Since(begin).Round(time.Second), len(a.series), l.off, a.series)
+		}
+	}()
 	for i := 0; i < warmRounds+shortRounds || time.Since(begin) < long; i++ {
 		d := draw{rand.New(rand.NewPCG(seed, uint64(i)))}
 		l.rest(a.churn(d), base)
