@@ -1,6 +1,7 @@
 package churn
 
 import (
+	"context"
 	"fmt"
 	"math/rand/v2"
 	"net"
@@ -186,7 +187,9 @@ func batch(lines ...string) {
 
 // get asks one of the agent's two servers.
 func (a *watched) get(path, network, address string) ([]byte, error) {
-	tr := &http.Transport{Dial: func(string, string) (net.Conn, error) { return net.Dial(network, address) }}
+	tr := &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return (&net.Dialer{}).DialContext(ctx, network, address)
+	}}
 	defer tr.CloseIdleConnections()
 	return fetch(&http.Client{Transport: tr, Timeout: time.Minute}, "http://tsoagent"+path)
 }
