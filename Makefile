@@ -10,18 +10,19 @@
 # make bench              how the agent does with a full BGP table and 100,000 tunnels, into docs/bench.md and README.md (root; some minutes, 4 GiB of memory)
 # make growth             how the cost of an event grows with coverages and with routes: docs/growth.svg and the table in docs/planning.md
 # make soak               random worlds for the planner, whose seed differs each time, until CHECKS of each kind have passed, then churn
-#                         under a real agent, CHURN rounds of it, OWNERS random worlds of rules and routes with and without an agent, KILLS
+#                         under a real agent, CHURN rounds of it, SOAK (2h) of churn under one agent whose memory must stay flat, OWNERS random worlds of rules and routes with and without an agent, KILLS
 #                         agents killed at any point, and what is left compared, and RACES writes in place that a route's owner races (root)
 # make window             for how long packets go the old way when a route moves below a clone: the table in docs/stale-window.md (root; WINDOW times each)
 # make bench-check        compares what make bench measured with the figures to reach
 # make lint               golangci-lint and govulncheck
-# make fuzz               every fuzz target for FUZZTIME
+# make fuzz               every fuzz target for FUZZTIME (10s; make test has 1s for each)
 # make scenario NAME=…    one scenario in the test kernel, with its whole log (VARIANT=v4 or v6 where it has both)
 
 MODE     ?= enforce
 FUZZTIME ?= 10s
 CHECKS   ?= 1000000
 CHURN    ?= 2000
+SOAK     ?= 2h
 KILLS    ?= 2000
 OWNERS   ?= 1000
 RACES    ?= 1000000
@@ -107,7 +108,8 @@ window:
 
 soak:
 	@go test ./agent/plan -run 'Promises|Changes|Planner' -timeout 0 -rapid.seed=0 -rapid.checks=$(CHECKS)
-	@TSOAGENT_CHURN_ROUNDS=$(CHURN) go test ./e2e/churn -count=1 -timeout 0
+	@TSOAGENT_CHURN_ROUNDS=$(CHURN) go test ./e2e/churn -run TestAgentKeepsUp -count=1 -timeout 0
+	@TSOAGENT_SOAK=$(SOAK) go test ./e2e/churn -run TestAgentStaysFlat -count=1 -timeout 0 -v
 	@TSOAGENT_OWNERS=$(OWNERS) go test ./e2e/owners -run TestRandomOwners -count=1 -timeout 0
 	@TSOAGENT_KILLS=$(KILLS) go test ./e2e/kill -run TestKilledAnywhere -count=1 -timeout 0 -v
 	@TSOAGENT_RACES=$(RACES) go test ./agent -run TestHostOwnersRaceEachLock -count=1 -timeout 0 -v

@@ -86,6 +86,11 @@ func FuzzFilter(f *testing.F) {
 		for _, got := range e.ours {
 			if err := got.match.check(); err != nil && got.match.Sport == 0 && got.match.Dport == 0 {
 				t.Errorf("%v: %v", got.match, err)
+			} else if err == nil && !got.odd {
+				var again egress
+				if err := again.add(got.message(t)); err != nil || !reflect.DeepEqual(again.ours, []filter{got}) {
+					t.Errorf("%+v is written and read as %+v, %v", got, again.ours, err)
+				}
 			}
 		}
 	})

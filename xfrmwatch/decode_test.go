@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"testing"
 
@@ -238,6 +239,33 @@ func FuzzDecode(f *testing.F) {
 		}
 		for c := range db.Coverages() {
 			c.MTU(func(*SA) (int, bool) { return 1500, true }, 1500)
+		}
+	})
+}
+
+// FuzzKeys: the bytes of a key make no difference to what is decoded of an SA, wherever they stand.
+func FuzzKeys(f *testing.F) {
+	f.Add(seeds()["newsa"].data[sizeSAInfo:], []byte("0123456789abcdef"))
+	f.Add([]byte{}, make([]byte, 36))
+	f.Fuzz(func(t *testing.T, attributes, key []byte) {
+		s := (&SA{Src: addr("2001:db8::1"), Dst: addr("2001:db8::2"), SPI: 77, Proto: ESP, Family: IPv6, Mode: Tunnel, Reqid: 5,
+			AEAD: Algorithm{"rfc4106(gcm(aes))", 128}, Enc: Algorithm{Name: "cbc(aes)"}, Auth: Algorithm{"hmac(sha1)", 96}}).keyed()
+		other := bytes.Clone(key)
+		for i := range other {
+			other[i] ^= 0x5a
+		}
+		var decoded [2]Event
+		var failed [2]bool
+		for i, k := range [][]byte{key, other} {
+			k = k[:min(len(k), 1<<10)]
+			ev, _, err := Decode(msgNewSA, append(wireSA(s, saKeys{enc: k, auth: k, aead: k}), attributes...))
+			decoded[i], failed[i] = ev, err != nil
+		}
+		if failed[0] != failed[1] || !reflect.DeepEqual(decoded[0], decoded[1]) {
+			t.Errorf("the bytes of a key make a difference: %+v and %+v", decoded[0], decoded[1])
+		}
+		if set, ok := decoded[0].(SASet); ok && len(key) >= 8 && strings.Contains(fmt.Sprintf("%+v", *set.SA), string(key)) && !bytes.Contains(attributes, key) {
+			t.Errorf("the key stands in %+v", *set.SA)
 		}
 	})
 }

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"hash/crc32"
 	"maps"
 	"os"
 	"path/filepath"
@@ -324,6 +325,33 @@ func FuzzParse(f *testing.F) {
 			if err != nil || !bytes.Equal(line, again) {
 				t.Errorf("%q is not %q: %v", line, again, err)
 			}
+		}
+	})
+}
+
+// FuzzRecord seals what may stand in a line, so that the checksum keeps nothing away from what is behind it: what is believed is written and read
+// as the same, and one line is never two entries.
+func FuzzRecord(f *testing.F) {
+	file, _ := history(f)
+	for line := range bytes.Lines(file) {
+		f.Add(bytes.SplitN(bytes.TrimSuffix(line, []byte("\n")), []byte(" "), 3)[2])
+	}
+	f.Add([]byte(`{"put":{"id":"a","kind":"b","data":{"a":1e999}}}`))
+	f.Fuzz(func(t *testing.T, text []byte) {
+		line := fmt.Appendf(nil, "%08x %d %s", crc32.Checksum(text, castagnoli), len(text), text)
+		r, err := decodeLine(line)
+		if err != nil {
+			return
+		}
+		again, back, err := encodeLine(r)
+		if err != nil || bytes.Count(again, []byte("\n")) != 1 {
+			t.Fatalf("%+v is written as %q, %v", r, again, err)
+		}
+		if once, _, err := encodeLine(back); err != nil || !bytes.Equal(once, again) {
+			t.Errorf("%q is not %q: %v", again, once, err)
+		}
+		if p, err := parse(append(line, '\n')); err == nil && len(p.entries) > 1 {
+			t.Errorf("%d entries in %q", len(p.entries), line)
 		}
 	})
 }

@@ -31,17 +31,13 @@ func (i *IDs) Close() error { return i.c.Close() }
 
 // Of is the number of an open namespace, or ErrNoID.
 func (i *IDs) Of(n *Namespace) (int32, error) {
-	const (
-		netnsaNSID = 1 // linux/net_namespace.h
-		netnsaFD   = 3
-	)
 	ae := netlink.NewAttributeEncoder()
 	ae.Uint32(netnsaFD, uint32(n.file.Fd()))
 	attrs, err := ae.Encode()
 	if err != nil {
 		return 0, fmt.Errorf("netns: %w", err)
 	}
-	rtgenmsg := make([]byte, 4) // one byte, aligned: AF_UNSPEC
+	rtgenmsg := make([]byte, rtgenmsgLen) // AF_UNSPEC
 	replies, err := i.c.Execute(netlink.Message{
 		Header: netlink.Header{Type: unix.RTM_GETNSID, Flags: netlink.Request},
 		Data:   append(rtgenmsg, attrs...),
@@ -50,20 +46,38 @@ func (i *IDs) Of(n *Namespace) (int32, error) {
 		return 0, fmt.Errorf("netns: ask for the number of %s: %w", n.file.Name(), err)
 	}
 	for _, m := range replies {
-		if m.Header.Type != unix.RTM_NEWNSID || len(m.Data) < len(rtgenmsg) {
+		if m.Header.Type != unix.RTM_NEWNSID {
 			continue
 		}
-		ad, err := netlink.NewAttributeDecoder(m.Data[len(rtgenmsg):])
-		if err != nil {
-			return 0, fmt.Errorf("netns: %w", err)
-		}
-		for ad.Next() {
-			if ad.Type() == netnsaNSID && len(ad.Bytes()) == 4 {
-				if id := binary.NativeEndian.Uint32(ad.Bytes()); id <= math.MaxInt32 {
-					return int32(id), nil
-				}
-			}
+		if id, err := decodeID(m.Data); !errors.Is(err, ErrNoID) {
+			return id, err
 		}
 	}
 	return 0, fmt.Errorf("netns: %s: %w", n.file.Name(), ErrNoID)
+}
+
+// Attributes of namespaces, and what stands ahead of them: a struct rtgenmsg of one byte, aligned (linux/net_namespace.h, linux/rtnetlink.h).
+const (
+	netnsaNSID  = 1
+	netnsaFD    = 3
+	rtgenmsgLen = 4
+)
+
+// decodeID decodes an RTM_NEWNSID. One without a number says -1 (NETNSA_NSID_NOT_ASSIGNED), which is ErrNoID.
+func decodeID(data []byte) (int32, error) {
+	if len(data) < rtgenmsgLen {
+		return 0, ErrNoID
+	}
+	ad, err := netlink.NewAttributeDecoder(data[rtgenmsgLen:])
+	if err != nil {
+		return 0, fmt.Errorf("netns: %w", err)
+	}
+	for ad.Next() {
+		if ad.Type() == netnsaNSID && len(ad.Bytes()) == 4 {
+			if id := binary.NativeEndian.Uint32(ad.Bytes()); id <= math.MaxInt32 {
+				return int32(id), nil
+			}
+		}
+	}
+	return 0, ErrNoID
 }

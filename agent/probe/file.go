@@ -42,16 +42,29 @@ func Load(path string) (*Result, error) {
 	if err != nil {
 		return nil, fmt.Errorf("probe: %w", err)
 	}
-	var head struct{ Version int }
-	if err := json.Unmarshal(b, &head); err != nil {
+	r, err := decodeResult(b)
+	if err != nil {
 		return nil, fmt.Errorf("probe: %s: %w", path, err)
 	}
+	return r, nil
+}
+
+func decodeResult(b []byte) (*Result, error) {
+	var head struct{ Version int }
+	if err := json.Unmarshal(b, &head); err != nil {
+		return nil, err
+	}
 	if head.Version != Version {
-		return nil, fmt.Errorf("probe: %s has version %d, not %d: probe again", path, head.Version, Version)
+		return nil, fmt.Errorf("it has version %d, not %d: probe again", head.Version, Version)
 	}
 	var r Result
 	if err := json.Unmarshal(b, &r); err != nil {
-		return nil, fmt.Errorf("probe: %s: %w", path, err)
+		return nil, err
+	}
+	for i, c := range r.Cases {
+		if c.Outer != IPv4 && c.Outer != IPv6 {
+			return nil, fmt.Errorf("case %d has no address family: probe again", i)
+		}
 	}
 	return &r, nil
 }

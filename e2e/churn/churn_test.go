@@ -33,7 +33,7 @@ func TestAgentKeepsUpWithChurn(t *testing.T) {
 	}
 	seed := rand.Uint64()
 	l := &lab{T: t, bin: build(t)}
-	l.wire()
+	l.wire("")
 	followed := 0
 	for i := range n {
 		d := draw{rand.New(rand.NewPCG(seed, uint64(i)))}
@@ -50,18 +50,28 @@ func TestAgentKeepsUpWithChurn(t *testing.T) {
 // What tells that the agent has read everything are a route and a policy inside the selector of another one, which is there from the start: they
 // change what is in a table of the agent's and none of its rules, after which the plan is made from scratch.
 const (
-	marked = "xfrm policy add src 172.31.0.0/16 dst 203.0.113.0/24 dir out priority 5"
-	bypass = "xfrm policy add src 172.31.0.0/16 dst 203.0.113.7 dir out"
+	marked   = "xfrm policy add src 172.31.0.0/16 dst 203.0.113.0/24 dir out priority 5"
+	template = " tmpl src 192.0.2.1 dst 192.0.2.78 proto esp mode tunnel"
+	bypass   = "xfrm policy add src 172.31.0.0/16 dst 203.0.113.7 dir out"
 )
 
 type lab struct {
 	*testing.T
 	bin string
+	off string // why the agent was not at rest when it was asked last
 }
 
-// wire makes two NICs with addresses, and a default route.
-func (l *lab) wire() {
+// configFile is the configuration of the agent and of tsoctl.
+const configFile = "/run/tsoagent.yaml"
+
+// wire makes two NICs with addresses, and a default route. The next test makes them anew. More is for the configuration.
+func (l *lab) wire(more string) {
 	l.Helper()
+	l.Cleanup(func() { batch("link del nic0", "link del nic1", "xfrm policy flush") })
+	// Without addresses of their own devices have no routes that come some time later.
+	if err := os.WriteFile("/proc/sys/net/ipv6/conf/default/addr_gen_mode", []byte("1"), 0); err != nil {
+		l.Fatal(err)
+	}
 	for _, line := range []string{
 		"link set lo up", "link add nic0 type veth peer name far0", "link add nic1 type veth peer name far1",
 		"link set nic0 up", "link set far0 up", "link set nic1 up", "link set far1 up",
@@ -73,11 +83,11 @@ func (l *lab) wire() {
 			l.Fatal(err)
 		}
 	}
-	if err := ip(marked + " tmpl src 192.0.2.1 dst 192.0.2.78 proto esp mode tunnel"); err != nil {
+	if err := ip(marked + template); err != nil {
 		l.Fatal(err)
 	}
 	// The kernel here need not have ESP: without SAs the MTU is presumed.
-	if err := os.WriteFile("/run/tsoagent.yaml", []byte("presume_mtu: 1400\nrestore_after: 100ms\n"), 0o644); err != nil {
+	if err := os.WriteFile(configFile, []byte("presume_mtu: 1400\nrestore_after: 100ms\n"+more), 0o644); err != nil {
 		l.Fatal(err)
 	}
 }
@@ -90,7 +100,7 @@ func (l *lab) round(d draw) int {
 		l.Fatal(err)
 	}
 	defer log.Close()
-	agent := exec.Command(filepath.Join(l.bin, "tsoagent"), "run", "-c", "/run/tsoagent.yaml")
+	agent := exec.Command(filepath.Join(l.bin, "tsoagent"), "run", "-c", configFile)
 	agent.Stderr = log
 	if err := agent.Start(); err != nil {
 		l.Fatal(err)
@@ -152,11 +162,13 @@ type plan struct {
 	lingers                         int // how many coverages are of policies that went
 	// withdrawn says that a lock rests, as a route moved while the kernel was asked where packets go with it. It is tried again after a minute.
 	withdrawn bool
+	// Of what the kernel has: how much of each kind, and the namespaces that are followed.
+	links, routes, policies, sas, namespaces int
 }
 
 // ask is what a verb of tsoctl answers.
 func (l *lab) ask(verb string) (plan, error) {
-	out, err := exec.Command(filepath.Join(l.bin, "tsoctl"), verb, "-c", "/run/tsoagent.yaml", "-o", "json").Output()
+	out, err := exec.Command(filepath.Join(l.bin, "tsoctl"), verb, "-c", configFile, "-o", "json").Output()
 	if len(out) == 0 {
 		return plan{}, fmt.Errorf("tsoctl %s: %w", verb, err)
 	}
@@ -168,8 +180,10 @@ func (l *lab) ask(verb string) (plan, error) {
 			Notes       []string
 			Carriers    []string
 		}
-		Findings []string
-		Locks    []struct {
+		Links, Routes, Policies, SAs int
+		Namespaces                   []struct{}
+		Findings                     []string
+		Locks                        []struct {
 			Route string
 			MTU   int
 		}
@@ -188,7 +202,10 @@ func (l *lab) ask(verb string) (plan, error) {
 	if err := json.Unmarshal(out, &r); err != nil {
 		return plan{}, err
 	}
-	p := plan{withdrawn: slices.ContainsFunc(r.Findings, func(f string) bool { return strings.Contains(f, "withdrawn:") })}
+	p := plan{
+		withdrawn: slices.ContainsFunc(r.Findings, func(f string) bool { return strings.Contains(f, "withdrawn:") }),
+		links:     r.Links, routes: r.Routes, policies: r.Policies, sas: r.SAs, namespaces: len(r.Namespaces),
+	}
 	tables := map[string]string{}
 	for _, rule := range r.Rules {
 		text, _, _ := strings.Cut(rule.Text, " lookup")

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io"
 	"io/fs"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -224,6 +225,26 @@ func FuzzParseRule(f *testing.F) {
 	f.Fuzz(func(_ *testing.T, b []byte) {
 		_, _, _ = parseRule(b)
 		_, _, _, _ = parseChain(b)
+	})
+}
+
+// FuzzText reads the texts of files: a line more, which says nothing, makes no difference.
+func FuzzText(f *testing.F) {
+	f.Add("esp4_offload 16384 2 - Live 0x0\nesp6_offload 16384 - - Live 0x0\n")
+	f.Add("[Network]\n ManageForeignRoutes = off\nManageForeignRoutingPolicyRules=no\n")
+	f.Add("Name:\ttsoagent\nCapEff:\t00000000a80425fb\n")
+	f.Fuzz(func(t *testing.T, text string) {
+		if m := parseModules(text); !maps.Equal(m, parseModules("\n"+text+"\n\n")) || len(m) > 2 {
+			t.Errorf("%v of %q", m, text)
+		}
+		one, other := doctor.Networkd{Routes: true}, doctor.Networkd{Routes: true}
+		apply(&one, "/a", text)
+		if apply(&other, "/a", "# a comment\n"+text+"\n;another\n"); one != other || one.Source != "" && one.Source != "/a" {
+			t.Errorf("%+v and %+v of %q", one, other, text)
+		}
+		if n, err := parseStatus(text); err != nil && n != 0 {
+			t.Errorf("%d and %v of %q", n, err, text)
+		}
 	})
 }
 
