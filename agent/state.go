@@ -67,6 +67,7 @@ type state struct {
 	resting   map[routes.Key]bool            // those of fights that came to their bound, and maybe rest no more
 	settleAt  time.Time                      // when fights are looked through again
 	placed    map[plan.ShapeID]fight         // how often rules were added
+	deleted   map[routes.Rule]struct{}       // rules of ours that somebody else has deleted, until they are added again
 	stuck     map[routes.Key]int             // how often a lock could not be given back
 	cloned    map[clonePlace]clonedAt        // what was written last into our tables, and how often
 	withheld  map[plan.ShapeID]withheldShape // shapes that the kernel's lookup refuted
@@ -183,6 +184,7 @@ func newState(cfg *plan.Config) *state {
 		resting:   map[routes.Key]bool{},
 		placed:    map[plan.ShapeID]fight{},
 		stuck:     map[routes.Key]int{},
+		deleted:   map[routes.Rule]struct{}{},
 		cloned:    map[clonePlace]clonedAt{},
 		withheld:  map[plan.ShapeID]withheldShape{},
 		sources:   map[plan.ShapeID]shapeSource{},
@@ -246,6 +248,18 @@ func (s *state) claim(k routes.Key, c *plan.LockClaim) {
 		s.locks[k] = *c
 	}
 	s.changes.Dsts = append(s.changes.Dsts, k.Dst)
+}
+
+// wereDeleted reports whether somebody has deleted one of the rules, and forgets it. Those of a shape also come and go with the plan, which is nobody's
+// doing.
+func (s *state) wereDeleted(rules []routes.Rule) (some bool) {
+	for _, r := range rules {
+		if _, was := s.deleted[r]; was {
+			delete(s.deleted, r)
+			some = true
+		}
+	}
+	return some
 }
 
 // hold notes a hold that is ours.

@@ -231,8 +231,11 @@ func (a *Agent) encodeClone(c plan.Clone, table routes.TableID) ([]byte, error) 
 // lead adds the rules of a shape and compares where packets go before and after.
 func (a *Agent) lead(sh *plan.Shape, add []routes.Rule, now time.Time) {
 	f := a.st.placed[sh.ID]
-	may, rests := f.once(now)
-	a.st.placed[sh.ID] = f
+	may, rests := !now.Before(f.until), false
+	if a.st.wereDeleted(add) {
+		may, rests = f.once(now)
+		a.st.placed[sh.ID] = f
+	}
 	if !may {
 		const why = "somebody keeps deleting its rules"
 		if rests {
@@ -361,6 +364,7 @@ func (a *Agent) dropClones(list []routes.Route) {
 			a.failed("clone can't be deleted", res.Err, "route", of[i].Key().String())
 			continue
 		}
+		delete(a.st.cloned, clonePlace{of[i].Body.Table, of[i].Dst}) // that it is not there is our own doing
 		a.dropped.clones++
 		if what := "clone deleted"; !a.onlyCounted(what) {
 			a.did(what, "route", of[i].Key().String())

@@ -95,3 +95,19 @@ func TestRuleThatRestsComesBackWhateverElseChanges(t *testing.T) {
 	w.settle()
 	w.mustLead()
 }
+
+// The rules of a policy that comes and goes are added as often: that we deleted them ourselves is nobody's doing.
+func TestRulesThatComeAndGoWithAPolicyAreNobodysDoing(t *testing.T) {
+	w := partWorld(t, Config{RestoreAfter: Duration(time.Millisecond)})
+	for range 3 * fightWrites {
+		w.xfrm(gone(partPolicy))
+		w.settle()
+		w.advance(10 * time.Millisecond)
+		if got := w.ownRules(); got != "" {
+			t.Fatalf("the rule of a policy that is gone stays: %s", got)
+		}
+		w.xfrm(partPolicy)
+		w.settle()
+		w.mustLead()
+	}
+}
