@@ -312,6 +312,24 @@ func (p *planner) object(b *routes.Body) string {
 		return a.Oif == b.Oif && a.Gateway == b.Gateway && (a.Weight == b.Weight || len(ways) == 1)
 	}):
 		return "its nexthop object has just changed"
+	case b.Family == routes.IPv6:
+		return writtenOut(ways)
+	}
+	return ""
+}
+
+// writtenOut says why an IPv6 route can't have the ways of a nexthop group written out, or is empty. The kernel joins them as
+// routes of their own, which are to differ (EEXIST, ip6_route_multipath_add), and takes the source of a socket without
+// one from the device of the one that it leaves by, but from that of the first way of a group (ip6_route_get_saddr).
+func writtenOut(ways []routes.Nexthop) string {
+	for i, n := range ways {
+		same := func(o routes.Nexthop) bool { return o.Oif == n.Oif && o.Gateway == n.Gateway }
+		switch {
+		case slices.ContainsFunc(ways[:i], same):
+			return "two ways of its nexthop group are the same, which no IPv6 route can have written out"
+		case n.Oif != ways[0].Oif:
+			return "its nexthop group leads to several devices, and with its ways written out the kernel would choose other sources (IPv6)"
+		}
 	}
 	return ""
 }
