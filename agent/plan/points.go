@@ -21,6 +21,7 @@ type point struct {
 	locked  bool
 	has     bool    // the table holds something
 	of      *member // nil for a throw
+	behind  *[]Copy // nil for none, as nearly always
 }
 
 // put has the table hold a clone.
@@ -30,7 +31,14 @@ func (at *point) put(c Clone, because *coverage) {
 		at.body, at.bits = c.Of.Body, uint8(c.Of.Dst.Bits())
 		at.mtu, at.locked, at.advMSS = c.MTU.MTU, c.MTU.Locked, c.AdvMSS
 	}
+	if len(c.Behind) > 0 {
+		behind := c.Behind // so that c stays on the stack
+		at.behind = &behind
+	}
 }
+
+// count is how many routes the table has for it.
+func (at *point) count() int { return 1 + len(at.copies()) }
 
 // clear has the table hold nothing.
 func (at *point) clear() { *at = point{unit: at.unit} }
@@ -38,12 +46,12 @@ func (at *point) clear() { *at = point{unit: at.unit} }
 // clone is what the table holds.
 func (at *point) clone() Clone {
 	if at.because == nil {
-		return Clone{Dst: at.dst, Throw: true}
+		return Clone{Dst: at.dst, Throw: true, Behind: at.copies()}
 	}
 	of, _ := at.dst.Addr().Prefix(int(at.bits)) // the length of a wider one
 	return Clone{
 		Dst: at.dst, Of: routes.Route{Dst: of, Body: at.body},
-		MTU: MTUMetric{MTU: at.mtu, Locked: at.locked}, AdvMSS: at.advMSS, Because: at.because.id(),
+		MTU: MTUMetric{MTU: at.mtu, Locked: at.locked}, AdvMSS: at.advMSS, Because: at.because.id(), Behind: at.copies(),
 	}
 }
 
@@ -98,11 +106,12 @@ func (p *planner) settlePoint(s *shaped, x netip.Prefix, at *point) {
 	}
 	p.begin(&at.unit)
 	clone, c := p.decide(s, x, above)
-	if clone.Throw && above == nil {
+	clone.Behind = p.hiddenBy(s, x, clone)
+	if clone.Throw && above == nil && len(clone.Behind) == 0 {
 		return
 	}
 	at.put(clone, c)
-	s.clones++
+	s.clones += at.count()
 	if c == nil {
 		return
 	}
