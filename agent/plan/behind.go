@@ -48,6 +48,9 @@ func (p *planner) hiddenBy(s *shaped, x netip.Prefix, clone Clone) (out []Copy) 
 	if s.id.Flows.Family != routes.IPv6 || s.clones == 0 {
 		return nil
 	}
+	if !s.beneath(x) { // which is nearly always so
+		return nil
+	}
 	m, _ := p.FIB.Cover(s.id.Flows.Family, s.id.Table, x)
 	found := map[routes.Ifindex]bool{} // by a route ahead
 	if !clone.Throw {
@@ -72,6 +75,16 @@ func (p *planner) hiddenBy(s *shaped, x netip.Prefix, clone Clone) (out []Copy) 
 		}
 	}
 	return out
+}
+
+// beneath reports whether the shape's table has something for a wider destination.
+func (s *shaped) beneath(x netip.Prefix) bool {
+	for wider, at := range s.points.Supernets(x) {
+		if wider != x && at.has {
+			return true
+		}
+	}
+	return false
 }
 
 // hides reports whether a lookup that is bound to a device would find, for a wider destination in the shape's table, what is there instead
