@@ -79,6 +79,9 @@ func (a *Agent) deviceReports(r *Report, all bool) []api.DeviceReport {
 		}
 	}
 	for _, c := range r.Clones {
+		if c.Copy {
+			continue
+		}
 		for _, name := range c.Devices {
 			at(name).Clones++
 		}

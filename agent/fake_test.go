@@ -48,6 +48,7 @@ type world struct {
 	replaceErr error
 	ruleErr    error
 	cloneErr   error                             // of putting a route that is no throw
+	copyErr    error                             // of every copy for what is bound to a device
 	beforeSet  func()                            // runs once, ahead of the next Set
 	beforeEcho func()                            // runs once, when the next Replace reaches the kernel, ahead of it
 	lookup     func(routes.Query) *routes.Answer // overrides the fake's own answer

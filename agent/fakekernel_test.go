@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"tsoagent/agent/journal"
+	"tsoagent/agent/plan"
 	"tsoagent/ethtool"
 	"tsoagent/routes"
 )
@@ -69,6 +70,10 @@ func (w *world) Batch(writes []routes.Write) ([]routes.Result, error) {
 			w.wrote("put %s %s", r.Key(), show(r))
 			if w.cloneErr != nil && r.Body.Type != routes.Throw {
 				res.Err = w.cloneErr
+				break
+			}
+			if w.copyErr != nil && plan.IsCopy(r.Body) {
+				res.Err = w.copyErr
 				break
 			}
 			if have, n := w.kernel.Get(r.Key()); n > 0 && r.Body.Family == routes.IPv4 && have.Body.Raw == r.Body.Raw {

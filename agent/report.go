@@ -62,6 +62,12 @@ func (s *snapshot) tableReports() (rules []RuleReport, clones []CloneReport) {
 				cr.Because = []string{ids1(c.Because)}
 			}
 			clones = append(clones, cr)
+			for _, b := range c.Behind {
+				clones = append(clones, CloneReport{
+					Table: cr.Table, Dst: cr.Dst, Copy: true, MTU: b.MTU.MTU, Locked: b.MTU.Locked, State: cr.State,
+					Devices: devicesOf(b.Of.Body, s.deviceName), Of: b.Of.Key().String(),
+				})
+			}
 		}
 	}
 	return rules, clones

@@ -131,9 +131,10 @@ type clonePlace struct {
 
 type clonedAt struct {
 	fight
-	body  *routes.Body // of the route that was cloned, nil for a throw
-	mtu   plan.MTUMetric
-	throw bool
+	body   *routes.Body // of the route that was cloned, nil for a throw
+	mtu    plan.MTUMetric
+	throw  bool
+	behind []plan.Copy
 }
 
 type withheldShape struct {

@@ -127,9 +127,37 @@ func (a *Agent) putSome(steps []plan.CloneStep, broken map[plan.ShapeID]string, 
 			}
 		}
 	}
+	a.putCopies(steps, broken)
 	for i, err := range a.batch(old) {
 		if isGone(err) { // which is as good
 			a.ownGone(oldOf[i])
+		}
+	}
+}
+
+// putCopies writes the copies behind clones and throws that are not there as they are to be. Without one a packet could go another way, so a
+// shape for which that fails is broken.
+func (a *Agent) putCopies(steps []plan.CloneStep, broken map[plan.ShapeID]string) {
+	var writes []routes.Write
+	var of []*plan.CloneStep
+	for i := range steps {
+		c := &steps[i]
+		if _, no := broken[c.Shape]; no {
+			continue
+		}
+		for n, b := range c.Clone.Behind {
+			msg, err := routes.EncodeClone(b.Of, c.Clone.Dst, c.Table, a.cfg.Plan.Protocol, b.MTU, 0, plan.CopyMetric(n))
+			if err != nil {
+				broken[c.Shape] = err.Error()
+				continue
+			}
+			writes, of = append(writes, routes.Write{Op: routes.OpPut, Msg: msg}), append(of, c)
+		}
+	}
+	for i, err := range a.onLink(writes, a.batch(writes)) {
+		if err != nil {
+			broken[of[i].Shape] = fmt.Sprintf("the kernel refuses the route of %s that sockets bound to a device are to find: %v", of[i].Clone.Dst, err)
+			a.failed("copy can't be written", err, "route", of[i].Clone.Dst.String(), "table", of[i].Table)
 		}
 	}
 }
@@ -168,8 +196,8 @@ func (a *Agent) throwInstead(c *plan.CloneStep) error {
 func (a *Agent) mayClone(c *plan.CloneStep, now time.Time) bool {
 	at := clonePlace{c.Table, c.Clone.Dst}
 	last, again := a.st.cloned[at]
-	if !again || last.throw != c.Clone.Throw || last.body != c.Clone.Of.Body || last.mtu != c.Clone.MTU {
-		last = clonedAt{body: c.Clone.Of.Body, mtu: c.Clone.MTU, throw: c.Clone.Throw}
+	if !again || last.throw != c.Clone.Throw || last.body != c.Clone.Of.Body || last.mtu != c.Clone.MTU || !slices.Equal(last.behind, c.Clone.Behind) {
+		last = clonedAt{body: c.Clone.Of.Body, mtu: c.Clone.MTU, throw: c.Clone.Throw, behind: c.Clone.Behind}
 	}
 	may, _ := last.once(now)
 	a.st.cloned[at] = last

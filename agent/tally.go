@@ -66,6 +66,7 @@ var actionOf = map[string]Action{
 	"route cloned with a locked mtu":                          ActClone,
 	"route can't be cloned":                                   ActClone,
 	"clone can't be written":                                  ActClone,
+	"copy can't be written":                                   ActClone,
 	"clone deleted":                                           ActUnclone,
 	"clone can't be deleted":                                  ActUnclone,
 	"clones can't be deleted":                                 ActUnclone,

@@ -2,6 +2,7 @@ package routes
 
 import (
 	"errors"
+	"net"
 	"net/netip"
 	"testing"
 
@@ -85,5 +86,43 @@ func TestGatewayBehindAThrow(t *testing.T) {
 	})
 	if err != nil || len(clones) != 1 || !SameWays(clones[0].Body, r.Body) {
 		t.Errorf("%+v, %v", clones, err)
+	}
+}
+
+// IPv6 passes over a throw, and over what rejects, in a lookup that is bound to a device, and finds what stands behind it.
+func TestKernelBoundLookupsPassOverThrows(t *testing.T) {
+	vethNS(t)
+	tb := openTable(t)
+	index, err := net.InterfaceByName("a0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ip(t, `-6 rule add lookup 5450 pref 220
+-6 route add fd03::/16 via fd00:a::2 dev a0 table 5450
+-6 route add fd03:1::/32 via fd00:a::4 dev a0`)
+	ask := func(oif Ifindex) Answer {
+		t.Helper()
+		got, err := tb.Lookup(Query{Dst: netip.MustParseAddr("fd03:1::1"), Oif: oif})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return got
+	}
+	wide, far := netip.MustParseAddr("fd00:a::2"), netip.MustParseAddr("fd00:a::4")
+	for _, typ := range []string{"unreachable", "prohibit", "blackhole", "throw"} {
+		ip(t, "-6 route add "+typ+" fd03:1::/32 table 5450 metric 1")
+		if got := ask(Ifindex(index.Index)); got.Gateway != wide || got.Table != 5450 {
+			t.Errorf("past %s a bound lookup finds %+v", typ, got)
+		}
+		if typ != "throw" {
+			ip(t, "-6 route del "+typ+" fd03:1::/32 table 5450 metric 1")
+		}
+	}
+	ip(t, "-6 route add fd03:1::/32 via fd00:a::4 dev a0 table 5450 metric 131072")
+	if got := ask(Ifindex(index.Index)); got.Gateway != far || got.Table != 5450 {
+		t.Errorf("behind the throw a bound lookup finds %+v", got)
+	}
+	if got := ask(0); got.Gateway != far || got.Table != TableMain {
+		t.Errorf("a lookup that is not bound finds %+v", got)
 	}
 }

@@ -155,11 +155,12 @@ type CloneReport struct {
 	Table   uint32   `json:"table"`
 	Dst     string   `json:"dst"`
 	Throw   bool     `json:"throw,omitempty"` // it sends what it matches on to the next rule
+	Copy    bool     `json:"copy,omitempty"`  // for what is bound to a device alone (IPv6), which passes over throws: no lock of ours
 	MTU     uint32   `json:"mtu,omitempty"`   // bytes
 	Locked  bool     `json:"locked,omitempty"`
 	Devices []string `json:"devices,omitempty"`
 	State   string   `json:"state"` // in place or wanted
-	// Of is the route that it is a clone of, none for a throw; Because the coverage that asks for it.
+	// Of is the route that it is a clone or a copy of, none for a throw; Because the coverage that asks for it.
 	Of      string   `json:"of,omitempty"`
 	Because []string `json:"because,omitempty"`
 }

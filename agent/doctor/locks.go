@@ -25,7 +25,7 @@ func (c *Checkup) defeated(p *Patient) {
 			}
 			for clone := range p.Input.FIB.Table(f, ours.Table) {
 				first := p.ahead(ours, clone)
-				if clone.Body.Type == routes.Throw || first == nil || told[first] {
+				if clone.Body.Type == routes.Throw || plan.IsCopy(clone.Body) || first == nil || told[first] {
 					continue
 				}
 				told[first] = true

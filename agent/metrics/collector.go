@@ -286,7 +286,7 @@ func (p *page) changes() {
 		locked(locks, l.Devices, l.MTU, l.State)
 	}
 	for _, c := range r.Clones {
-		if !c.Throw {
+		if !c.Throw && !c.Copy {
 			locked(clones, c.Devices, c.MTU, c.State)
 		}
 	}
@@ -340,6 +340,9 @@ func (p *page) devices() map[string]bool {
 			}
 		}
 		for _, c := range p.report.Clones {
+			if c.Copy {
+				continue
+			}
 			for _, d := range c.Devices {
 				if !yield(d) {
 					return

@@ -20,6 +20,12 @@ func (w *world) apply(s Steps) error {
 		if err := w.put(msg, err); err != nil {
 			return err
 		}
+		for i, b := range c.Clone.Behind {
+			msg, err := routes.EncodeClone(b.Of, c.Clone.Dst, c.Table, cfg.Protocol, b.MTU, 0, CopyMetric(i))
+			if err := w.put(msg, err); err != nil {
+				return err
+			}
+		}
 		for _, old := range c.Old {
 			if !w.fib.Apply(routes.RouteGone{Route: old}).Changed {
 				return fmt.Errorf("no old clone %s to drop", old.Key())

@@ -213,16 +213,28 @@ func sortDropped(list []routes.Route) {
 // if they are that already.
 func cloneStep(c Clone, have []routes.Route, same sameWays) (CloneStep, bool) {
 	step := CloneStep{Clone: c, Moved: len(have) > 0}
-	there := false
+	there := 0
 	for _, r := range have {
 		switch {
-		case c.matches(r.Body, same):
-			there = true
-		case r.Body.Priority != c.Metric():
+		case c.matches(r.Body, same), c.copied(r.Body, same):
+			there++
+		case !c.replaces(r.Body):
 			step.Old = append(step.Old, r)
 		}
 	}
-	return step, !there || len(step.Old) > 0
+	return step, there < 1+len(c.Behind) || len(step.Old) > 0
+}
+
+// copied reports whether a route of ours is one of the copies behind the clone.
+func (c Clone) copied(b *routes.Body, same sameWays) bool {
+	n := int(b.Priority) - copyMetric
+	return n >= 0 && n < len(c.Behind) && c.Behind[n].matches(n, b, same)
+}
+
+// replaces reports whether the clone, or a copy behind it, when it is written, takes the place of a route of ours.
+func (c Clone) replaces(b *routes.Body) bool {
+	n := int(b.Priority) - copyMetric
+	return b.Priority == c.Metric() || n >= 0 && n < len(c.Behind) && c.Behind[n].replaces(n, b)
 }
 
 // Metric is the metric (RTA_PRIORITY) that the clone has in our table: its MTU, and 1 for a

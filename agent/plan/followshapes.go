@@ -320,7 +320,7 @@ func (p *planner) unsettle(s *shaped, x netip.Prefix, at *point) {
 	if !at.has {
 		return
 	}
-	s.clones--
+	s.clones -= at.count()
 	if at.of != nil {
 		at.of.clones--
 	}

@@ -79,6 +79,9 @@ func (w *world) render(pl *Plan, s Steps) string {
 			} else {
 				line("table %d: %s%s %s advmss %d because %s", sh.Table, c.Dst, w.hops(c.Of), c.MTU, c.AdvMSS, renderIDs([]xfrmwatch.CoverageID{c.Because}))
 			}
+			for _, b := range c.Behind {
+				line("table %d: behind it %s%s %s for what is bound to a device", sh.Table, c.Dst, w.hops(b.Of), b.MTU)
+			}
 		}
 	}
 	for _, r := range s.DropRules {

@@ -157,6 +157,9 @@ func (w *world) search(p packet, table routes.TableID) (routes.Route, bool) {
 			continue
 		}
 		if b.Type != routes.Unicast {
+			if p.family == routes.IPv6 && p.oif != "" && !w.byLoopback(b, p.oif) {
+				continue
+			}
 			return r, b.Type != routes.Throw
 		}
 		for _, n := range b.Nexthops {
@@ -166,6 +169,16 @@ func (w *world) search(p packet, table routes.TableID) (routes.Route, bool) {
 		}
 	}
 	return routes.Route{}, false
+}
+
+// byLoopback reports whether a route that rejects, or delivers here, is one by the device to which a socket is bound. IPv6 has
+// those by lo, so that such a socket passes over them as over any other route by another device (find_match, net/ipv6/route.c;
+// seen on 6.18 with throw, unreachable, prohibit and blackhole).
+func (w *world) byLoopback(b *routes.Body, oif string) bool {
+	if len(b.Nexthops) == 0 {
+		return oif == "lo"
+	}
+	return slices.ContainsFunc(b.Nexthops, func(n routes.Nexthop) bool { return w.links[oif] != nil && w.links[oif].Index == n.Oif })
 }
 
 func srcBits(r routes.Route) int {

@@ -48,6 +48,10 @@ func (w *world) packets(rng *rand.Rand, n int) []packet {
 			p.uid = 1000
 		case 4:
 			p.tos = 0x10
+		case 5, 6:
+			if f == routes.IPv6 { // which passes over throws then
+				p.oif = pick(devs...)
+			}
 		}
 		out = append(out, p)
 	}

@@ -238,6 +238,7 @@ type Clone struct {
 	MTU     MTUMetric
 	AdvMSS  uint32
 	Because xfrmwatch.CoverageID
+	Behind  []Copy // at the same destination
 }
 
 // Cut says where the segments of covered flows are cut.

@@ -20,6 +20,7 @@ type point struct {
 	locked  bool
 	has     bool    // the table holds something
 	of      *member // nil for a throw
+	behind  *[]Copy // nil for none, as nearly always
 }
 
 // put has the table hold a clone.
@@ -29,7 +30,14 @@ func (at *point) put(c Clone, because *coverage) {
 		at.body, at.bits = c.Of.Body, uint8(c.Of.Dst.Bits())
 		at.mtu, at.locked, at.advMSS = c.MTU.MTU, c.MTU.Locked, c.AdvMSS
 	}
+	if len(c.Behind) > 0 {
+		behind := c.Behind // so that c stays on the stack
+		at.behind = &behind
+	}
 }
+
+// count is how many routes the table has for it.
+func (at *point) count() int { return 1 + len(at.copies()) }
 
 // clear has the table hold nothing.
 func (at *point) clear() { *at = point{unit: at.unit} }
@@ -37,12 +45,12 @@ func (at *point) clear() { *at = point{unit: at.unit} }
 // clone is what the table holds.
 func (at *point) clone() Clone {
 	if at.because == nil {
-		return Clone{Dst: at.dst, Throw: true}
+		return Clone{Dst: at.dst, Throw: true, Behind: at.copies()}
 	}
 	of, _ := at.dst.Addr().Prefix(int(at.bits)) // the length of a wider one
 	return Clone{
 		Dst: at.dst, Of: routes.Route{Dst: of, Body: at.body},
-		MTU: MTUMetric{MTU: at.mtu, Locked: at.locked}, AdvMSS: at.advMSS, Because: at.because.id(),
+		MTU: MTUMetric{MTU: at.mtu, Locked: at.locked}, AdvMSS: at.advMSS, Because: at.because.id(), Behind: at.copies(),
 	}
 }
 
@@ -94,11 +102,12 @@ func (p *planner) settlePoint(s *shaped, x netip.Prefix, at *point) {
 	}
 	p.begin(&at.unit)
 	clone, c := p.decide(s, x, above)
-	if clone.Throw && above == nil {
+	clone.Behind = p.hiddenBy(s, x, clone)
+	if clone.Throw && above == nil && len(clone.Behind) == 0 {
 		return
 	}
 	at.put(clone, c)
-	s.clones++
+	s.clones += at.count()
 	if c == nil {
 		return
 	}
@@ -308,6 +317,24 @@ func (p *planner) object(b *routes.Body) string {
 		return a.Oif == b.Oif && a.Gateway == b.Gateway && (a.Weight == b.Weight || len(ways) == 1)
 	}):
 		return "its nexthop object has just changed"
+	case b.Family == routes.IPv6:
+		return writtenOut(ways)
+	}
+	return ""
+}
+
+// writtenOut says why an IPv6 route can't have the ways of a nexthop group written out, or is empty. The kernel joins them as
+// routes of their own, which are to differ (EEXIST, ip6_route_multipath_add), and takes the source of a socket without
+// one from the device of the one that it leaves by, but from that of the first way of a group (ip6_route_get_saddr).
+func writtenOut(ways []routes.Nexthop) string {
+	for i, n := range ways {
+		same := func(o routes.Nexthop) bool { return o.Oif == n.Oif && o.Gateway == n.Gateway }
+		switch {
+		case slices.ContainsFunc(ways[:i], same):
+			return "two ways of its nexthop group are the same, which no IPv6 route can have written out"
+		case n.Oif != ways[0].Oif:
+			return "its nexthop group leads to several devices, and with its ways written out the kernel would choose other sources (IPv6)"
+		}
 	}
 	return ""
 }

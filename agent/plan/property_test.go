@@ -309,7 +309,7 @@ func (m *maker) route() {
 	}
 	via := "192.0.2.9"
 	if m.v6 {
-		via = "fd00:2::9"
+		via = m.of("via", "fd00:2::9", "fd00:2::9", "fd00:2::8") // by one device for some, so that what is bound to it can go wrong
 	}
 	switch m.num("ways", 0, 7) {
 	case 0:

@@ -63,6 +63,10 @@ func locksTable(p page, l *api.LockList) {
 			rows = append(rows, []string{c.Dst, "throw", "-", placeText(c), ""})
 			continue
 		}
+		if c.Copy {
+			rows = append(rows, []string{c.Dst, "copy", strings.Join(c.Devices, ","), placeText(c), ""})
+			continue
+		}
 		rows = append(rows, []string{c.Dst, mtuText(c.MTU, c.Locked), strings.Join(c.Devices, ","), placeText(c), short(c.Because)})
 	}
 	if len(rows) > 1 {
@@ -82,6 +86,10 @@ func lockTable(p page, r *agent.Report) {
 	for _, c := range r.Clones {
 		if c.Throw {
 			rows = append(rows, []string{c.Dst, "-", "-", placeText(c) + ", throw"})
+			continue
+		}
+		if c.Copy {
+			rows = append(rows, []string{c.Dst, "-", strings.Join(c.Devices, ","), placeText(c) + ", copy"})
 			continue
 		}
 		rows = append(rows, []string{c.Dst, mtuText(c.MTU, c.Locked), strings.Join(c.Devices, ","), placeText(c)})

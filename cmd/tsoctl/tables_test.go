@@ -77,6 +77,8 @@ func covered() *agent.Report {
 		Clones: []agent.CloneReport{
 			{Table: 5450, Dst: "10.3.0.0/16", MTU: 1446, Locked: true, Devices: []string{"nic1"}, State: agent.StateInPlace},
 			{Table: 5450, Dst: "10.3.7.0/24", Throw: true},
+			{Table: 5451, Dst: "fd03:7::/48", Throw: true},
+			{Table: 5451, Dst: "fd03:7::/48", Copy: true, Devices: []string{"nic1"}, Of: "fd03:7::/48", State: agent.StateInPlace},
 		},
 		Rules: []agent.RuleReport{
 			{Family: "ipv4", Priority: 219, Table: 5451, Text: "from 10.9.0.0/24 ipproto 6 lookup 5451", State: agent.StateWanted},

@@ -294,6 +294,9 @@ func (v *interview) packet() packet {
 		}
 	} else if v.IntN(6) == 0 {
 		p.oif = v.devices[v.IntN(len(v.devices))]
+		if family == 1 && v.IntN(2) == 0 {
+			p.src = netip.Addr{} // only without one a question passes over other devices, as a bound socket does (ip6_route_output_flags_noref)
+		}
 	}
 	if v.IntN(2) == 0 {
 		p.mark = v.of(v.marks, 1, 0x10, 0x80000)
