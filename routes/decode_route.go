@@ -125,6 +125,10 @@ func (in *Interner) route(data []byte) (r Route, ok bool, err error) {
 			} else if binary.NativeEndian.Uint32(a.val[cacheExpiresAt:]) != 0 {
 				expires = 1
 			}
+		case rtaNHID:
+			if a.u32() != 0 { // 0 is none, and is not written either
+				key = appendRaw(key, a.raw)
+			}
 		case rtaExpires:
 			expires = 1
 		default:
