@@ -15,7 +15,7 @@
 # make window             for how long packets go the old way when a route moves below a clone: the table in docs/stale-window.md (root; WINDOW times each)
 # make bench-check        compares what make bench measured with the figures to reach
 # make lint               golangci-lint and govulncheck
-# make fuzz               every fuzz target with FUZZTIME inputs (300000x; make test has 20000x for each)
+# make fuzz               every fuzz target with FUZZTIME inputs (300000x; make test has 5000x for each)
 # make scenario NAME=…    one scenario in the test kernel, with its whole log (VARIANT=v4 or v6 where it has both)
 
 MODE     ?= enforce
