@@ -312,7 +312,7 @@ func mistakes(file string, err error) []*Mistake {
 func printable(s string) string {
 	if strings.ContainsFunc(s, unprintable) {
 		q := strconv.Quote(s)
-		return strings.ReplaceAll(q[1:len(q)-1], `\"`, `"`)
+		return strings.NewReplacer(`\"`, `"`, string(utf8.RuneError), `\ufffd`).Replace(q[1 : len(q)-1])
 	}
 	return s
 }

@@ -48,6 +48,7 @@ func TestReadConfigTellsEveryMistakeWithItsPlace(t *testing.T) {
 		},
 		"a value of two lines":    {"presume_mtu: \"a\\nb\\e\"\n", []string{`c.yaml:1: a\nb\x1b is not a number in range`}},
 		"not a mapping":           {"- a\n- b\n", []string{"c.yaml:1: a list is not a mapping of keys to values"}},
+		"a replacement character": {"\ufffd\n", []string{`c.yaml:1: \ufffd is not a mapping of keys to values`}},
 		"a bare word":             {"observe\n", []string{"c.yaml:1: observe is not a mapping of keys to values"}},
 		"syntax":                  {"mode: observe\n\tx: 1\n", []string{"c.yaml:2: …"}},
 		"never closed":            {"mode: \"observe\n", []string{"c.yaml:…"}},
