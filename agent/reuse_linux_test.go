@@ -85,6 +85,51 @@ func TestHostDeviceIsAnotherOneWhenItIsWritten(t *testing.T) {
 	}
 }
 
+// TestHostFeaturesOfADeviceThatIsGone has the event of a device's last features come behind its end, as two sockets tell of them. Another device with
+// its index and name, as one that is moved back has, is read all the same.
+func TestHostFeaturesOfADeviceThatIsGone(t *testing.T) {
+	for name, back := range map[string]bool{"behind its end": false, "behind the next one": true} {
+		t.Run(name, func(t *testing.T) {
+			checkLeaks(t)
+			ns := newNS(t)
+			up := pair + "link set n2 addrgenmode none\nlink set n3 addrgenmode none\nlink set n2 up\nlink set n3 up\nroute add 192.0.2.2/32 dev n2"
+			ns.ip(up)
+			cfg := hostConfig(t)
+			cfg.Plan.SharedNICs = "off"
+			a := ns.start(cfg)
+			features := func() (link bool, f *ethtool.Features) {
+				if err := a.call(t.Context(), func() { link, f = a.st.fib.Link(100) != nil, a.st.features[100] }); err != nil {
+					t.Fatal(err)
+				}
+				return link, f
+			}
+			known := func() bool { link, f := features(); return link && f != nil && f.Name == "n2" }
+			within(t, 20*time.Second, "n2 is known", known)
+			_, last := features()
+			s, _ := last.Get(tso)
+			s.Active, s.Wanted = false, false
+			ns.ip("link del n2")
+			within(t, 20*time.Second, "n2 is gone", func() bool { link, f := features(); return !link && f == nil })
+			if back {
+				ns.ip(up)
+				within(t, 20*time.Second, "n2 is known again", known)
+			}
+			late := ethtool.FeaturesSet{Features: ethtool.NewFeatures(100, "n2", map[ethtool.Feature]ethtool.State{tso: s})}
+			if err := a.call(t.Context(), func() { a.apply(batch{features: []ethtool.Event{late}}) }); err != nil {
+				t.Fatal(err)
+			}
+			if !back {
+				ns.ip(up)
+			}
+			ns.policy("add", "0.0.0.0/0", "10.3.0.0/16", "")
+			within(t, 20*time.Second, "TSO is held off on n2", func() bool { return !ns.wanted()["n2"] })
+			ns.policy("delete", "0.0.0.0/0", "10.3.0.0/16", "")
+			within(t, 20*time.Second, "and given back", func() bool { return ns.wanted()["n2"] })
+			a.stop()
+		})
+	}
+}
+
 // wanted is whether TSO is wanted on each veth.
 func (ns *testNS) wanted() map[string]bool {
 	ns.t.Helper()

@@ -38,8 +38,12 @@ func (a *Agent) apply(b batch) {
 		if l, ok := ev.(ethtool.Lost); ok {
 			a.notice(eventsLost, "source", "ethtool", "err", l.Err)
 		}
+		set, ok := ev.(ethtool.FeaturesSet)
+		if ok && a.differs(set.Features) {
+			a.look(routes.Ifindex(set.Features.Index))
+		}
 		a.st.applyFeatures(ev)
-		if set, ok := ev.(ethtool.FeaturesSet); ok {
+		if ok {
 			a.recheck(set.Features)
 		}
 	}
@@ -115,7 +119,11 @@ func (a *Agent) applyRoute(ev routes.Event) {
 		if a.lastP != nil {
 			a.returned(ev.Link)
 		}
-		// A new or renamed device has no features event of its own.
+		// A new or renamed device has no features event of its own. What is known of an index that has just come can be of the device that
+		// had it before: that one's last event comes by another socket, and may have come behind its end.
+		if a.st.fib.Link(ev.Link.Index) == nil && a.lastP != nil {
+			delete(a.st.features, ev.Link.Index)
+		}
 		if f := a.st.features[ev.Link.Index]; f == nil || f.Name != ev.Link.Name {
 			a.look(ev.Link.Index)
 		}
@@ -179,6 +187,13 @@ func (a *Agent) foreignRule(r *routes.Rule) {
 	if !a.cfg.Plan.OwnRule(r) {
 		clear(a.st.withheld)
 	}
+}
+
+// differs reports whether an event tells of features that are not what is known. It can be older than what was read, and of the device
+// that had the index before: nothing tells of the newer state again, so it is read once more. What that finds ends it.
+func (a *Agent) differs(f *ethtool.Features) bool {
+	known := a.st.features[routes.Ifindex(f.Index)]
+	return a.st.fresh == nil && known != nil && !known.Equal(f)
 }
 
 // recheck reads the features of a device again when an event says that one we hold is on. The
