@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"testing"
 	"time"
 
@@ -256,6 +257,72 @@ func TestWatcherSurvivesAnOverflow(t *testing.T) {
 	checkState(t, m.known[dev.Index], TCPSegmentation, on)
 	if err := w.Close(); err != nil {
 		t.Error(err)
+	}
+}
+
+// TestDumpsUnderChange has devices come and go, which moves what a dump in parts goes on from, and features change, while one dump follows the
+// other. What notifications and dumps tell, in the order in which they come, is what is there, with no dump at the end.
+func TestDumpsUnderChange(t *testing.T) {
+	enterNS(t)
+	var devs []Device
+	for i := range 40 { // several messages of a dump each, with what comes and goes between
+		dev := addLink(t, veth(fmt.Sprintf("v%d", i)))
+		devs = append(devs, dev, device(t, dev.Name+"p"))
+	}
+	w, c := watch(t), dial(t)
+	m := follow(t, w)
+	begun := w.Stats().Dumps
+	random := rand.New(rand.NewPCG(1, 2))
+	held := map[Device]bool{}
+	temporary := map[string]vnl.Link{}
+	for steps := 0; steps < 1500 || w.Stats().Dumps < begun+20; steps++ {
+		if w.Resync(); steps > 100000 {
+			t.Fatalf("no dumps: %+v", w.Stats())
+		}
+		switch name := fmt.Sprintf("t%d", random.IntN(8)); {
+		case random.IntN(4) > 0:
+			dev := devs[random.IntN(len(devs))]
+			held[dev] = !held[dev]
+			mustSet(t, c, dev, map[Feature]bool{TCPSegmentation: !held[dev]})
+		case temporary[name] == nil:
+			temporary[name] = veth(name)
+			addLink(t, temporary[name])
+		default:
+			if err := vnl.LinkDel(temporary[name]); err != nil {
+				t.Fatal(err)
+			}
+			delete(temporary, name)
+		}
+	}
+	// What came by a notification came behind all older ones.
+	for dumped := true; dumped; {
+		before := w.Stats().Dumps
+		for len(m.events) > 0 {
+			m.apply(<-m.events)
+		}
+		held[devs[0]] = !held[devs[0]]
+		mustSet(t, c, devs[0], map[Feature]bool{TCPSegmentation: !held[devs[0]]})
+		want := on
+		if held[devs[0]] {
+			want = off
+		}
+		m.until("the last change", func(Event) bool {
+			s, _ := m.known[devs[0].Index].Get(TCPSegmentation)
+			return m.dumped == nil && s == want
+		})
+		dumped = w.Stats().Dumps != before
+	}
+	for _, dev := range devs {
+		now, err := c.Features(dev)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if diff := cmp.Diff(now, m.known[dev.Index]); diff != "" {
+			t.Errorf("%s (-kernel +told):\n%s", dev.Name, diff)
+		}
+	}
+	if s := w.Stats(); m.lost > 0 || s.Dumps < begun+20 {
+		t.Errorf("%+v", s)
 	}
 }
 
