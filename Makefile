@@ -33,7 +33,7 @@ BUILDER  ?= podman
 # belongs to somebody else.
 VCS := $(shell git status >/dev/null 2>&1 && echo auto || echo false)
 
-.PHONY: build install stage packages image run test test-kernels testkernel demo scenario bench bench-check growth window soak lint fuzz setup
+.PHONY: build install stage packages image run test test-kernels testkernel demo scenario bench bench-check growth window soak modules lint fuzz setup
 
 build:
 	CGO_ENABLED=0 go build -buildvcs=$(VCS) -o bin/ ./cmd/...
@@ -103,10 +103,14 @@ growth:
 	@go test ./agent -run '^$$' -bench 'Growth' -benchtime 300ms -timeout 0 >bin/growth.txt || { cat bin/growth.txt; exit 1; }
 	@go run ./e2e/cmd/growth -svg docs/growth.svg -table docs/planning.md <bin/growth.txt
 
-window:
+# Tests that run in namespaces of their own reach no server of modules.
+modules:
+	@go mod download
+
+window: modules
 	@TSOAGENT_WINDOW=$(WINDOW) go test ./e2e/window -count=1 -timeout 0 -v
 
-soak:
+soak: modules
 	@go test ./agent/plan -run 'Promises|Changes|Planner' -timeout 0 -rapid.seed=0 -rapid.checks=$(CHECKS)
 	@TSOAGENT_CHURN_ROUNDS=$(CHURN) go test ./e2e/churn -run TestAgentKeepsUp -count=1 -timeout 0
 	@TSOAGENT_SOAK=$(SOAK) go test ./e2e/churn -run TestAgentStaysFlat -count=1 -timeout 0 -v
