@@ -77,6 +77,11 @@ func measure(o bench.Options, out, table, readme string) error {
 	if o.Bin, err = filepath.Abs(o.Bin); err != nil {
 		return err
 	}
+	if o.Profiles != "" {
+		if err := os.MkdirAll(o.Profiles, 0o755); err != nil {
+			return err
+		}
+	}
 	if err := bench.Settle(); err != nil {
 		return err
 	}
