@@ -240,6 +240,7 @@ func (a *Agent) settleFights(now time.Time) {
 	a.st.fights = without(a.st.fights, func(_ routes.Key, f fight) bool { return over(f) })
 	a.st.placed = without(a.st.placed, func(_ plan.ShapeID, f fight) bool { return over(f) })
 	a.st.cloned = without(a.st.cloned, func(_ clonePlace, c clonedAt) bool { return over(c.fight) })
+	a.st.deleted = without(a.st.deleted, func(_ routes.Rule, at time.Time) bool { return now.Sub(at) > fightWindow })
 }
 
 // without deletes from a map. One that becomes empty is given up: it takes as long to go through as when it was full.

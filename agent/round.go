@@ -154,7 +154,7 @@ func (a *Agent) applyRoute(ev routes.Event) {
 		}
 	case routes.RuleGone:
 		if a.cfg.Plan.OwnRule(ev.Rule) && slices.ContainsFunc(a.st.fib.Rules(ev.Rule.Family), func(r *routes.Rule) bool { return *r == *ev.Rule }) {
-			a.st.deleted[*ev.Rule] = struct{}{} // what we delete is not there any more
+			a.st.deleted[*ev.Rule] = a.clock() // what we delete is not there any more
 		}
 		a.foreignRule(ev.Rule)
 	case routes.ResyncBegin:

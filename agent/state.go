@@ -67,7 +67,7 @@ type state struct {
 	resting   map[routes.Key]bool            // those of fights that came to their bound, and maybe rest no more
 	settleAt  time.Time                      // when fights are looked through again
 	placed    map[plan.ShapeID]fight         // how often rules were added
-	deleted   map[routes.Rule]struct{}       // rules of ours that somebody else has deleted, until they are added again
+	deleted   map[routes.Rule]time.Time      // when somebody else deleted a rule of ours, until it is added again or that is long ago
 	stuck     map[routes.Key]int             // how often a lock could not be given back
 	cloned    map[clonePlace]clonedAt        // what was written last into our tables, and how often
 	withheld  map[plan.ShapeID]withheldShape // shapes that the kernel's lookup refuted
@@ -185,7 +185,7 @@ func newState(cfg *plan.Config) *state {
 		resting:   map[routes.Key]bool{},
 		placed:    map[plan.ShapeID]fight{},
 		stuck:     map[routes.Key]int{},
-		deleted:   map[routes.Rule]struct{}{},
+		deleted:   map[routes.Rule]time.Time{},
 		cloned:    map[clonePlace]clonedAt{},
 		withheld:  map[plan.ShapeID]withheldShape{},
 		sources:   map[plan.ShapeID]shapeSource{},

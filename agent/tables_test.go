@@ -111,3 +111,26 @@ func TestRulesThatComeAndGoWithAPolicyAreNobodysDoing(t *testing.T) {
 		w.mustLead()
 	}
 }
+
+// A rule that somebody deletes just when its policy goes is remembered for as long as it can be a fight, and no longer.
+func TestDeletedRuleIsForgotten(t *testing.T) {
+	w := partWorld(t, Config{RestoreAfter: Duration(time.Millisecond)})
+	w.xfrm(gone(partPolicy))
+	w.settle() // it lingers
+	for _, r := range w.kernel.Rules(routes.IPv4) {
+		if w.a.cfg.Plan.OwnRule(r) {
+			w.routing(routes.RuleGone{Rule: r})
+			break
+		}
+	}
+	w.advance(10 * time.Millisecond)
+	w.settle()
+	if n := len(w.a.st.deleted); n != 1 {
+		t.Fatalf("%d deleted rules are remembered, want the one", n)
+	}
+	w.advance(2 * fightWindow)
+	w.settle()
+	if n := len(w.a.st.deleted); n != 0 {
+		t.Errorf("%d deleted rules are remembered for good", n)
+	}
+}
