@@ -4,34 +4,32 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 	"strconv"
 	"sync"
 	"testing"
 	"time"
 
 	"tsoagent/e2e/stockkernel"
+	"tsoagent/e2e/stockkernel/suite"
 	"tsoagent/e2e/testkernel"
 )
 
 // stockVersions are Debian's kernels that the scenarios run on: bookworm's own, and the newer one in its security suite.
 var stockVersions = []string{"6.1", "6.12"}
 
-// stockScripts are the scenarios for them: those that need what the test kernel lacks, and the story, with real cards. Where the
-// time is short the last ones are left out.
-var stockScripts = []string{"testdata/stockkernel/*.txtar", "testdata/scenarios/10-story.txtar"}
-
 // stockVariable is all, or for how many seconds the stock kernels may take. Without it they are left out.
 const stockVariable = "TSOAGENT_STOCK_KERNELS"
 
 // stockDeadline ends a scenario that hangs. Emulation is slow, and slower beside others.
-const stockDeadline = 10 * time.Minute
+const stockDeadline = 20 * time.Minute
 
 // stockBudget is the one budget of all that runs on stock kernels.
 var stockBudget = sync.OnceValues(func() (*budget, error) { return newBudget(os.Getenv(stockVariable)) })
 
-// TestStockKernels runs scenarios on Debian's stock kernels, one after the other: each machine keeps two processors busy.
-func TestStockKernels(t *testing.T) {
+// stockKernels returns the bench and the kernels to run on. It skips the test where stock kernels are left out, and fails or skips a subtest for
+// each kernel that isn't there.
+func stockKernels(t *testing.T) (*bench, *budget, []*stockkernel.Kernel) {
+	t.Helper()
 	left, err := stockBudget()
 	if err != nil {
 		t.Fatal(err)
@@ -55,50 +53,75 @@ func TestStockKernels(t *testing.T) {
 		}
 		kernels = append(kernels, kernel)
 	}
-	for _, script := range stockScenarios(t) {
+	return b, left, kernels
+}
+
+// TestStockKernels runs scenarios on Debian's stock kernels: as many at once as there are processors (each machine keeps one busy), and where
+// the time is limited one after the other, in order.
+func TestStockKernels(t *testing.T) {
+	b, left, kernels := stockKernels(t)
+	scripts, err := suite.Scripts(".")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, s := range scripts {
 		for _, kernel := range kernels {
-			name := script.name() + "/" + kernel.Release()
+			name := s.Name() + "/" + kernel.Release()
 			t.Run(name, func(t *testing.T) {
+				if left.limit == 0 {
+					t.Parallel()
+				}
 				if !left.allows() {
 					t.Skipf("left out: %s, for want of time (%s=%s); make test-kernels runs it", name, stockVariable, os.Getenv(stockVariable))
 				}
 				start := time.Now()
 				defer func() { left.took(time.Since(start)) }()
-				script.run(t, b, func(t *testing.T, job ...string) *testkernel.Result {
-					return b.boot(t, testkernel.Machine{Boot: kernel.Boot, Deadline: stockDeadline}, job...)
+				r := suite.Result{Name: s.Name(), Cards: s.Cards(kernel.Cards())}
+				defer record(t, kernel, &r)
+				script{s}.run(t, b, func(t *testing.T, job ...string) *testkernel.Result {
+					result := b.boot(t, testkernel.Machine{Boot: kernel.Boot, Deadline: stockDeadline, Cards: r.Cards}, job...)
+					r.Seconds, r.Reason = result.Took.Seconds(), result.Reason
+					if result.Outcome == "fail" {
+						r.Reason = suite.WhereItFailed(result.Log)
+					}
+					return result
 				})
 			})
 		}
 	}
 }
 
-// stockPackages are those whose tests run on stock kernels, too: all of their tests, since the host's kernel may lack what they are about.
-// User-mode Linux has no BPF tracing, and not every guest lets its kernel's functions be traced.
-var stockPackages = []string{"sockopt/sockbpf", "wire"}
+// resultsVariable names the file that gets what came of each scenario, for docs/kernels.md.
+const resultsVariable = "TSOAGENT_STOCK_RESULTS"
+
+// record adds to the file of results what came of the test, whose end it is.
+func record(t *testing.T, kernel *stockkernel.Kernel, r *suite.Result) {
+	file := os.Getenv(resultsVariable)
+	if file == "" {
+		return
+	}
+	r.Kernel, r.Emulator, r.Tree = kernel.Release(), kernel.Emulator(), os.Getenv("TSOAGENT_STOCK_TREE")
+	switch {
+	case t.Failed():
+		r.Outcome = "fail"
+		if r.Reason == "" {
+			r.Reason = "no result" // the machine ended without one
+		}
+	case t.Skipped():
+		r.Outcome = "skip"
+	default:
+		r.Outcome = "pass"
+	}
+	if err := r.Append(file); err != nil {
+		t.Error(err)
+	}
+}
 
 // TestPackagesInStockKernels runs packages' tests on stock kernels, and reports each of them under its name.
 func TestPackagesInStockKernels(t *testing.T) {
-	left, err := stockBudget()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if left == nil {
-		t.Skip("stock kernels are left out: make test-kernels runs them")
-	}
-	b, err := sharedBench()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := stockkernel.BuildLoader(t.Context(), b.tree, b.binaries); err != nil {
-		t.Fatal(err)
-	}
-	for _, version := range stockVersions {
-		kernel, err := stockkernel.Find(t.Context(), b.tree, version)
-		if err != nil {
-			t.Run(version, func(t *testing.T) { skipOrFail(t, err) })
-			continue
-		}
-		for _, pkg := range stockPackages {
+	b, left, kernels := stockKernels(t)
+	for _, kernel := range kernels {
+		for _, pkg := range suite.Packages {
 			t.Run(pkg+"/"+kernel.Release(), func(t *testing.T) {
 				if !left.allows() {
 					t.Skipf("left out for want of time (%s=%s); make test-kernels runs it", stockVariable, os.Getenv(stockVariable))
@@ -108,10 +131,16 @@ func TestPackagesInStockKernels(t *testing.T) {
 					t.Fatal(err)
 				}
 				start := time.Now()
+				r := suite.Result{Name: pkg}
+				defer record(t, kernel, &r)
 				result := b.boot(t, testkernel.Machine{Boot: kernel.Boot, Deadline: stockDeadline},
 					// The compiler isn't the kernel's affair.
 					"test", pkg, binary, "-test.v", "-test.skip", "Reproducible", "-test.timeout", (stockDeadline - 10*time.Second).String())
 				left.took(time.Since(start))
+				r.Seconds = result.Took.Seconds()
+				if result.Outcome == "fail" {
+					r.Reason = "see what `make test-kernels` prints"
+				}
 				reportTests(t, result)
 			})
 		}
@@ -127,25 +156,11 @@ func skipOrFail(t *testing.T, err error) {
 	t.Fatal(err)
 }
 
-// stockScenarios returns all scenarios for stock kernels, in order.
-func stockScenarios(t *testing.T) []script {
-	t.Helper()
-	var scripts []script
-	for _, pattern := range stockScripts {
-		files, err := filepath.Glob(pattern)
-		if err != nil || len(files) == 0 {
-			t.Fatalf("no scenarios in %s: %v", pattern, err)
-		}
-		for _, file := range files {
-			scripts = append(scripts, variantsOf(t, file)...)
-		}
-	}
-	return scripts
-}
-
 // budget is a time that jobs share.
 type budget struct {
-	limit   time.Duration // 0 for none
+	limit time.Duration // 0 for none
+
+	mu      sync.Mutex
 	used    time.Duration
 	longest time.Duration // that a job took so far
 }
@@ -166,10 +181,16 @@ func newBudget(text string) (*budget, error) {
 }
 
 // allows reports whether another job, which may take as long as the longest one did, still has its time.
-func (b *budget) allows() bool { return b.limit == 0 || b.used+b.longest < b.limit }
+func (b *budget) allows() bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.limit == 0 || b.used+b.longest < b.limit
+}
 
 // took counts a job.
 func (b *budget) took(d time.Duration) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
 	b.used += d
 	b.longest = max(b.longest, d)
 }

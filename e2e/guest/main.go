@@ -81,11 +81,12 @@ func initialise() error {
 	child, err := os.StartProcess(self, argv, &os.ProcAttr{
 		Dir: "/",
 		Env: []string{
-			"PATH=" + binDir + ":/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+			"PATH=" + binDir + ":" + filepath.Join(sourceDir, "e2e", "guest", "bin") + ":/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
 			"HOME=/root", "TERM=dumb", "LC_ALL=C.UTF-8", "GOTRACEBACK=all",
 			"TSOAGENT_TEST_KERNEL=1",
 			"TSOAGENT_DEADLINE=" + time.Now().Add(deadline).Format(time.RFC3339Nano),
 			"TSOAGENT_PATIENCE=" + args["tsoagent.patience"],
+			"TSOAGENT_CARDS=" + strings.ReplaceAll(args["tsoagent.cards"], ",", " "),
 		},
 		Files: []*os.File{os.Stdin, logFile, logFile},
 	})

@@ -17,6 +17,7 @@ import (
 //	tsoagent.modules=DIR          host directory with the kernel's modules, bound to /mnt/modules
 //	tsoagent.drivers=NAME,…       modules to load, as nothing here does that for a PCI device
 //	tsoagent.nics=NAME=MAC,…      how the network cards are to be named
+//	tsoagent.cards=NAME,…         which of them a scenario takes for its wires, in order (bin/nic)
 //	tsoagent.patience=N           how many times slower than the test kernel this machine is
 func prepareStock(args map[string]string) error {
 	// The kernel asks for modules by itself: link kinds, ciphers, socket families, nftables expressions.

@@ -30,6 +30,9 @@ type Kernel struct {
 	dir     string // what `fetch` made
 	release string // as `uname -r` says it
 	tree    string // of this module
+
+	emulator string // its version
+	nics     []nic
 }
 
 // Find returns the newest kernel in the cache whose version begins with version (6.1, 6.12, 6.12.107). It fetches nothing: the error is
@@ -58,11 +61,42 @@ func Find(ctx context.Context, tree, version string) (*Kernel, error) {
 		return nil, fmt.Errorf("stock kernel %s: %d module trees in %s", version, len(releases), k.dir)
 	}
 	k.release = filepath.Base(releases[0])
-	return k, nil
+	return k, k.askEmulator(ctx)
+}
+
+// askEmulator asks QEMU for its version, and which of the cards it has.
+func (k *Kernel) askEmulator(ctx context.Context) error {
+	version, err := exec.CommandContext(ctx, emulator, "--version").Output()
+	if err != nil {
+		return fmt.Errorf("version of %s: %w", emulator, err)
+	}
+	k.emulator, _, _ = strings.Cut(string(version), "\n")
+	devices, err := exec.CommandContext(ctx, emulator, "-device", "help").Output()
+	if err != nil {
+		return fmt.Errorf("devices of %s: %w", emulator, err)
+	}
+	for _, n := range nics {
+		if strings.Contains(string(devices), `name "`+n.device+`"`) {
+			k.nics = append(k.nics, n)
+		}
+	}
+	return nil
 }
 
 // Release is what `uname -r` says of the kernel.
 func (k *Kernel) Release() string { return k.release }
+
+// Emulator is what QEMU says of its version.
+func (k *Kernel) Emulator() string { return k.emulator }
+
+// Cards are the names of the cards that the kernel's machines have.
+func (k *Kernel) Cards() []string {
+	var names []string
+	for _, n := range k.nics {
+		names = append(names, n.name)
+	}
+	return names
+}
 
 // BuildLoader builds the first process of a machine, static, into dir, where Machine.Binaries looks for it.
 func BuildLoader(ctx context.Context, tree, dir string) error {
@@ -76,11 +110,12 @@ type nic struct {
 	driver string // the kernel's module
 }
 
-// nics are the cards of every machine. virtio-net offers TSO only on a tap with vnet_hdr.
+// nics are the cards of every machine whose QEMU has them. virtio-net offers TSO only on a tap with vnet_hdr.
 var nics = []nic{
 	{"e1000e", "e1000e", "e1000e"},
 	{"vmxnet3", "vmxnet3", "vmxnet3"},
 	{"virtio", "virtio-net-pci", "virtio_net"},
+	{"igb", "igb", "igb"}, // from QEMU 8.0 on
 }
 
 const (
@@ -101,7 +136,11 @@ func (k *Kernel) Boot(m *testkernel.Machine) (*exec.Cmd, error) {
 		return nil, fmt.Errorf("initramfs: %w", err)
 	}
 	var devices, names, drivers []string
-	for i, n := range nics {
+	cards := m.Cards
+	for i, n := range k.nics {
+		if m.Cards == nil {
+			cards = append(cards, n.name)
+		}
 		for j, end := range []struct{ tap, device, name string }{
 			{"near", n.device, n.name},
 			{"far", "virtio-net-pci", n.name + "-peer"},
@@ -119,7 +158,7 @@ func (k *Kernel) Boot(m *testkernel.Machine) (*exec.Cmd, error) {
 	// One thread emulates both processors by turns. With a thread for each, a processor can go on with an instruction that the other one has
 	// replaced: when the kernel patches itself (a static key, as for each socket with SO_TIMESTAMP, which is each ping), it dies of
 	// "Oops: int3" (QEMU 7.2: after 2 to 5 s of such keys beside traffic; with one thread not once in 7,900). It costs no time here.
-	args := []string{filepath.Join(k.tree, "e2e", "stockkernel", "network"), strconv.Itoa(len(nics)), emulator,
+	args := []string{filepath.Join(k.tree, "e2e", "stockkernel", "network"), strconv.Itoa(len(k.nics)), emulator,
 		"-machine", "pc", "-accel", "tcg,thread=single", "-cpu", "max", "-smp", "2", "-m", strconv.Itoa(memory),
 		"-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-serial", "stdio",
 		"-kernel", filepath.Join(k.dir, "vmlinux"), "-initrd", initramfs,
@@ -135,6 +174,7 @@ func (k *Kernel) Boot(m *testkernel.Machine) (*exec.Cmd, error) {
 			"tsoagent.modules=" + filepath.Join(k.dir, "modules"),
 			"tsoagent.drivers=" + strings.Join(drivers, ","),
 			"tsoagent.nics=" + strings.Join(names, ","),
+			"tsoagent.cards=" + strings.Join(cards, ","),
 			"tsoagent.patience=" + strconv.Itoa(patience),
 			"tsoagent.deadline=" + m.Deadline.String(),
 		}, " "),

@@ -86,6 +86,7 @@ type Machine struct {
 	Dir      string        // an empty directory for this machine alone
 	Deadline time.Duration // when the guest gives up; the host waits a little longer
 	Steps    io.Writer     // gets the timeline as it happens, if not nil
+	Cards    []string      // of a stock kernel, which cards a scenario takes for its wires, in order; nil for all
 
 	// Boot, if not nil, returns the command that is the machine, instead of the test kernel. Run starts it in a process group of its own.
 	Boot func(*Machine) (*exec.Cmd, error)
