@@ -142,11 +142,8 @@ func variantsOf(t *testing.T, file string) []script {
 	return scripts
 }
 
-// run runs the scenario as a job of one of the bench's machines, and judges the result.
-func (s script) run(t *testing.T, b *bench, job func(*testing.T, ...string) *testkernel.Result) {
-	if b.commandsErr != nil && usesCommands.Match(s.Text) {
-		t.Fatal(b.commandsErr)
-	}
+// job is what a machine is told to run it.
+func (s script) job() []string {
 	args := []string{"scenario", filepath.Join("e2e", s.File)}
 	if s.Variant != "" {
 		args = append(args, "-variant="+s.Variant)
@@ -154,7 +151,15 @@ func (s script) run(t *testing.T, b *bench, job func(*testing.T, ...string) *tes
 	if testing.Verbose() {
 		args = append(args, "-v")
 	}
-	result := job(t, args...)
+	return args
+}
+
+// run runs the scenario as a job of one of the bench's machines, and judges the result.
+func (s script) run(t *testing.T, b *bench, job func(*testing.T, ...string) *testkernel.Result) {
+	if b.commandsErr != nil && usesCommands.Match(s.Text) {
+		t.Fatal(b.commandsErr)
+	}
+	result := job(t, s.job()...)
 	t.Logf("took %v\n%s", result.Took.Round(time.Millisecond), result.Log)
 	switch result.Outcome {
 	case "pass":

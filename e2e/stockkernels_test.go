@@ -4,6 +4,8 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"regexp"
+	"runtime"
 	"strconv"
 	"sync"
 	"testing"
@@ -56,39 +58,135 @@ func stockKernels(t *testing.T) (*bench, *budget, []*stockkernel.Kernel) {
 	return b, left, kernels
 }
 
-// TestStockKernels runs scenarios on Debian's stock kernels: as many at once as there are processors (each machine keeps one busy), and where
-// the time is limited one after the other, in order.
+// TestStockKernels runs scenarios on Debian's stock kernels: several in each machine, as many machines at once as there are processors (each keeps one
+// busy), and where the time is limited one after the other, in order, in a machine each.
 func TestStockKernels(t *testing.T) {
 	b, left, kernels := stockKernels(t)
-	scripts, err := suite.Scripts(".")
+	only, err := regexp.Compile(os.Getenv(onlyVariable))
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, s := range scripts {
+	all, err := suite.Scripts(".")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var batches []stockBatch
+	for _, s := range all {
 		for _, kernel := range kernels {
-			name := s.Name() + "/" + kernel.Release()
-			t.Run(name, func(t *testing.T) {
-				if left.limit == 0 {
-					t.Parallel()
-				}
-				if !left.allows() {
-					t.Skipf("left out: %s, for want of time (%s=%s); make test-kernels runs it", name, stockVariable, os.Getenv(stockVariable))
-				}
-				start := time.Now()
-				defer func() { left.took(time.Since(start)) }()
-				r := suite.Result{Name: s.Name(), Cards: s.Cards(kernel.Cards())}
-				defer record(t, kernel, &r)
-				script{s}.run(t, b, func(t *testing.T, job ...string) *testkernel.Result {
-					result := b.boot(t, testkernel.Machine{Boot: kernel.Boot, Deadline: stockDeadline, Cards: r.Cards}, job...)
-					r.Seconds, r.Reason = result.Took.Seconds(), result.Reason
-					if result.Outcome == "fail" {
-						r.Reason = suite.WhereItFailed(result.Log)
-					}
-					return result
-				})
-			})
+			if only.MatchString(s.Name() + "/" + kernel.Release()) {
+				batches = append(batches, stockBatch{kernel, []suite.Script{s}})
+			}
 		}
 	}
+	workers := 1
+	if left.limit == 0 {
+		batches, workers = joined(batches), runtime.NumCPU()
+	}
+	queue := make(chan stockBatch, len(batches))
+	for _, batch := range batches {
+		queue <- batch
+	}
+	close(queue)
+	var done sync.WaitGroup
+	for range workers {
+		done.Go(func() {
+			for batch := range queue {
+				batch.run(t, b, left)
+			}
+		})
+	}
+	done.Wait()
+}
+
+// onlyVariable is a regular expression: of the scenarios NAME/VARIANT/RELEASE only those that it matches are run.
+const onlyVariable = "TSOAGENT_STOCK_ONLY"
+
+// stockBatch is what one machine runs.
+type stockBatch struct {
+	kernel  *stockkernel.Kernel
+	scripts []suite.Script
+}
+
+// joined puts scenarios of one kernel together, but for those that want a machine of their own.
+func joined(singles []stockBatch) (batches []stockBatch) {
+	const size = 8
+	open := map[*stockkernel.Kernel]int{} // the batch that isn't full yet
+	for _, single := range singles {
+		i, ok := open[single.kernel]
+		switch {
+		case single.scripts[0].Alone():
+			batches = append(batches, single)
+		case !ok || len(batches[i].scripts) == size:
+			open[single.kernel] = len(batches)
+			batches = append(batches, single)
+		default:
+			batches[i].scripts = append(batches[i].scripts, single.scripts[0])
+		}
+	}
+	return batches
+}
+
+// run runs the batch in one machine, and what that didn't get to in others, and reports each scenario under its name.
+func (batch stockBatch) run(t *testing.T, b *bench, left *budget) {
+	for scripts := batch.scripts; len(scripts) > 0; {
+		if name := scripts[0].Name() + "/" + batch.kernel.Release(); !left.allows() {
+			t.Run(name, func(t *testing.T) {
+				t.Skipf("left out: %s, for want of time (%s=%s); make test-kernels runs it", name, stockVariable, os.Getenv(stockVariable))
+			})
+			scripts = scripts[1:]
+			continue
+		}
+		start := time.Now()
+		results, err := batch.boot(t, b, scripts)
+		left.took(time.Since(start))
+		if err != nil {
+			results = []*testkernel.Result{{Outcome: "fail", Reason: "no machine", Log: err.Error()}}
+		}
+		for i, result := range results {
+			again := ""
+			if result.Outcome == "fail" && i > 0 {
+				// What came before it is not to blame for this.
+				if alone, err := batch.boot(t, b, scripts[i:i+1]); err == nil {
+					again, result = result.Log, alone[0]
+				}
+			}
+			batch.report(t, b, scripts[i], result, again)
+		}
+		scripts = scripts[len(results):]
+	}
+}
+
+// boot runs scenarios in one machine.
+func (batch stockBatch) boot(t *testing.T, b *bench, scripts []suite.Script) ([]*testkernel.Result, error) {
+	dir, err := os.MkdirTemp(workDir, "machine-")
+	if err != nil {
+		return nil, err
+	}
+	defer os.RemoveAll(dir)
+	machine := testkernel.Machine{Boot: batch.kernel.Boot, Binaries: b.binaries, Tree: b.tree, Dir: dir}
+	var jobs []testkernel.Job
+	for _, s := range scripts {
+		jobs = append(jobs, testkernel.Job{Args: script{s}.job(), Cards: s.Cards(batch.kernel.Cards())})
+	}
+	return machine.RunBatch(t.Context(), stockDeadline, jobs)
+}
+
+// report is the test of one scenario, and records what came of it. A log of a failure before means that it was run again, alone.
+func (batch stockBatch) report(t *testing.T, b *bench, s suite.Script, result *testkernel.Result, before string) {
+	t.Run(s.Name()+"/"+batch.kernel.Release(), func(t *testing.T) {
+		r := suite.Result{Name: s.Name(), Cards: s.Cards(batch.kernel.Cards()), Reason: result.Reason, Seconds: result.Took.Seconds()}
+		if result.Outcome == "fail" && r.Reason == "" {
+			r.Reason = suite.WhereItFailed(result.Log)
+		}
+		if before != "" {
+			t.Logf("failed behind others, and was run again alone: %s", before)
+			if result.Outcome == "pass" {
+				r.Reason = "alone; behind others it failed at " + suite.WhereItFailed(before)
+			}
+		}
+		defer record(t, batch.kernel, &r)
+		script{s}.run(t, b, func(*testing.T, ...string) *testkernel.Result { return result })
+	})
 }
 
 // resultsVariable names the file that gets what came of each scenario, for docs/kernels.md.

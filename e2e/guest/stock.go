@@ -49,7 +49,9 @@ func nameNICs(list string) error {
 		if !ok {
 			return fmt.Errorf("no card with the address %s for %s", address, name)
 		}
-		fmt.Fprintf(&batch, "link set %s name %s\n", device, name)
+		if device != name {
+			fmt.Fprintf(&batch, "link set %s down\nlink set %[1]s name %s\n", device, name)
+		}
 	}
 	cmd := exec.Command("/sbin/ip", "-batch", "-")
 	cmd.Stdin = strings.NewReader(batch.String())

@@ -136,11 +136,7 @@ func (k *Kernel) Boot(m *testkernel.Machine) (*exec.Cmd, error) {
 		return nil, fmt.Errorf("initramfs: %w", err)
 	}
 	var devices, names, drivers []string
-	cards := m.Cards
 	for i, n := range k.nics {
-		if m.Cards == nil {
-			cards = append(cards, n.name)
-		}
 		for j, end := range []struct{ tap, device, name string }{
 			{"near", n.device, n.name},
 			{"far", "virtio-net-pci", n.name + "-peer"},
@@ -174,7 +170,7 @@ func (k *Kernel) Boot(m *testkernel.Machine) (*exec.Cmd, error) {
 			"tsoagent.modules=" + filepath.Join(k.dir, "modules"),
 			"tsoagent.drivers=" + strings.Join(drivers, ","),
 			"tsoagent.nics=" + strings.Join(names, ","),
-			"tsoagent.cards=" + strings.Join(cards, ","),
+			"tsoagent.cards=" + strings.Join(k.Cards(), ","),
 			"tsoagent.patience=" + strconv.Itoa(patience),
 			"tsoagent.deadline=" + m.Deadline.String(),
 		}, " "),

@@ -94,3 +94,14 @@ func (s Script) Cards(all []string) []string {
 	first := int(crc32.ChecksumIEEE([]byte(s.Name())) % uint32(len(all)))
 	return slices.Concat(all[first:], all[:first])
 }
+
+// alone are the scenarios that want a machine of their own, and why.
+var alone = map[string]string{
+	"50-probe":      "the modules that a kernel has not loaded yet",
+	"60-probe":      "the modules that a kernel has not loaded yet",
+	"80-doctor":     "the modules that a kernel has not loaded yet",
+	"70-moved-card": "the machine's own namespace",
+}
+
+// Alone reports whether the scenario wants a machine of its own.
+func (s Script) Alone() bool { return alone[s.Name()] != "" }

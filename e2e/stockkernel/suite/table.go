@@ -176,6 +176,9 @@ func (t *table) cell(names []string, kernel string) string {
 		case r.Outcome == "pass":
 			t.passed++
 			text = "pass"
+			if r.Reason != "" {
+				text += ", " + r.Reason
+			}
 		case r.Outcome == "skip":
 			t.skipped++
 			text = r.Reason
