@@ -177,7 +177,11 @@ func (batch stockBatch) boot(t *testing.T, b *bench, scripts []suite.Script) ([]
 	for _, s := range scripts {
 		jobs = append(jobs, testkernel.Job{Args: script{s}.job(), Cards: s.Cards(batch.kernel.Cards())})
 	}
-	return machine.RunBatch(t.Context(), stockDeadline, jobs)
+	results, log, err := machine.RunBatch(t.Context(), stockDeadline, jobs)
+	if err == nil && len(results) < len(jobs) {
+		t.Logf("%s: %d of %d scenarios in this machine: %s", batch.kernel.Release(), len(results), len(jobs), log)
+	}
+	return results, err
 }
 
 // report is the test of one scenario, and records what came of it. A log of a failure before means that it was run again, alone.

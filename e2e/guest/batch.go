@@ -115,45 +115,58 @@ func alone() error {
 	return errors.Join(os.Mkdir("/run/netns", 0o755), os.Mkdir("/run/lock", 0o755))
 }
 
-// cleanUpTime is how long the kernel may take to let go of namespaces and modules. It does so by and by.
-const cleanUpTime = 2 * time.Minute
+// How long the kernel may take to let go of namespaces and modules, which it does by and by: of all that matters, and of what doesn't.
+const (
+	cleanUpTime = 2 * time.Minute
+	unloadTime  = 20 * time.Second
+)
 
 // cleanUp makes the machine what it was. The error says what can't be had back.
 func cleanUp(loaded []string, before string) error {
-	deadline := time.Now().Add(cleanUpTime)
+	start := time.Now()
 	killOthers(os.Getpid())
+	drivers := strings.FieldsFunc(os.Getenv("TSOAGENT_DRIVERS"), func(r rune) bool { return r == ',' })
+	// The cards' drivers go, too: what was set on a card goes with them.
+	var left []string
 	for ; ; time.Sleep(200 * time.Millisecond) {
-		err := restoreMachine(loaded, before)
-		if err == nil || time.Now().After(deadline) {
+		left = unload(func(name string) bool { return slices.Contains(loaded, name) && !slices.Contains(drivers, name) })
+		if len(left) == 0 || time.Since(start) > unloadTime {
+			break
+		}
+	}
+	for _, name := range left {
+		// With the first two, the kernel cuts elsewhere (KERNEL.md 3).
+		if name == "esp4_offload" || name == "esp6_offload" || slices.Contains(drivers, name) {
+			return fmt.Errorf("module %s stays", name)
+		}
+	}
+	if err := loadDrivers(strings.Join(drivers, ",")); err != nil {
+		return err
+	}
+	for ; ; time.Sleep(200 * time.Millisecond) {
+		err := nameNICs(os.Getenv("TSOAGENT_NICS"))
+		after := ""
+		if err == nil {
+			after, err = machineState()
+		}
+		if err == nil && before != after {
+			err = fmt.Errorf("the machine is not what it was:\n%s\nand was:\n%s", after, before)
+		}
+		if err == nil || time.Since(start) > cleanUpTime {
 			return err
 		}
 	}
 }
 
-// restoreMachine takes a step to what the machine was: the cards have their names, the modules are unloaded, and nothing is left in its own namespace.
-func restoreMachine(loaded []string, before string) error {
-	if err := nameNICs(os.Getenv("TSOAGENT_NICS")); err != nil {
-		return err
-	}
+// unload unloads the modules but those to keep, as far as nothing uses them, and returns those that are left.
+func unload(keep func(string) bool) []string {
+	var left []string
 	for _, name := range modules() {
-		if !slices.Contains(loaded, name) {
-			_ = unix.DeleteModule(name, unix.O_NONBLOCK) // one that is in use goes with the next look, behind what uses it
+		if !keep(name) && unix.DeleteModule(name, unix.O_NONBLOCK) != nil {
+			left = append(left, name)
 		}
 	}
-	for _, name := range modules() {
-		// With these, the kernel cuts elsewhere (KERNEL.md 3).
-		if (name == "esp4_offload" || name == "esp6_offload") && !slices.Contains(loaded, name) {
-			return fmt.Errorf("module %s stays", name)
-		}
-	}
-	after, err := machineState()
-	if err != nil {
-		return err
-	}
-	if before != after {
-		return fmt.Errorf("the machine is not what it was:\n%s\nand was:\n%s", after, before)
-	}
-	return nil
+	return left
 }
 
 // modules are the names of the modules that are loaded.

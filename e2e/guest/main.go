@@ -95,6 +95,7 @@ func initialise() error {
 			"TSOAGENT_TEST_KERNEL=1",
 			"TSOAGENT_DEADLINE=" + time.Now().Add(deadline).Format(time.RFC3339Nano),
 			"TSOAGENT_NICS=" + args["tsoagent.nics"],
+			"TSOAGENT_DRIVERS=" + args["tsoagent.drivers"],
 			"TSOAGENT_PATIENCE=" + args["tsoagent.patience"],
 			"TSOAGENT_CARDS=" + strings.ReplaceAll(args["tsoagent.cards"], ",", " "),
 		},

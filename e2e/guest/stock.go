@@ -25,11 +25,19 @@ func prepareStock(args map[string]string) error {
 	if err := os.WriteFile("/proc/sys/kernel/modprobe", []byte(loader), 0o644); err != nil {
 		return fmt.Errorf("modprobe: %w", err)
 	}
-	drivers := strings.FieldsFunc(args["tsoagent.drivers"], func(r rune) bool { return r == ',' })
-	if out, err := exec.Command(loader, drivers...).CombinedOutput(); err != nil {
-		return fmt.Errorf("drivers: %w: %s", err, out)
+	if err := loadDrivers(args["tsoagent.drivers"]); err != nil {
+		return err
 	}
 	return nameNICs(args["tsoagent.nics"])
+}
+
+// loadDrivers loads the modules in a list with commas.
+func loadDrivers(list string) error {
+	drivers := strings.FieldsFunc(list, func(r rune) bool { return r == ',' })
+	if out, err := exec.Command(filepath.Join(binDir, "loader"), drivers...).CombinedOutput(); err != nil {
+		return fmt.Errorf("drivers: %w: %s", err, out)
+	}
+	return nil
 }
 
 // nameNICs gives each card the name that goes with its address. The kernel's own names follow the order in which the drivers came up.

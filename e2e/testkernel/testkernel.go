@@ -108,8 +108,8 @@ type Job struct {
 }
 
 // RunBatch boots the machine for several jobs, each of which may take so long. The results of those that ran are in their order; there are fewer than
-// jobs where the machine could not be made what it was (e2e/guest/batch.go), or ended. The error says why there is not a single one.
-func (m *Machine) RunBatch(ctx context.Context, each time.Duration, jobs []Job) ([]*Result, error) {
+// jobs where the machine could not be made what it was (e2e/guest/batch.go), or ended: the log says why. The error says why there is not a single one.
+func (m *Machine) RunBatch(ctx context.Context, each time.Duration, jobs []Job) (results []*Result, log string, err error) {
 	words := []string{"batch", "DEADLINE=" + each.String()}
 	for i, job := range jobs {
 		if i > 0 {
@@ -123,9 +123,8 @@ func (m *Machine) RunBatch(ctx context.Context, each time.Duration, jobs []Job) 
 	m.Deadline = time.Duration(len(jobs)) * (each + time.Minute)
 	machine, err := m.Run(ctx, words...)
 	if machine == nil {
-		return nil, err
+		return nil, "", err
 	}
-	var results []*Result
 	for i := range jobs {
 		dir := filepath.Join(m.Dir, strconv.Itoa(i))
 		text, failed := os.ReadFile(filepath.Join(dir, "result"))
@@ -142,9 +141,9 @@ func (m *Machine) RunBatch(ctx context.Context, each time.Duration, jobs []Job) 
 		results = append(results, r)
 	}
 	if results == nil {
-		return nil, errors.Join(errors.New("the machine ran nothing"), err, errors.New(machine.Console+machine.Log))
+		return nil, "", errors.Join(errors.New("the machine ran nothing"), err, errors.New(machine.Console+machine.Log))
 	}
-	return results, nil
+	return results, machine.Log, nil
 }
 
 const (
