@@ -63,7 +63,7 @@ func stockKernels(t *testing.T) (*bench, *budget, []*stockkernel.Kernel) {
 // busy), and where the time is limited one after the other, in order, in a machine each.
 func TestStockKernels(t *testing.T) {
 	b, left, kernels := stockKernels(t)
-	only, err := regexp.Compile(os.Getenv(onlyVariable))
+	wanted, err := wantedScenarios()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -75,7 +75,7 @@ func TestStockKernels(t *testing.T) {
 	for _, s := range all {
 		for _, kernel := range kernels {
 			switch name := s.Name() + "/" + kernel.Release(); {
-			case !only.MatchString(name):
+			case !wanted(s.Name(), kernel.Release()):
 			case slices.Contains(stockkernel.AllCards(), s.Variant) && !slices.Contains(kernel.Cards(), s.Variant):
 				t.Run(name, func(t *testing.T) {
 					r := suite.Result{Name: s.Name(), Reason: fmt.Sprintf("no %s in this QEMU", s.Variant)}
@@ -107,8 +107,31 @@ func TestStockKernels(t *testing.T) {
 	done.Wait()
 }
 
-// onlyVariable is a regular expression: of the scenarios NAME/VARIANT/RELEASE only those that it matches are run.
-const onlyVariable = "TSOAGENT_STOCK_ONLY"
+// onlyVariable is a regular expression: of the scenarios NAME/VARIANT/RELEASE only those that it matches are run. And where missingVariable is set, only
+// those of them that have not passed yet, by the file of results.
+const (
+	onlyVariable    = "TSOAGENT_STOCK_ONLY"
+	missingVariable = "TSOAGENT_STOCK_MISSING"
+)
+
+// wantedScenarios returns which of the scenarios are to be run on which kernel.
+func wantedScenarios() (func(name, release string) bool, error) {
+	only, err := regexp.Compile(os.Getenv(onlyVariable))
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", onlyVariable, err)
+	}
+	passed := map[string]bool{}
+	if os.Getenv(missingVariable) != "" {
+		results, err := suite.Read(os.Getenv(resultsVariable))
+		if err != nil {
+			return nil, err
+		}
+		for _, r := range results {
+			passed[r.Name+"/"+r.Kernel] = r.Outcome == "pass"
+		}
+	}
+	return func(name, release string) bool { return only.MatchString(name+"/"+release) && !passed[name+"/"+release] }, nil
+}
 
 // stockBatch is what one machine runs.
 type stockBatch struct {
