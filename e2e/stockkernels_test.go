@@ -130,7 +130,9 @@ func wantedScenarios() (func(name, release string) bool, error) {
 			passed[r.Name+"/"+r.Kernel] = r.Outcome == "pass"
 		}
 	}
-	return func(name, release string) bool { return only.MatchString(name+"/"+release) && !passed[name+"/"+release] }, nil
+	return func(name, release string) bool {
+		return only.MatchString(name+"/"+release) && !passed[name+"/"+release]
+	}, nil
 }
 
 // stockBatch is what one machine runs.
