@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"tsoagent/e2e/stockkernel/suite"
 	"tsoagent/e2e/testkernel"
 )
 
@@ -115,7 +116,7 @@ func TestScenarios(t *testing.T) {
 	}
 	for _, file := range files {
 		for _, s := range variantsOf(t, file) {
-			t.Run(s.name(), func(t *testing.T) {
+			t.Run(s.Name(), func(t *testing.T) {
 				t.Parallel()
 				b := newBench(t)
 				s.run(t, b, b.run)
@@ -125,53 +126,40 @@ func TestScenarios(t *testing.T) {
 }
 
 // script is a scenario, or one variant of it.
-type script struct {
-	file, variant string
-	text          []byte
-}
+type script struct{ suite.Script }
 
 // variantsOf returns the scenario in a file once for each of its variants.
 func variantsOf(t *testing.T, file string) []script {
 	t.Helper()
-	text, err := os.ReadFile(file)
+	variants, err := suite.Variants(".", file)
 	if err != nil {
 		t.Fatal(err)
 	}
 	var scripts []script
-	for _, v := range variantFile.FindAllSubmatch(text, -1) {
-		scripts = append(scripts, script{file, string(v[1]), text})
-	}
-	if scripts == nil {
-		scripts = []script{{file, "", text}}
+	for _, v := range variants {
+		scripts = append(scripts, script{v})
 	}
 	return scripts
 }
 
-// name is the test's.
-func (s script) name() string {
-	name := strings.TrimSuffix(filepath.Base(s.file), ".txtar")
-	if s.variant != "" {
-		name += "/" + s.variant
-	}
-	return name
-}
-
-// variantFile is the head of a file that sets the environment of one variant of a scenario.
-var variantFile = regexp.MustCompile(`(?m)^-- variant-([\w-]+)\.env --$`)
-
-// run runs the scenario as a job of one of the bench's machines, and judges the result.
-func (s script) run(t *testing.T, b *bench, job func(*testing.T, ...string) *testkernel.Result) {
-	if b.commandsErr != nil && usesCommands.Match(s.text) {
-		t.Fatal(b.commandsErr)
-	}
-	args := []string{"scenario", filepath.Join("e2e", s.file)}
-	if s.variant != "" {
-		args = append(args, "-variant="+s.variant)
+// job is what a machine is told to run it.
+func (s script) job() []string {
+	args := []string{"scenario", filepath.Join("e2e", s.File)}
+	if s.Variant != "" {
+		args = append(args, "-variant="+s.Variant)
 	}
 	if testing.Verbose() {
 		args = append(args, "-v")
 	}
-	result := job(t, args...)
+	return args
+}
+
+// run runs the scenario as a job of one of the bench's machines, and judges the result.
+func (s script) run(t *testing.T, b *bench, job func(*testing.T, ...string) *testkernel.Result) {
+	if b.commandsErr != nil && usesCommands.Match(s.Text) {
+		t.Fatal(b.commandsErr)
+	}
+	result := job(t, s.job()...)
 	t.Logf("took %v\n%s", result.Took.Round(time.Millisecond), result.Log)
 	switch result.Outcome {
 	case "pass":

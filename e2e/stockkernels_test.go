@@ -4,34 +4,35 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
+	"regexp"
+	"runtime"
+	"slices"
 	"strconv"
 	"sync"
 	"testing"
 	"time"
 
 	"tsoagent/e2e/stockkernel"
+	"tsoagent/e2e/stockkernel/suite"
 	"tsoagent/e2e/testkernel"
 )
 
 // stockVersions are Debian's kernels that the scenarios run on: bookworm's own, and the newer one in its security suite.
 var stockVersions = []string{"6.1", "6.12"}
 
-// stockScripts are the scenarios for them: those that need what the test kernel lacks, and the story, with real cards. Where the
-// time is short the last ones are left out.
-var stockScripts = []string{"testdata/stockkernel/*.txtar", "testdata/scenarios/10-story.txtar"}
-
 // stockVariable is all, or for how many seconds the stock kernels may take. Without it they are left out.
 const stockVariable = "TSOAGENT_STOCK_KERNELS"
 
 // stockDeadline ends a scenario that hangs. Emulation is slow, and slower beside others.
-const stockDeadline = 10 * time.Minute
+const stockDeadline = 20 * time.Minute
 
 // stockBudget is the one budget of all that runs on stock kernels.
 var stockBudget = sync.OnceValues(func() (*budget, error) { return newBudget(os.Getenv(stockVariable)) })
 
-// TestStockKernels runs scenarios on Debian's stock kernels, one after the other: each machine keeps two processors busy.
-func TestStockKernels(t *testing.T) {
+// stockKernels returns the bench and the kernels to run on. It skips the test where stock kernels are left out, and fails or skips a subtest for
+// each kernel that isn't there.
+func stockKernels(t *testing.T) (*bench, *budget, []*stockkernel.Kernel) {
+	t.Helper()
 	left, err := stockBudget()
 	if err != nil {
 		t.Fatal(err)
@@ -55,50 +56,208 @@ func TestStockKernels(t *testing.T) {
 		}
 		kernels = append(kernels, kernel)
 	}
-	for _, script := range stockScenarios(t) {
+	return b, left, kernels
+}
+
+// TestStockKernels runs scenarios on Debian's stock kernels: several in each machine, as many machines at once as there are processors (each keeps one
+// busy), and where the time is limited one after the other, in order, in a machine each.
+func TestStockKernels(t *testing.T) {
+	b, left, kernels := stockKernels(t)
+	wanted, err := wantedScenarios()
+	if err != nil {
+		t.Fatal(err)
+	}
+	all, err := suite.Scripts(".")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var batches []stockBatch
+	for _, s := range all {
 		for _, kernel := range kernels {
-			name := script.name() + "/" + kernel.Release()
-			t.Run(name, func(t *testing.T) {
-				if !left.allows() {
-					t.Skipf("left out: %s, for want of time (%s=%s); make test-kernels runs it", name, stockVariable, os.Getenv(stockVariable))
-				}
-				start := time.Now()
-				defer func() { left.took(time.Since(start)) }()
-				script.run(t, b, func(t *testing.T, job ...string) *testkernel.Result {
-					return b.boot(t, testkernel.Machine{Boot: kernel.Boot, Deadline: stockDeadline}, job...)
+			switch name := s.Name() + "/" + kernel.Release(); {
+			case !wanted(s.Name(), kernel.Release()):
+			case slices.Contains(stockkernel.AllCards(), s.Variant) && !slices.Contains(kernel.Cards(), s.Variant):
+				t.Run(name, func(t *testing.T) {
+					r := suite.Result{Name: s.Name(), Reason: fmt.Sprintf("no %s in this QEMU", s.Variant)}
+					defer record(t, kernel, &r)
+					t.Skipf("%s needs a newer QEMU: %s has no such card", s.Name(), kernel.Emulator())
 				})
-			})
+			default:
+				batches = append(batches, stockBatch{kernel, []suite.Script{s}})
+			}
 		}
+	}
+	workers := 1
+	if left.limit == 0 {
+		batches, workers = joined(batches), runtime.NumCPU()
+	}
+	queue := make(chan stockBatch, len(batches))
+	for _, batch := range batches {
+		queue <- batch
+	}
+	close(queue)
+	var done sync.WaitGroup
+	for range workers {
+		done.Go(func() {
+			for batch := range queue {
+				batch.run(t, b, left)
+			}
+		})
+	}
+	done.Wait()
+}
+
+// onlyVariable is a regular expression: of the scenarios NAME/VARIANT/RELEASE only those that it matches are run. And where missingVariable is set, only
+// those of them that have not passed yet, by the file of results.
+const (
+	onlyVariable    = "TSOAGENT_STOCK_ONLY"
+	missingVariable = "TSOAGENT_STOCK_MISSING"
+)
+
+// wantedScenarios returns which of the scenarios are to be run on which kernel.
+func wantedScenarios() (func(name, release string) bool, error) {
+	only, err := regexp.Compile(os.Getenv(onlyVariable))
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", onlyVariable, err)
+	}
+	passed := map[string]bool{}
+	if os.Getenv(missingVariable) != "" {
+		results, err := suite.Read(os.Getenv(resultsVariable))
+		if err != nil {
+			return nil, err
+		}
+		for _, r := range results {
+			passed[r.Name+"/"+r.Kernel] = r.Outcome == "pass"
+		}
+	}
+	return func(name, release string) bool {
+		return only.MatchString(name+"/"+release) && !passed[name+"/"+release]
+	}, nil
+}
+
+// stockBatch is what one machine runs.
+type stockBatch struct {
+	kernel  *stockkernel.Kernel
+	scripts []suite.Script
+}
+
+// joined puts scenarios of one kernel together, but for those that want a machine of their own.
+func joined(singles []stockBatch) (batches []stockBatch) {
+	const size = 8
+	open := map[*stockkernel.Kernel]int{} // the batch that isn't full yet
+	for _, single := range singles {
+		i, ok := open[single.kernel]
+		switch {
+		case single.scripts[0].Alone():
+			batches = append(batches, single)
+		case !ok || len(batches[i].scripts) == size:
+			open[single.kernel] = len(batches)
+			batches = append(batches, single)
+		default:
+			batches[i].scripts = append(batches[i].scripts, single.scripts[0])
+		}
+	}
+	return batches
+}
+
+// run runs the batch in one machine, and what that didn't get to in others, and reports each scenario under its name.
+func (batch stockBatch) run(t *testing.T, b *bench, left *budget) {
+	for scripts := batch.scripts; len(scripts) > 0; {
+		if name := scripts[0].Name() + "/" + batch.kernel.Release(); !left.allows() {
+			t.Run(name, func(t *testing.T) {
+				t.Skipf("left out: %s, for want of time (%s=%s); make test-kernels runs it", name, stockVariable, os.Getenv(stockVariable))
+			})
+			scripts = scripts[1:]
+			continue
+		}
+		start := time.Now()
+		results, err := batch.boot(t, b, scripts)
+		left.took(time.Since(start))
+		if err != nil {
+			results = []*testkernel.Result{{Outcome: "fail", Reason: "no machine", Log: err.Error()}}
+		}
+		for i, result := range results {
+			again := ""
+			if result.Outcome == "fail" && i > 0 {
+				// What came before it is not to blame for this.
+				if alone, err := batch.boot(t, b, scripts[i:i+1]); err == nil {
+					again, result = result.Log, alone[0]
+				}
+			}
+			batch.report(t, b, scripts[i], result, again)
+		}
+		scripts = scripts[len(results):]
 	}
 }
 
-// stockPackages are those whose tests run on stock kernels, too: all of their tests, since the host's kernel may lack what they are about.
-// User-mode Linux has no BPF tracing, and not every guest lets its kernel's functions be traced.
-var stockPackages = []string{"sockopt/sockbpf", "wire"}
+// boot runs scenarios in one machine.
+func (batch stockBatch) boot(t *testing.T, b *bench, scripts []suite.Script) ([]*testkernel.Result, error) {
+	dir, err := os.MkdirTemp(workDir, "machine-")
+	if err != nil {
+		return nil, err
+	}
+	defer os.RemoveAll(dir)
+	machine := testkernel.Machine{Boot: batch.kernel.Boot, Binaries: b.binaries, Tree: b.tree, Dir: dir}
+	var jobs []testkernel.Job
+	for _, s := range scripts {
+		jobs = append(jobs, testkernel.Job{Args: script{s}.job(), Cards: s.Cards(batch.kernel.Cards())})
+	}
+	results, log, err := machine.RunBatch(t.Context(), stockDeadline, jobs)
+	if err == nil && len(results) < len(jobs) {
+		t.Logf("%s: %d of %d scenarios in this machine: %s", batch.kernel.Release(), len(results), len(jobs), log)
+	}
+	return results, err
+}
+
+// report is the test of one scenario, and records what came of it. A log of a failure before means that it was run again, alone.
+func (batch stockBatch) report(t *testing.T, b *bench, s suite.Script, result *testkernel.Result, before string) {
+	t.Run(s.Name()+"/"+batch.kernel.Release(), func(t *testing.T) {
+		r := suite.Result{Name: s.Name(), Cards: s.Cards(batch.kernel.Cards()), Reason: result.Reason, Seconds: result.Took.Seconds()}
+		if result.Outcome == "fail" && r.Reason == "" {
+			r.Reason = suite.WhereItFailed(result.Log)
+		}
+		if before != "" {
+			t.Logf("failed behind others, and was run again alone: %s", before)
+			if result.Outcome == "pass" {
+				r.Reason = "alone; behind others it failed at " + suite.WhereItFailed(before)
+			}
+		}
+		defer record(t, batch.kernel, &r)
+		script{s}.run(t, b, func(*testing.T, ...string) *testkernel.Result { return result })
+	})
+}
+
+// resultsVariable names the file that gets what came of each scenario, for docs/kernels.md.
+const resultsVariable = "TSOAGENT_STOCK_RESULTS"
+
+// record adds to the file of results what came of the test, whose end it is.
+func record(t *testing.T, kernel *stockkernel.Kernel, r *suite.Result) {
+	file := os.Getenv(resultsVariable)
+	if file == "" {
+		return
+	}
+	r.Kernel, r.Emulator, r.Tree = kernel.Release(), kernel.Emulator(), os.Getenv("TSOAGENT_STOCK_TREE")
+	switch {
+	case t.Failed():
+		r.Outcome = "fail"
+		if r.Reason == "" {
+			r.Reason = "no result" // the machine ended without one
+		}
+	case t.Skipped():
+		r.Outcome = "skip"
+	default:
+		r.Outcome = "pass"
+	}
+	if err := r.Append(file); err != nil {
+		t.Error(err)
+	}
+}
 
 // TestPackagesInStockKernels runs packages' tests on stock kernels, and reports each of them under its name.
 func TestPackagesInStockKernels(t *testing.T) {
-	left, err := stockBudget()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if left == nil {
-		t.Skip("stock kernels are left out: make test-kernels runs them")
-	}
-	b, err := sharedBench()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := stockkernel.BuildLoader(t.Context(), b.tree, b.binaries); err != nil {
-		t.Fatal(err)
-	}
-	for _, version := range stockVersions {
-		kernel, err := stockkernel.Find(t.Context(), b.tree, version)
-		if err != nil {
-			t.Run(version, func(t *testing.T) { skipOrFail(t, err) })
-			continue
-		}
-		for _, pkg := range stockPackages {
+	b, left, kernels := stockKernels(t)
+	for _, kernel := range kernels {
+		for _, pkg := range suite.Packages {
 			t.Run(pkg+"/"+kernel.Release(), func(t *testing.T) {
 				if !left.allows() {
 					t.Skipf("left out for want of time (%s=%s); make test-kernels runs it", stockVariable, os.Getenv(stockVariable))
@@ -108,10 +267,16 @@ func TestPackagesInStockKernels(t *testing.T) {
 					t.Fatal(err)
 				}
 				start := time.Now()
+				r := suite.Result{Name: pkg}
+				defer record(t, kernel, &r)
 				result := b.boot(t, testkernel.Machine{Boot: kernel.Boot, Deadline: stockDeadline},
 					// The compiler isn't the kernel's affair.
 					"test", pkg, binary, "-test.v", "-test.skip", "Reproducible", "-test.timeout", (stockDeadline - 10*time.Second).String())
 				left.took(time.Since(start))
+				r.Seconds = result.Took.Seconds()
+				if result.Outcome == "fail" {
+					r.Reason = "see what `make test-kernels` prints"
+				}
 				reportTests(t, result)
 			})
 		}
@@ -127,25 +292,11 @@ func skipOrFail(t *testing.T, err error) {
 	t.Fatal(err)
 }
 
-// stockScenarios returns all scenarios for stock kernels, in order.
-func stockScenarios(t *testing.T) []script {
-	t.Helper()
-	var scripts []script
-	for _, pattern := range stockScripts {
-		files, err := filepath.Glob(pattern)
-		if err != nil || len(files) == 0 {
-			t.Fatalf("no scenarios in %s: %v", pattern, err)
-		}
-		for _, file := range files {
-			scripts = append(scripts, variantsOf(t, file)...)
-		}
-	}
-	return scripts
-}
-
 // budget is a time that jobs share.
 type budget struct {
-	limit   time.Duration // 0 for none
+	limit time.Duration // 0 for none
+
+	mu      sync.Mutex
 	used    time.Duration
 	longest time.Duration // that a job took so far
 }
@@ -166,10 +317,16 @@ func newBudget(text string) (*budget, error) {
 }
 
 // allows reports whether another job, which may take as long as the longest one did, still has its time.
-func (b *budget) allows() bool { return b.limit == 0 || b.used+b.longest < b.limit }
+func (b *budget) allows() bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.limit == 0 || b.used+b.longest < b.limit
+}
 
 // took counts a job.
 func (b *budget) took(d time.Duration) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
 	b.used += d
 	b.longest = max(b.longest, d)
 }

@@ -4,31 +4,22 @@ package churn
 
 import (
 	"fmt"
-	"os"
 	"os/exec"
-	"path/filepath"
 	"testing"
-
-	"golang.org/x/sys/unix"
 
 	"tsoagent/e2e/harness"
 )
 
-var host = harness.Harness{
-	Name: "churn", More: unix.CLONE_NEWNET, Wants: "mount, PID and network namespaces",
-	Settle: func() error { return unix.Mount("tmpfs", "/run", "tmpfs", 0, "") },
-}
+var host = harness.Network("churn", harness.EmptyRun)
 
 func TestMain(m *testing.M) { host.Main(m) }
 
 // build builds the binaries, and returns their directory.
 func build(t *testing.T) string {
 	t.Helper()
-	bin := filepath.Join(host.WorkDir(), "bin")
-	cmd := exec.Command("go", "build", "-buildvcs=false", "-o", bin+"/", "tsoagent/cmd/...")
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := cmd.CombinedOutput(); err != nil {
-		t.Fatalf("%v\n%s", err, out)
+	bin, err := host.Build("tsoagent/cmd/...")
+	if err != nil {
+		t.Fatal(err)
 	}
 	return bin
 }

@@ -1,7 +1,6 @@
 package fleets
 
 import (
-	"bytes"
 	"fmt"
 	"io"
 	"net/http"
@@ -11,28 +10,11 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"sync"
 	"syscall"
 	"testing"
+
+	"tsoagent/e2e/harness"
 )
-
-// buffer is safe for concurrent use.
-type buffer struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
-
-func (l *buffer) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.Write(p)
-}
-
-func (l *buffer) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.String()
-}
 
 // image makes the root of the container as the Containerfile says it, and returns the entry point.
 func image(t *testing.T, root string) string {
@@ -66,7 +48,7 @@ func image(t *testing.T, root string) string {
 }
 
 // start runs the DaemonSet's container, with its arguments, environment, mounts and capabilities, until the test ends.
-func start(t *testing.T, address string) *buffer {
+func start(t *testing.T, address string) *harness.Log {
 	t.Helper()
 	host.Need(t, map[string]string{"ip": "iproute2", "capsh": "libcap2-bin", "unshare": "util-linux"})
 	objects := built(t, "base")
@@ -111,7 +93,7 @@ exec capsh --drop="$drop" --no-new-privs --chroot="$root" --shell="$entry" -- "$
 		}
 		cmd.Env = append(cmd.Env, e.Name+"="+strings.NewReplacer(values...).Replace(value))
 	}
-	said := new(buffer)
+	said := new(harness.Log)
 	cmd.Env = append(cmd.Env, "PATH="+os.Getenv("PATH"))
 	cmd.Stdout, cmd.Stderr = said, said
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}

@@ -6,13 +6,13 @@ import (
 	"net/http"
 	"net/url"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"regexp"
 	"strconv"
 	"strings"
-	"syscall"
 	"testing"
+
+	"tsoagent/e2e/harness"
 )
 
 const prometheusAddress = "127.0.0.1:19090"
@@ -33,30 +33,12 @@ func prometheus(t *testing.T, target string) {
 			t.Fatal(err)
 		}
 	}
-	config := filepath.Join(dir, "prometheus.yml")
-	text := fmt.Sprintf(`global: { scrape_interval: 250ms, scrape_timeout: 250ms, evaluation_interval: 250ms }
+	harness.Prometheus(t, prometheusAddress, fmt.Sprintf(`global: { scrape_interval: 250ms, scrape_timeout: 250ms, evaluation_interval: 250ms }
 rule_files: [%q, %q]
 scrape_configs:
   - job_name: tsoagent
     static_configs: [{ targets: [%q], labels: { instance: one } }, { targets: [%q], labels: { instance: two } }]
-`, files[0], files[1], target, target)
-	if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	said := new(buffer)
-	cmd := exec.Command("prometheus", "--config.file="+config, "--storage.tsdb.path="+filepath.Join(dir, "data"), "--web.listen-address="+prometheusAddress)
-	cmd.Stdout, cmd.Stderr = said, said
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		_ = cmd.Process.Signal(syscall.SIGTERM)
-		_ = cmd.Wait()
-		if t.Failed() {
-			t.Logf("Prometheus:\n%s", said)
-		}
-	})
+`, files[0], files[1], target, target))
 }
 
 // query is the only value that an expression has, -1 for none.

@@ -16,11 +16,14 @@ import (
 //
 //	scenario FILE [-v] [-variant=NAME]   a txtar script under /mnt/src
 //	test DIR BINARY ARGS...              a compiled Go test, run in DIR under /mnt/src
+//	batch JOB... + JOB... ...            several jobs one after the other (batch.go)
 func runJob(args []string) int {
 	result := "fail"
 	switch {
 	case len(args) >= 2 && args[0] == "scenario":
 		result = runScenario(args[1], args[2:])
+	case len(args) >= 1 && args[0] == "batch":
+		result = runBatch(args[1:])
 	case len(args) >= 3 && args[0] == "test":
 		result = runTest(args[1], args[2], args[3:])
 	default:
@@ -40,7 +43,7 @@ func runScenario(file string, flags []string) string {
 			variant = name
 		}
 	}
-	steps, err := os.Create(filepath.Join(exchangeDir, "steps"))
+	steps, err := os.Create(filepath.Join(resultDir(), "steps"))
 	if err != nil {
 		fmt.Println("guest: steps:", err)
 		return "fail"

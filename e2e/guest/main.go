@@ -22,6 +22,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -43,6 +44,14 @@ func init() { runtime.LockOSThread() }
 
 func main() {
 	if os.Getpid() != 1 {
+		if len(os.Args) > 1 && os.Args[1] == "alone" {
+			if err := alone(); err != nil {
+				fmt.Println("guest:", err)
+				writeResult("fail")
+				os.Exit(1)
+			}
+			os.Args = os.Args[1:]
+		}
 		os.Exit(runJob(os.Args[1:]))
 	}
 	if err := initialise(); err != nil {
@@ -81,11 +90,14 @@ func initialise() error {
 	child, err := os.StartProcess(self, argv, &os.ProcAttr{
 		Dir: "/",
 		Env: []string{
-			"PATH=" + binDir + ":/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+			"PATH=" + binDir + ":" + filepath.Join(sourceDir, "e2e", "guest", "bin") + ":/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
 			"HOME=/root", "TERM=dumb", "LC_ALL=C.UTF-8", "GOTRACEBACK=all",
 			"TSOAGENT_TEST_KERNEL=1",
 			"TSOAGENT_DEADLINE=" + time.Now().Add(deadline).Format(time.RFC3339Nano),
+			"TSOAGENT_NICS=" + args["tsoagent.nics"],
+			"TSOAGENT_DRIVERS=" + args["tsoagent.drivers"],
 			"TSOAGENT_PATIENCE=" + args["tsoagent.patience"],
+			"TSOAGENT_CARDS=" + strings.ReplaceAll(args["tsoagent.cards"], ",", " "),
 		},
 		Files: []*os.File{os.Stdin, logFile, logFile},
 	})
@@ -97,7 +109,7 @@ func initialise() error {
 	// If that doesn't end it either, the machine goes.
 	time.AfterFunc(deadline, func() {
 		fmt.Fprintln(logFile, "guest: deadline of", deadline, "passed, killing what runs")
-		killChildrenOf(child.Pid)
+		killOthers(child.Pid)
 	})
 	time.AfterFunc(deadline+3*time.Second, func() {
 		fmt.Fprintln(logFile, "guest: deadline passed, power off")
@@ -122,15 +134,15 @@ func initialise() error {
 	}
 }
 
-// killChildrenOf kills every process but 1 and pid.
-func killChildrenOf(pid int) {
+// killOthers kills every process but 1 and those that are named.
+func killOthers(but ...int) {
 	entries, err := os.ReadDir("/proc")
 	if err != nil {
 		return
 	}
 	for _, entry := range entries {
 		var p int
-		if _, err := fmt.Sscan(entry.Name(), &p); err != nil || p == 1 || p == pid {
+		if _, err := fmt.Sscan(entry.Name(), &p); err != nil || p == 1 || slices.Contains(but, p) {
 			continue
 		}
 		_ = unix.Kill(p, unix.SIGKILL) // kernel threads don't mind
@@ -238,8 +250,19 @@ func mount(source, target, fstype, data string) error {
 	return nil
 }
 
+// resultDir is where the results of a job go.
+func resultDir() string {
+	if dir := os.Getenv(resultVariable); dir != "" {
+		return dir
+	}
+	return exchangeDir
+}
+
+// resultVariable says where else than in exchangeDir the results of a job go, if it is one of several.
+const resultVariable = "TSOAGENT_RESULT"
+
 func writeResult(text string) {
-	if err := os.WriteFile(filepath.Join(exchangeDir, "result"), []byte(text+"\n"), 0o644); err != nil {
+	if err := os.WriteFile(filepath.Join(resultDir(), "result"), []byte(text+"\n"), 0o644); err != nil {
 		fmt.Println("guest: result:", err)
 	}
 }

@@ -3,14 +3,18 @@
 package harness
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"os"
 	"os/exec"
 	"os/signal"
+	"path/filepath"
 	"runtime"
+	"sync"
 	"syscall"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -26,6 +30,64 @@ type Harness struct {
 	Settle func() error
 
 	missing, workDir string
+}
+
+// Network returns a harness whose tests have a network namespace of their own, too, in which their addresses, routes and devices are nobody else's.
+func Network(name string, settle func() error) *Harness {
+	return &Harness{Name: name, More: unix.CLONE_NEWNET, Wants: "mount, PID and network namespaces", Settle: settle}
+}
+
+// Loopback, a Settle, sets the loopback device up.
+func Loopback() error {
+	if out, err := exec.Command("ip", "link", "set", "lo", "up").CombinedOutput(); err != nil {
+		return fmt.Errorf("ip link set lo up: %w: %s", err, out)
+	}
+	return nil
+}
+
+// EmptyRun, a Settle, hides what the machine has in /run.
+func EmptyRun() error { return unix.Mount("tmpfs", "/run", "tmpfs", 0, "") }
+
+// Build builds commands of this project as the Makefile does, into a directory of WorkDir, which it returns. The words are those behind `go build -o`:
+// flags and packages.
+func (h *Harness) Build(words ...string) (string, error) {
+	bin := filepath.Join(h.workDir, "bin")
+	cmd := exec.Command("go", append([]string{"build", "-buildvcs=false", "-o", bin + "/"}, words...)...)
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return "", fmt.Errorf("go build: %w: %s", err, out)
+	}
+	return bin, nil
+}
+
+// Within waits until ok, and fails the test if that doesn't come within d.
+func Within(t testing.TB, d time.Duration, what string, ok func() bool) {
+	t.Helper()
+	for end := time.Now().Add(d); !ok(); time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("not within %s: %s", d, what)
+		}
+	}
+}
+
+// A Log is what a program says. It is safe for concurrent use.
+type Log struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+// Write implements io.Writer.
+func (l *Log) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(p)
+}
+
+// String is all that was said so far.
+func (l *Log) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.String()
 }
 
 // Missing is why this machine can't run the tests that need the namespaces, or empty.

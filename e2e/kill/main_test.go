@@ -7,20 +7,14 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"sync"
 	"testing"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"tsoagent/e2e/harness"
 )
 
-var host = harness.Harness{
-	Name: "kill", More: unix.CLONE_NEWNET, Wants: "mount, PID and network namespaces",
-	Settle: func() error { return unix.Mount("tmpfs", "/run", "tmpfs", 0, "") },
-}
+var host = harness.Network("kill", harness.EmptyRun)
 
 func TestMain(m *testing.M) { host.Main(m) }
 
@@ -29,8 +23,7 @@ const patience = 60 * time.Second
 
 // binaries builds the commands with their failpoints, once, and returns their directory.
 var binaries = sync.OnceValues(func() (string, error) {
-	bin := filepath.Join(host.WorkDir(), "bin")
-	return bin, build(bin+"/", "-tags", "failpoint", "tsoagent/cmd/tsoagent", "tsoagent/cmd/tsoctl")
+	return host.Build("-tags", "failpoint", "tsoagent/cmd/tsoagent", "tsoagent/cmd/tsoctl")
 })
 
 // build builds what args say, as the Makefile does.

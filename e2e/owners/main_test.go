@@ -4,22 +4,16 @@
 package owners
 
 import (
-	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"sync"
 	"testing"
 
-	"golang.org/x/sys/unix"
-
 	"tsoagent/e2e/harness"
 )
 
-var host = harness.Harness{
-	Name: "owners", More: unix.CLONE_NEWNET, Wants: "mount, PID and network namespaces",
-	Settle: func() error { return unix.Mount("tmpfs", "/run", "tmpfs", 0, "") },
-}
+var host = harness.Network("owners", harness.EmptyRun)
 
 func TestMain(m *testing.M) { host.Main(m) }
 
@@ -32,13 +26,7 @@ var commands = sync.OnceValues(func() (string, error) {
 		path, err := exec.LookPath("tsoagent")
 		return filepath.Dir(path), err
 	}
-	bin := filepath.Join(host.WorkDir(), "bin")
-	cmd := exec.Command("go", "build", "-buildvcs=false", "-o", bin+"/", "tsoagent/cmd/tsoagent", "tsoagent/cmd/tsoctl")
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := cmd.CombinedOutput(); err != nil {
-		return "", fmt.Errorf("go build: %w: %s", err, out)
-	}
-	return bin, nil
+	return host.Build("tsoagent/cmd/tsoagent", "tsoagent/cmd/tsoctl")
 })
 
 // need skips the test where something is missing.

@@ -1,7 +1,6 @@
 package service
 
 import (
-	"bytes"
 	"fmt"
 	"io"
 	"net/http"
@@ -9,7 +8,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"sync"
 	"syscall"
 	"testing"
 
@@ -25,25 +23,7 @@ type agent struct {
 	dir     string // of the run
 	address string // of its metrics
 	process *os.Process
-	log     *log
-}
-
-// log is safe for concurrent use.
-type log struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
-
-func (l *log) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.Write(p)
-}
-
-func (l *log) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.String()
+	log     *harness.Log
 }
 
 func ip(t *testing.T, lines string) {
@@ -89,7 +69,7 @@ func run(t *testing.T, args ...string) *agent {
 func runAt(t *testing.T, program string, args ...string) *agent {
 	t.Helper()
 	harness.NeedPrograms(t, map[string]string{"setpriv": "util-linux"})
-	a := &agent{t: t, dir: filepath.Join(t.TempDir(), "run"), address: "127.0.0.1:15450", log: new(log)}
+	a := &agent{t: t, dir: filepath.Join(t.TempDir(), "run"), address: "127.0.0.1:15450", log: new(harness.Log)}
 	cmd := exec.Command("setpriv", append([]string{
 		capabilities, "--no-new-privs", program, "run",
 		"--run-dir", a.dir, "--presume-mtu", "1400", "--restore-after", "100ms",

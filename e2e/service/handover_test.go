@@ -13,14 +13,16 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+
+	"tsoagent/e2e/harness"
 )
 
 // A monitor is what the kernel has told of routes, rules and features since it was started.
 type monitor struct {
 	t       *testing.T
 	command func(args ...string) *exec.Cmd
-	routes  *log // ip monitor
-	feats   *log // ethtool --monitor
+	routes  *harness.Log // ip monitor
+	feats   *harness.Log // ethtool --monitor
 	marks   int
 	told    struct{ routes, feats int } // how much of it
 }
@@ -28,8 +30,8 @@ type monitor struct {
 // watch starts a monitor where command runs things, which ends with the test.
 func watch(t *testing.T, command func(args ...string) *exec.Cmd) *monitor {
 	t.Helper()
-	m := &monitor{t: t, command: command, routes: new(log), feats: new(log)}
-	for out, args := range map[*log][]string{m.routes: {"ip", "monitor", "route", "rule"}, m.feats: {"stdbuf", "-oL", "ethtool", "--monitor", "-K"}} {
+	m := &monitor{t: t, command: command, routes: new(harness.Log), feats: new(harness.Log)}
+	for out, args := range map[*harness.Log][]string{m.routes: {"ip", "monitor", "route", "rule"}, m.feats: {"stdbuf", "-oL", "ethtool", "--monitor", "-K"}} {
 		cmd := command(args...)
 		cmd.Stdout, cmd.Stderr = out, out
 		cmd.WaitDelay = time.Millisecond // in a machine its child lives as long as that

@@ -10,8 +10,6 @@ import (
 	"testing"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"tsoagent/e2e/harness"
 )
 
@@ -19,17 +17,7 @@ import (
 const patience = 60 * time.Second
 
 // host runs the tests with a network namespace of their own, too: addresses on the loopback device are nobody else's.
-var host = harness.Harness{Name: "service", More: unix.CLONE_NEWNET, Wants: "mount, PID and network namespaces", Settle: loopback}
-
-func TestMain(m *testing.M) { host.Main(m) }
-
-// loopback sets the loopback device up.
-func loopback() error {
-	if out, err := exec.Command("ip", "link", "set", "lo", "up").CombinedOutput(); err != nil {
-		return fmt.Errorf("ip link set lo up: %w: %s", err, out)
-	}
-	return nil
-}
+var host = harness.Network("service", harness.Loopback)
 
 // stage is the tree as `make install` installs it, made once.
 var stage = sync.OnceValues(func() (string, error) {
@@ -53,9 +41,5 @@ func mustStage(t *testing.T) string {
 // within waits until ok, and fails the test if that doesn't come.
 func within(t *testing.T, what string, ok func() bool) {
 	t.Helper()
-	for end := time.Now().Add(patience); !ok(); time.Sleep(20 * time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatalf("not within %s: %s", patience, what)
-		}
-	}
+	harness.Within(t, patience, what, ok)
 }

@@ -14,6 +14,8 @@ import (
 	"time"
 
 	"golang.org/x/net/websocket"
+
+	"tsoagent/e2e/harness"
 )
 
 // browser is a page in a headless Chromium, spoken to by its DevTools protocol.
@@ -27,7 +29,7 @@ type browser struct {
 // open starts a browser, which ends with the test, with a page that is as wide as a phone's or a desktop's.
 func open(t *testing.T, width, height int) *browser {
 	t.Helper()
-	said := new(log)
+	said := new(harness.Log)
 	cmd := exec.Command("chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
 		"--user-data-dir="+t.TempDir(), "--remote-debugging-port=0", "--remote-allow-origins=*", "about:blank")
 	cmd.Env = append(os.Environ(), "HOME="+t.TempDir())

@@ -9,8 +9,9 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"syscall"
 	"testing"
+
+	"tsoagent/e2e/harness"
 )
 
 const prometheusAddress = "127.0.0.1:19090"
@@ -22,29 +23,10 @@ func prometheus(t *testing.T, a *agent) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	dir := t.TempDir()
-	config := filepath.Join(dir, "prometheus.yml")
-	text := fmt.Sprintf(`global: { scrape_interval: 250ms, scrape_timeout: 250ms, evaluation_interval: 250ms }
+	harness.Prometheus(t, prometheusAddress, fmt.Sprintf(`global: { scrape_interval: 250ms, scrape_timeout: 250ms, evaluation_interval: 250ms }
 rule_files: [%q]
 scrape_configs: [{ job_name: tsoagent, static_configs: [{ targets: [%q] }] }]
-`, rules, a.address)
-	if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	said := new(log)
-	cmd := exec.Command("prometheus", "--config.file="+config, "--storage.tsdb.path="+filepath.Join(dir, "data"), "--web.listen-address="+prometheusAddress)
-	cmd.Stdout, cmd.Stderr = said, said
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		_ = cmd.Process.Signal(syscall.SIGTERM)
-		_ = cmd.Wait()
-		if t.Failed() {
-			t.Logf("Prometheus:\n%s", said)
-		}
-	})
+`, rules, a.address))
 	within(t, "Prometheus is ready", func() bool {
 		res, err := http.Get("http://" + prometheusAddress + "/-/ready")
 		return err == nil && res.Body.Close() == nil && res.StatusCode == http.StatusOK

@@ -211,7 +211,7 @@ func TestUnitUnderSystemd(t *testing.T) {
 		m.locked("1380")
 		// The new program is where the old one was, whatever namespaces its threads were in, and finds both again.
 		pid := m.property("MainPID")
-		heard := new(log)
+		heard := new(harness.Log)
 		monitor := m.command("ip", "-n", "blue", "monitor", "route", "rule")
 		monitor.Stdout, monitor.WaitDelay = heard, time.Millisecond
 		if err := monitor.Start(); err != nil {

@@ -30,12 +30,17 @@ type Kernel struct {
 	dir     string // what `fetch` made
 	release string // as `uname -r` says it
 	tree    string // of this module
+
+	qemu     string // its path
+	emulator string // its version
+	nics     []nic
 }
 
 // Find returns the newest kernel in the cache whose version begins with version (6.1, 6.12, 6.12.107). It fetches nothing: the error is
 // ErrMissing if there is no such kernel, no QEMU or no tap device, or if we aren't root.
 func Find(ctx context.Context, tree, version string) (*Kernel, error) {
-	if _, err := exec.LookPath(emulator); err != nil {
+	qemu, err := exec.LookPath(emulator)
+	if err != nil {
 		return nil, fmt.Errorf("%w: %s (make test-kernels installs it)", ErrMissing, emulator)
 	}
 	if _, err := os.Stat(tunDevice); err != nil {
@@ -52,17 +57,55 @@ func Find(ctx context.Context, tree, version string) (*Kernel, error) {
 	if err != nil {
 		return nil, fmt.Errorf("find stock kernel %s: %w", version, err)
 	}
-	k := &Kernel{dir: strings.TrimSpace(string(out)), tree: tree}
+	k := &Kernel{qemu: qemu, dir: strings.TrimSpace(string(out)), tree: tree}
 	releases, err := filepath.Glob(filepath.Join(k.dir, "modules", "lib", "modules", "*"))
 	if err != nil || len(releases) != 1 {
 		return nil, fmt.Errorf("stock kernel %s: %d module trees in %s", version, len(releases), k.dir)
 	}
 	k.release = filepath.Base(releases[0])
-	return k, nil
+	return k, k.askEmulator(ctx)
+}
+
+// askEmulator asks QEMU for its version, and which of the cards it has.
+func (k *Kernel) askEmulator(ctx context.Context) error {
+	version, err := exec.CommandContext(ctx, k.qemu, "--version").Output()
+	if err != nil {
+		return fmt.Errorf("version of %s: %w", k.qemu, err)
+	}
+	k.emulator, _, _ = strings.Cut(string(version), "\n")
+	devices, err := exec.CommandContext(ctx, k.qemu, "-device", "help").Output()
+	if err != nil {
+		return fmt.Errorf("devices of %s: %w", k.qemu, err)
+	}
+	for _, n := range nics {
+		if strings.Contains(string(devices), `name "`+n.device+`"`) {
+			k.nics = append(k.nics, n)
+		}
+	}
+	return nil
 }
 
 // Release is what `uname -r` says of the kernel.
 func (k *Kernel) Release() string { return k.release }
+
+// Emulator is what QEMU says of its version.
+func (k *Kernel) Emulator() string { return k.emulator }
+
+// AllCards are the names of the cards that a machine has where QEMU has them all.
+func AllCards() []string { return names(nics) }
+
+// Cards are the names of the cards that the kernel's machines have.
+func (k *Kernel) Cards() []string {
+	return names(k.nics)
+}
+
+func names(nics []nic) []string {
+	var list []string
+	for _, n := range nics {
+		list = append(list, n.name)
+	}
+	return list
+}
 
 // BuildLoader builds the first process of a machine, static, into dir, where Machine.Binaries looks for it.
 func BuildLoader(ctx context.Context, tree, dir string) error {
@@ -76,11 +119,12 @@ type nic struct {
 	driver string // the kernel's module
 }
 
-// nics are the cards of every machine. virtio-net offers TSO only on a tap with vnet_hdr.
+// nics are the cards of every machine whose QEMU has them. virtio-net offers TSO only on a tap with vnet_hdr.
 var nics = []nic{
 	{"e1000e", "e1000e", "e1000e"},
 	{"vmxnet3", "vmxnet3", "vmxnet3"},
 	{"virtio", "virtio-net-pci", "virtio_net"},
+	{"igb", "igb", "igb"}, // from QEMU 8.0 on
 }
 
 const (
@@ -100,8 +144,8 @@ func (k *Kernel) Boot(m *testkernel.Machine) (*exec.Cmd, error) {
 	if err := k.writeInitramfs(initramfs, filepath.Join(m.Binaries, "loader")); err != nil {
 		return nil, fmt.Errorf("initramfs: %w", err)
 	}
-	var devices, names, drivers []string
-	for i, n := range nics {
+	var devices, addresses, drivers []string
+	for i, n := range k.nics {
 		for j, end := range []struct{ tap, device, name string }{
 			{"near", n.device, n.name},
 			{"far", "virtio-net-pci", n.name + "-peer"},
@@ -112,14 +156,14 @@ func (k *Kernel) Boot(m *testkernel.Machine) (*exec.Cmd, error) {
 				"-netdev", "tap,script=no,downscript=no,id="+tap+",ifname="+tap,
 				// No boot ROM: nothing boots from it, and Debian has them in another package.
 				"-device", end.device+",romfile=,netdev="+tap+",mac="+mac)
-			names = append(names, end.name+"="+mac)
+			addresses = append(addresses, end.name+"="+mac)
 		}
 		drivers = append(drivers, n.driver)
 	}
 	// One thread emulates both processors by turns. With a thread for each, a processor can go on with an instruction that the other one has
 	// replaced: when the kernel patches itself (a static key, as for each socket with SO_TIMESTAMP, which is each ping), it dies of
 	// "Oops: int3" (QEMU 7.2: after 2 to 5 s of such keys beside traffic; with one thread not once in 7,900). It costs no time here.
-	args := []string{filepath.Join(k.tree, "e2e", "stockkernel", "network"), strconv.Itoa(len(nics)), emulator,
+	args := []string{filepath.Join(k.tree, "e2e", "stockkernel", "network"), strconv.Itoa(len(k.nics)), k.qemu,
 		"-machine", "pc", "-accel", "tcg,thread=single", "-cpu", "max", "-smp", "2", "-m", strconv.Itoa(memory),
 		"-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-serial", "stdio",
 		"-kernel", filepath.Join(k.dir, "vmlinux"), "-initrd", initramfs,
@@ -134,7 +178,8 @@ func (k *Kernel) Boot(m *testkernel.Machine) (*exec.Cmd, error) {
 			"tsoagent.src=" + m.Tree,
 			"tsoagent.modules=" + filepath.Join(k.dir, "modules"),
 			"tsoagent.drivers=" + strings.Join(drivers, ","),
-			"tsoagent.nics=" + strings.Join(names, ","),
+			"tsoagent.nics=" + strings.Join(addresses, ","),
+			"tsoagent.cards=" + strings.Join(k.Cards(), ","),
 			"tsoagent.patience=" + strconv.Itoa(patience),
 			"tsoagent.deadline=" + m.Deadline.String(),
 		}, " "),

@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -98,6 +99,51 @@ type Result struct {
 	Log     string // what the job printed
 	Console string // what the kernel printed
 	Took    time.Duration
+}
+
+// A Job is one of a batch.
+type Job struct {
+	Args  []string
+	Cards []string // of a stock kernel, those that a scenario takes for its wires, in order; nil for all
+}
+
+// RunBatch boots the machine for several jobs, each of which may take so long. The results of those that ran are in their order; there are fewer than
+// jobs where the machine could not be made what it was (e2e/guest/batch.go), or ended: the log says why. The error says why there is not a single one.
+func (m *Machine) RunBatch(ctx context.Context, each time.Duration, jobs []Job) (results []*Result, log string, err error) {
+	words := []string{"batch", "DEADLINE=" + each.String()}
+	for i, job := range jobs {
+		if i > 0 {
+			words = append(words, "+")
+		}
+		if job.Cards != nil {
+			words = append(words, "CARDS="+strings.Join(job.Cards, ","))
+		}
+		words = append(words, job.Args...)
+	}
+	m.Deadline = time.Duration(len(jobs)) * (each + time.Minute)
+	machine, err := m.Run(ctx, words...)
+	if machine == nil {
+		return nil, "", err
+	}
+	for i := range jobs {
+		dir := filepath.Join(m.Dir, strconv.Itoa(i))
+		text, failed := os.ReadFile(filepath.Join(dir, "result"))
+		if failed != nil {
+			if _, none := os.Stat(dir); none == nil {
+				// It began, and there is nothing more of the machine: what it said last may tell why.
+				results = append(results, &Result{Outcome: "fail", Log: readText(filepath.Join(dir, "log")), Console: machine.Console + machine.Log})
+			}
+			break
+		}
+		r := &Result{Log: readText(filepath.Join(dir, "log")), Console: machine.Console}
+		r.Outcome, r.Reason, _ = strings.Cut(strings.TrimSpace(string(text)), ": ")
+		r.Took, _ = time.ParseDuration(readText(filepath.Join(dir, "took")))
+		results = append(results, r)
+	}
+	if results == nil {
+		return nil, "", errors.Join(errors.New("the machine ran nothing"), err, errors.New(machine.Console+machine.Log))
+	}
+	return results, machine.Log, nil
 }
 
 const (

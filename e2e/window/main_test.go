@@ -4,23 +4,14 @@
 package window
 
 import (
-	"fmt"
-	"os"
-	"os/exec"
-	"path/filepath"
 	"sync"
 	"testing"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"tsoagent/e2e/harness"
 )
 
-var host = harness.Harness{
-	Name: "window", More: unix.CLONE_NEWNET, Wants: "mount, PID and network namespaces",
-	Settle: func() error { return unix.Mount("tmpfs", "/run", "tmpfs", 0, "") },
-}
+var host = harness.Network("window", harness.EmptyRun)
 
 func TestMain(m *testing.M) { host.Main(m) }
 
@@ -28,22 +19,10 @@ func TestMain(m *testing.M) { host.Main(m) }
 const patience = 30 * time.Second
 
 // binaries builds the commands, once, and returns their directory.
-var binaries = sync.OnceValues(func() (string, error) {
-	bin := filepath.Join(host.WorkDir(), "bin")
-	cmd := exec.Command("go", "build", "-buildvcs=false", "-o", bin+"/", "tsoagent/cmd/tsoagent", "tsoagent/cmd/tsoctl")
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if text, err := cmd.CombinedOutput(); err != nil {
-		return "", fmt.Errorf("%w: %s", err, text)
-	}
-	return bin, nil
-})
+var binaries = sync.OnceValues(func() (string, error) { return host.Build("tsoagent/cmd/tsoagent", "tsoagent/cmd/tsoctl") })
 
 // within waits until something is so.
 func within(t testing.TB, what string, ok func() bool) {
 	t.Helper()
-	for deadline := time.Now().Add(patience); !ok(); time.Sleep(time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatalf("not within %v: %s", patience, what)
-		}
-	}
+	harness.Within(t, patience, what, ok)
 }

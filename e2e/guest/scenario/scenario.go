@@ -44,6 +44,7 @@ func Run(cfg Config) string {
 			Setup: func(env *testscript.Env) error {
 				env.Setenv("TSOAGENT_TEST_KERNEL", "1")
 				env.Setenv("GOTRACEBACK", "all")
+				env.Setenv("TSOAGENT_CARDS", os.Getenv("TSOAGENT_CARDS")) // for bin/nic
 				for _, v := range env.Vars {
 					name, _, _ := strings.Cut(v, "=")
 					s.envNames = append(s.envNames, name)
