@@ -95,6 +95,7 @@ func (s *session) eventually(ts *testscript.TestScript, neg bool, args []string)
 	start := time.Now()
 	ctx, cancel := context.WithTimeout(context.Background(), c.deadline)
 	defer cancel()
+	before := "" // what the last try said that had its time
 	for tries := 1; ; tries++ {
 		stdout, err := run(ctx, ts, rest)
 		if errors.Is(err, errUsage) {
@@ -111,7 +112,13 @@ func (s *session) eventually(ts *testscript.TestScript, neg bool, args []string)
 			fmt.Fprint(ts.Stdout(), stdout)
 			return
 		}
+		if ctx.Err() == nil {
+			before = stdout
+		}
 		if took+pollInterval > c.deadline {
+			if before != stdout {
+				fmt.Fprintf(ts.Stdout(), "%s[and was killed at the last try, having said this]\n", before)
+			}
 			fmt.Fprint(ts.Stdout(), stdout)
 			if err != nil {
 				fmt.Fprintln(ts.Stderr(), err)
