@@ -9,6 +9,8 @@
 # make image              dist/image, the context of a container from nothing (IMAGE=NAME builds it with BUILDER, podman or docker)
 # make testkernel         the test kernel, if it isn't in the cache (about 5 minutes on 2 processors)
 # make bench              how the agent does with a full BGP table and 100,000 tunnels, into docs/bench.md and README.md (root; some minutes, 4 GiB of memory)
+# make cures              the known troubles without the agent and with it, in the test kernels: the tables in docs/cures.md, docs/limits.md and README.md
+#                         (root; ROUNDS of each, about 10 minutes)
 # make growth             how the cost of an event grows with coverages and with routes: docs/growth.svg and the table in docs/planning.md
 # make soak               random worlds for the planner, whose seed differs each time, until CHECKS of each kind have passed, then churn
 #                         under a real agent, CHURN rounds of it, SOAK (2h) of churn under one agent whose memory must stay flat, OWNERS random worlds of rules and routes with and without an agent, KILLS
@@ -28,13 +30,14 @@ KILLS    ?= 2000
 OWNERS   ?= 1000
 RACES    ?= 1000000
 WINDOW   ?= 20
+ROUNDS   ?= 3
 BUILDER  ?= podman
 
 # Go stamps the version from git, and refuses to build where git doesn't answer: no git, or a tree that
 # belongs to somebody else.
 VCS := $(shell git status >/dev/null 2>&1 && echo auto || echo false)
 
-.PHONY: build install stage packages image run test test-kernels testkernel demo scenario bench bench-check growth window soak modules lint fuzz setup
+.PHONY: build install stage packages image run test test-kernels testkernel demo scenario bench cures bench-check growth window soak modules lint fuzz setup
 
 build:
 	CGO_ENABLED=0 go build -buildvcs=$(VCS) -o bin/ ./cmd/...
@@ -99,6 +102,10 @@ scenario: setup testkernel
 # Profiles of the agent: bin/bench -profiles DIR. Another size: bin/bench -scale 0.01.
 bench: build bin/bench
 	@bin/bench -bin bin -o bin/bench.json -table docs/bench.md -readme README.md
+
+cures: setup testkernel
+	@mkdir -p bin
+	@go run ./e2e/cmd/cures -rounds $(ROUNDS) -o bin/cures.json -table docs/cures.md -readme README.md -limits docs/limits.md
 
 growth:
 	@go test ./agent -run '^$$' -bench 'Growth' -benchtime 300ms -timeout 0 >bin/growth.txt || { cat bin/growth.txt; exit 1; }

@@ -63,7 +63,7 @@ type step struct {
 func Run(o Options) (*Results, error) {
 	began := time.Now()
 	w := NewWorld(FullSize.Scaled(o.Scale))
-	r := &run{Options: o, out: &Results{Machine: thisMachine(), Scale: o.Scale, Size: w.Size, Cold: map[string]*Cold{observe: {}, enforce: {}}}}
+	r := &run{Options: o, out: &Results{Machine: ThisMachine(), Scale: o.Scale, Size: w.Size, Cold: map[string]*Cold{observe: {}, enforce: {}}}}
 	var err error
 	if r.lab, err = newLab(w); err != nil {
 		return nil, fmt.Errorf("namespace: %w", err)

@@ -19,7 +19,8 @@ type Machine struct {
 	Go     string `json:"go"`
 }
 
-func thisMachine() Machine {
+// ThisMachine describes the one that this runs on.
+func ThisMachine() Machine {
 	m := Machine{CPUs: runtime.NumCPU(), Go: runtime.Version(), CPU: "processor unknown"}
 	var u unix.Utsname
 	if unix.Uname(&u) == nil {

@@ -49,6 +49,12 @@ func runScenario(file string, flags []string) string {
 		return "fail"
 	}
 	defer steps.Close()
+	figures, err := os.Create(filepath.Join(exchangeDir, "figures"))
+	if err != nil {
+		fmt.Println("guest: figures:", err)
+		return "fail"
+	}
+	defer figures.Close()
 
 	deadline, err := time.Parse(time.RFC3339Nano, os.Getenv("TSOAGENT_DEADLINE"))
 	if err != nil {
@@ -62,6 +68,7 @@ func runScenario(file string, flags []string) string {
 		Deadline: deadline,
 		Log:      os.Stdout,
 		Steps:    steps,
+		Figures:  figures,
 	})
 }
 

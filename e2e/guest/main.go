@@ -11,8 +11,8 @@
 // and for a stock kernel also what stock.go lists.
 //
 // The job itself is the file /mnt/x/job, one argument a line. The result is the first line of /mnt/x/result:
-// "pass", "fail" or "skip: reason". What the job printed is in /mnt/x/log and the timeline of a scenario in
-// /mnt/x/steps, both as it happens.
+// "pass", "fail" or "skip: reason". What the job printed is in /mnt/x/log, the timeline of a scenario in
+// /mnt/x/steps and what it has measured in /mnt/x/figures, all as it happens.
 package main
 
 import (

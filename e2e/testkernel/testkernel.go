@@ -22,8 +22,15 @@ import (
 var ErrNotBuilt = errors.New("test kernel not built: make testkernel")
 
 // Find returns the path of the kernel for the fragment in the module at tree, or ErrNotBuilt. It builds nothing.
-func Find(ctx context.Context, tree string) (string, error) {
-	out, err := exec.CommandContext(ctx, filepath.Join(tree, "e2e", "testkernel", "build"), "--path").Output()
+func Find(ctx context.Context, tree string) (string, error) { return FindVersion(ctx, tree, "") }
+
+// FindVersion is Find for the kernel that was built from the source of another version, such as 6.12.107.
+func FindVersion(ctx context.Context, tree, version string) (string, error) {
+	args := []string{"--path"}
+	if version != "" {
+		args = append(args, version)
+	}
+	out, err := exec.CommandContext(ctx, filepath.Join(tree, "e2e", "testkernel", "build"), args...).Output()
 	var exit *exec.ExitError
 	if errors.As(err, &exit) && exit.ExitCode() == 1 {
 		return "", ErrNotBuilt
@@ -97,6 +104,7 @@ type Result struct {
 	Outcome string // "pass", "fail" or "skip"
 	Reason  string // why it was skipped
 	Log     string // what the job printed
+	Figures string // what a scenario has measured, a JSON object a line
 	Console string // what the kernel printed
 	Took    time.Duration
 }
@@ -212,6 +220,7 @@ func (m *Machine) Run(ctx context.Context, job ...string) (*Result, error) {
 
 	result := &Result{Outcome: "fail", Took: time.Since(start)}
 	result.Log = readText(filepath.Join(m.Dir, "log"))
+	result.Figures = readText(filepath.Join(m.Dir, "figures"))
 	result.Console = readText(filepath.Join(m.Dir, "console"))
 	text, err := os.ReadFile(filepath.Join(m.Dir, "result"))
 	if err != nil {

@@ -2,7 +2,6 @@ package scenario
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"net/netip"
 	"strconv"
@@ -30,33 +29,14 @@ func (s *session) udpDF(_ context.Context, _ *testscript.TestScript, args []stri
 		return "", usage(udpUsage)
 	}
 
-	var out string
-	err = inNamespace(args[0], func() error {
-		fd, err := connectUDP(args[1], to)
-		if err != nil {
-			return err
-		}
-		defer unix.Close(fd)
-		level, discover, do := unix.IPPROTO_IP, unix.IP_MTU_DISCOVER, unix.IP_PMTUDISC_DO
-		if to.Addr().Is6() {
-			level, discover, do = unix.IPPROTO_IPV6, unix.IPV6_MTU_DISCOVER, unix.IPV6_PMTUDISC_DO
-		}
-		if err := unix.SetsockoptInt(fd, level, discover, do); err != nil {
-			return fmt.Errorf("don't fragment: %w", err)
-		}
-		err = unix.Send(fd, make([]byte, size), 0)
-		switch {
-		case errors.Is(err, unix.EMSGSIZE):
-			mtu, err := socketMTU(fd, to.Addr())
-			out = fmt.Sprintf("emsgsize mtu=%d\n", mtu)
-			return err
-		case err != nil:
-			return fmt.Errorf("send: %w", err)
-		}
-		out = "sent\n"
-		return nil
-	})
-	return out, err
+	mtu, err := sendUnfragmented(args[0], args[1], to, size)
+	switch {
+	case err != nil:
+		return "", err
+	case mtu > 0:
+		return fmt.Sprintf("emsgsize mtu=%d\n", mtu), nil
+	}
+	return "sent\n", nil
 }
 
 // ipMTU prints the MTU that a connected UDP socket sees. That is the MTU of the XFRM bundle, where there is one;

@@ -22,6 +22,7 @@ type Config struct {
 	Deadline time.Time // when running programs are told to end
 	Log      io.Writer // the script's log, written when it has ended
 	Steps    io.Writer // the timeline, written as it happens
+	Figures  io.Writer // what was measured, a JSON object (Figure) a line; nil if nobody wants it
 }
 
 // Run runs the script and returns "pass", "fail" or "skip: reason".
@@ -32,7 +33,7 @@ func Run(cfg Config) string {
 		return "fail"
 	}
 
-	s := &session{start: time.Now(), steps: cfg.Steps, connections: map[string]*connection{}, servers: map[string]*server{}}
+	s := &session{start: time.Now(), steps: cfg.Steps, figures: figuresTo(cfg.Figures), best: map[string]float64{}, connections: map[string]*connection{}, servers: map[string]*server{}}
 	defer s.close()
 
 	root := &result{verbose: cfg.Verbose, log: cfg.Log}

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"os/exec"
 	"strconv"
@@ -22,6 +23,8 @@ import (
 type session struct {
 	start    time.Time
 	steps    io.Writer
+	figures  io.Writer // what rate, flows and datagrams have measured, a JSON object a line
+	best     map[string]float64
 	envNames []string // the variables that may be set, asked of testscript when a program is started
 
 	mu          sync.Mutex
@@ -79,7 +82,9 @@ func (s *session) commands() map[string]func(*testscript.TestScript, bool, []str
 		"step":       s.step,
 		"sysctl":     s.sysctl,
 	}
-	for name, run := range s.repeatable() {
+	plain := s.repeatable()
+	maps.Copy(plain, s.measurements())
+	for name, run := range plain {
 		cmds[name] = func(ts *testscript.TestScript, neg bool, args []string) {
 			ctx, cancel := context.WithTimeout(context.Background(), defaultPatience*patience())
 			defer cancel()

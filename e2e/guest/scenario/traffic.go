@@ -98,19 +98,38 @@ func (s *session) tcp(ctx context.Context, _ *testscript.TestScript, args []stri
 	return "", usage(tcpUsage)
 }
 
-// tcpStart opens a connection: namespace, source or "-", destination, and perhaps the server's namespace. Both ends sign it
+// tcpStart opens a connection that sends bursts: namespace, source or "-", destination, and perhaps the server's namespace. Both ends sign it
 // if that is asked for, which needs a source.
 func (s *session) tcpStart(name string, args []string, signed bool) error {
+	s.mu.Lock()
+	_, taken := s.connections[name]
+	s.mu.Unlock()
+	if taken {
+		return usage("there is a connection " + name + " already")
+	}
+	c, err := s.dial(args, signed)
+	if err != nil {
+		return err
+	}
+	go func() { c.done <- c.send() }()
+	s.mu.Lock()
+	s.connections[name] = c
+	s.mu.Unlock()
+	return nil
+}
+
+// dial opens a connection as tcpStart does, which does not send yet.
+func (s *session) dial(args []string, signed bool) (*connection, error) {
 	to, err := netip.ParseAddrPort(args[2])
 	if err != nil {
-		return usage(err.Error())
+		return nil, usage(err.Error())
 	}
 	dialer := net.Dialer{Timeout: dialTimeout * patience()}
 	var listen net.ListenConfig
 	if args[1] != "-" {
 		from, err := netip.ParseAddr(args[1])
 		if err != nil {
-			return usage(err.Error())
+			return nil, usage(err.Error())
 		}
 		dialer.LocalAddr = net.TCPAddrFromAddrPort(netip.AddrPortFrom(from, 0))
 		if signed {
@@ -118,39 +137,25 @@ func (s *session) tcpStart(name string, args []string, signed bool) error {
 			listen.Control = signFor(from)
 		}
 	} else if signed {
-		return usage("--md5 needs a source address")
+		return nil, usage("--md5 needs a source address")
 	}
-	s.mu.Lock()
-	_, taken := s.connections[name]
-	s.mu.Unlock()
-	if taken {
-		return usage("there is a connection " + name + " already")
-	}
-
-	var where []string
-	if len(args) == 4 {
-		where = args[3:]
-	} else if where, err = namespaces(); err != nil {
-		return err
+	where := args[3:]
+	if len(where) == 0 {
+		if where, err = namespaces(); err != nil {
+			return nil, err
+		}
 	}
 	if err := s.serve(where, to, &listen); err != nil {
-		return err
+		return nil, err
 	}
-
 	var conn net.Conn
-	err = inNamespace(args[0], func() (err error) {
+	if err := inNamespace(args[0], func() (err error) {
 		conn, err = dialer.Dial("tcp", to.String())
 		return err
-	})
-	if err != nil {
-		return fmt.Errorf("connect: %w", err)
+	}); err != nil {
+		return nil, fmt.Errorf("connect: %w", err)
 	}
-	c := &connection{conn: conn.(*net.TCPConn), quit: make(chan struct{}), done: make(chan error, 1)}
-	go func() { c.done <- c.send() }()
-	s.mu.Lock()
-	s.connections[name] = c
-	s.mu.Unlock()
-	return nil
+	return &connection{conn: conn.(*net.TCPConn), quit: make(chan struct{}), done: make(chan error, 1)}, nil
 }
 
 // serve sees to it that a discard server listens on addr, in the first of the namespaces that has the address.
