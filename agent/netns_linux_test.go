@@ -17,6 +17,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"tsoagent/agent/netns/netnstest"
 	"tsoagent/ethtool"
 )
 
@@ -39,36 +40,7 @@ func inHostNS() bool {
 // last thing that uses it, also when the test fails.
 func newNS(t *testing.T) *testNS {
 	t.Helper()
-	if os.Geteuid() != 0 {
-		t.Skip("needs root for network namespaces")
-	}
-	if _, err := exec.LookPath("ip"); err != nil {
-		t.Skip("needs iproute2")
-	}
-	runtime.LockOSThread()
-	home, err := os.Open("/proc/thread-self/ns/net")
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
-		_ = home.Close()
-		t.Skipf("needs network namespaces: %v", err)
-	}
-	t.Cleanup(func() {
-		defer home.Close()
-		// A thread that can't go home stays locked, and ends with the goroutine.
-		if err := unix.Setns(int(home.Fd()), unix.CLONE_NEWNET); err != nil {
-			t.Errorf("leave the namespace: %v", err)
-			return
-		}
-		runtime.UnlockOSThread()
-	})
-	own, err := os.Open("/proc/thread-self/ns/net")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = own.Close() })
-	ns := &testNS{t, own}
+	ns := &testNS{t, netnstest.Enter(t, "ip")}
 	_ = os.WriteFile("/proc/sys/net/ipv6/conf/default/accept_dad", []byte("0"), 0)
 	ns.ip(`link set lo up
 link add n0 type veth peer name n1

@@ -3,39 +3,16 @@ package clamp
 import (
 	"os"
 	"os/exec"
-	"runtime"
 	"strings"
 	"testing"
 
-	"golang.org/x/sys/unix"
+	"tsoagent/agent/netns/netnstest"
 )
 
 // newNS moves the test into a network namespace of its own until it ends.
 func newNS(t testing.TB) *Table {
 	t.Helper()
-	if os.Geteuid() != 0 {
-		t.Skip("needs root for network namespaces")
-	}
-	if _, err := exec.LookPath("nft"); err != nil {
-		t.Skip("needs nft")
-	}
-	runtime.LockOSThread()
-	home, err := os.Open("/proc/thread-self/ns/net")
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
-		home.Close()
-		t.Skipf("needs network namespaces: %v", err)
-	}
-	t.Cleanup(func() {
-		defer home.Close()
-		if err := unix.Setns(int(home.Fd()), unix.CLONE_NEWNET); err != nil {
-			t.Errorf("leave the namespace: %v", err) // the thread stays locked and ends with the test
-			return
-		}
-		runtime.UnlockOSThread()
-	})
+	netnstest.Enter(t, "nft")
 	tb, err := Open()
 	if err != nil {
 		t.Fatal(err)

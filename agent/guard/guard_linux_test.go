@@ -8,7 +8,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"strings"
 	"sync"
 	"testing"
@@ -16,6 +15,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"tsoagent/agent/netns/netnstest"
 	"tsoagent/routes"
 )
 
@@ -28,35 +28,6 @@ func TestMain(m *testing.M) {
 		os.Exit(0)
 	}
 	os.Exit(m.Run())
-}
-
-// newNS puts the test's thread into a namespace of its own.
-func newNS(t *testing.T) {
-	t.Helper()
-	if os.Geteuid() != 0 {
-		t.Skip("needs root for network namespaces")
-	}
-	if _, err := exec.LookPath("ip"); err != nil {
-		t.Skip("needs iproute2")
-	}
-	runtime.LockOSThread()
-	home, err := os.Open("/proc/thread-self/ns/net")
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
-		home.Close()
-		t.Skipf("needs network namespaces: %v", err)
-	}
-	t.Cleanup(func() {
-		defer home.Close()
-		// A thread that can't go home stays locked, and ends with the goroutine.
-		if err := unix.Setns(int(home.Fd()), unix.CLONE_NEWNET); err != nil {
-			t.Errorf("leave the namespace: %v", err)
-			return
-		}
-		runtime.UnlockOSThread()
-	})
 }
 
 func ip(t *testing.T, lines string) {
@@ -144,7 +115,7 @@ func (o *output) String() string {
 
 func newLab(t *testing.T) *lab {
 	t.Helper()
-	newNS(t)
+	netnstest.Enter(t, "ip")
 	ip(t, ours+"\n"+theirs)
 	out := &output{}
 	l := &lab{t: t, out: out}

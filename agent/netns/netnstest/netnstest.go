@@ -15,6 +15,44 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// Enter moves the test's thread into a new network namespace until the test ends, and returns the namespace, which goes with the last thing that uses
+// it, also when the test fails. It skips the test where there can be none, or where a program that the test uses is missing.
+func Enter(t testing.TB, programs ...string) *os.File {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("needs root for network namespaces")
+	}
+	for _, program := range programs {
+		if _, err := exec.LookPath(program); err != nil {
+			t.Skip("needs " + program)
+		}
+	}
+	runtime.LockOSThread()
+	home, err := os.Open("/proc/thread-self/ns/net")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+		home.Close()
+		t.Skipf("needs network namespaces: %v", err)
+	}
+	t.Cleanup(func() {
+		defer home.Close()
+		// A thread that can't go home stays locked, and ends with the goroutine.
+		if err := unix.Setns(int(home.Fd()), unix.CLONE_NEWNET); err != nil {
+			t.Errorf("leave the namespace: %v", err)
+			return
+		}
+		runtime.UnlockOSThread()
+	})
+	own, err := os.Open("/proc/thread-self/ns/net")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { own.Close() })
+	return own
+}
+
 // private tells a test that it runs in the process that was made for it.
 const private = "TSOAGENT_NETNSTEST"
 

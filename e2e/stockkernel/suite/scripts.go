@@ -86,10 +86,13 @@ func Scripts(e2e string) ([]Script, error) {
 var laysWires = regexp.MustCompile(`(?m)\bnic [a-z]+ [a-z]+(\$n|\d) [a-z]+ `)
 
 // Cards returns the cards for the scenario's wires, in the order in which it gets them: another one comes first in each scenario and variant, and the
-// same on each kernel. It is nil where the scenario lays no wires.
+// same on each kernel; a variant that has the name of a card has that one. It is nil where the scenario lays no wires.
 func (s Script) Cards(all []string) []string {
 	if len(all) == 0 || !laysWires.Match(s.Text) {
 		return nil
+	}
+	if slices.Contains(all, s.Variant) {
+		return []string{s.Variant} // it is about that one
 	}
 	first := int(crc32.ChecksumIEEE([]byte(s.Name())) % uint32(len(all)))
 	return slices.Concat(all[first:], all[:first])

@@ -59,7 +59,11 @@ func TestEachCardComesFirst(t *testing.T) {
 		}
 		first[got[0]]++
 		slices.Sort(got)
-		if want := slices.Sorted(slices.Values(cards)); !slices.Equal(got, want) {
+		want := slices.Sorted(slices.Values(cards))
+		if slices.Contains(cards, s.Variant) {
+			want = []string{s.Variant}
+		}
+		if !slices.Equal(got, want) {
 			t.Errorf("%s has %v of %v", s.Name(), got, want)
 		}
 	}
