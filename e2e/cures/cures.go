@@ -52,6 +52,7 @@ var Cases = []Case{
 	{Name: "xfrmi", What: "first forwarded TCP behind an xfrm interface of MTU 1500, the same", Done: "lock on the route"},
 	{Name: "rekey", What: "new forwarded TCP after a rekey to a larger overhead; before: route MTU set by hand", Done: "the lock follows the SAs"},
 	{Name: "moved", What: "new forwarded TCP as its route moves to another xfrm interface; before: route MTU set by hand", Done: "the lock follows the route"},
+	{Name: "at-once", What: "the same, 4 opened as fast as can be as soon as the route has moved", Done: "the lock comes an event and a write later", Before: "moved"},
 	{Name: "df", What: "first datagram with DF to each of 8 hosts through an xfrm interface", Done: "refused at once, with the MTU"},
 	{Name: "underlay", What: "local TCP while the MTU falls to 1400 behind a router, ICMP filtered", Done: "the lock clears DF: ESP is fragmented"},
 	{Name: "md5", What: "unsigned TCP session on a listener with somebody else's TCP-MD5 key; after: on a listener of its own", Done: "found and named, with what helps (`tsoctl doctor`)"},
@@ -62,7 +63,7 @@ var Cases = []Case{
 }
 
 // controls are figures that the scenarios take for themselves.
-var controls = []string{"by-hand", "later"}
+var controls = []string{"by-hand"}
 
 // row is one case on one kernel in one variant.
 type row struct {

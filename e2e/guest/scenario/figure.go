@@ -22,7 +22,6 @@ const (
 	speedUsage     = "speed case/when connection duration"
 	flowsUsage     = "flows case/when namespace from|- to:port server-namespace count bytes deadline"
 	datagramsUsage = "datagrams case/when namespace from|- to:port server-namespace count size"
-	atLeastUsage   = "atleast case/when factor case/when"
 
 	// arrivalPatience is how long a datagram that was sent may take. Between two namespaces it arrives with the system call, or never.
 	arrivalPatience = time.Second
@@ -38,14 +37,12 @@ type Figure struct {
 	More  string  `json:"more,omitempty"` // what else there is to know
 }
 
-// record keeps a figure for atleast and writes it for the host. Of figures with one name atleast takes the largest, as whatever else the
-// machine does only makes a flow slower.
+// record writes a figure for the host.
 func (s *session) record(name string, f Figure) error {
 	var ok bool
 	if f.Case, f.When, ok = strings.Cut(name, "/"); !ok {
 		return usage("a figure's name is case/when")
 	}
-	s.best[name] = max(s.best[name], f.Value)
 	text, err := json.Marshal(f)
 	if err != nil {
 		return fmt.Errorf("figure: %w", err)
@@ -54,27 +51,6 @@ func (s *session) record(name string, f Figure) error {
 		return fmt.Errorf("figure: %w", err)
 	}
 	return nil
-}
-
-// atLeast compares two figures.
-func (s *session) atLeast(_ context.Context, _ *testscript.TestScript, args []string) (string, error) {
-	if len(args) != 3 {
-		return "", usage(atLeastUsage)
-	}
-	factor, err := strconv.ParseFloat(args[1], 64)
-	if err != nil {
-		return "", usage(err.Error())
-	}
-	large, ok := s.best[args[0]]
-	small, ok2 := s.best[args[2]]
-	if !ok || !ok2 {
-		return "", usage("nothing was measured for " + args[0] + " or " + args[2])
-	}
-	out := fmt.Sprintf("%s %.4g, %s %.4g\n", args[0], large, args[2], small)
-	if large < factor*small || large == 0 {
-		return out, fmt.Errorf("less than %g times: %s", factor, out)
-	}
-	return out, nil
 }
 
 // rate sends by a new connection as fast as it goes, and prints what the other end has acknowledged in that time. One that stalls has a rate, too.
@@ -294,9 +270,9 @@ func sendUnfragmented(ns, from string, to netip.AddrPort, size int) (mtu int, er
 	return mtu, err
 }
 
-// measurements returns the commands that leave a figure, or compare two.
+// measurements returns the commands that leave a figure.
 func (s *session) measurements() map[string]command {
-	return map[string]command{"rate": s.rate, "speed": s.speed, "flows": s.flows, "datagrams": s.datagrams, "atleast": s.atLeast}
+	return map[string]command{"rate": s.rate, "speed": s.speed, "flows": s.flows, "datagrams": s.datagrams}
 }
 
 // figuresTo is where figures go: nowhere, unless somebody wants them.

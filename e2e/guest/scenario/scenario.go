@@ -33,7 +33,7 @@ func Run(cfg Config) string {
 		return "fail"
 	}
 
-	s := &session{start: time.Now(), steps: cfg.Steps, figures: figuresTo(cfg.Figures), best: map[string]float64{}, connections: map[string]*connection{}, servers: map[string]*server{}}
+	s := &session{start: time.Now(), steps: cfg.Steps, figures: figuresTo(cfg.Figures), connections: map[string]*connection{}, servers: map[string]*server{}}
 	defer s.close()
 
 	root := &result{verbose: cfg.Verbose, log: cfg.Log}

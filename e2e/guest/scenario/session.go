@@ -24,8 +24,7 @@ type session struct {
 	start    time.Time
 	steps    io.Writer
 	figures  io.Writer // what rate, flows and datagrams have measured, a JSON object a line
-	best     map[string]float64
-	envNames []string // the variables that may be set, asked of testscript when a program is started
+	envNames []string  // the variables that may be set, asked of testscript when a program is started
 
 	mu          sync.Mutex
 	connections map[string]*connection
