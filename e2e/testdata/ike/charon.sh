@@ -12,6 +12,7 @@ charon-systemd {
 	# It keeps the new IKE_SA ahead of the old one's end, and does not wait long for a peer that is not there.
 	make_before_break = yes
 	retransmit_tries = 3
+	delete_rekeyed_delay = 1
 	install_routes = ${ROUTES:-yes}
 	filelog {
 		log {
