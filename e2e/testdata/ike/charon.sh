@@ -31,4 +31,8 @@ charon-systemd {
 }
 CONF
 export STRONGSWAN_CONF=$WORK/$ns/strongswan.conf
-exec ip netns exec $ns charon-systemd
+# It does not listen to SIGINT, with which a script that fails ends what it started.
+ip netns exec $ns charon-systemd &
+pid=$!
+trap 'kill -TERM $pid' INT TERM
+wait $pid || wait $pid

@@ -1,5 +1,5 @@
-# swan-tunnel.sh NS [CONNECTION=… | CHILD=…]…: gives the namespace's charon the tunnel between SRCNET and NET. CONN and CHILD are more settings of the
-# connection and of its child.
+# swan-tunnel.sh NS: gives the namespace's charon the tunnel between SRCNET and NET. CONN and CHILD are more settings of the connection and of its
+# child, with semicolons between them.
 set -e
 ns=$1
 if [ $ns = left ]; then
@@ -24,13 +24,13 @@ connections {
 			auth = psk
 			id = $peer
 		}
-		$CONN
+		$(echo "$CONN" | tr ';' '\n')
 		children {
 			net {
 				local_ts = ${NEAR:-$near}
 				remote_ts = ${FARNET:-$far}
 				esp_proposals = ${ESP:-aes128gcm16}
-				$CHILD
+				$(echo "$CHILD" | tr ';' '\n')
 			}
 		}
 	}
