@@ -124,6 +124,36 @@ var sick = []struct {
 		w.p.Clamps = []Clamp{{Family: "ip", Table: "fw", Chain: "forward", Handle: 4}}
 	}, nil},
 
+	{"an mtu and an mss of strongSwan's that are too large", func(w *world) {
+		w.forwards = true
+		for _, f := range []struct{ src, dst string }{{"10.9.0.0/24", "10.3.0.0/16"}, {"fd09::/64", "fd03::/32"}} {
+			dst := netip.MustParsePrefix(f.dst)
+			w.rule(routes.Rule{Family: routes.FamilyOf(dst.Addr()), Priority: 220, Table: 220})
+			w.setRoute(220, f.dst, nic, routes.Metrics{MTU: 1480, AdvMSS: 1440})
+		}
+		w.policy(17, "10.9.0.0/24", "10.3.0.0/16", 0)
+		w.policy(25, "fd09::/64", "fd03::/32", 0)
+		w.sa(0x100, false, nil)
+		w.sa(0x200, true, nil)
+	}, []Code{RouteMTU, RouteMTU, RouteMTU, RouteMTU}},
+	{"an mtu of libreswan's that is too small, and one on an interface", func(w *world) {
+		w.link(&routes.Link{Index: xfrmi, Name: "ipsec1", Kind: "xfrm", Type: 65534, MTU: 1446, Up: true, IfID: 1}, nil)
+		w.setRoute(routes.TableMain, "10.3.0.0/16", nic, routes.Metrics{MTU: 1400})
+		w.setRoute(routes.TableMain, "10.2.0.0/16", xfrmi, routes.Metrics{MTU: 1400, AdvMSS: 1300})
+		w.policy(17, "10.9.0.0/24", "10.3.0.0/16", 0)
+		w.policy(25, "10.9.0.0/24", "10.2.0.0/16", 1)
+		w.sa(0x100, false, nil)
+		w.sa(0x200, false, func(s *xfrmwatch.SA) { s.IfID = 1 })
+	}, []Code{RouteMTU, RouteMTU, RouteMTU}},
+	{"an owner's mtu that is what is left, one behind our lock, one of a wider route, and none of an SA", func(w *world) {
+		w.setRoute(routes.TableMain, "10.3.0.0/17", nic, routes.Metrics{MTU: 1446, AdvMSS: 1406})
+		w.setRoute(routes.TableMain, "10.3.128.0/17", nic, routes.Metrics{MTU: 1446, Lock: 1 << 2})
+		w.setRoute(routes.TableMain, "10.0.0.0/8", nic, routes.Metrics{MTU: 1300})
+		w.setRoute(routes.TableMain, "10.4.0.0/16", nic, routes.Metrics{MTU: 1300})
+		w.policy(17, "10.9.0.0/24", "10.3.0.0/16", 0)
+		w.sa(0x100, false, nil)
+	}, nil},
+
 	{"a wide rule ahead of ours", func(w *world) {
 		for _, f := range []struct{ src, dst, all string }{{"10.9.0.0/24", "10.3.0.0/16", "0.0.0.0/0"}, {"fd09::/64", "fd03::/32", "::/0"}} {
 			src := netip.MustParsePrefix(f.src)

@@ -35,6 +35,8 @@ const (
 	LarvalSA Code = "larval-sa"
 	// TunnelMTU is a tunnel whose MTU is larger than what is left to what it wraps.
 	TunnelMTU Code = "tunnel-mtu"
+	// RouteMTU is a route whose owner sets another MTU or MSS than IPsec leaves.
+	RouteMTU Code = "route-mtu"
 	// KeyCollateral is connections that lost offload as their listener holds a key for others.
 	KeyCollateral Code = "key-collateral"
 	// Unreadable is that the kernel does not let its sockets be read.
@@ -92,6 +94,11 @@ var Kinds = []Kind{
 		"Set the device's MTU, or let the agent lock its routes (or set it: carrier_mtu: device).",
 	},
 	{
+		RouteMTU, "a route sets another MTU or MSS than IPsec leaves",
+		"Take the setting out: the agent's locks have the right number, and follow each rekey. It is mtu or mss of charon.plugins.kernel-netlink " +
+			"(strongswan.conf), mtu= of a connection of libreswan's (ipsec.conf), or whoever else wrote the route. An MSS that is too large stays while a lock is on the route itself.",
+	},
+	{
 		KeyCollateral, "a key on a listener takes offload from connections that are not signed",
 		"Give the signed peers a listener of their own: another address or port, or another process. Then have the other connections " +
 			"opened anew. Nothing that could be set from outside cures a live one, and taking the key away doesn't either.",
@@ -139,6 +146,7 @@ func Check(p *Patient) *Checkup {
 		c.unbound(p)
 		c.larval(p)
 		c.tunnels(p)
+		c.routeMTUs(p)
 	}
 	if d := p.Diagnosis; d != nil {
 		for i := range d.Collateral {

@@ -65,10 +65,19 @@ func (w *world) rule(r routes.Rule) {
 }
 
 func (w *world) route(table routes.TableID, dst string, oif routes.Ifindex, mtu uint32, proto routes.Protocol) {
+	w.routeWith(table, dst, oif, routes.Metrics{MTU: mtu}, proto)
+}
+
+// setRoute is a route of somebody's who sets metrics.
+func (w *world) setRoute(table routes.TableID, dst string, oif routes.Ifindex, m routes.Metrics) {
+	w.routeWith(table, dst, oif, m, routes.ProtoStatic)
+}
+
+func (w *world) routeWith(table routes.TableID, dst string, oif routes.Ifindex, m routes.Metrics, proto routes.Protocol) {
 	p := netip.MustParsePrefix(dst)
 	b := routes.Body{
 		Family: routes.FamilyOf(p.Addr()), Table: table, Type: routes.Unicast, Protocol: proto,
-		Nexthops: []routes.Nexthop{{Oif: oif}}, Metrics: routes.Metrics{MTU: mtu},
+		Nexthops: []routes.Nexthop{{Oif: oif}}, Metrics: m,
 	}
 	w.fib.Apply(routes.RouteSet{Route: routes.Route{Dst: p, Body: routes.NewBody(b)}, Append: true})
 }

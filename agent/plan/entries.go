@@ -73,7 +73,7 @@ func (p *planner) entriesOf(pol *xfrmwatch.Policy) []*entry { return slices.Coll
 // eachEntry yields them. Only one policy's at a time are to be walked.
 func (p *planner) eachEntry(pol *xfrmwatch.Policy) iter.Seq[*entry] {
 	return func(yield func(*entry) bool) {
-		if pol.Dir != xfrmwatch.Out || pol.Sub {
+		if pol.Dir != xfrmwatch.Out || pol.Sub || neighbourDiscovery(pol) {
 			return
 		}
 		at := entry{pol: pol, age: p.XFRM.Age(pol.Index)}
@@ -92,6 +92,15 @@ func (p *planner) eachEntry(pol *xfrmwatch.Policy) iter.Seq[*entry] {
 		}
 		clear(p.covs)
 	}
+}
+
+// neighbourDiscovery reports whether a policy does nothing but let neighbour discovery pass (RFC 4861), as libreswan's do ahead of all others, for
+// all addresses. That takes nothing out of a tunnel: no router forwards it, and it has the room that it needs in any MTU of IPv6.
+func neighbourDiscovery(pol *xfrmwatch.Policy) bool {
+	const icmpv6, first, last = 58, 133, 137 // router solicitation to redirect; a selector has the type for its source port
+	s := &pol.Selector
+	return s.Family == xfrmwatch.IPv6 && s.Proto == icmpv6 && s.Sport.Mask == 0xffff && first <= s.Sport.Port && s.Sport.Port <= last &&
+		pol.Action == xfrmwatch.Allow && len(pol.Templates) == 0
 }
 
 // linger is the entry of a coverage whose policy went away.

@@ -41,9 +41,22 @@ func FindVersion(ctx context.Context, tree, version string) (string, error) {
 	return strings.TrimSpace(string(out)), nil
 }
 
-// BuildGuest builds the guest's init, static, into dir.
+// BuildGuest builds the guest's init, static, into dir. Beside it stands a link to libreswan where that is in the cache (tools/libreswan).
 func BuildGuest(ctx context.Context, tree, dir string) error {
-	return BuildCommand(ctx, tree, "e2e/guest", dir)
+	return errors.Join(BuildCommand(ctx, tree, "e2e/guest", dir), linkLibreswan(ctx, tree, dir))
+}
+
+// linkLibreswan links to libreswan, which is unpacked and not installed. The guest has the host's root, and so finds it behind the link.
+func linkLibreswan(ctx context.Context, tree, dir string) error {
+	out, err := exec.CommandContext(ctx, filepath.Join(tree, "tools", "libreswan"), "--path").Output()
+	var exit *exec.ExitError
+	if errors.As(err, &exit) && exit.ExitCode() == 1 {
+		return nil // the scenarios that want it say so
+	}
+	if err != nil {
+		return fmt.Errorf("find libreswan: %w", err)
+	}
+	return os.Symlink(strings.TrimSpace(string(out)), filepath.Join(dir, "libreswan"))
 }
 
 // BuildCommands builds this project's commands, static, into dir. A command whose sources aren't there is left out.
