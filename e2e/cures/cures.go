@@ -37,15 +37,16 @@ type Case struct {
 	What   string
 	Done   string // with the agent
 	Before string // the case that has the figure from before, if that is another one
+	Not    string // why it is no better, where it is not
 	Same   bool   // that nothing changes is what is to be shown
 }
 
 // Cases are all, in the order of the tables.
 var Cases = []Case{
 	{Name: "ipip", What: "IPIP (v6: ip6tnl) above ESP transport", Done: "TSO off on the tunnel device"},
-	{Name: "gre", What: "GRE above ESP transport", Done: "the same"},
-	{Name: "vxlan", What: "VXLAN above ESP transport", Done: "the same"},
-	{Name: "geneve", What: "Geneve above ESP transport", Done: "the same"},
+	{Name: "gre", What: "GRE above ESP transport", Done: "TSO off on the tunnel device", Not: "TSO goes off all the same, until `tsoctl probe` was run"},
+	{Name: "vxlan", What: "VXLAN above ESP transport", Done: "TSO off on the tunnel device", Not: "TSO goes off all the same, until `tsoctl probe` was run"},
+	{Name: "geneve", What: "Geneve above ESP transport", Done: "TSO off on the tunnel device", Not: "TSO goes off all the same, until `tsoctl probe` was run"},
 	{Name: "plain", What: "plain flow on a NIC with `ethtool -K … tso off gso off` for the sake of IPsec", Done: "nobody needs that any more: the NIC keeps TSO"},
 	{Name: "covered", What: "covered flow on that NIC", Done: "the kernel cuts it before the NIC, as before", Same: true},
 	{Name: "gateway", What: "forwarded TCP, policy-based gateway, clamp to PMTU, ICMP filtered", Done: "locked route for the covered flows"},
@@ -54,7 +55,7 @@ var Cases = []Case{
 	{Name: "moved", What: "new forwarded TCP as its route moves to another xfrm interface; before: route MTU set by hand", Done: "the lock follows the route"},
 	{Name: "at-once", What: "the same, 4 opened as fast as can be as soon as the route has moved", Done: "the lock comes an event and a write later", Before: "moved"},
 	{Name: "df", What: "first datagram with DF to each of 8 hosts through an xfrm interface", Done: "refused at once, with the MTU"},
-	{Name: "underlay", What: "local TCP while the MTU falls to 1400 behind a router, ICMP filtered", Done: "the lock clears DF: ESP is fragmented"},
+	{Name: "underlay", What: "local TCP while the MTU falls to 1400 behind a router, ICMP filtered", Done: "the lock clears DF: ESP is fragmented", Not: "routers don't fragment IPv6"},
 	{Name: "md5", What: "unsigned TCP session on a listener with somebody else's TCP-MD5 key; after: on a listener of its own", Done: "found and named, with what helps (`tsoctl doctor`)"},
 	{Name: "clamp", What: "forwarded TCP without any clamp, ICMP filtered, with `partial: clamp`", Done: "MSS clamp for the covered destinations", Before: "noclamp"},
 	{Name: "noclamp", What: "forwarded TCP without any clamp, ICMP filtered, by default", Done: "nothing tells the sender: `partial: clamp`"},
@@ -203,17 +204,19 @@ func (r *Results) Long() string {
 }
 
 // Short is the table of what is cured or unharmed, for who wants to know what this is good for. IPv4 and IPv6 share a row.
-func (r *Results) Short() string { return r.pairs(func(x row) bool { return x.better() || x.Same }) }
+func (r *Results) Short() string {
+	return r.pairs("what it does", func(x row) string { return x.Done }, func(x row) bool { return x.better() || x.Same })
+}
 
 // Uncured is the table of what is no better with the agent, or worse.
 func (r *Results) Uncured() string {
-	return r.pairs(func(x row) bool { return !x.better() && !x.Same })
+	return r.pairs("why", func(x row) string { return cmp.Or(x.Not, x.Done) }, func(x row) bool { return !x.better() && !x.Same })
 }
 
-// pairs is the table of the rows that are wanted.
-func (r *Results) pairs(want func(row) bool) string {
+// pairs is the table of the rows that are wanted, with a last column.
+func (r *Results) pairs(head string, last func(row) string, want func(row) bool) string {
 	var b strings.Builder
-	b.WriteString("| trouble | without | with tsoagent | times | what it does |\n| --- | --- | --- | ---: | --- |\n")
+	fmt.Fprintf(&b, "| trouble | without | with tsoagent | times | %s |\n| --- | --- | --- | ---: | --- |\n", head)
 	rows := slices.DeleteFunc(r.rows(), func(x row) bool { return !want(x) })
 	for len(rows) > 0 {
 		same := 1
@@ -231,7 +234,7 @@ func (r *Results) pairs(want func(row) bool) string {
 		for _, x := range rows[:same] {
 			before, after, times = append(before, x.before.String()), append(after, x.after.String()), append(times, cmp.Or(x.factor(), "-"))
 		}
-		fmt.Fprintf(&b, "| %s | %s | %s | %s | %s |\n", what, both(before), both(after), strings.ReplaceAll(both(times), "-", ""), rows[0].Done)
+		fmt.Fprintf(&b, "| %s | %s | %s | %s | %s |\n", what, both(before), both(after), strings.ReplaceAll(both(times), "-", ""), last(rows[0]))
 		rows = rows[same:]
 	}
 	fmt.Fprintf(&b, "\n(IPv4 / IPv6. %s)\n", r.caption())
@@ -249,18 +252,20 @@ func several(rows []row, name string) bool {
 	return len(kernels) > 1
 }
 
-// both is one text for both families: once if they are the same, and with a unit that they share only once.
+// both is one text for both families: once what they share at the front, as far as a comma, and at the end, as far as a blank.
 func both(texts []string) string {
-	if len(slices.Compact(slices.Clone(texts))) == 1 {
+	if len(texts) != 2 || texts[0] == texts[1] {
 		return texts[0]
 	}
-	const unit = " Mbit/s"
-	if !slices.ContainsFunc(texts, func(t string) bool { return !strings.HasSuffix(t, unit) || strings.Contains(t, ",") }) {
-		for i := range texts[:len(texts)-1] {
-			texts[i] = strings.TrimSuffix(texts[i], unit)
-		}
+	front := ""
+	if head, _, ok := strings.Cut(texts[0], ", "); ok && strings.HasPrefix(texts[1], head+", ") {
+		front = head + ", "
 	}
-	return strings.Join(texts, " / ")
+	end := ""
+	if i := strings.LastIndexByte(texts[0], ' '); i >= len(front)-1 && i > 0 && strings.HasSuffix(texts[1], texts[0][i:]) {
+		end = texts[0][i:]
+	}
+	return front + strings.TrimSuffix(texts[0][len(front):], end) + " / " + texts[1][len(front):]
 }
 
 func family(variant string) string {

@@ -47,7 +47,7 @@ func what(name string) string { return Cases[order(name)].What }
 
 func TestShortHasWhatIsCured(t *testing.T) {
 	want := map[string]string{
-		what("gre") + ", Linux 6.12.117": "2.5 / 4.0 Mbit/s | 50 / 60 Mbit/s | 20 / 15 | the same",
+		what("gre") + ", Linux 6.12.117": "2.5 / 4.0 Mbit/s | 50 / 60 Mbit/s | 20 / 15 | TSO off on the tunnel device",
 		what("covered") + ", IPv4":       "200 Mbit/s | 190 Mbit/s | 0.9 | " + Cases[order("covered")].Done,
 		what("underlay") + ", IPv4":      "0 of 4 connections, 0 Mbit/s | 4 of 4 connections, 43 Mbit/s |  | " + Cases[order("underlay")].Done,
 		what("df") + ", IPv4":            "8 of 8 lost | 0 of 8 lost |  | " + Cases[order("df")].Done,
@@ -60,8 +60,8 @@ func TestShortHasWhatIsCured(t *testing.T) {
 
 func TestUncuredHasTheRest(t *testing.T) {
 	want := map[string]string{
-		what("gre") + ", Linux 6.12.107, IPv4": "340 Mbit/s | 320 Mbit/s | 0.9 | the same",
-		what("underlay") + ", IPv6":            "0 of 4 connections | 0 of 4 connections |  | " + Cases[order("underlay")].Done,
+		what("gre") + ", Linux 6.12.107, IPv4": "340 Mbit/s | 320 Mbit/s | 0.9 | " + Cases[order("gre")].Not,
+		what("underlay") + ", IPv6":            "0 of 4 connections | 0 of 4 connections |  | routers don't fragment IPv6",
 		what("noclamp") + ", IPv4":             "0 of 4 connections | 0 of 4 connections |  | " + Cases[order("noclamp")].Done,
 		what("open") + ", IPv4":                "- | 0 Mbit/s |  | " + Cases[order("open")].Done,
 	}
@@ -82,6 +82,22 @@ func TestLongHasAll(t *testing.T) {
 	}
 	if strings.Contains(long, "by-hand") {
 		t.Errorf("a control is in\n%s", long)
+	}
+}
+
+func TestBoth(t *testing.T) {
+	for _, test := range []struct{ v4, v6, want string }{
+		{"8 of 8 connections", "8 of 8 connections", "8 of 8 connections"},
+		{"2.5 Mbit/s", "4.0 Mbit/s", "2.5 / 4.0 Mbit/s"},
+		{"8 of 8 connections, 389 Mbit/s", "8 of 8 connections, 294 Mbit/s", "8 of 8 connections, 389 / 294 Mbit/s"},
+		{"8 of 8 connections, 389 Mbit/s", "7 of 8 connections, 294 Mbit/s", "8 of 8 connections, 389 / 7 of 8 connections, 294 Mbit/s"},
+		{"2 of 4 connections", "4 of 4 connections", "2 of 4 / 4 of 4 connections"},
+		{"206", "83", "206 / 83"},
+		{"-", "-", "-"},
+	} {
+		if got := both([]string{test.v4, test.v6}); got != test.want {
+			t.Errorf("%q and %q: got %q, want %q", test.v4, test.v6, got, test.want)
+		}
 	}
 }
 
