@@ -15,15 +15,41 @@ import (
 
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
-
-	"tsoagent/agent/netns/netnstest"
 )
 
 // newNS moves the test into a network namespace of its own until it ends. The namespace goes
 // with the last thing that uses it, also when the test fails.
 func newNS(t testing.TB) *testNS {
 	t.Helper()
-	own := netnstest.Enter(t, "ip")
+	if os.Geteuid() != 0 {
+		t.Skip("needs root for network namespaces")
+	}
+	if _, err := exec.LookPath("ip"); err != nil {
+		t.Skip("needs iproute2")
+	}
+	runtime.LockOSThread()
+	home, err := os.Open("/proc/thread-self/ns/net")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+		home.Close()
+		t.Skipf("needs network namespaces: %v", err)
+	}
+	t.Cleanup(func() {
+		defer home.Close()
+		// A thread that can't go home stays locked, and ends with the goroutine.
+		if err := unix.Setns(int(home.Fd()), unix.CLONE_NEWNET); err != nil {
+			t.Errorf("leave the namespace: %v", err)
+			return
+		}
+		runtime.UnlockOSThread()
+	})
+	own, err := os.Open("/proc/thread-self/ns/net")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { own.Close() })
 	ip(t, `link set lo up`)
 	return &testNS{own}
 }

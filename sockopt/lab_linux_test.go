@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -14,15 +15,29 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
-
-	"tsoagent/agent/netns/netnstest"
 )
 
 // newNetns moves the test's thread into a fresh network namespace with lo up. The namespace ends
 // with the test; if the way back fails, the thread ends with its goroutine instead.
 func newNetns(t testing.TB) {
 	t.Helper()
-	netnstest.Enter(t, "ip")
+	if os.Geteuid() != 0 {
+		t.Skip("needs root (CAP_SYS_ADMIN) to make a network namespace")
+	}
+	runtime.LockOSThread()
+	home, err := unix.Open("/proc/thread-self/ns/net", unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+		t.Skipf("needs network namespaces in the kernel: %v", err)
+	}
+	t.Cleanup(func() {
+		if unix.Setns(home, unix.CLONE_NEWNET) == nil {
+			runtime.UnlockOSThread()
+		}
+		_ = unix.Close(home)
+	})
 	ip(t, "link set lo up")
 }
 

@@ -37,7 +37,7 @@ func Network(name string, settle func() error) *Harness {
 	return &Harness{Name: name, More: unix.CLONE_NEWNET, Wants: "mount, PID and network namespaces", Settle: settle}
 }
 
-// Loopback, a Settle, sets the loopback device up.
+// Loopback sets the loopback device up. It is a Settle.
 func Loopback() error {
 	if out, err := exec.Command("ip", "link", "set", "lo", "up").CombinedOutput(); err != nil {
 		return fmt.Errorf("ip link set lo up: %w: %s", err, out)
@@ -45,7 +45,7 @@ func Loopback() error {
 	return nil
 }
 
-// EmptyRun, a Settle, hides what the machine has in /run.
+// EmptyRun hides what the machine has in /run. It is a Settle.
 func EmptyRun() error { return unix.Mount("tmpfs", "/run", "tmpfs", 0, "") }
 
 // Build builds commands of this project as the Makefile does, into a directory of WorkDir, which it returns. The words are those behind `go build -o`:

@@ -72,7 +72,7 @@ func (k *Kernel) askEmulator(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("version of %s: %w", k.qemu, err)
 	}
-	k.emulator, _, _ = strings.Cut(string(version), "\n")
+	k.emulator, _, _ = strings.Cut(strings.Replace(string(version), "emulator version ", "", 1), "\n")
 	devices, err := exec.CommandContext(ctx, k.qemu, "-device", "help").Output()
 	if err != nil {
 		return fmt.Errorf("devices of %s: %w", k.qemu, err)
