@@ -85,6 +85,7 @@ test-kernels:
 
 setup:
 	@tools/install
+	@tools/libreswan >/dev/null
 
 testkernel:
 	@e2e/testkernel/build
