@@ -89,6 +89,7 @@ test-kernels:
 
 setup:
 	@tools/install
+	@tools/libreswan >/dev/null
 
 testkernel:
 	@e2e/testkernel/build

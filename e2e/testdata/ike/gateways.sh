@@ -1,6 +1,8 @@
 # Two gateways, left and right, with two wires between them, and behind each a host: client and server. One net behind each is for the tunnel,
-# the other one is not. The variables are those of net-v4.env and net-v6.env in the scenarios.
+# the other one is not. The variables are those of the scenarios' variants.
 set -e
+# The gateways' secret, which lives as long as the machine.
+(umask 077; od -An -v -tx1 -N32 /dev/urandom | tr -d ' \n' >$WORK/secret)
 for ns in client left right server; do
 	ip netns add $ns
 	ip -n $ns link set lo up

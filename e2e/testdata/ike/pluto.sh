@@ -9,8 +9,6 @@ config setup
 	nhelpers=0
 	dumpdir=$dir
 CONF
-# A secret that lives as long as the machine.
-(umask 077; [ -s $WORK/secret ] || od -An -v -tx1 -N32 /dev/urandom | tr -d ' \n' >$WORK/secret)
 (umask 077; echo ": PSK 0x$(cat $WORK/secret)" >$dir/ipsec.secrets)
 certutil -N -d sql:$dir --empty-password
 export PATH=/mnt/bin/libreswan/usr/sbin:$PATH IPSEC_EXECDIR=/usr/libexec/ipsec IPSEC_SBINDIR=/mnt/bin/libreswan/usr/sbin

@@ -7,8 +7,6 @@ if [ $ns = left ]; then
 else
 	local=$R1 remote=$L1 near=$NET far=$SRCNET peer=left
 fi
-# A secret that lives as long as the machine.
-(umask 077; [ -s $WORK/secret ] || od -An -v -tx1 -N32 /dev/urandom | tr -d ' \n' >$WORK/secret)
 (umask 077; cat >$WORK/$ns/swanctl.conf) <<CONF
 connections {
 	gw {
