@@ -1,6 +1,7 @@
 # make run                builds the agent and starts it on this host (root; MODE=observe only looks)
 # make test               everything that .ci/run checks; as root on a fresh Debian 12 it installs what it needs
 # make test-kernels       scenarios on Debian's stock kernels in QEMU, with real drivers and two processors (about 9 minutes; root)
+# make test-vagrant       the Vagrantfile's five machines, emulated where need be, in namespaces of their own (docs/vagrant.md; root)
 # make demo               the whole story in the test kernel, as a timeline
 # make build              bin/tsoagent and bin/tsoctl
 # make install            into DESTDIR (/): the commands, the unit, its group and directories, and the documentation
@@ -33,7 +34,7 @@ BUILDER  ?= podman
 # belongs to somebody else.
 VCS := $(shell git status >/dev/null 2>&1 && echo auto || echo false)
 
-.PHONY: build install stage packages image run test test-kernels testkernel demo scenario bench bench-check growth window soak lint fuzz setup
+.PHONY: build install stage packages image run test test-kernels test-vagrant testkernel demo scenario bench bench-check growth window soak lint fuzz setup
 
 build:
 	CGO_ENABLED=0 go build -buildvcs=$(VCS) -o bin/ ./cmd/...
@@ -82,6 +83,9 @@ test:
 
 test-kernels:
 	@tools/test-kernels
+
+test-vagrant:
+	@tools/test-vagrant
 
 setup:
 	@tools/install
