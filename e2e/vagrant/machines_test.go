@@ -256,11 +256,11 @@ ip -4 route show table all; ip -6 route show table all | sed 's/ expires [0-9]*s
 for card in /sys/class/net/*; do echo "${card##*/}"; ethtool -k "${card##*/}" | grep -v ^Features; done`)
 }
 
-// send sends eight megabytes by TCP from a machine to the server at an address, once it answers.
+// send sends a megabyte by TCP from a machine to the server at an address, once it answers.
 func (l *lab) send(t *testing.T, machine string, f family, to string) {
 	t.Helper()
 	// The server takes one at a time, and may be busy with one that a lost answer has left behind.
-	l.until(t, machine, "iperf3 "+f.flag+" -c "+to+" -n 8M --connect-timeout 30000", `sender$`, `receiver$`)
+	l.until(t, machine, "iperf3 "+f.flag+" -c "+to+" -n 1M --connect-timeout 30000", `sender$`, `receiver$`)
 }
 
 // packets are those that a capture saw, by their length as IP says it.
