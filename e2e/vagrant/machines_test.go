@@ -75,8 +75,8 @@ func twoCommands(t *testing.T, _ *lab) {
 		`^ipsec1 +\d+: tx-tcp-segmentation.* in place `,
 		`^10\.12\.0\.0/24 +lock 1446 +ipsec1 +in place`,
 		`^10\.2\.0\.0/24 +lock 1446 +\S+ +table 5450`,
-		`^fd00:12::/64 +lock 1426 +ipsec1 +in place`,
-		`^fd00:2::/64 +lock 1426 +\S+ +table 5450`,
+		`^fd00:12::/64 .*lock 1426 +ipsec1 +in place`,
+		`^fd00:2::/64 .*lock 1426 +\S+ +table 5450`,
 	); err != nil {
 		t.Errorf("%v in\n%s", err, out)
 	}
@@ -174,7 +174,7 @@ func unsignedSessionOnSignedListener(t *testing.T, l *lab) {
 	if err == nil {
 		t.Errorf("the doctor found nothing")
 	}
-	if err := matches(out, `key-collateral`, `bird`); err != nil {
+	if err := matches(out, `key-collateral`, `listener 0\.0\.0\.0:179 .*1 connection that is not signed has lost offload`, `listener \[::\]:179 .*1 connection that is not signed has lost offload`); err != nil {
 		t.Errorf("%v in\n%s", err, out)
 	}
 	t.Logf("tsoctl doctor on the router:\n%s", out)
@@ -185,7 +185,7 @@ func rekey(t *testing.T, l *lab) {
 	for _, f := range families {
 		t.Run(f.name, func(t *testing.T) {
 			spi := func() string {
-				out := l.run(t, "left", "ip xfrm state | grep -c 'proto esp'; swanctl --list-sas --child lan"+f.plan+" --raw | grep -o 'spi-out=[0-9a-f]*' | sort | tr '\\n' ' '")
+				out := l.run(t, "left", "swanctl --list-sas --child lan"+f.plan+" --raw | grep -o 'spi-out=[0-9a-f]*' | sort | tr '\\n' ' '")
 				return out
 			}
 			before := spi()
@@ -278,10 +278,10 @@ func (p packets) String() string {
 	return fmt.Sprintf("%d packets, the largest with %d bytes", len(p), p.largest())
 }
 
-// capture looks at what leaves by a device while do runs, until it has seen sixty packets.
+// capture looks at what leaves by a device while do runs, until it has seen twenty packets.
 func (l *lab) capture(t *testing.T, machine, device, filter string, do func()) packets {
 	t.Helper()
-	l.run(t, machine, fmt.Sprintf("rm -f /tmp/capture /tmp/ready; timeout 300 tcpdump -i %s -Q out -n -c 60 -U -Z root -s 128 -w /tmp/capture '%s' </dev/null >/tmp/ready 2>&1 & "+
+	l.run(t, machine, fmt.Sprintf("rm -f /tmp/capture /tmp/ready; timeout 300 tcpdump -i %s -Q out -n -c 20 -U -Z root -s 128 -w /tmp/capture '%s' </dev/null >/tmp/ready 2>&1 & "+
 		"while ! grep -q listening /tmp/ready 2>/dev/null; do sleep 0.2; done", device, filter))
 	do()
 	// -v has the length of the whole packet: IPv4's total length, or IPv6's payload and 40 bytes.
@@ -297,7 +297,7 @@ func (l *lab) capture(t *testing.T, machine, device, filter string, do func()) p
 		}
 		lengths = append(lengths, length)
 	}
-	if len(lengths) < 60 {
+	if len(lengths) < 20 {
 		t.Fatalf("only %d packets left by %s: %s", len(lengths), device, out)
 	}
 	return lengths
