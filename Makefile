@@ -2,6 +2,7 @@
 # make test               everything that .ci/run checks; as root on a fresh Debian 12 it installs what it needs
 # make test-kernels       all scenarios on Debian's stock kernels in QEMU, with real drivers and two processors, into docs/kernels.md (some hours; root)
 #                         ONLY=REGEXP runs those that it matches (10-story/v4/6.12), MISSING=1 those that have not passed: a run in parts adds up
+# make test-vagrant       the Vagrantfile's five machines, emulated where need be, in namespaces of their own (docs/vagrant.md; root)
 # make demo               the whole story in the test kernel, as a timeline
 # make build              bin/tsoagent and bin/tsoctl
 # make install            into DESTDIR (/): the commands, the unit, its group and directories, and the documentation
@@ -37,7 +38,7 @@ BUILDER  ?= podman
 # belongs to somebody else.
 VCS := $(shell git status >/dev/null 2>&1 && echo auto || echo false)
 
-.PHONY: build install stage packages image run test test-kernels testkernel demo scenario bench cures bench-check growth window soak modules lint fuzz setup
+.PHONY: build install stage packages image run test test-kernels test-vagrant testkernel demo scenario bench cures bench-check growth window soak modules lint fuzz setup
 
 build:
 	CGO_ENABLED=0 go build -buildvcs=$(VCS) -o bin/ ./cmd/...
@@ -86,6 +87,9 @@ test:
 
 test-kernels:
 	@tools/test-kernels "$(ONLY)" $(MISSING)
+
+test-vagrant:
+	@tools/test-vagrant
 
 setup:
 	@tools/install
