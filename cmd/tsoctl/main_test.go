@@ -74,6 +74,7 @@ func buildCommands(t testing.TB) string {
 	t.Helper()
 	bin := t.TempDir()
 	build := exec.Command("go", "build", "-buildvcs=false", "-o", bin, "tsoagent/cmd/tsoagent", "tsoagent/cmd/tsoctl")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0") // as the Makefile does, and without a compiler of C
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("build the commands: %v\n%s", err, out)
 	}

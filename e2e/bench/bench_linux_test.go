@@ -16,6 +16,7 @@ func TestSmallRun(t *testing.T) {
 	}
 	dir := t.TempDir()
 	build := exec.CommandContext(t.Context(), "go", "build", "-buildvcs=false", "-o", dir+"/", "tsoagent/cmd/tsoagent", "tsoagent/cmd/tsoctl", "tsoagent/e2e/cmd/bench")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("go build: %v: %s", err, out)
 	}

@@ -296,7 +296,7 @@ type gobgpd struct {
 var gobgp = sync.OnceValues(func() (string, error) {
 	dir := filepath.Join(host.WorkDir(), "gobgp")
 	cmd := exec.Command("go", "build", "-buildvcs=false", "-trimpath", "-ldflags=-s -w", "-o", dir+"/", "tool")
-	cmd.Dir = "gobgp"
+	cmd.Dir, cmd.Env = "gobgp", append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return "", fmt.Errorf("%w: %s", err, out)
 	}

@@ -5,8 +5,6 @@ package peers
 import (
 	"fmt"
 	"os"
-	"os/exec"
-	"path/filepath"
 	"sync"
 	"testing"
 
@@ -66,10 +64,5 @@ func needTruth(t *testing.T) {
 
 // commands builds tsoagent and tsoctl once and returns their directory.
 var commands = sync.OnceValues(func() (string, error) {
-	dir := filepath.Join(host.WorkDir(), "bin")
-	cmd := exec.Command("go", "build", "-buildvcs=false", "-o", dir+"/", "tsoagent/cmd/tsoagent", "tsoagent/cmd/tsoctl")
-	if out, err := cmd.CombinedOutput(); err != nil {
-		return "", fmt.Errorf("go build: %w: %s", err, out)
-	}
-	return dir, nil
+	return host.Build("tsoagent/cmd/tsoagent", "tsoagent/cmd/tsoctl")
 })
