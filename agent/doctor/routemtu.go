@@ -4,6 +4,8 @@ import (
 	"fmt"
 	"iter"
 
+	"github.com/gaissmai/bart"
+
 	"tsoagent/agent/plan"
 	"tsoagent/routes"
 	"tsoagent/xfrmwatch"
@@ -20,12 +22,16 @@ type setRoute struct {
 
 // routeMTUs finds routes of covered flows whose owner, a key exchange daemon as a rule, sets another MTU or MSS than IPsec leaves.
 func (c *Checkup) routeMTUs(p *Patient) {
+	set := p.settings()
+	if set.Size() == 0 {
+		return
+	}
 	var found []*setRoute
 	at := map[routes.Key]*setRoute{}
 	var paths func(*xfrmwatch.SA) (int, bool)
 	for i := range p.Plan.Verdicts {
 		v := &p.Plan.Verdicts[i]
-		if v.Key != nil || v.Gone || v.MTU == 0 {
+		if v.Key != nil || v.Gone || v.MTU == 0 || !set.OverlapsPrefix(v.Selector.Dst) {
 			continue
 		}
 		left := 0
@@ -63,6 +69,24 @@ func (c *Checkup) routeMTUs(p *Patient) {
 	if more > most {
 		c.found(RouteMTU, fmt.Sprintf("so it is %d more times", more-most))
 	}
+}
+
+// settings are the destinations of routes that have an MTU or an MSS of their owner's: few, or none, also where there are a million routes. What none
+// of them is near need not be looked at.
+func (p *Patient) settings() *bart.Lite {
+	set := new(bart.Lite)
+	cfg := p.Input.Config.WithDefaults()
+	for _, fam := range []routes.Family{routes.IPv4, routes.IPv6} {
+		for _, table := range p.Input.FIB.Tables(fam) {
+			for r := range p.Input.FIB.Table(fam, table) {
+				m := &r.Body.Metrics
+				if (m.AdvMSS != 0 || m.MTU != 0 && p.ownersMTU(r) != 0) && !cfg.OwnRoute(r) {
+					set.Insert(r.Dst)
+				}
+			}
+		}
+	}
+	return set
 }
 
 // routesOf yields the routes that are for the flows of a coverage alone, by their destination, and not ours.
