@@ -20,6 +20,7 @@ type watched struct {
 	bin, socket, log string
 	cmd              *exec.Cmd
 	series           series
+	runtimes         []string // what the runtime says of its memory, with the first sample and the newest one
 }
 
 // What is counted, in the order of a sample. Memory is in KiB, and of the agent's own process after a garbage collection: what lives in the heap,
@@ -67,6 +68,9 @@ func (a *watched) profiled(s *sample) error {
 		return err
 	}
 	s[heap] = n >> 10
+	if _, of, ok := strings.Cut(string(text), "\n# runtime.MemStats\n"); ok {
+		a.runtimes = append(a.runtimes[:min(1, len(a.runtimes))], memoryOf(of))
+	}
 	if text, err = a.get("/debug/pprof/goroutine?debug=1", "unix", a.socket); err == nil {
 		s[goroutines], err = after(string(text), "goroutine profile: total ")
 	}
@@ -99,6 +103,18 @@ func (a *watched) counted(s *sample) error {
 		}
 	}
 	return nil
+}
+
+// memoryOf is what the runtime has from the kernel, by what it is for, in bytes: where resident memory goes that the heap doesn't have.
+func memoryOf(stats string) string {
+	var kept []string
+	for line := range strings.Lines(stats) {
+		switch word, _, _ := strings.Cut(strings.TrimPrefix(line, "# "), " "); word {
+		case "Sys", "HeapSys", "HeapIdle", "HeapInuse", "HeapReleased", "Stack", "MSpan", "MCache", "BuckHashSys", "GCSys", "OtherSys":
+			kept = append(kept, strings.TrimSpace(strings.TrimPrefix(line, "# ")))
+		}
+	}
+	return strings.Join(kept, ", ")
 }
 
 func childrenOf(dir string) (dirs []string) {

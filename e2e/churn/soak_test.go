@@ -51,6 +51,7 @@ func TestAgentStaysFlat(t *testing.T) {
 		}
 	}
 	t.Logf("%d rounds of %d changes in %s, seed %d\n%s", len(a.series), changes, time.Since(begin).Round(time.Second), seed, a.series)
+	t.Logf("the runtime's memory, at first and in the end:\n%s", strings.Join(a.runtimes, "\n"))
 	for _, grown := range a.series.grown() {
 		t.Error(grown)
 	}

@@ -19,6 +19,8 @@ const patience = 60 * time.Second
 // host runs the tests with a network namespace of their own, too: addresses on the loopback device are nobody else's.
 var host = harness.Network("fleets", harness.Loopback)
 
+func TestMain(m *testing.M) { host.Main(m) }
+
 // programs are built once.
 var programs = sync.OnceValues(func() (string, error) { return host.Build("tsoagent/cmd/...") })
 

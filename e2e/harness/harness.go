@@ -30,6 +30,7 @@ type Harness struct {
 	Settle func() error
 
 	missing, workDir string
+	ran              bool // Main was called
 }
 
 // Network returns a harness whose tests have a network namespace of their own, too, in which their addresses, routes and devices are nobody else's.
@@ -51,7 +52,7 @@ func EmptyRun() error { return unix.Mount("tmpfs", "/run", "tmpfs", 0, "") }
 // Build builds commands of this project as the Makefile does, into a directory of WorkDir, which it returns. The words are those behind `go build -o`:
 // flags and packages.
 func (h *Harness) Build(words ...string) (string, error) {
-	bin := filepath.Join(h.workDir, "bin")
+	bin := filepath.Join(h.WorkDir(), "bin")
 	cmd := exec.Command("go", append([]string{"build", "-buildvcs=false", "-o", bin + "/"}, words...)...)
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := cmd.CombinedOutput(); err != nil {
@@ -94,10 +95,23 @@ func (l *Log) String() string {
 func (h *Harness) Missing() string { return h.missing }
 
 // WorkDir holds what is built for all tests. It is empty where the namespaces are missing.
-func (h *Harness) WorkDir() string { return h.workDir }
+func (h *Harness) WorkDir() string {
+	h.mustRun()
+	return h.workDir
+}
 
-// Main is for TestMain: it runs the tests, and ends the process.
-func (h *Harness) Main(m *testing.M) { os.Exit(h.run(m)) }
+// Main is for TestMain: it runs the tests, and ends the process. Without it they would change the machine's own namespaces.
+func (h *Harness) Main(m *testing.M) {
+	h.ran = true
+	os.Exit(h.run(m))
+}
+
+// mustRun ends a program whose TestMain doesn't call Main, ahead of the first command that a test runs.
+func (h *Harness) mustRun() {
+	if !h.ran {
+		panic("TestMain of " + h.Name + " doesn't call Main: its tests would run in this machine's own namespaces")
+	}
+}
 
 func (h *Harness) run(m *testing.M) int {
 	inside := "TSOAGENT_HARNESS_" + h.Name
@@ -165,6 +179,7 @@ func again(inside string, more uintptr) (int, error) {
 // Need skips the test where the machine lacks the namespaces, or one of the Debian packages, each named with a program of its own.
 func (h *Harness) Need(t testing.TB, programs map[string]string) {
 	t.Helper()
+	h.mustRun()
 	if h.missing != "" {
 		t.Skip(h.missing)
 	}

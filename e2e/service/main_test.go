@@ -19,6 +19,8 @@ const patience = 60 * time.Second
 // host runs the tests with a network namespace of their own, too: addresses on the loopback device are nobody else's.
 var host = harness.Network("service", harness.Loopback)
 
+func TestMain(m *testing.M) { host.Main(m) }
+
 // stage is the tree as `make install` installs it, made once.
 var stage = sync.OnceValues(func() (string, error) {
 	dir := filepath.Join(host.WorkDir(), "stage")
