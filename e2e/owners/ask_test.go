@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net/netip"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -54,6 +55,11 @@ type answer struct {
 	locked bool
 	others string // the rest of the metrics
 	nhid   uint32 // of a nexthop object
+}
+
+// by reports whether one of the ways leaves by a device.
+func (a answer) by(index uint32) bool {
+	return regexp.MustCompile(fmt.Sprintf(`\bdev %d\b`, index)).MatchString(a.hops)
 }
 
 func (a answer) String() string {
