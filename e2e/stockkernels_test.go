@@ -177,14 +177,7 @@ func (batch stockBatch) run(t *testing.T, b *bench, left *budget) {
 			results = []*testkernel.Result{{Outcome: "fail", Reason: "no machine", Log: err.Error()}}
 		}
 		for i, result := range results {
-			again := ""
-			if result.Outcome == "fail" && i > 0 {
-				// What came before it is not to blame for this.
-				if alone, err := batch.boot(t, b, scripts[i:i+1]); err == nil {
-					again, result = result.Log, alone[0]
-				}
-			}
-			batch.report(t, b, scripts[i], result, again)
+			batch.report(t, b, scripts[i], result)
 		}
 		scripts = scripts[len(results):]
 	}
@@ -209,18 +202,12 @@ func (batch stockBatch) boot(t *testing.T, b *bench, scripts []suite.Script) ([]
 	return results, err
 }
 
-// report is the test of one scenario, and records what came of it. A log of a failure before means that it was run again, alone.
-func (batch stockBatch) report(t *testing.T, b *bench, s suite.Script, result *testkernel.Result, before string) {
+// report is the test of one scenario, and records what came of it. A failure is one, also behind others: what those leave is a fault of the batch.
+func (batch stockBatch) report(t *testing.T, b *bench, s suite.Script, result *testkernel.Result) {
 	t.Run(s.Name()+"/"+batch.kernel.Release(), func(t *testing.T) {
 		r := suite.Result{Name: s.Name(), Cards: s.Cards(batch.kernel.Cards()), Reason: result.Reason, Seconds: result.Took.Seconds()}
 		if result.Outcome == "fail" && r.Reason == "" {
 			r.Reason = suite.WhereItFailed(result.Log)
-		}
-		if before != "" {
-			t.Logf("failed behind others, and was run again alone: %s", before)
-			if result.Outcome == "pass" {
-				r.Reason = "alone; behind others it failed at " + suite.WhereItFailed(before)
-			}
 		}
 		defer record(t, batch.kernel, &r)
 		script{s}.run(t, b, func(*testing.T, ...string) *testkernel.Result { return result })

@@ -24,7 +24,7 @@ func Enter(t testing.TB, programs ...string) *os.File {
 	}
 	for _, program := range programs {
 		if _, err := exec.LookPath(program); err != nil {
-			t.Skip("needs " + program)
+			t.Skipf("needs %s (tools/install gets it)", program)
 		}
 	}
 	runtime.LockOSThread()
