@@ -58,7 +58,8 @@ type Agent struct {
 	started time.Time
 
 	inbox    *inbox
-	early    early
+	early    []batch // what the watchers have brought while the loop wrote
+	unseen   int     // notifications of own writes of routes that the watcher has not brought yet
 	backlog  backlog
 	brought  bool // this step took events of routes in
 	news     bool // it took something else in, or had nothing to take in and was called nonetheless
@@ -495,7 +496,7 @@ func (a *Agent) act(now time.Time) (next time.Duration, reached bool) {
 	}
 	a.stats.Rounds++
 	next, reached = a.round(now)
-	if len(a.early.batches) > 0 { // the signal for it was taken, too
+	if len(a.early) > 0 { // the signal for it was taken, too
 		next = time.Nanosecond
 	}
 	a.tellWork(reached)

@@ -246,7 +246,7 @@ func (a *Agent) takeEvents() (left bool) {
 		a.news = len(pending) == 0 && a.backlog.empty()
 		n := 0
 		for i := range pending {
-			n += len(pending[i].routes) - a.countOwn(pending[i].routes)
+			n += len(pending[i].routes) - pending[i].own
 		}
 		// Before the first plan nothing is covered, nor does any round wait. What we wrote ourselves makes no work.
 		calm := a.backlog.empty() && (n <= roundEvents || a.lastP == nil)

@@ -63,6 +63,7 @@ func (a *Agent) awaitEchoes(now time.Time) time.Duration {
 	}
 	clear(st.inflight)
 	clear(st.writing)
+	a.unseen = 0
 	return 0
 }
 

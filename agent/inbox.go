@@ -25,6 +25,8 @@ type batch struct {
 	resync   bool // with offer: it is time to look again
 	orders   []order
 
+	own int // of the events of routes, those of the loop's own writes: the loop counts them as it takes the batch
+
 	// at is when the source delivered it, for how long it takes until the effect; zero for messages.
 	at time.Time
 }

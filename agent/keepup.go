@@ -14,13 +14,6 @@ const writesAtOnce = 2048
 // have to be read again.
 const maxUnseen = 4 * writesAtOnce
 
-// early is what the watchers have brought while the loop wrote. It belongs to the loop.
-type early struct {
-	batches []batch
-	own     int // how many of it are notifications of own writes
-	missed  int // how many of those were waited for in vain
-}
-
 // keepUp takes what the watchers have brought while the loop writes, so that none of them waits for room and the kernel drops
 // nothing. It is applied in the next step, in its order: what is being done follows from what was known before. Where very many
 // notifications of own writes are still to come, it waits for them; not for ever, as a write that changes nothing has none.
@@ -28,25 +21,31 @@ func (a *Agent) keepUp() {
 	patience := time.NewTimer(echoPatience)
 	defer patience.Stop()
 	for {
-		for _, b := range a.inbox.take() {
-			a.early.batches = append(a.early.batches, b)
-			a.early.own += a.countOwn(b.routes)
-		}
-		unseen := len(a.st.inflight) + a.st.own.n - a.early.own
-		if unseen-a.early.missed <= maxUnseen {
+		a.early = append(a.early, a.hear()...)
+		if a.unseen <= maxUnseen {
 			return
 		}
 		select {
 		case <-a.inbox.signal:
 		case <-patience.C:
-			a.early.missed = unseen
+			a.unseen = 0
 			return
 		}
 	}
 }
 
-// countOwn counts the notifications of own writes of routes.
-func (a *Agent) countOwn(events []routes.Event) (n int) {
+// hear is what the watchers have brought, with what is in it of our own doing. What of that is applied when makes no difference here: the
+// kernel has its room again.
+func (a *Agent) hear() []batch {
+	brought := a.inbox.take()
+	for i := range brought {
+		brought[i].own = a.heard(brought[i].routes)
+	}
+	return brought
+}
+
+// heard counts the notifications of own writes of routes. Where events were lost, those that are still to come may have been among them.
+func (a *Agent) heard(events []routes.Event) (own int) {
 	for _, ev := range events {
 		var from routes.Origin
 		switch ev := ev.(type) {
@@ -54,17 +53,20 @@ func (a *Agent) countOwn(events []routes.Event) (n int) {
 			from = ev.Origin
 		case routes.RouteGone:
 			from = ev.Origin
+		case routes.Lost:
+			a.unseen = 0
 		}
 		if a.ours(from) {
-			n++
+			own++
+			a.unseen = max(a.unseen-1, 0)
 		}
 	}
-	return n
+	return own
 }
 
 // take is all that the watchers have brought.
 func (a *Agent) take() []batch {
-	brought := a.early.batches
-	a.early = early{}
-	return append(brought, a.inbox.take()...)
+	brought := a.early
+	a.early = nil
+	return append(brought, a.hear()...)
 }

@@ -91,6 +91,7 @@ func (a *Agent) own(results []routes.Result) {
 	for i := range results {
 		switch res := &results[i]; {
 		case len(res.Events) > 0: // also where it failed halfway
+			a.unseen += len(res.Events)
 			a.st.own.put(res)
 			for _, ev := range res.Events {
 				if e := a.st.fib.Own(ev); e.Resync != nil && a.sources != nil {
@@ -98,6 +99,7 @@ func (a *Agent) own(results []routes.Result) {
 				}
 			}
 		case res.Err == nil:
+			a.unseen++
 			a.st.inflight[res.Seq] = struct{}{}
 		}
 	}

@@ -34,7 +34,7 @@ func (d *due) after(now time.Time, next time.Duration, reached bool) {
 func (a *Agent) still(now time.Time) bool {
 	st := a.st
 	return a.lastP != nil && !a.news && !st.touched && st.changes.None() && st.ready() && a.goal == protect && !a.once && a.due.failed == a.stats.Failed &&
-		len(st.orders)+len(st.arrivals)+len(st.inflight)+len(a.early.batches) == 0 && (a.due.at.IsZero() || now.Before(a.due.at)) && !a.forwardsOther(now)
+		len(st.orders)+len(st.arrivals)+len(st.inflight)+len(a.early) == 0 && (a.due.at.IsZero() || now.Before(a.due.at)) && !a.forwardsOther(now)
 }
 
 // forwardsAgain is how long it is not looked again whether the host forwards, of which the kernel tells nothing, while no round does.
