@@ -49,8 +49,10 @@ const (
 	roundEvents = 1024
 	// roundUrgent is how many of them may be urgent, as each of those can make some work for the planner and a write.
 	roundUrgent = 128
-	// maxBacklog bounds the events that wait in it. Beyond that further ones wait in the inbox, and then in the kernel's buffer.
-	maxBacklog = 1 << 19
+	// maxBacklog bounds the events that wait in it, each of which takes some 80 bytes. Beyond that further ones wait in the inbox, and then in
+	// the kernel's buffer, where nothing overtakes anything, and which loses what it has no room for: a full table that is replaced at once,
+	// faster than it can be followed, has to fit.
+	maxBacklog = 1 << 21
 )
 
 func (b *backlog) empty() bool { return b.size == 0 }

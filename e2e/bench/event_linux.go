@@ -149,7 +149,7 @@ const ourProtocol = 84
 
 // add adds one policy and returns how long it took until the kernel told of a route for it with that protocol.
 func (e *eventRun) add(protocol byte) (time.Duration, error) {
-	p := Policy{Src: sources4[0], Dst: customerNet4(e.lab.world.Size.Policies + e.next), Peer: e.lab.world.peer(e.next), Reqid: 1}
+	p := Policy{Src: sources4[0], Dst: customerNet4(e.lab.world.Size.Policies + e.next), Peer: e.lab.world.Policies[e.next%e.lab.world.Size.Policies].Peer, Reqid: 1}
 	e.next++
 	routes, err := dial(unix.NETLINK_ROUTE, unix.RTNLGRP_IPV4_ROUTE)
 	if err != nil {

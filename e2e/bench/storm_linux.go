@@ -23,7 +23,7 @@ type Storm struct {
 	Exact []bool `json:"exact"`
 	// Differences is what was not, in words.
 	Differences []string `json:"differences,omitempty"`
-	// Moved is how long a clone took to follow its route, from when the route went to the kernel, among up to a thousand in one system call. Late
+	// Moved is how long a clone took to follow its route, from when the route went to the kernel, among some seventy in one system call. Late
 	// is how many clones did not follow.
 	Moved Samples `json:"moved"`
 	Late  int     `json:"late"`
@@ -31,6 +31,7 @@ type Storm struct {
 	Overruns float64 `json:"overruns"` // of the agent's receive buffers, in all storms
 	Rounds   Samples `json:"rounds"`   // of the agent's loop in each storm
 	CPU      Samples `json:"cpu"`      // seconds of the processors that the agent used in each storm
+	Peak     int64   `json:"peak"`     // bytes, the most that was resident until the last one was over
 }
 
 // gatewayOf is the step that storm i moves each route by, so that no two storms in a row write the same.
@@ -119,6 +120,11 @@ func (r *run) storm(a *Agent, i int) error {
 		return err
 	}
 	r.out.Storm.CPU.add(used - cpu)
+	m, err := a.Memory()
+	if err != nil {
+		return err
+	}
+	r.out.Storm.Peak = max(r.out.Storm.Peak, m.Peak)
 	r.out.Storm.Moved = append(r.out.Storm.Moved, moved...)
 	r.out.Storm.Late += late
 	after, err := a.metrics()

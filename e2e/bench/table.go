@@ -138,7 +138,7 @@ func (r *Results) sentences() string {
 		exact, len(r.Storm.Exact), r.Storm.Overruns, r.Storm.Late, r.Storm.Rounds.Median()) +
 		fmt.Sprintf("In %.0f idle seconds: %.0f rounds, %.0f looks at TCP keys, %d wake-ups of threads (the Go runtime's among them), %.2f s of CPU.\n",
 			i.Seconds, i.Rounds, i.Looks, i.Wakeups, i.CPU) +
-		fmt.Sprintf("A storm takes %.1f s of the agent's CPU at the median.\n", r.Storm.CPU.Median()) +
+		fmt.Sprintf("A storm takes %.1f s of the agent's CPU at the median; %d MiB are resident at the most.\n", r.Storm.CPU.Median(), r.Storm.Peak>>20) +
 		fmt.Sprintf("%.0f changes of a route that nothing covered is near led to %.0f rounds, and to %.0f allocations each, which are those of reading them.\n",
 			i.Changes, i.EmptyRounds, i.AllocsAChange)
 }

@@ -92,8 +92,9 @@ func NewWorld(s Size) *World {
 	w := &World{Size: s}
 	w.Routes = append(w.Routes, internet(r, s.Routes4, netip.IPv4Unspecified(), lengths4, address4)...)
 	w.Routes = append(w.Routes, internet(r, s.Routes6, netip.IPv6Unspecified(), lengths6, address6)...)
+	free := places{table: w.Routes[1:s.Routes4], peers: map[netip.Addr]bool{}}
 	for i := range s.Policies {
-		w.Policies = append(w.Policies, w.customer(i))
+		w.Policies = append(w.Policies, free.customer(i))
 	}
 	return w
 }
@@ -151,13 +152,20 @@ func address6(r *rand.Rand) netip.Addr {
 	return netip.AddrFrom16(a)
 }
 
+// places is where customers are: all over the table.
+type places struct {
+	table []Route // IPv4, without the default route
+	nets  int     // how many routes were looked at for nets
+	peers map[netip.Addr]bool
+}
+
 // customer is the policy of customer i. Of ten customers seven have a private IPv4 net, which only the default route leads to; two an
 // IPv4 net of the table's own, so that routes move under their locks; and one a private IPv6 net. Each has a router of its own somewhere in the Internet.
-func (w *World) customer(i int) Policy {
-	p := Policy{Src: sources4[i/10%2], Reqid: uint32(i + 1), Peer: w.peer(i)}
+func (s *places) customer(i int) Policy {
+	p := Policy{Src: sources4[i/10%2], Reqid: uint32(i + 1), Peer: s.peer(i)}
 	switch i % 10 {
 	case 3, 7:
-		p.Dst = w.covered(i)
+		p.Dst = s.net()
 	case 9:
 		p.Src, p.Dst = sources6[i/10%2], customerNet6(i)
 	default:
@@ -166,17 +174,28 @@ func (w *World) customer(i int) Policy {
 	return p
 }
 
-// peer is an address in the i-th IPv4 route, the default route aside.
-func (w *World) peer(i int) netip.Addr {
-	b := w.Routes[1+i%(w.Size.Routes4-1)].Dst.Addr().As4()
-	b[3] |= 1 + byte(i/(w.Size.Routes4-1))
+// route is a route of the table: those with numbers in a row are far from each other, and each number below its size has one of its own.
+func (s *places) route(i int) Route {
+	const prime = 2_654_435_761 // larger than any table, so that it has no common divisor with its size
+	n := len(s.table)
+	return s.table[i%n*prime%n]
+}
+
+// peer is an address in a route, another one for each customer.
+func (s *places) peer(i int) netip.Addr {
+	b := s.route(i).Dst.Addr().As4()
+	for b[3] |= 1; s.peers[netip.AddrFrom4(b)]; b[3]++ {
+	}
+	s.peers[netip.AddrFrom4(b)] = true
 	return netip.AddrFrom4(b)
 }
 
-// covered is the net of the table that customer i has: a long one, as a customer's is.
-func (w *World) covered(i int) netip.Prefix {
-	for k := i; ; k++ {
-		if p := w.Routes[1+k%(w.Size.Routes4-1)].Dst; p.Bits() >= 20 {
+// net is the next one that is long, as a customer's is.
+func (s *places) net() netip.Prefix {
+	for {
+		p := s.route(s.nets).Dst
+		s.nets++
+		if p.Bits() >= 20 {
 			return p
 		}
 	}
