@@ -86,6 +86,53 @@ func TestHostPoliciesComeAndGo(t *testing.T) {
 	bare("stopped")
 }
 
+// TestHostPoliciesShareARule: with a second destination the rule of the first one becomes one for all, and with that one's end the first one's
+// again. The kernel takes the one for the other (fib4_rule_compare, fib6_rule_compare).
+func TestHostPoliciesShareARule(t *testing.T) {
+	checkLeaks(t)
+	ns := newNS(t)
+	before := ns.snapshot()
+	a := ns.start(hostConfig(t))
+	const one, other = 3, 4
+	policies := func(verb string, i int) {
+		ns.policy(verb, "10.1.0.0/16", fmt.Sprintf("10.%d.0.0/16", i), "")
+		ns.policy(verb, "2001:db8::/64", fmt.Sprintf("2001:db8:%d::/48", i), "")
+	}
+	lead := func(to4, to6 string) {
+		t.Helper()
+		for args, want := range map[string]string{
+			rules4: "from 10.1.0.0/16" + to4 + " lookup 5450 proto 84", rules6: "from 2001:db8::/64" + to6 + " lookup 5450 proto 84",
+		} {
+			within(t, 10*time.Second, want, func() bool {
+				_, have, _ := strings.Cut(ns.show(args), "\t")
+				return strings.TrimSpace(have) == want
+			})
+		}
+	}
+	policies("add", one)
+	lead(" to 10.3.0.0/16", " to 2001:db8:3::/48")
+	for range 3 {
+		policies("add", other)
+		ns.shows(clones4, "10.4.0.0/16")
+		ns.shows(clones6, "2001:db8:4::/48")
+		lead("", "")
+		policies("delete", one)
+		lead(" to 10.4.0.0/16", " to 2001:db8:4::/48")
+		policies("add", one)
+		lead("", "")
+		policies("delete", other)
+		lead(" to 10.3.0.0/16", " to 2001:db8:3::/48")
+	}
+	policies("add", other)
+	lead("", "")
+	policies("delete", one)
+	policies("delete", other)
+	a.stop()
+	if d := cmp.Diff(before, ns.snapshot()); d != "" {
+		t.Errorf("(-before +after):\n%s", d)
+	}
+}
+
 func TestHostClonesFollowTheirRoutes(t *testing.T) {
 	checkLeaks(t)
 	ns := newNS(t)

@@ -10,6 +10,7 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
 	"golang.org/x/sys/unix"
 )
 
@@ -78,6 +79,66 @@ func TestRulesSurviveDeleteAndAdd(t *testing.T) {
 			}
 			t.Error("the rule was not found")
 		})
+	}
+}
+
+// TestRuleBesideOneThatHasMore: the kernel takes a rule that has a destination for one without, when that one is to be added or deleted.
+func TestRuleBesideOneThatHasMore(t *testing.T) {
+	vethNS(t)
+	tb := openTable(t)
+	for _, of := range []struct {
+		f        Family
+		src, dst string
+	}{{IPv4, "10.1.0.0/16", "10.2.0.0/24"}, {IPv6, "fd01::/32", "fd02::/48"}} {
+		wide := Rule{
+			Family: of.f, Priority: 100, Action: RuleToTable, Table: 5450, Protocol: ProtoTSOAgent, Src: netip.MustParsePrefix(of.src),
+			SuppressPrefixLen: -1, SuppressIfgroup: -1,
+		}
+		narrow, second := wide, wide
+		narrow.Dst, second.Iif = netip.MustParsePrefix(of.dst), "lo"
+		foreign := wide
+		foreign.Protocol, foreign.Dst = 4, netip.MustParsePrefix(of.dst)
+		for _, there := range [][]Rule{{narrow}, {foreign}, {narrow, second}, {foreign, narrow}, {second, foreign, narrow}} {
+			has := func(want ...Rule) {
+				t.Helper()
+				var have []Rule
+				for _, r := range must(tb.Rules(of.f))(t) {
+					if r.Priority == wide.Priority {
+						have = append(have, r)
+					}
+				}
+				same := cmp.Comparer(func(a, b Rule) bool { return a == b })
+				if d := cmp.Diff(want, have, same, cmpopts.SortSlices(func(a, b Rule) bool { return fmt.Sprint(a) < fmt.Sprint(b) })); d != "" {
+					t.Errorf("%v beside %v (-want +have):\n%s", wide, there, d)
+				}
+			}
+			for _, r := range there {
+				if err := tb.AddRule(r); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if err := tb.DeleteRule(wide); !errors.Is(err, unix.ENOENT) {
+				t.Errorf("deleted though it is not there: %v", err)
+			}
+			has(there...)
+			if err := tb.AddRule(wide); err != nil {
+				t.Error(err)
+			}
+			if err := tb.AddRule(wide); !errors.Is(err, unix.EEXIST) {
+				t.Errorf("added twice: %v", err)
+			}
+			has(append(slices.Clone(there), wide)...)
+			if err := tb.DeleteRule(wide); err != nil {
+				t.Error(err)
+			}
+			has(there...)
+			for _, r := range there {
+				if err := tb.DeleteRule(r); err != nil {
+					t.Error(err)
+				}
+			}
+			has()
+		}
 	}
 }
 

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"slices"
 
 	"golang.org/x/sys/unix"
 )
@@ -90,18 +91,81 @@ func (t *Table) Delete(msg []byte) (seq uint32, err error) {
 }
 
 // AddRule adds a rule, EEXIST if there is the same one.
-func (t *Table) AddRule(r Rule) error { return t.rule("add", OpAddRule, r) }
-
-// DeleteRule removes the first rule that has all selectors of r, ENOENT if there is none.
-func (t *Table) DeleteRule(r Rule) error { return t.rule("delete", OpDeleteRule, r) }
-
-func (t *Table) rule(verb string, op Op, r Rule) error {
-	msg, err := EncodeRule(r)
+//
+// The kernel says so as well where what the new rule has is the same, and there is a rule of its priority, action and table that has more: of
+// addresses it compares those that the new one has (fib4_rule_compare, net/ipv4/fib_rules.c; fib6_rule_compare). Such a rule is added nonetheless.
+func (t *Table) AddRule(r Rule) error {
+	w, err := t.rule(r)
 	if err != nil {
 		return err
 	}
-	if _, err := t.send(Write{Op: op, Msg: msg}); err != nil {
-		return fmt.Errorf("routes: %s rule %d: %w", verb, r.Priority, err)
+	err = w.do("add", OpAddRule)
+	if !errors.Is(err, unix.EEXIST) {
+		return err
+	}
+	if have, derr := t.Rules(r.Family); derr != nil || slices.Contains(have, w.rule) {
+		return errors.Join(err, derr)
+	}
+	return w.do("add", opAppendRule)
+}
+
+// DeleteRule removes a rule, ENOENT if there is no such.
+//
+// The kernel removes the first one that has what is asked for, and may have more (rule_find, net/core/fib_rules.c). It tells which that was:
+// another one is added again, behind the others of its priority.
+func (t *Table) DeleteRule(r Rule) error {
+	w, err := t.rule(r)
+	if err != nil {
+		return err
+	}
+	var others []Rule
+	for err = w.do("delete", OpDeleteRule); err == nil && w.told != w.rule; err = w.do("delete", OpDeleteRule) {
+		others = append(others, w.told)
+	}
+	for _, o := range others {
+		back, aerr := t.rule(o)
+		if aerr == nil {
+			aerr = back.do("add", opAppendRule)
+		}
+		err = errors.Join(err, aerr)
+	}
+	return err
+}
+
+// ruleWrite writes a rule.
+type ruleWrite struct {
+	t    *Table
+	msg  []byte
+	rule Rule // as the kernel tells of it
+	told Rule // of which it has told
+}
+
+func (t *Table) rule(r Rule) (*ruleWrite, error) {
+	msg, err := EncodeRule(r)
+	if err != nil {
+		return nil, err
+	}
+	w := &ruleWrite{t: t, msg: msg}
+	err = w.hear(Header{Type: rtmNewRule}, msg)
+	w.rule = w.told
+	return w, err
+}
+
+func (w *ruleWrite) hear(h Header, data []byte) error {
+	ev, err := w.t.dec.Decode(h, data)
+	switch ev := ev.(type) {
+	case RuleSet:
+		w.told = *ev.Rule
+	case RuleGone:
+		w.told = *ev.Rule
+	}
+	return err
+}
+
+func (w *ruleWrite) do(verb string, op Op) error {
+	typ, flags := op.header()
+	if _, err := w.t.c.request(typ, flags|unix.NLM_F_ACK|unix.NLM_F_ECHO, w.msg, w.hear); err != nil {
+		return fmt.Errorf("routes: %s rule %d: %w", verb, w.rule.Priority, err)
 	}
 	return nil
 }
@@ -117,6 +181,7 @@ const (
 	OpDelete
 	OpAddRule
 	OpDeleteRule
+	opAppendRule // whatever there is
 )
 
 func (o Op) header() (typ, flags uint16) {
@@ -133,6 +198,8 @@ func (o Op) header() (typ, flags uint16) {
 		return rtmNewRule, unix.NLM_F_CREATE | unix.NLM_F_EXCL
 	case OpDeleteRule:
 		return rtmDelRule, 0
+	case opAppendRule:
+		return rtmNewRule, unix.NLM_F_CREATE
 	}
 	return unix.NLMSG_NOOP, 0
 }
