@@ -111,6 +111,7 @@ func (l *lab) round(d draw) int {
 		_ = ip("%s", d.change()) // some delete what is not there
 	}
 	got := l.done()
+	l.inKernel(got)
 	if err := agent.Process.Signal(unix.SIGTERM); err != nil {
 		l.Fatal(err)
 	}
@@ -154,6 +155,60 @@ func (l *lab) done() (got plan) {
 		return got.lingers == 0 && !got.withdrawn && has("203.0.113.1/32 ") && has("203.0.113.7/32 ")
 	})
 	return got
+}
+
+// inKernel compares the rules and clones of an agent at rest with those that the kernel has: what the agent believes, it can be wrong about.
+func (l *lab) inKernel(got plan) {
+	l.Helper()
+	var rules, clones []string
+	for family, flag := range map[string]string{"ipv4": "-4", "ipv6": "-6"} {
+		var have struct {
+			rules []struct {
+				Priority int
+				Protocol any
+			}
+			routes []struct{ Dst string }
+		}
+		for args, into := range map[string]any{"rule show": &have.rules, "route show table all proto 84": &have.routes} {
+			out, err := exec.Command("ip", append([]string{flag, "-N", "-j"}, strings.Fields(args)...)...).Output()
+			if err == nil {
+				err = json.Unmarshal(out, into)
+			}
+			if err != nil {
+				l.Fatalf("ip %s %s: %v", flag, args, err)
+			}
+		}
+		for _, r := range have.rules {
+			if fmt.Sprint(r.Protocol) == "84" {
+				rules = append(rules, fmt.Sprintf("%s %d", family, r.Priority))
+			}
+		}
+		for _, r := range have.routes {
+			clones = append(clones, family+" "+strings.TrimSuffix(strings.TrimSuffix(r.Dst, "/32"), "/128"))
+		}
+	}
+	wantRules, wantClones := make([]string, len(got.Rules)), make([]string, len(got.Clones))
+	for i, r := range got.Rules {
+		wantRules[i], _, _ = strings.Cut(r, ":")
+	}
+	for i, c := range got.Clones {
+		dst, _, _ := strings.Cut(c, " ")
+		family := "ipv4"
+		if strings.Contains(dst, ":") {
+			family = "ipv6"
+		}
+		if strings.HasSuffix(dst, "/0") {
+			dst = "default"
+		}
+		wantClones[i] = family + " " + strings.TrimSuffix(strings.TrimSuffix(dst, "/32"), "/128")
+	}
+	order := cmpopts.SortSlices(strings.Compare)
+	if d := cmp.Diff(wantRules, rules, order); d != "" {
+		l.Errorf("rules (-the agent's +the kernel's):\n%s", d)
+	}
+	if d := cmp.Diff(wantClones, clones, order); d != "" {
+		l.Errorf("clones (-the agent's +the kernel's):\n%s", d)
+	}
 }
 
 // plan is what two agents that come to the same must agree in: all but the numbers of tables, which depend on which were free.
