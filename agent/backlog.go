@@ -13,10 +13,10 @@ import (
 // backlog is what has been told of routes and is not in the mirror yet, when that is too much for one round. Events that touch what is covered
 // overtake the others, so that a clone moves soon after its route although a whole table changes:
 //
-//	events ──> segments ──┬─ urgent: the routes that overlap what is covered, and those of our own tables ──> first
-//	                      └─ rest:   all other routes                                                     ──> then
+//	events ──> segments ──┬─ urgent: the routes that decide where what is covered goes, and those of our own tables ──> first
+//	                      └─ rest:   all other routes                                                              ──> then
 //
-// What happened to one route stays in its order: all of it is urgent, or all of it is not. Nothing overtakes the event of a link, an address, a
+// What happened to one route stays in its order: no urgent event overtakes an earlier one of its route. Nothing overtakes the event of a link, an address, a
 // rule or a nexthop object, nor a dump: those are segments of their own. The zero value is empty. It belongs to the loop.
 type backlog struct {
 	segments []segment
@@ -30,6 +30,9 @@ type backlog struct {
 	grown bart.Lite
 	grew  bool // there is something in grown
 	all   bool // anything may have become covered
+	// passed are destinations of routes of which the rest has events, as they did not decide although they are near: what becomes of the longer
+	// routes can change that.
+	passed map[netip.Prefix]struct{}
 }
 
 // segment is a part of the backlog that nothing overtakes, and that overtakes nothing.
@@ -62,12 +65,21 @@ func (b *backlog) full() bool { return b.size >= maxBacklog }
 
 // sorter is what the backlog asks about events.
 type sorter interface {
-	// urgent says of a route whether its events overtake others.
-	urgent(table routes.TableID, dst netip.Prefix) bool
+	// urgency says of a route whether its events overtake others.
+	urgency(table routes.TableID, dst netip.Prefix) urgency
 	ownTable(table routes.TableID) bool
 	// behind takes an event of one of our own tables if the mirror has gone past it.
 	behind(ev routes.Event) bool
 }
+
+// urgency is that of a route's events.
+type urgency uint8
+
+const (
+	apart  urgency = iota // nothing covered is near
+	nearby                // something is, but another route decides, as things are
+	urgent                // they overtake others
+)
 
 // put adds what was delivered. The slice is the backlog's to change.
 func (b *backlog) put(events []routes.Event, at time.Time, of sorter) {
@@ -106,11 +118,19 @@ func (b *backlog) put(events []routes.Event, at time.Time, of sorter) {
 		case routes.ResyncEnd, routes.Lost:
 			b.dumping = false
 		}
-		if isRoute && !b.dumping && !b.waits(dst) && of.urgent(table, dst) {
-			first = append(first, ev)
-		} else {
-			keep = append(keep, ev)
+		if isRoute && !b.dumping && !b.waits(dst) {
+			switch of.urgency(table, dst) {
+			case urgent:
+				first = append(first, ev)
+				continue
+			case nearby:
+				if b.passed == nil {
+					b.passed = map[netip.Prefix]struct{}{}
+				}
+				b.passed[dst] = struct{}{}
+			}
 		}
+		keep = append(keep, ev)
 	}
 	flush()
 	b.first(&first, at)
@@ -125,8 +145,11 @@ func (b *backlog) first(events *[]routes.Event, at time.Time) {
 	}
 }
 
-// waits reports whether earlier events of a route may be in the rest although it is covered now.
+// waits reports whether earlier events of a route may be in the rest although it is covered now, or decides.
 func (b *backlog) waits(dst netip.Prefix) bool {
+	if _, passed := b.passed[dst]; passed {
+		return true
+	}
 	return b.rest > 0 && (b.all || b.grew && b.grown.OverlapsPrefix(dst))
 }
 
@@ -158,7 +181,7 @@ func (b *backlog) next(apply func(piece)) {
 		}
 	}
 	if b.rest == 0 {
-		b.grown, b.grew, b.all = bart.Lite{}, false, false
+		b.grown, b.grew, b.all, b.passed = bart.Lite{}, false, false, nil
 	}
 	if b.size == 0 {
 		b.segments, b.ours = nil, 0
@@ -233,9 +256,18 @@ func (b *backlog) part() int {
 	return stormPart
 }
 
-// urgent reports whether what happens to a route overtakes what happens to others.
-func (a *Agent) urgent(table routes.TableID, dst netip.Prefix) bool {
-	return a.cfg.Plan.OwnTable(table) || a.st.planner.Covers(dst)
+// urgency is that of what happens to a route.
+func (a *Agent) urgency(table routes.TableID, dst netip.Prefix) urgency {
+	if a.cfg.Plan.OwnTable(table) {
+		return urgent
+	}
+	switch is, decides := a.st.planner.Near(table, dst); {
+	case decides:
+		return urgent
+	case is:
+		return nearby
+	}
+	return apart
 }
 
 func (a *Agent) ownTable(table routes.TableID) bool { return a.cfg.Plan.OwnTable(table) }

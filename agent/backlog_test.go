@@ -193,13 +193,20 @@ type sorts struct {
 	dropped map[int]bool
 }
 
-func (s *sorts) urgent(table routes.TableID, dst netip.Prefix) bool {
+func (s *sorts) urgency(table routes.TableID, dst netip.Prefix) urgency {
 	for _, p := range s.covered {
-		if p.Overlaps(dst) {
-			return true
+		switch {
+		case !p.Overlaps(dst):
+		case p.Bits() <= dst.Bits() || rapid.Bool().Draw(s.t, "decides"):
+			return urgent
+		default:
+			return nearby
 		}
 	}
-	return table == 5450
+	if table == 5450 {
+		return urgent
+	}
+	return apart
 }
 
 func (s *sorts) ownTable(table routes.TableID) bool { return table == 5450 }

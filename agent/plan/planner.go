@@ -153,24 +153,42 @@ func (pl *Planner) Coverages(index xfrmwatch.PolicyIndex) iter.Seq[xfrmwatch.Cov
 	}
 }
 
-// Covers reports whether a policy of the newest plan is for a destination that is a destination, or in or around it. Those with an if_id that
-// are for all destinations don't count: of the routes they concern but those by their own devices.
-func (pl *Planner) Covers(dst netip.Prefix) bool {
+// Near reports whether a policy of the newest plan is for a destination that is a route's destination, or in or around it, and whether the route
+// decides there: whether none of the policies inside it has a longer route in the table. What happens to one that does not decide is seldom of
+// consequence. Those with an if_id that are for all destinations don't count: of the routes they concern but those by their own devices.
+func (pl *Planner) Near(table routes.TableID, dst netip.Prefix) (near, decides bool) {
 	if pl.p == nil {
-		return false
+		return false, false
 	}
+	f := routes.FamilyOf(dst.Addr())
 	for id, t := range pl.p.byIfID {
 		if id != 0 {
-			if _, wide := t.Get(routes.FamilyOf(dst.Addr()).Any()); wide {
+			if _, wide := t.Get(f.Any()); wide {
 				continue
 			}
 		}
-		if t.OverlapsPrefix(dst) {
-			return true
+		if !t.OverlapsPrefix(dst) {
+			continue
+		}
+		near = true
+		if _, around := t.LookupPrefix(dst); around {
+			return true, true
+		}
+		n := 0
+		for inside := range t.Subnets(dst) {
+			if n++; n > fewInside {
+				return true, true // which it takes too long to look through
+			}
+			if m, _ := pl.p.FIB.Cover(f, table, inside); !m.Dst.IsValid() || m.Dst.Bits() <= dst.Bits() {
+				return true, true
+			}
 		}
 	}
-	return false
+	return near, false
 }
+
+// fewInside is how many policies inside a route's destination are looked at one by one.
+const fewInside = 16
 
 // Far reports whether no plan can follow from a change of a route, nor from any other one at its destination as long as the plan stays and that
 // leaves as plainly: nothing that is covered is near, no peer, no tunnel's other end and no route that is tried. In a full table nearly all
