@@ -20,7 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// TestAgentKeepsUpWithChurn lets routes and policies change under an agent. When it wants nothing more, what it wants is in force in the kernel, and
+// TestAgentKeepsUpWithChurn lets routes, policies and what they stand on change under an agent. When it wants nothing more, what it wants is in force in the kernel, and
 // its plan is the one that `tsoctl plan` makes from scratch once the agent has gone, and nothing of it is left behind. `make soak` has very many
 // rounds, TSOAGENT_CHURN_ROUNDS, and other ones each time; otherwise a few that are always the same.
 func TestAgentKeepsUpWithChurn(t *testing.T) {
@@ -85,7 +85,7 @@ func (l *lab) wire(more string) {
 		}
 	}
 	// The kernel is asked about packets that come in by one of them, from anywhere (inForce). The host as a whole does not forward.
-	for file, value := range map[string]string{"all/rp_filter": "0", "nic1/rp_filter": "0", "nic1/forwarding": "1"} {
+	for file, value := range map[string]string{"all/rp_filter": "0", "nic0/rp_filter": "0", "nic0/forwarding": "1"} {
 		if err := os.WriteFile("/proc/sys/net/ipv4/conf/"+file, []byte(value), 0); err != nil {
 			l.Fatal(err)
 		}
@@ -115,7 +115,11 @@ func (l *lab) round(d draw) int {
 	within(l.T, "the agent answers", func() bool { _, err := l.ask("status"); return err == nil })
 	// Most rounds are short: what an early change should have led to, a later one nearby can lead to as well.
 	for range []int{1, 2, 3, 4, 40}[d.IntN(5)] {
-		_ = ip("%s", d.change()) // some delete what is not there
+		line := d.change()
+		if d.IntN(6) == 0 {
+			line = d.deviceChange()
+		}
+		_ = ip("%s", line) // some delete what is not there
 	}
 	got := l.done()
 	l.inForce(got)

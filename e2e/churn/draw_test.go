@@ -46,3 +46,14 @@ func (d draw) change() string {
 	}
 	return "xfrm policy delete src " + src + " dst " + dst + " dir out"
 }
+
+// deviceChange is one line, about what routes stand on. Some fail, or change nothing. No address goes alone: the kernel writes no route whose
+// gateway is on no link any more (docs/limits.md).
+func (d draw) deviceChange() string {
+	return d.of(
+		"link set "+d.of("nic0 mtu 1500", "nic0 mtu 9000", "nic1 mtu 1500", "nic1 mtu 1400", "nic1 mtu 1390"),
+		"link set "+d.of("nic1", "far1")+" "+d.of("down", "up"),
+		"-6 addr add fd00:3::1/64 dev nic1 nodad", // which goes when the device is down
+		"route replace default via 192.0.2."+d.of("8", "9"), "-6 route replace default via fd00:2::"+d.of("8", "9"),
+	)
+}

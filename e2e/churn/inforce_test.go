@@ -173,9 +173,9 @@ func prefix(s string) (netip.Prefix, bool) {
 
 var mtuLock = regexp.MustCompile(`\bmtu lock (\d+)`)
 
-// lockedMTU is what the kernel says of a packet that comes in by nic1, 0 if the MTU is not locked.
+// lockedMTU is what the kernel says of a packet that comes in by nic0, 0 if the MTU is not locked.
 func (l *lab) lockedMTU(src, dst netip.Addr) int {
-	out, err := exec.Command("ip", "route", "get", dst.String(), "from", src.String(), "iif", "nic1").CombinedOutput()
+	out, err := exec.Command("ip", "route", "get", dst.String(), "from", src.String(), "iif", "nic0").CombinedOutput()
 	m := mtuLock.FindSubmatch(out)
 	if m == nil {
 		l.Logf("from %s to %s: %v %s", src, dst, err, out)

@@ -37,9 +37,11 @@ func TestEachScenarioIsThere(t *testing.T) {
 	if err != nil || len(files) != len(all) {
 		t.Errorf("scenarios of %d files; there are %d (%v)", len(files), len(all), err)
 	}
-	for name, why := range alone {
-		if !names[name] {
-			t.Errorf("%s, which wants %s, is no scenario", name, why)
+	for _, special := range []map[string]string{alone, cardless} {
+		for name, why := range special {
+			if !names[name] {
+				t.Errorf("%s, of which is said %q, is no scenario", name, why)
+			}
 		}
 	}
 }
@@ -70,6 +72,9 @@ func TestEachCardComesFirst(t *testing.T) {
 	}
 	if (Script{File: "x.txtar", Text: []byte("exec true")}).Cards(cards) != nil {
 		t.Error("cards for a scenario without wires")
+	}
+	if lacp := (Script{File: "62-stacks-ports.txtar", Variant: "bond-v4", Text: []byte("nic left port1 right port1")}); lacp.Cards(cards) != nil {
+		t.Error("cards for a scenario that joins links of one speed")
 	}
 }
 
