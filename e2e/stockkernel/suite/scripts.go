@@ -104,6 +104,8 @@ var cardless = map[string]string{
 	"62-stacks/v6":            vlans,
 	"64-lane/v4":              index,
 	"64-lane/v6":              index,
+	"69-md5/v4":               index,
+	"69-md5/v6":               index,
 	"62-stacks-ports/bond-v4": lacp,
 	"62-stacks-ports/bond-v6": lacp,
 	"62-stacks-ports/team-v4": "the far card does not see that a port is closed",
