@@ -103,8 +103,11 @@ func (t *Table) AddRule(r Rule) error {
 	if !errors.Is(err, unix.EEXIST) {
 		return err
 	}
-	if have, derr := t.Rules(r.Family); derr != nil || slices.Contains(have, w.rule) {
-		return errors.Join(err, derr)
+	switch have, derr := t.Rules(r.Family); {
+	case derr != nil:
+		return derr // whether it is there is not known
+	case slices.Contains(have, w.rule):
+		return err
 	}
 	return w.do("add", opAppendRule)
 }
@@ -112,7 +115,7 @@ func (t *Table) AddRule(r Rule) error {
 // DeleteRule removes a rule, ENOENT if there is no such.
 //
 // The kernel removes the first one that has what is asked for, and may have more (rule_find, net/core/fib_rules.c). It tells which that was:
-// another one is added again, behind the others of its priority.
+// another one is added again, behind the others of its priority. It has the protocol of r in any case.
 func (t *Table) DeleteRule(r Rule) error {
 	w, err := t.rule(r)
 	if err != nil {
@@ -122,14 +125,23 @@ func (t *Table) DeleteRule(r Rule) error {
 	for err = w.do("delete", OpDeleteRule); err == nil && w.told != w.rule; err = w.do("delete", OpDeleteRule) {
 		others = append(others, w.told)
 	}
-	for _, o := range others {
-		back, aerr := t.rule(o)
-		if aerr == nil {
-			aerr = back.do("add", opAppendRule)
-		}
-		err = errors.Join(err, aerr)
+	if lost := t.putBack(others); lost != nil {
+		return lost // which is worse than that r was not there
 	}
 	return err
+}
+
+// putBack adds rules again that were removed for another one.
+func (t *Table) putBack(rules []Rule) error {
+	var errs []error
+	for _, r := range rules {
+		w, err := t.rule(r)
+		if err == nil {
+			err = w.do("add", opAppendRule)
+		}
+		errs = append(errs, err)
+	}
+	return errors.Join(errs...)
 }
 
 // ruleWrite writes a rule.
@@ -163,6 +175,7 @@ func (w *ruleWrite) hear(h Header, data []byte) error {
 }
 
 func (w *ruleWrite) do(verb string, op Op) error {
+	w.told = w.rule
 	typ, flags := op.header()
 	if _, err := w.t.c.request(typ, flags|unix.NLM_F_ACK|unix.NLM_F_ECHO, w.msg, w.hear); err != nil {
 		return fmt.Errorf("routes: %s rule %d: %w", verb, w.rule.Priority, err)
