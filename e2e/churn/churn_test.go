@@ -65,10 +65,11 @@ type lab struct {
 // configFile is the configuration of the agent and of tsoctl.
 const configFile = "/run/tsoagent.yaml"
 
-// wire makes two NICs with addresses, and a default route. The next test makes them anew. More is for the configuration.
+// wire makes two NICs with addresses, and a default route. The next test makes them anew, and starts with nothing of this one's: a blackhole
+// outlives every device. More is for the configuration.
 func (l *lab) wire(more string) {
 	l.Helper()
-	l.Cleanup(func() { batch("link del nic0", "link del nic1", "xfrm policy flush") })
+	l.Cleanup(func() { batch(append(takenBack(nil), "link del nic0", "link del nic1", "xfrm policy flush")...) })
 	// Without addresses of their own devices have no routes that come some time later.
 	if err := os.WriteFile("/proc/sys/net/ipv6/conf/default/addr_gen_mode", []byte("1"), 0); err != nil {
 		l.Fatal(err)
