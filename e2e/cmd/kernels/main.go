@@ -1,4 +1,5 @@
-// Command kernels writes the table of scenarios and stock kernels in docs/kernels.md from the results of `make test-kernels`. It runs nothing.
+// Command kernels writes the table of scenarios and stock kernels in docs/kernels.md from the results of `make test-kernels`, and puts those in order:
+// of a scenario that was run again the newest result stays. It runs nothing.
 //
 //	kernels -results FILE -table FILE    in the module's root
 package main
@@ -32,6 +33,9 @@ func write(file, table string) error {
 	}
 	scripts, err := suite.Scripts("e2e")
 	if err != nil {
+		return err
+	}
+	if err := suite.Write(file, results); err != nil {
 		return err
 	}
 	return bench.Between(table, "test-kernels", suite.Markdown(scripts, suite.Packages, results))

@@ -98,6 +98,13 @@ func TestPartsAddUp(t *testing.T) {
 	if diff := cmp.Diff(want, got); err != nil || diff != "" {
 		t.Errorf("%v (-want +got)\n%s", err, diff)
 	}
+	slices.Reverse(got)
+	if err := Write(file, got); err != nil {
+		t.Fatal(err)
+	}
+	if again, err := Read(file); err != nil || cmp.Diff(want, again) != "" {
+		t.Errorf("written anew: %v, %v", again, err)
+	}
 	if err := os.WriteFile(file, []byte("no JSON\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}

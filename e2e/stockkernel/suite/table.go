@@ -2,6 +2,8 @@ package suite
 
 import (
 	"bufio"
+	"bytes"
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -67,6 +69,20 @@ func Read(file string) ([]Result, error) {
 		results = append(results, r)
 	}
 	return results, lines.Err()
+}
+
+// Write makes a file of results anew, a line each, in an order in which a run of a part changes only that part's lines.
+func Write(file string, results []Result) error {
+	var text bytes.Buffer
+	lines := json.NewEncoder(&text)
+	for _, r := range slices.SortedStableFunc(slices.Values(results), func(a, b Result) int {
+		return cmp.Or(strings.Compare(a.Name, b.Name), byVersion(a.Kernel, b.Kernel))
+	}) {
+		if err := lines.Encode(r); err != nil {
+			return err
+		}
+	}
+	return os.WriteFile(file, text.Bytes(), 0o644)
 }
 
 // failLine is how testscript ends a log: with the place in the script.
