@@ -99,11 +99,13 @@ type Agent struct {
 	once bool // stop when the goal is reached
 	// alone says that this one only looks, beside an agent or without one. It does not change while it runs.
 	alone bool
-	heir  bool // it took over what another one of this process has left
+	heir  string // why it took over what another one of this process has left, "" if it did not
 	// onReady is called when the first plan is in place, nil for nothing.
 	onReady  func()
 	heap     *heap.Keeper // of the process, nil for none
 	toldWork uint64       // the events that it has heard of
+	most     int          // routes and policies at once
+	stout    atomic.Bool  // another agent would be much smaller: see weigh
 	settled  bool         // the goal was reached once
 	again    bool         // something has to be looked at once more
 	st       *state
@@ -389,7 +391,7 @@ func (a *Agent) loop(ctx context.Context, failed <-chan error) error {
 			cause := context.Cause(ctx)
 			renewed := errors.Is(cause, errRenew)
 			if renewed {
-				a.event(api.EventState, takenOver)
+				a.event(api.EventState, renewalOf(cause))
 			}
 			if a.once || a.cfg.Mode == Observe {
 				return a.stopped(ctx)
@@ -398,7 +400,7 @@ func (a *Agent) loop(ctx context.Context, failed <-chan error) error {
 			if renewed && !back {
 				return nil // another agent takes over
 			}
-			if a.lastP == nil && !back && !a.heir {
+			if a.lastP == nil && !back && a.heir == "" {
 				// Not even read yet: this run has written nothing.
 				if n := a.claims(); n > 0 {
 					return fmt.Errorf("agent: stopped before the kernel's state was read: %s still in place; run `tsoctl restore`", plural(n, "change of an earlier run is", "changes of an earlier run are"))
@@ -510,6 +512,7 @@ func (a *Agent) tellWork(reached bool) {
 		n += a.lastP.CoverageCount()
 	}
 	a.toldWork = a.stats.Events
+	a.weigh(reached)
 	a.heap.Did(n)
 	if reached && !a.settled {
 		a.settled = true

@@ -118,6 +118,7 @@ func newFleet(ctx context.Context, cfg Config, log *slog.Logger, version string,
 		reloads: make(chan reload), pings: make(chan chan<- struct{}), ready: make(chan struct{}, 1), readied: make(chan struct{}), over: make(chan struct{}),
 		openHook: openKeyHook, openAO: openAO,
 	}
+	f.heap.Less(f.slim)
 	if !cfg.Namespaces.host() && slices.ContainsFunc(cfg.Namespaces, f.isHost) {
 		f.cfg.Namespaces = append(slices.Clone(cfg.Namespaces), netns.Host)
 	}

@@ -27,8 +27,8 @@ var errMoved = errors.New("the name leads to another namespace now")
 func (f *Fleet) follow(ctx context.Context, m *member) {
 	defer f.left(m)
 	defer m.end(f)
-	heir := false // what is in place is left to the next agent
-	for wait := firstRetry; ctx.Err() == nil || heir; wait = min(2*wait, lastRetry) {
+	heir := "" // why what is in place is left to the next agent
+	for wait := firstRetry; ctx.Err() == nil || heir != ""; wait = min(2*wait, lastRetry) {
 		a, generation, err := f.open(m)
 		if errors.Is(err, errMoved) {
 			return // whoever looks again finds out what is there now
@@ -37,7 +37,7 @@ func (f *Fleet) follow(ctx context.Context, m *member) {
 			f.mu.Lock()
 			m.agent, m.why = a, ""
 			m.handOn(a)
-			a.heir, heir = heir, false
+			a.heir, heir = heir, ""
 			a.sources.setHooked(f.hooked)
 			run := f.begin(ctx, m, generation)
 			f.mu.Unlock()
@@ -46,15 +46,15 @@ func (f *Fleet) follow(ctx context.Context, m *member) {
 			f.ended(m)
 			if renewed(run) {
 				if err = errors.Join(err, a.Close()); err != nil {
-					a.log.Warn("not everything was given back for another configuration", "err", err)
+					a.log.Warn("not everything was given back for another agent", "err", err)
 				}
-				heir, wait = true, firstRetry
+				heir, wait = renewalOf(context.Cause(run)), firstRetry
 				continue
 			}
 			err = f.closeMember(ctx, m, a, err)
 		}
 		if ctx.Err() != nil {
-			if heir {
+			if heir != "" {
 				f.mu.Lock()
 				f.errs = append(f.errs, fmt.Errorf("namespace %s: what is in place there was not given back; run `tsoctl restore`: %w", m.names[0], err))
 				f.mu.Unlock()

@@ -243,6 +243,14 @@ func (f *Fleet) begin(ctx context.Context, m *member, generation uint64) context
 // renewed reports whether a Run ended for another agent.
 func renewed(run context.Context) bool { return errors.Is(context.Cause(run), errRenew) }
 
+// renewalOf is how events call why a Run ended for another agent.
+func renewalOf(cause error) string {
+	if errors.Is(cause, errSlim) {
+		return slimmed
+	}
+	return takenOver
+}
+
 // mayReload says what can't be changed while the agent runs.
 func mayReload(old, next Config) error {
 	var keys []string
@@ -313,14 +321,16 @@ func (f *Fleet) runHost(ctx context.Context, m *member) error {
 	f.mu.Lock()
 	a, cfg, generation := m.agent, f.cfg, m.generation
 	f.mu.Unlock()
-	for first := true; ; first = false {
+	for heir, first := "", true; ; first = false {
 		f.mu.Lock()
 		m.agent = a
 		a.onReady, a.heir = func() {
 			f.mu.Lock()
 			defer f.mu.Unlock()
-			f.tellReady(generation)
-		}, !first
+			if first || f.readyFor != generation {
+				f.tellReady(generation)
+			}
+		}, heir
 		if !first {
 			m.handOn(a)
 			a.sources.setHooked(f.hooked)
@@ -337,8 +347,9 @@ func (f *Fleet) runHost(ctx context.Context, m *member) error {
 			return err
 		}
 		if err != nil {
-			f.log.Warn("not everything was given back for another configuration", "err", err)
+			f.log.Warn("not everything was given back for another agent", "err", err)
 		}
+		heir = renewalOf(context.Cause(run))
 		if a, cfg, generation, err = f.reopenHost(cfg); err != nil {
 			return err
 		}

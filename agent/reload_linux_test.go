@@ -298,7 +298,7 @@ func TestAnHeirGivesBackAlsoUnread(t *testing.T) {
 	cfg := hostConfig(t)
 	stopped, cancel := context.WithCancel(t.Context())
 	cancel()
-	for _, heir := range []bool{false, true} {
+	for _, heir := range []string{"", takenOver} {
 		a := ns.start(cfg)
 		ns.shows("route show 10.2.0.0/16", "mtu lock 1400")
 		a.crash()
@@ -308,11 +308,11 @@ func TestAnHeirGivesBackAlsoUnread(t *testing.T) {
 		}
 		next.heir = heir
 		err = errors.Join(next.Run(stopped), next.Close())
-		if (err == nil) != heir {
-			t.Errorf("heir %v: %v", heir, err)
+		if (err == nil) != (heir != "") {
+			t.Errorf("heir %q: %v", heir, err)
 		}
-		if locked := strings.Contains(ns.show("route show 10.2.0.0/16"), "mtu lock 1400"); locked == heir {
-			t.Errorf("heir %v: locked %v", heir, locked)
+		if locked := strings.Contains(ns.show("route show 10.2.0.0/16"), "mtu lock 1400"); locked == (heir != "") {
+			t.Errorf("heir %q: locked %v", heir, locked)
 		}
 	}
 }

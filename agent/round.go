@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"cmp"
 	"maps"
 	"slices"
 	"time"
@@ -282,10 +283,7 @@ func (a *Agent) input(now time.Time) plan.Input {
 // round plans and acts once.
 func (a *Agent) round(now time.Time) (next time.Duration, reached bool) {
 	if a.lastP == nil && !a.once {
-		a.st.causes.order = "the agent started"
-		if a.heir {
-			a.st.causes.order = takenOver
-		}
+		a.st.causes.order = cmp.Or(a.heir, "the agent started")
 	}
 	a.st.touched = false
 	a.st.linger(now, time.Duration(a.cfg.RestoreAfter))

@@ -53,6 +53,7 @@ func (a *Agent) forwardsOther(now time.Time) bool {
 func (a *Agent) pass(now time.Time) (next time.Duration, reached bool) {
 	a.since = time.Time{}
 	a.reports.changed(a)
+	a.weigh(a.due.reached)
 	a.heap.Did(int(a.stats.Events - a.toldWork))
 	a.toldWork = a.stats.Events
 	return untilDue(a.due.at, now), a.due.reached

@@ -28,7 +28,16 @@ type Keeper struct {
 	done  int
 	timer *time.Timer // nil before the first; it runs where due
 	due   bool
-	free  func() // nil for the runtime's
+	less  func() bool // nil for nothing
+	free  func()      // nil for the runtime's
+}
+
+// Less has fn called ahead of memory being given back, so that more of it is free. It reports whether that is work by itself: memory is given
+// back once more when it is over.
+func (k *Keeper) Less(fn func() bool) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.less = fn
 }
 
 // Did notes how much was done at once, in events or coverages.
@@ -67,8 +76,11 @@ func (k *Keeper) Settled() {
 func (k *Keeper) giveBack() {
 	k.mu.Lock()
 	k.done, k.due = 0, false
-	free := k.free
+	less, free := k.less, k.free
 	k.mu.Unlock()
+	if less != nil && less() {
+		k.Did(large)
+	}
 	if free == nil {
 		free = debug.FreeOSMemory
 	}
