@@ -25,11 +25,13 @@ const (
 	slimTo   = 4      // a quarter of them
 )
 
-// weigh notes whether the agent would be much smaller if it was started now, and could be.
+// weigh notes whether the agent would be much smaller if it was started now, and loses nothing by that: another one knows neither what was contested
+// nor how long something is to stay.
 func (a *Agent) weigh(reached bool) {
 	n := a.st.fib.Len() + a.st.db.PolicyCount()
 	a.most = max(a.most, n)
-	a.stout.Store(reached && a.most >= slimFrom && n*slimTo <= a.most && !a.once && a.st.paused == nil && len(a.st.lingering)+len(a.st.moved) == 0)
+	a.stout.Store(reached && a.most >= slimFrom && n*slimTo <= a.most && !a.once && a.st.paused == nil &&
+		len(a.st.lingering)+len(a.st.moved)+len(a.st.contested) == 0)
 }
 
 // slim has the agents make way that would be much smaller. It reports whether one does.
