@@ -11,8 +11,9 @@ import (
 // asked is a policy, or one coverage of it, that a lookup for outer packets can find, with their flow
 // as that lookup sees it.
 type asked struct {
-	entry *entry
-	flow  outerFlow
+	entry  *entry
+	flow   outerFlow
+	device bool // in the lookup of an xfrm interface or vti
 }
 
 // lookupsOf are the entries that can take the outer packets of a flow, in the kernel's order: those
@@ -21,12 +22,9 @@ func (p *planner) lookupsOf(o outerFlow, w way) []asked {
 	var out []asked
 	passes := p.XFRM.Default().Out != xfrmwatch.Block
 	for _, e := range p.overlapping(0, o.dst, true) {
-		if e.cov != nil || e.blocks() || !w.drops() {
-			out = append(out, asked{e, o})
-			continue
-		}
 		_, some := o.takenBy(e)
-		passes = passes || some
+		passes = passes || some && e.cov == nil && !e.blocks() && w.drops()
+		out = append(out, asked{e, o, false})
 	}
 	if !passes {
 		return out // the default action drops it in the route lookup already
@@ -49,7 +47,7 @@ func (p *planner) deviceLookup(o outerFlow, w way) []asked {
 		return nil
 	}
 	for _, e := range p.overlapping(w.ifID, o.dst, true) {
-		out = append(out, asked{e, o})
+		out = append(out, asked{e, o, true})
 	}
 	return out
 }

@@ -158,6 +158,9 @@ func (p *planner) needs(r routes.Route) (need, room int, by []*coverage, why str
 			agree(n)
 		case w.tunnel != nil && p.leavesToTunnel(e, r):
 			entered = entered || !e.cov.tunnels()
+			if p.hasRoom(e.cov, r) { // what it takes goes past the tunnel
+				room = p.pathMTU(r)
+			}
 			continue
 		case e.cov.larval && p.Last[e.cov.id()] == 0 && p.Config.PresumeMTU == 0:
 		case p.hasRoom(e.cov, r):

@@ -276,7 +276,8 @@ func (w *world) fate(p packet, l *routes.Link, ifID uint32) fate {
 		return got
 	}
 	got = w.policyFor(f)
-	if got.kind == uncovered || got.kind == covered && got.cov.Maybe && len(got.cov.Steps) == 0 {
+	// Without an SA an interface drops what only optional templates take; they leave what they left last when there is one again.
+	if got.kind == uncovered || got.kind == covered && got.cov.Maybe && len(got.cov.Steps) == 0 && w.last[got.cov.ID] == 0 {
 		return fate{kind: dropped}
 	}
 	return got

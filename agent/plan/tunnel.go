@@ -239,14 +239,21 @@ func (p *planner) takersOf(t *tunnel, o outerFlow, done map[*tunnel]bool) ([]*co
 	}
 	var took []*coverage
 	partly := ""
+	// An xfrm interface or vti looks at what a bypass has let pass in the route lookup, also where another policy there decides about all others.
+	passed, decided := false, false
 	for _, l := range p.lookupsOf(o, below) {
 		e := l.entry
+		if decided && !l.device {
+			continue
+		}
 		all, some := l.flow.takenBy(e)
 		switch {
 		case !some:
 			continue
-		case e.cov == nil && e.blocks() || e.cov == nil && below.drops():
-			// dropped; an xfrm interface or vti drops what its own lookup lets pass
+		case e.cov == nil && e.blocks():
+			// dropped
+		case e.cov == nil && below.drops():
+			passed = passed || !l.device // and dropped where the device's own lookup lets it pass
 		case e.cov == nil:
 			partly = "a bypass policy takes a part of its outer packets"
 		default:
@@ -256,9 +263,10 @@ func (p *planner) takersOf(t *tunnel, o outerFlow, done map[*tunnel]bool) ([]*co
 		if partly != "" {
 			break
 		}
-		if all {
+		if all && (l.device || !passed) {
 			return took, nil, len(took) > 0
 		}
+		decided = decided || all
 	}
 	switch {
 	case partly == "" && len(took) > 0 && (below.drops() || p.XFRM.Default().Out == xfrmwatch.Block):
