@@ -48,10 +48,12 @@ type piece struct {
 }
 
 const (
-	// roundEvents is how many events of routes a round takes at most: a few milliseconds' work.
-	roundEvents = 1024
-	// roundUrgent is how many of them may be urgent, as each of those can make some work for the planner and a write.
-	roundUrgent = 128
+	// roundEvents is how many events of routes a round takes at most: a millisecond's work, for which what is covered waits.
+	roundEvents = 256
+	// roundUrgent is how many of them may be urgent, as each of those can make some work for the planner and a write; and besideUrgent how many
+	// others there are beside such: they go on, however many urgent ones come.
+	roundUrgent  = 32
+	besideUrgent = 64
 	// maxBacklog bounds the events that wait in it, each of which takes some 80 bytes. Beyond that further ones wait in the inbox, and then in
 	// the kernel's buffer, where nothing overtakes anything, and which loses what it has no room for: a full table that is replaced at once,
 	// faster than it can be followed, has to fit.
@@ -173,6 +175,9 @@ func (b *backlog) next(apply func(piece)) {
 		if len(s.urgent) > 0 {
 			break // nothing overtakes these
 		}
+		if n > 0 {
+			room = min(room, besideUrgent)
+		}
 		n = take(&s.rest, room, apply)
 		room, b.size, b.rest = room-n, b.size-n, b.rest-n
 		if len(s.rest) == 0 {
@@ -241,7 +246,7 @@ func (b *backlog) replanned(pl *plan.Planner) {
 // stormPart is how many policies of a wide route's a round works out anew while a backlog waits, as what is covered waits for that, too, and
 // pressingPart while what is covered waits.
 const (
-	stormPart    = 64
+	stormPart    = 16
 	pressingPart = 8
 )
 
