@@ -40,6 +40,7 @@ func (f *Fleet) slim() (some bool) {
 	defer f.mu.Unlock()
 	for _, m := range f.members {
 		if m.agent != nil && m.again != nil && m.generation == f.generation && m.agent.stout.Load() {
+			f.log.Info(slimmed, "netns", m.names[0])
 			m.again(errSlim)
 			some = true
 		}
