@@ -104,9 +104,9 @@ func TestDeviceMTUs(t *testing.T) {
 		{"an IPv6 route with its own MTU", "route fd02::/16 dev xfrm0 mtu 1480\n" + policy, "lock 10.2.0.0/16 mtu lock 1446; clone 10.0.0.0/24 mtu lock 1446", "MTU of its own"},
 		{"an IPv6 route with a locked one", "route fd02::/16 dev xfrm0 mtu lock 1480\n" + policy, "xfrm0 1446 was 1500 because policy 17", ""},
 		{"the way to the peer", "route 192.0.2.2/32 dev xfrm0\n" + policy, "lock 10.2.0.0/16 mtu lock 1446; clone 10.0.0.0/24 mtu lock 1446", "outer packets"},
-		{"one that goes past the tunnel and has room", "link 10 tun0 gre local 192.0.2.1 remote 192.0.2.2 mtu 1400\nroute 192.0.2.2/32 dev xfrm0\nroute 10.9.0.0/16 dev tun0\n"+
-			"policy 1 src 0.0.0.0/0 dst 10.9.1.0/24 priority 1 tmpl esp tunnel 192.0.2.1 192.0.2.2 reqid 8\nsa esp 192.0.2.1 192.0.2.2 spi 8 reqid 8 gcm\n"+
-			"policy 2 src 0.0.0.0/0 dst 10.9.2.0/24 priority 1 tmpl esp tunnel 192.0.2.1 198.51.100.9 reqid 9\nsa esp 192.0.2.1 198.51.100.9 spi 9 reqid 9 gcm\n"+policy,
+		{"one that goes past the tunnel and has room", "link 10 tun0 gre local 192.0.2.1 remote 192.0.2.2 mtu 1400\nroute 192.0.2.2/32 dev xfrm0\nroute 10.9.0.0/16 dev tun0\n" +
+			"policy 1 src 0.0.0.0/0 dst 10.9.1.0/24 priority 1 tmpl esp tunnel 192.0.2.1 192.0.2.2 reqid 8\nsa esp 192.0.2.1 192.0.2.2 spi 8 reqid 8 gcm\n" +
+			"policy 2 src 0.0.0.0/0 dst 10.9.2.0/24 priority 1 tmpl esp tunnel 192.0.2.1 198.51.100.9 reqid 9\nsa esp 192.0.2.1 198.51.100.9 spi 9 reqid 9 gcm\n" + policy,
 			"lock 10.2.0.0/16 mtu lock 1446; clone 10.0.0.0/24 mtu lock 1446; clone 10.9.1.0/24 mtu lock 1390", "room for 1400"},
 		{"no policy", "", "", ""},
 		{"no if_id", "policy 17 src 0.0.0.0/0 dst 10.2.0.0/16 tmpl esp tunnel 192.0.2.1 192.0.2.2\nsa esp 192.0.2.1 192.0.2.2 spi 9 gcm", "xfrm0 1446 was 1500 because policy 17", ""},
