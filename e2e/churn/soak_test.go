@@ -98,6 +98,7 @@ func (l *lab) soaked() (*watched, plan) {
 // tell that it has read everything.
 func (l *lab) rest(drawn []string, base plan) {
 	l.Helper()
+	within(l.T, "the routes that were drawn are gone", noneDrawn)
 	last := []string{"route add 203.0.114.1 via 192.0.2.9", "xfrm policy add src 172.31.0.0/16 dst 203.0.114.1 dir out"}
 	batch(slices.Concat(takenBack(drawn), last)...)
 	more := base
@@ -105,6 +106,14 @@ func (l *lab) rest(drawn []string, base plan) {
 	within(l.T, "the agent has read it all", func() bool { return l.restsAt(more) })
 	batch("route del 203.0.114.1", "xfrm policy delete src 172.31.0.0/16 dst 203.0.114.1 dir out")
 	within(l.T, "the agent rests", func() bool { return l.restsAt(base) })
+}
+
+// noneDrawn takes drawn routes away, and reports whether none is left: `ip route flush` deletes what it has read, and gives up where a route is
+// another one by then ("Failed to send flush request: No such process"), as it is when the agent locks it in place.
+func noneDrawn() bool {
+	batch(flushes...)
+	out, err := exec.Command("sh", "-c", "ip route show root 10.0.0.0/8 && ip -6 route show root fd10::/16").Output()
+	return err == nil && len(out) == 0
 }
 
 // restsAt says whether the agent knows as much of the kernel as is wanted, and has no more written than at first: the first lock may be withdrawn,
@@ -121,9 +130,11 @@ func (l *lab) restsAt(want plan) bool {
 	return l.off == "" && got.lingers == 0 && len(got.Locks) == 0 && len(got.Clones) <= 1 && len(got.Rules) <= 1
 }
 
+var flushes = []string{"route flush root 10.0.0.0/8", "-6 route flush root fd10::/16"}
+
 // takenBack is what takes back lines of ip that were drawn.
 func takenBack(drawn []string) []string {
-	back := []string{"route flush root 10.0.0.0/8", "-6 route flush root fd10::/16", "xfrm state flush"}
+	back := append([]string{"xfrm state flush"}, flushes...)
 	for _, line := range drawn {
 		if f := strings.Fields(line); f[0] == "xfrm" && f[1] == "policy" && f[2] != "delete" {
 			back = append(back, "xfrm policy delete "+strings.Join(f[3:9], " "))
