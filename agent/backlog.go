@@ -51,7 +51,7 @@ const (
 	// roundEvents is how many events of routes a round takes at most: a millisecond's work, for which what is covered waits.
 	roundEvents = 256
 	// roundUrgent is how many of them may be urgent, as each of those can make some work for the planner and a write; and besideUrgent how many
-	// others there are beside such: they go on, however many urgent ones come.
+	// others are taken behind the last urgent one: some, so that they go on where single urgent ones keep coming.
 	roundUrgent  = 32
 	besideUrgent = 64
 	// maxBacklog bounds the events that wait in it, each of which takes some 80 bytes. Beyond that further ones wait in the inbox, and then in

@@ -229,6 +229,51 @@ func mustGet(f *routes.FIB, k routes.Key) *routes.Body {
 	return r.Body
 }
 
+// halves has the upper half of 10.0.0.0/8 urgent.
+type halves struct{}
+
+func (halves) urgency(_ routes.TableID, dst netip.Prefix) urgency {
+	if dst.Addr().As4()[1] >= 128 {
+		return urgent
+	}
+	return apart
+}
+
+func (halves) ownTable(routes.TableID) bool { return false }
+
+func (halves) behind(routes.Event) bool { return false }
+
+// TestRestGoesOnBesideWhatIsUrgent: single urgent events that keep coming make each round short, and the others go on nonetheless.
+func TestRestGoesOnBesideWhatIsUrgent(t *testing.T) {
+	var b backlog
+	body := newRoute(t, "10.0.0.0/8", hop{oif: 2, gw: "192.0.2.10"}).Body
+	event := func(half, n int) routes.Event {
+		dst := netip.PrefixFrom(netip.AddrFrom4([4]byte{10, byte(half), byte(n >> 8), byte(n)}), 32)
+		return routes.RouteSet{Route: routes.Route{Dst: dst, Body: body}}
+	}
+	var rest []routes.Event
+	for n := range 256 {
+		rest = append(rest, event(1, n))
+	}
+	b.put(rest, time.Time{}, halves{})
+	for round := 1; b.rest > 0; round++ {
+		if round > 8 {
+			t.Fatalf("%d others are left after %d rounds", b.rest, round-1)
+		}
+		b.put([]routes.Event{event(200, round)}, time.Time{}, halves{})
+		var took []bool // urgent ones
+		b.next(func(p piece) {
+			for _, ev := range p.events {
+				_, dst, _ := routeOf(ev)
+				took = append(took, dst.Addr().As4()[1] >= 128)
+			}
+		})
+		if len(took) > roundEvents/2 || !took[0] || slices.Contains(took[1:], true) {
+			t.Errorf("round %d took %v", round, took)
+		}
+	}
+}
+
 func TestCoveredRouteIsInTheFirstRoundOfAStorm(t *testing.T) {
 	e := newEdge(t, 4*roundEvents, 10)
 	covered := e.nets[7]
