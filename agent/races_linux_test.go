@@ -82,14 +82,19 @@ func (o *owner) read(t *testing.T) (found routes.Route) {
 	return found
 }
 
-// write writes one of the other versions, or deletes the route and adds it anew.
-func (o *owner) write(rng *rand.Rand) error {
+// write writes one of the other versions, or deletes the route and adds it anew. It passes over the version that the kernel has already, where
+// the agent has just given back one that was not the newest any more: IPv4 tells nobody of a replacement by the same (fib_table_insert in
+// net/ipv4/fib_trie.c), and nobody can mend what is not told (docs/limits.md).
+func (o *owner) write(t *testing.T, rng *rand.Rand) error {
 	if !o.gone && rng.IntN(8) == 0 {
 		if err := o.delete(); err != nil {
 			return err
 		}
 	}
-	o.last = (o.last + 1 + rng.IntN(len(o.versions)-1)) % len(o.versions)
+	next := func() { o.last = (o.last + 1 + rng.IntN(len(o.versions)-1)) % len(o.versions) }
+	if next(); !o.gone && o.is(t, false) {
+		next()
+	}
 	o.gone = false
 	_, err := o.table.Put(o.versions[o.last])
 	return err
@@ -149,7 +154,7 @@ func TestHostOwnersRaceEachLock(t *testing.T) {
 		for _, o := range owners {
 			if rng.IntN(2) == 0 && wrong == nil && !o.gone {
 				raced++
-				wrong = o.write(rng)
+				wrong = o.write(t, rng)
 			}
 		}
 	}
@@ -160,7 +165,7 @@ func TestHostOwnersRaceEachLock(t *testing.T) {
 		if err := a.call(t.Context(), func() {
 			for _, o := range owners {
 				if wrong == nil {
-					wrong = o.write(rng)
+					wrong = o.write(t, rng)
 				}
 			}
 		}); err != nil {
@@ -182,9 +187,13 @@ func TestHostOwnersRaceEachLock(t *testing.T) {
 		t.Error("nothing was ever overwritten: the test tests nothing")
 	}
 	a.stop()
+	if wrong != nil {
+		t.Fatal(wrong)
+	}
 	for _, o := range owners {
 		if !o.is(t, false) {
-			t.Errorf("given back, it is another route: %+v", o.read(t))
+			r := o.read(t)
+			t.Errorf("given back, it is another route: %v, mtu %+v; its owner wrote it last with %+v", r.Body.Nexthops, routes.MTUMetricOf(r.Body), o.hops[o.last])
 		}
 	}
 }
