@@ -39,8 +39,8 @@ func TestAgentStaysFlat(t *testing.T) {
 	begin := time.Now()
 	defer func() {
 		if t.Failed() {
-			t.Logf("seed %d, after %s, %d rounds; what the agent knows otherwise than it should (-should +does: links, routes, policies, SAs, namespaces):\n%s\n%s",
-				seed, time.Since(begin).Round(time.Second), len(a.series), l.off, a.series)
+			t.Logf("seed %d, after %s, %d rounds; what the agent knows otherwise than it should (-should +does: links, routes, policies, SAs, namespaces):\n%s\nwhat the kernel has:\n%s\n%s",
+				seed, time.Since(begin).Round(time.Second), len(a.series), l.off, kernelHas(), a.series)
 		}
 	}()
 	for i := 0; i < warmRounds+shortRounds || time.Since(begin) < long; i++ {
@@ -128,6 +128,15 @@ func (l *lab) restsAt(want plan) bool {
 	}
 	l.off = cmp.Diff(count(want), count(got))
 	return l.off == "" && got.lingers == 0 && len(got.Locks) == 0 && len(got.Clones) <= 1 && len(got.Rules) <= 1
+}
+
+// kernelHas lists what the agent's counts are of, but for the SAs, which have keys: whose fault it is when they are others than they should be.
+func kernelHas() string {
+	out, err := exec.Command("sh", "-c", "ip -br link; ip route show table all; ip -6 route show table all; ip xfrm policy; ip netns list").CombinedOutput()
+	if err != nil {
+		return fmt.Sprintf("%s%v", out, err)
+	}
+	return string(out)
 }
 
 var flushes = []string{"route flush root 10.0.0.0/8", "-6 route flush root fd10::/16"}
