@@ -37,3 +37,42 @@ func TestMemoryIsGivenBackWhenAStormIsOver(t *testing.T) {
 		}
 	})
 }
+
+// shrunk has a world's agent believe that its tables were large once, and reports whether it would make way for another one.
+func (w *world) shrunk() bool {
+	w.t.Helper()
+	w.a.most = slimFrom
+	w.addRoute("198.51.100.0/24", hop{oif: 2, gw: "192.0.2.10"})
+	w.settle()
+	w.deleteRoute("198.51.100.0/24")
+	w.settle()
+	return w.a.stout.Load()
+}
+
+// TestWhatAnotherAgentWouldNotKnowKeepsThisOne: what is in no journal goes with the agent. That somebody was overruled once is such a thing:
+// another one would overrule him again, and again after the next time.
+func TestWhatAnotherAgentWouldNotKnowKeepsThisOne(t *testing.T) {
+	w := coveredWorld(t)
+	if !w.shrunk() {
+		t.Fatal("there is nothing of that, and it stays")
+	}
+	w.turn(ipsec1, tso, true)
+	w.settle()
+	if w.shrunk() {
+		t.Error("somebody was overruled once")
+	}
+	w.turn(ipsec1, tso, true)
+	w.settle()
+	if w.shrunk() {
+		t.Error("a hold is contested")
+	}
+	w.xfrm(gone(tunnelPolicy))
+	w.settle()
+	if w.shrunk() {
+		t.Error("a policy lingers")
+	}
+	w.advance(time.Minute)
+	if !w.shrunk() {
+		t.Error("all of that is over, and it stays")
+	}
+}
