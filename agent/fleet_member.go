@@ -29,7 +29,7 @@ func (f *Fleet) follow(ctx context.Context, m *member) {
 	defer m.end(f)
 	heir := "" // why what is in place is left to the next agent
 	for wait := firstRetry; ctx.Err() == nil || heir != ""; wait = min(2*wait, lastRetry) {
-		a, generation, err := f.open(m)
+		a, cfg, generation, err := f.open(m)
 		if errors.Is(err, errMoved) {
 			return // whoever looks again finds out what is there now
 		}
@@ -39,11 +39,11 @@ func (f *Fleet) follow(ctx context.Context, m *member) {
 			m.handOn(a)
 			a.heir, heir = heir, ""
 			a.sources.setHooked(f.hooked)
-			run := f.begin(ctx, m, generation)
+			run := f.begin(ctx, m, cfg, generation)
 			f.mu.Unlock()
 			f.announce()
 			err = a.Run(run)
-			f.ended(m)
+			f.ended(m, run)
 			if renewed(run) {
 				if err = errors.Join(err, a.Close()); err != nil {
 					a.log.Warn("not everything was given back for another agent", "err", err)
@@ -75,9 +75,10 @@ func (f *Fleet) follow(ctx context.Context, m *member) {
 }
 
 // ended notes that the Run of a member's agent has returned.
-func (f *Fleet) ended(m *member) {
+func (f *Fleet) ended(m *member, run context.Context) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	m.unfollowed = renewed(run) && !errors.Is(context.Cause(run), errRenewBack)
 	m.counts = m.agent.counts()
 	m.agent, m.again = nil, nil
 }
@@ -117,9 +118,10 @@ func (m *member) end(f *Fleet) {
 }
 
 // open opens a member's agent by the first of its names that leads there.
-func (f *Fleet) open(m *member) (a *Agent, generation uint64, err error) {
+func (f *Fleet) open(m *member) (a *Agent, cfg Config, generation uint64, err error) {
 	f.mu.Lock()
-	names, cfg, generation := m.names, f.live, f.generation
+	names := m.names
+	cfg, generation = f.takesUp(m)
 	f.mu.Unlock()
 	log := slog.New(&memberHandler{f.log.Handler(), func() string {
 		f.mu.Lock()
@@ -140,13 +142,13 @@ func (f *Fleet) open(m *member) (a *Agent, generation uint64, err error) {
 			return err
 		})
 		if !errors.Is(err, errMoved) && !errors.Is(err, os.ErrNotExist) {
-			return a, generation, err
+			return a, cfg, generation, err
 		}
 	}
 	if errors.Is(err, os.ErrNotExist) {
 		err = errMoved
 	}
-	return nil, generation, err
+	return nil, cfg, generation, err
 }
 
 // closeMember closes a member's agent after its Run, which has returned err. A namespace that is
