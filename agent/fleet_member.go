@@ -7,10 +7,12 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"time"
 
 	"tsoagent/agent/api"
+	"tsoagent/agent/netns"
 )
 
 // A namespace that could not be followed is tried again after firstRetry, then after twice as
@@ -28,12 +30,22 @@ func (f *Fleet) follow(ctx context.Context, m *member) {
 	defer f.left(m)
 	defer m.end(f)
 	heir := "" // why what is in place is left to the next agent
+	// kept is the namespace while that is so, nil for none: its last name can go meanwhile, and then no name leads there to have it given back.
+	var kept *netns.Namespace
+	letGo := func() {
+		if kept != nil {
+			_ = kept.Close()
+			kept = nil
+		}
+	}
+	defer letGo()
 	for wait := firstRetry; ctx.Err() == nil || heir != ""; wait = min(2*wait, lastRetry) {
-		a, cfg, generation, err := f.open(m)
+		a, cfg, generation, err := f.open(m, kept)
 		if errors.Is(err, errMoved) {
 			return // whoever looks again finds out what is there now
 		}
 		if err == nil {
+			letGo()
 			f.mu.Lock()
 			m.agent, m.why = a, ""
 			m.handOn(a)
@@ -45,6 +57,10 @@ func (f *Fleet) follow(ctx context.Context, m *member) {
 			err = a.Run(run)
 			f.ended(m, run)
 			if renewed(run) {
+				var kerr error
+				if kept, kerr = netns.Open(a.ns.Path()); kerr != nil {
+					a.log.Warn("the namespace can't be kept open: if its last name goes now, `tsoctl restore` gives back what is in place there", "err", kerr)
+				}
 				if err = errors.Join(err, a.Close()); err != nil {
 					a.log.Warn("not everything was given back for another agent", "err", err)
 				}
@@ -117,8 +133,8 @@ func (m *member) end(f *Fleet) {
 	}
 }
 
-// open opens a member's agent by the first of its names that leads there.
-func (f *Fleet) open(m *member) (a *Agent, cfg Config, generation uint64, err error) {
+// open opens a member's agent by the first of its names that leads there, or else by what was kept of it, nil for nothing.
+func (f *Fleet) open(m *member, kept *netns.Namespace) (a *Agent, cfg Config, generation uint64, err error) {
 	f.mu.Lock()
 	names := m.names
 	cfg, generation = f.takesUp(m)
@@ -129,12 +145,19 @@ func (f *Fleet) open(m *member) (a *Agent, cfg Config, generation uint64, err er
 		return m.names[0]
 	}})
 	err = errMoved
-	for _, name := range names {
+	specs := slices.Clone(names)
+	if kept != nil {
+		specs = append(specs, kept.Path())
+	}
+	for i, name := range specs {
 		// The host is the namespace of the thread that made the Fleet.
 		err = f.host.Do(func() (err error) {
 			a, err = newAgentIn(name, cfg, log, f.version, func(a *Agent) error {
 				if a.ns.ID() != m.id {
 					return errMoved
+				}
+				if i == len(names) {
+					a.name = names[0] // as it was called
 				}
 				a.others, a.heap, a.guard = f, &f.heap, f.guard
 				return a.open()

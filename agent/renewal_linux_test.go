@@ -75,3 +75,25 @@ func TestReloadGivesBackBehindARenewalThatLeavesAll(t *testing.T) {
 		}
 	}
 }
+
+// TestNamespaceThatGoesWhileAnotherAgentTakesOver is given back, as a process still lives in it: no name leads there any more when the next agent
+// is opened.
+func TestNamespaceThatGoesWhileAnotherAgentTakesOver(t *testing.T) {
+	s := depart(t, "a")
+	if s == nil {
+		return
+	}
+	pid, end := netnstest.Live(t, "a")
+	defer end()
+	release := s.makesWay("a")
+	defer release()
+	netnstest.IP(t, "netns del a")
+	s.state("a", NetnsLeaving)
+	release()
+	s.state("a", NetnsWaiting)
+	netnstest.IP(t, fmt.Sprintf("netns attach again %d", pid))
+	bare(t, "again")
+	if dirs := s.dirs(); len(dirs) > 0 {
+		t.Errorf("journals are left: %v", dirs)
+	}
+}
