@@ -361,35 +361,44 @@ func (f *Fleet) runHost(ctx context.Context, m *member) error {
 			f.log.Warn("not everything was given back for another agent", "err", err)
 		}
 		heir = renewalOf(context.Cause(run))
-		if a, cfg, generation, err = f.reopenHost(m, cfg); err != nil {
+		if a, cfg, generation, err = f.reopenHost(ctx, m, cfg); err != nil {
 			return err
 		}
 	}
 }
 
 // reopenHost is openHost for the agent that takes the place of one with the configuration before. If it can't be opened, that one is
-// in use again, for all.
-func (f *Fleet) reopenHost(m *member, before Config) (a *Agent, cfg Config, generation uint64, err error) {
+// in use again, for all. Where it is the same one, as where the state is made anew, it is tried once more.
+func (f *Fleet) reopenHost(ctx context.Context, m *member, before Config) (a *Agent, cfg Config, generation uint64, err error) {
 	for back := false; ; {
 		a, cfg, generation, err = f.openHost(m)
 		if err == nil {
 			return a, cfg, generation, nil
 		}
 		f.mu.Lock()
-		// What can't even be opened gives nothing back.
-		m.unfollowed = false
 		newest := f.generation == generation // else there is another one to try
+		if !newest {
+			m.unfollowed = false // what can't even be opened gives nothing back
+		}
 		if newest && back {
 			f.mu.Unlock()
 			return nil, cfg, generation, err
 		}
-		if newest {
-			back = true
+		back = newest
+		same := reflect.DeepEqual(cfg, before)
+		if newest && !same {
 			f.reloadErr, f.live = err.Error(), before
 			f.generation++
 		}
 		f.mu.Unlock()
-		if newest {
+		switch {
+		case newest && same:
+			f.log.Warn("the agent that is to take over can't be opened, trying once more", "err", err, "again_in", firstRetry)
+			select {
+			case <-ctx.Done(): // what is in place is to be given back
+			case <-time.After(firstRetry):
+			}
+		case newest:
 			f.log.Error("the configuration can't be taken over: the one before it stays in use", "err", err)
 			f.renew()
 		}

@@ -1,7 +1,13 @@
 package agent
 
 import (
+	"errors"
 	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
 	"testing"
 
 	"tsoagent/agent/netns"
@@ -96,4 +102,45 @@ func TestNamespaceThatGoesWhileAnotherAgentTakesOver(t *testing.T) {
 	if dirs := s.dirs(); len(dirs) > 0 {
 		t.Errorf("journals are left: %v", dirs)
 	}
+}
+
+// TestStateThatCannotBeMadeAnewAtOnce is no matter of the configuration: none was refused, and no other namespace's agent ends for it.
+func TestStateThatCannotBeMadeAnewAtOnce(t *testing.T) {
+	var path string
+	back := sync.OnceFunc(func() {
+		if err := errors.Join(os.Remove(path), os.Rename(path+".away", path)); err != nil {
+			t.Error(err)
+		}
+	})
+	s := departBy(t, func(f *Fleet) {
+		path = filepath.Join(f.cfg.RunDir, "journal")
+		f.log = slog.New(slowLog{f.log.Handler(), func(line string) {
+			if strings.Contains(line, "can't be") {
+				back()
+			}
+		}})
+	}, "a")
+	if s == nil {
+		return
+	}
+	host, a := s.agent(netns.Host), s.agent("a")
+	release := s.makesWay(netns.Host)
+	defer release()
+	if err := errors.Join(os.Rename(path, path+".away"), os.Mkdir(path, 0o700)); err != nil {
+		t.Fatal(err)
+	}
+	release()
+	netnstest.Within(t, "another one", func() bool { now, err := s.agentOf(netns.Host); return err == nil && now != host })
+	if got := s.Status().ReloadError; got != "" {
+		t.Errorf("a configuration was refused: %s", got)
+	}
+	s.mu.Lock()
+	if s.generation != 0 {
+		t.Error("there is another configuration")
+	}
+	s.mu.Unlock()
+	if s.agent("a") != a {
+		t.Error("another agent in a")
+	}
+	locked(t, "", "a")
 }
