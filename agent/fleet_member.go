@@ -104,6 +104,7 @@ func (f *Fleet) ended(m *member, run context.Context) {
 func (m *member) handOn(a *Agent) {
 	defer m.turns()
 	a.goOn(m.counts)
+	m.counts.mtus = nil
 	if m.ring == nil {
 		m.ring = a.ring
 	}

@@ -1,12 +1,16 @@
 package agent
 
 import (
+	"net/netip"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
+
 	"tsoagent/agent/heap"
+	"tsoagent/xfrmwatch"
 )
 
 // TestMemoryIsGivenBackWhenAStormIsOver, and not while it goes on in rounds each of which is short: it takes time from them, and the agent of a
@@ -74,5 +78,34 @@ func TestWhatAnotherAgentWouldNotKnowKeepsThisOne(t *testing.T) {
 	w.advance(time.Minute)
 	if !w.shrunk() {
 		t.Error("all of that is over, and it stays")
+	}
+}
+
+// TestWhoOnlyLooksRemembersMTUsForTheNextAgent: no journal has what was valid last, and the plan that it shows would lose the lock of a policy whose
+// SA is missing just then. Policies that are others by then have nothing of it.
+func TestWhoOnlyLooksRemembersMTUsForTheNextAgent(t *testing.T) {
+	cfg := dedicatedOff()
+	cfg.Mode = Observe
+	w := tunnelWorld(t, cfg)
+	for _, dst := range []string{"10.4.0.0/16", "10.5.0.0/16", "fd02::/16"} {
+		w.addRoute(dst, hop{oif: ipsec1})
+	}
+	four, six, other := policy(9, "0.0.0.0/0", "10.2.0.0/16", 1), policy(17, "::/0", "fd02::/16", 1), policy(25, "0.0.0.0/0", "10.4.0.0/16", 1)
+	w.start(four, six, other, tunnelSA)
+	w.xfrm(saGone(tunnelSA))
+	w.settle()
+	if len(w.a.st.last) != 3 {
+		t.Fatalf("it remembers %v", w.a.st.last)
+	}
+	left := w.a.counts()
+	w.restart(cfg)
+	w.a.goOn(left)
+	w.start(four, six, policy(25, "0.0.0.0/0", "10.5.0.0/16", 1))
+	want := map[xfrmwatch.CoverageID]int{{Policy: 9}: 1446, {Policy: 17}: 1446}
+	if d := cmp.Diff(want, w.a.st.last, cmp.Comparer(func(a, b netip.Addr) bool { return a == b })); d != "" {
+		t.Errorf("it remembers (-want +got):\n%s", d)
+	}
+	if len(w.book) > 0 {
+		t.Errorf("who only looks has written into the journal: %v", w.ids())
 	}
 }
