@@ -62,9 +62,7 @@ type Fleet struct {
 	hooked                           hooked      // how keys are known
 	paused                           *api.Paused // all are, and those that come; nil for not
 	live                             Config      // the configuration in use
-	// generation counts the configurations, and renewal is why agents with an older one end.
-	generation uint64
-	renewal    error
+	generation                       uint64      // counts the configurations: agents with an older one end
 	// configured is when the configuration was taken over, reloadErr why a newer one was not.
 	configured time.Time
 	reloadErr  string
@@ -92,10 +90,13 @@ type member struct {
 	ring    *ring         // of all its agents, one after the other
 	counts  counts        // by all its agents before this one
 	turn    chan struct{} // closed and made anew when agent, why or over has changed
-	// again ends the agent for one with another configuration, nil while none runs. The agent has the
-	// configuration of the generation.
+	// again ends the agent for one with another configuration, nil while none runs. The agent has, or had, the
+	// configuration cfg, that of the generation.
 	again      context.CancelCauseFunc
+	cfg        Config
 	generation uint64
+	// unfollowed says that an agent with this configuration has left what is in place to the next one, which does not run yet.
+	unfollowed bool
 	cancel     context.CancelCauseFunc
 }
 

@@ -7,10 +7,12 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"time"
 
 	"tsoagent/agent/api"
+	"tsoagent/agent/netns"
 )
 
 // A namespace that could not be followed is tried again after firstRetry, then after twice as
@@ -28,23 +30,37 @@ func (f *Fleet) follow(ctx context.Context, m *member) {
 	defer f.left(m)
 	defer m.end(f)
 	heir := "" // why what is in place is left to the next agent
+	// kept is the namespace while that is so, nil for none: its last name can go meanwhile, and then no name leads there to have it given back.
+	var kept *netns.Namespace
+	letGo := func() {
+		if kept != nil {
+			_ = kept.Close()
+			kept = nil
+		}
+	}
+	defer letGo()
 	for wait := firstRetry; ctx.Err() == nil || heir != ""; wait = min(2*wait, lastRetry) {
-		a, generation, err := f.open(m)
+		a, cfg, generation, err := f.open(m, kept)
 		if errors.Is(err, errMoved) {
 			return // whoever looks again finds out what is there now
 		}
 		if err == nil {
+			letGo()
 			f.mu.Lock()
 			m.agent, m.why = a, ""
 			m.handOn(a)
 			a.heir, heir = heir, ""
 			a.sources.setHooked(f.hooked)
-			run := f.begin(ctx, m, generation)
+			run := f.begin(ctx, m, cfg, generation)
 			f.mu.Unlock()
 			f.announce()
 			err = a.Run(run)
-			f.ended(m)
+			f.ended(m, run)
 			if renewed(run) {
+				var kerr error
+				if kept, kerr = netns.Open(a.ns.Path()); kerr != nil {
+					a.log.Warn("the namespace can't be kept open: if its last name goes now, `tsoctl restore` gives back what is in place there", "err", kerr)
+				}
 				if err = errors.Join(err, a.Close()); err != nil {
 					a.log.Warn("not everything was given back for another agent", "err", err)
 				}
@@ -75,9 +91,10 @@ func (f *Fleet) follow(ctx context.Context, m *member) {
 }
 
 // ended notes that the Run of a member's agent has returned.
-func (f *Fleet) ended(m *member) {
+func (f *Fleet) ended(m *member, run context.Context) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	m.unfollowed = renewed(run) && !errors.Is(context.Cause(run), errRenewBack)
 	m.counts = m.agent.counts()
 	m.agent, m.again = nil, nil
 }
@@ -87,6 +104,7 @@ func (f *Fleet) ended(m *member) {
 func (m *member) handOn(a *Agent) {
 	defer m.turns()
 	a.goOn(m.counts)
+	m.counts.mtus = nil
 	if m.ring == nil {
 		m.ring = a.ring
 	}
@@ -116,10 +134,11 @@ func (m *member) end(f *Fleet) {
 	}
 }
 
-// open opens a member's agent by the first of its names that leads there.
-func (f *Fleet) open(m *member) (a *Agent, generation uint64, err error) {
+// open opens a member's agent by the first of its names that leads there, or else by what was kept of it, nil for nothing.
+func (f *Fleet) open(m *member, kept *netns.Namespace) (a *Agent, cfg Config, generation uint64, err error) {
 	f.mu.Lock()
-	names, cfg, generation := m.names, f.live, f.generation
+	names := m.names
+	cfg, generation = f.takesUp(m)
 	f.mu.Unlock()
 	log := slog.New(&memberHandler{f.log.Handler(), func() string {
 		f.mu.Lock()
@@ -127,12 +146,19 @@ func (f *Fleet) open(m *member) (a *Agent, generation uint64, err error) {
 		return m.names[0]
 	}})
 	err = errMoved
-	for _, name := range names {
+	specs := slices.Clone(names)
+	if kept != nil {
+		specs = append(specs, kept.Path())
+	}
+	for i, name := range specs {
 		// The host is the namespace of the thread that made the Fleet.
 		err = f.host.Do(func() (err error) {
 			a, err = newAgentIn(name, cfg, log, f.version, func(a *Agent) error {
 				if a.ns.ID() != m.id {
 					return errMoved
+				}
+				if i == len(names) {
+					a.name = names[0] // as it was called
 				}
 				a.others, a.heap, a.guard = f, &f.heap, f.guard
 				return a.open()
@@ -140,13 +166,13 @@ func (f *Fleet) open(m *member) (a *Agent, generation uint64, err error) {
 			return err
 		})
 		if !errors.Is(err, errMoved) && !errors.Is(err, os.ErrNotExist) {
-			return a, generation, err
+			return a, cfg, generation, err
 		}
 	}
 	if errors.Is(err, os.ErrNotExist) {
 		err = errMoved
 	}
-	return nil, generation, err
+	return nil, cfg, generation, err
 }
 
 // closeMember closes a member's agent after its Run, which has returned err. A namespace that is

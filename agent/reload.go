@@ -205,7 +205,6 @@ func (f *Fleet) takeOver(ctx context.Context, cfg Config) error {
 	f.live = cfg
 	f.generation++
 	f.sweepDue = f.sweepDue || old.Mode == Observe && cfg.Mode == Enforce
-	f.renewal = renewalFor(old, cfg)
 	f.mu.Unlock()
 	f.reconcile(ctx) // those that are not followed any more give everything back
 	f.renew()
@@ -224,20 +223,32 @@ func (f *Fleet) renew() {
 	defer f.mu.Unlock()
 	for _, m := range f.members {
 		if m.again != nil && m.generation != f.generation {
-			m.again(f.renewal)
+			m.again(renewalFor(m.cfg, f.live))
 		}
 	}
 }
 
-// begin is the context for the Run of a member's agent, which was opened in a generation. The caller holds the
+// begin is the context for the Run of a member's agent, which was opened with the configuration of a generation. The caller holds the
 // lock.
-func (f *Fleet) begin(ctx context.Context, m *member, generation uint64) context.Context {
+func (f *Fleet) begin(ctx context.Context, m *member, cfg Config, generation uint64) context.Context {
 	var run context.Context
 	run, m.again = context.WithCancelCause(ctx)
+	m.unfollowed, m.cfg = false, cfg
 	if m.generation = generation; generation != f.generation {
-		m.again(f.renewal)
+		m.again(renewalFor(cfg, f.live))
 	}
 	return run
+}
+
+// takesUp is with which configuration, and of which generation, the next agent of a member is opened: that in use. But where the one before has left
+// something in place that nobody would follow with that, it is the one before once more, whose agent gives everything back: an agent can have
+// been told to make way by a cause that leaves everything, and only then the configuration have become another one. The caller holds the
+// Fleet's lock.
+func (f *Fleet) takesUp(m *member) (Config, uint64) {
+	if m.unfollowed && givesBack(m.cfg, f.live) {
+		return m.cfg, m.generation
+	}
+	return f.live, f.generation
 }
 
 // renewed reports whether a Run ended for another agent.
@@ -335,13 +346,13 @@ func (f *Fleet) runHost(ctx context.Context, m *member) error {
 			m.handOn(a)
 			a.sources.setHooked(f.hooked)
 		}
-		run := f.begin(ctx, m, generation)
+		run := f.begin(ctx, m, cfg, generation)
 		f.mu.Unlock()
 		if !first {
 			f.announce()
 		}
 		err := a.Run(run)
-		f.ended(m)
+		f.ended(m, run)
 		err = errors.Join(err, a.Close())
 		if !renewed(run) {
 			return err
@@ -350,43 +361,54 @@ func (f *Fleet) runHost(ctx context.Context, m *member) error {
 			f.log.Warn("not everything was given back for another agent", "err", err)
 		}
 		heir = renewalOf(context.Cause(run))
-		if a, cfg, generation, err = f.reopenHost(cfg); err != nil {
+		if a, cfg, generation, err = f.reopenHost(ctx, m, cfg); err != nil {
 			return err
 		}
 	}
 }
 
 // reopenHost is openHost for the agent that takes the place of one with the configuration before. If it can't be opened, that one is
-// in use again, for all.
-func (f *Fleet) reopenHost(before Config) (a *Agent, cfg Config, generation uint64, err error) {
+// in use again, for all. Where it is the same one, as where the state is made anew, it is tried once more.
+func (f *Fleet) reopenHost(ctx context.Context, m *member, before Config) (a *Agent, cfg Config, generation uint64, err error) {
 	for back := false; ; {
-		a, cfg, generation, err = f.openHost()
+		a, cfg, generation, err = f.openHost(m)
 		if err == nil {
 			return a, cfg, generation, nil
 		}
 		f.mu.Lock()
 		newest := f.generation == generation // else there is another one to try
+		if !newest {
+			m.unfollowed = false // what can't even be opened gives nothing back
+		}
 		if newest && back {
 			f.mu.Unlock()
 			return nil, cfg, generation, err
 		}
-		if newest {
-			back = true
-			f.renewal, f.reloadErr, f.live = renewalFor(cfg, before), err.Error(), before
+		back = newest
+		same := reflect.DeepEqual(cfg, before)
+		if newest && !same {
+			f.reloadErr, f.live = err.Error(), before
 			f.generation++
 		}
 		f.mu.Unlock()
-		if newest {
+		switch {
+		case newest && same:
+			f.log.Warn("the agent that is to take over can't be opened, trying once more", "err", err, "again_in", firstRetry)
+			select {
+			case <-ctx.Done(): // what is in place is to be given back
+			case <-time.After(firstRetry):
+			}
+		case newest:
 			f.log.Error("the configuration can't be taken over: the one before it stays in use", "err", err)
 			f.renew()
 		}
 	}
 }
 
-// openHost opens an agent with the configuration in use, and returns that and its generation.
-func (f *Fleet) openHost() (a *Agent, cfg Config, generation uint64, err error) {
+// openHost opens an agent with the configuration that is to be taken up, and returns that and its generation.
+func (f *Fleet) openHost(m *member) (a *Agent, cfg Config, generation uint64, err error) {
 	f.mu.Lock()
-	cfg, generation = f.live, f.generation
+	cfg, generation = f.takesUp(m)
 	f.mu.Unlock()
 	err = f.host.Do(func() (err error) {
 		a, err = newAgentIn(netns.Host, cfg, f.log, f.version, func(a *Agent) error {

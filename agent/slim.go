@@ -26,12 +26,12 @@ const (
 )
 
 // weigh notes whether the agent would be much smaller if it was started now, and loses nothing by that: another one knows neither what was contested
-// nor how long something is to stay.
+// nor who was overruled once, nor how long something is to stay. While a backlog waits, most of what is there now may be about to go.
 func (a *Agent) weigh(reached bool) {
 	n := a.st.fib.Len() + a.st.db.PolicyCount()
 	a.most = max(a.most, n)
 	a.stout.Store(reached && a.most >= slimFrom && n*slimTo <= a.most && !a.once && a.st.paused == nil &&
-		len(a.st.lingering)+len(a.st.moved)+len(a.st.contested) == 0)
+		a.backlog.empty() && len(a.st.lingering)+len(a.st.moved)+len(a.st.contested)+len(a.st.retakes) == 0)
 }
 
 // slim has the agents make way that would be much smaller. It reports whether one does.

@@ -181,11 +181,20 @@ type counts struct {
 	stats   Counters
 	tally   Tally
 	sources map[string]SourceReport
+	// mtus are those that were valid last, of who only looks: no journal has them.
+	mtus []rememberedMTU
 }
 
 // counts is for an agent whose Run has returned.
 func (a *Agent) counts() counts {
 	c := counts{stats: a.stats, tally: a.tally, sources: map[string]SourceReport{}}
+	if a.cfg.Mode == Observe {
+		for id, mtu := range a.st.last {
+			if p, there := a.st.db.Policy(id.Policy); there {
+				c.mtus = append(c.mtus, rememberedMTU{Policy: id.Policy, Peer: id.Peer, Selector: p.Selector, Mark: p.Mark, IfID: p.IfID, MTU: mtu})
+			}
+		}
+	}
 	if a.sources != nil {
 		for _, s := range a.sources.stats() {
 			c.sources[s.Source] = s
@@ -197,6 +206,9 @@ func (a *Agent) counts() counts {
 // goOn counts from there. It is for an agent that does not run yet.
 func (a *Agent) goOn(c counts) {
 	a.stats, a.tally = c.stats, c.tally
+	if a.cfg.Mode == Observe {
+		a.st.adopted = append(a.st.adopted, c.mtus...)
+	}
 	if a.sources == nil {
 		return
 	}

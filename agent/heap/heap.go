@@ -15,10 +15,10 @@ const (
 	// large is how much work leaves garbage that is worth a collection, in events or coverages: some megabytes. A
 	// collection takes about a millisecond for each megabyte in use.
 	large = 20_000
-	// busy is how much work at once says that it goes on.
-	busy = 500
 	// quiet is how long it must not go on.
 	quiet = 2 * time.Second
+	// busy is how much work within that says that it goes on, however little of it is done at once: the rounds of a storm are short.
+	busy = 2000
 )
 
 // Keeper has memory given back when much was done and no more comes. Without work it does nothing, and wakes nobody.
@@ -26,6 +26,7 @@ const (
 type Keeper struct {
 	mu    sync.Mutex
 	done  int
+	since int         // of it, since timer was set
 	timer *time.Timer // nil before the first; it runs where due
 	due   bool
 	less  func() bool // nil for nothing
@@ -47,10 +48,15 @@ func (k *Keeper) Did(n int) {
 	}
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	if k.done += n; k.done < large || k.due && n < busy {
+	k.done += n
+	if k.due {
+		k.since += n
 		return
 	}
-	k.due = true
+	if k.done < large {
+		return
+	}
+	k.due, k.since = true, 0
 	if k.timer == nil {
 		k.timer = time.AfterFunc(quiet, k.giveBack)
 		return
@@ -75,6 +81,12 @@ func (k *Keeper) Settled() {
 
 func (k *Keeper) giveBack() {
 	k.mu.Lock()
+	if k.due && k.since >= busy {
+		k.since = 0
+		k.timer.Reset(quiet)
+		k.mu.Unlock()
+		return
+	}
 	k.done, k.due = 0, false
 	less, free := k.less, k.free
 	k.mu.Unlock()

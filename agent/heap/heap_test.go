@@ -33,6 +33,11 @@ func TestKeeperWaitsForQuiet(t *testing.T) {
 			time.Sleep(quiet / 2)
 		}
 		want(1, "while it goes on")
+		for range 1000 {
+			k.Did(large / 100)
+			time.Sleep(quiet / 100)
+		}
+		want(1, "while it goes on in small parts")
 		for range 10 {
 			k.Did(1)
 			time.Sleep(quiet / 4)

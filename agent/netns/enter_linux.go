@@ -82,6 +82,9 @@ func Stat(path string) (ID, error) {
 // ID is the namespace's identity.
 func (n *Namespace) ID() ID { return n.id }
 
+// Path leads to the namespace until it is closed, whatever its names lead to.
+func (n *Namespace) Path() string { return "/proc/self/fd/" + strconv.Itoa(int(n.file.Fd())) }
+
 // Close lets go of the namespace.
 func (n *Namespace) Close() error { return n.file.Close() }
 

@@ -295,7 +295,9 @@ func (m *maker) route() {
 	case 4:
 		l += " advmss 1200"
 	case 5:
-		l += " tos 0x10"
+		if !m.v6 { // which has no such routes: the kernel refuses them (rtm_to_fib6_config, net/ipv6/route.c)
+			l += " tos 0x10"
+		}
 	case 6:
 		if m.v6 {
 			l += " from " + m.src("source")

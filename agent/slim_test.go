@@ -1,0 +1,111 @@
+package agent
+
+import (
+	"net/netip"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"tsoagent/agent/heap"
+	"tsoagent/xfrmwatch"
+)
+
+// TestMemoryIsGivenBackWhenAStormIsOver, and not while it goes on in rounds each of which is short: it takes time from them, and the agent of a
+// table that is going would make way for another one with each quarter that is left.
+func TestMemoryIsGivenBackWhenAStormIsOver(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newEdge(t, 10_000, 10)
+		var k heap.Keeper
+		var given atomic.Int32
+		k.Less(func() bool { given.Add(1); return false })
+		e.a.heap = &k
+		for range 8 {
+			e.blow(func() {
+				for again := true; again; again = e.next == time.Nanosecond {
+					e.step()
+					time.Sleep(20 * time.Millisecond)
+					synctest.Wait()
+				}
+			})
+			if given.Load() > 0 {
+				t.Fatal("given back while it goes on")
+			}
+		}
+		time.Sleep(time.Minute)
+		synctest.Wait()
+		if n := given.Load(); n != 1 {
+			t.Errorf("given back %d times", n)
+		}
+	})
+}
+
+// shrunk has a world's agent believe that its tables were large once, and reports whether it would make way for another one.
+func (w *world) shrunk() bool {
+	w.t.Helper()
+	w.a.most = slimFrom
+	w.addRoute("198.51.100.0/24", hop{oif: 2, gw: "192.0.2.10"})
+	w.settle()
+	w.deleteRoute("198.51.100.0/24")
+	w.settle()
+	return w.a.stout.Load()
+}
+
+// TestWhatAnotherAgentWouldNotKnowKeepsThisOne: what is in no journal goes with the agent. That somebody was overruled once is such a thing:
+// another one would overrule him again, and again after the next time.
+func TestWhatAnotherAgentWouldNotKnowKeepsThisOne(t *testing.T) {
+	w := coveredWorld(t)
+	if !w.shrunk() {
+		t.Fatal("there is nothing of that, and it stays")
+	}
+	w.turn(ipsec1, tso, true)
+	w.settle()
+	if w.shrunk() {
+		t.Error("somebody was overruled once")
+	}
+	w.turn(ipsec1, tso, true)
+	w.settle()
+	if w.shrunk() {
+		t.Error("a hold is contested")
+	}
+	w.xfrm(gone(tunnelPolicy))
+	w.settle()
+	if w.shrunk() {
+		t.Error("a policy lingers")
+	}
+	w.advance(time.Minute)
+	if !w.shrunk() {
+		t.Error("all of that is over, and it stays")
+	}
+}
+
+// TestWhoOnlyLooksRemembersMTUsForTheNextAgent: no journal has what was valid last, and the plan that it shows would lose the lock of a policy whose
+// SA is missing just then. Policies that are others by then have nothing of it.
+func TestWhoOnlyLooksRemembersMTUsForTheNextAgent(t *testing.T) {
+	cfg := dedicatedOff()
+	cfg.Mode = Observe
+	w := tunnelWorld(t, cfg)
+	for _, dst := range []string{"10.4.0.0/16", "10.5.0.0/16", "fd02::/16"} {
+		w.addRoute(dst, hop{oif: ipsec1})
+	}
+	four, six, other := policy(9, "0.0.0.0/0", "10.2.0.0/16", 1), policy(17, "::/0", "fd02::/16", 1), policy(25, "0.0.0.0/0", "10.4.0.0/16", 1)
+	w.start(four, six, other, tunnelSA)
+	w.xfrm(saGone(tunnelSA))
+	w.settle()
+	if len(w.a.st.last) != 3 {
+		t.Fatalf("it remembers %v", w.a.st.last)
+	}
+	left := w.a.counts()
+	w.restart(cfg)
+	w.a.goOn(left)
+	w.start(four, six, policy(25, "0.0.0.0/0", "10.5.0.0/16", 1))
+	want := map[xfrmwatch.CoverageID]int{{Policy: 9}: 1446, {Policy: 17}: 1446}
+	if d := cmp.Diff(want, w.a.st.last, cmp.Comparer(func(a, b netip.Addr) bool { return a == b })); d != "" {
+		t.Errorf("it remembers (-want +got):\n%s", d)
+	}
+	if len(w.book) > 0 {
+		t.Errorf("who only looks has written into the journal: %v", w.ids())
+	}
+}
