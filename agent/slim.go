@@ -36,14 +36,22 @@ func (a *Agent) weigh(reached bool) {
 
 // slim has the agents make way that would be much smaller. It reports whether one does.
 func (f *Fleet) slim() (some bool) {
+	said := f.makeWay()
+	for _, say := range said {
+		say()
+	}
+	return len(said) > 0
+}
+
+// makeWay is slim, and returns what is to be said of it.
+func (f *Fleet) makeWay() (said sayings) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	for _, m := range f.members {
 		if m.agent != nil && m.again != nil && m.generation == f.generation && m.agent.stout.Load() {
-			f.log.Info(slimmed, "netns", m.names[0])
+			said.add(f.log.Info, slimmed, "netns", m.names[0])
 			m.again(errSlim)
-			some = true
 		}
 	}
-	return some
+	return said
 }

@@ -1,6 +1,9 @@
 package agent
 
 import (
+	"errors"
+	"io"
+	"log/slog"
 	"net/netip"
 	"sync/atomic"
 	"testing"
@@ -10,6 +13,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"tsoagent/agent/heap"
+	"tsoagent/agent/netns"
 	"tsoagent/xfrmwatch"
 )
 
@@ -107,5 +111,26 @@ func TestWhoOnlyLooksRemembersMTUsForTheNextAgent(t *testing.T) {
 	}
 	if len(w.book) > 0 {
 		t.Errorf("who only looks has written into the journal: %v", w.ids())
+	}
+}
+
+// TestSlowLogHoldsNobodyUpWhoAsksMeanwhile: that a state is made anew is said without the lock that all who ask need.
+func TestSlowLogHoldsNobodyUpWhoAsksMeanwhile(t *testing.T) {
+	f := &Fleet{}
+	free := false
+	f.log = slog.New(slowLog{slog.NewTextHandler(io.Discard, nil), func(string) {
+		if free = f.mu.TryLock(); free {
+			f.mu.Unlock()
+		}
+	}})
+	a := newAgent(Config{}, discard(), "test")
+	a.stout.Store(true)
+	var cause error
+	f.members = map[netns.ID]*member{{}: {names: []string{"a"}, agent: a, again: func(err error) { cause = err }}}
+	if !f.slim() || !errors.Is(cause, errSlim) {
+		t.Errorf("it does not make way: %v", cause)
+	}
+	if !free {
+		t.Error("the lock is held while the log is written")
 	}
 }
