@@ -55,7 +55,7 @@ func (f *Fleet) follow(ctx context.Context, m *member) {
 			f.mu.Unlock()
 			f.announce()
 			err = a.Run(run)
-			f.ended(m, run)
+			f.ended(run, m)
 			if renewed(run) {
 				var kerr error
 				if kept, kerr = netns.Open(a.ns.Path()); kerr != nil {
@@ -91,7 +91,7 @@ func (f *Fleet) follow(ctx context.Context, m *member) {
 }
 
 // ended notes that the Run of a member's agent has returned.
-func (f *Fleet) ended(m *member, run context.Context) {
+func (f *Fleet) ended(run context.Context, m *member) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	m.unfollowed = renewed(run) && !errors.Is(context.Cause(run), errRenewBack)

@@ -4,7 +4,6 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
 	"testing"
 
@@ -91,7 +90,7 @@ func TestRestoreGivesBackWhereDevicesWereMoved(t *testing.T) {
 	v.cfg.Namespaces = Namespaces{"a"}
 	v.again()
 	v.held("a", 3)
-	v.move("c0", "a", strconv.Itoa(os.Getpid()))
+	v.moveHome("c0", "a")
 	v.finding("a", "c0 was moved to")
 	v.crash()
 	if done, err = RestoreAll(t.Context(), v.cfg, discard(), "test", false); err != nil || !foundIn(done.Namespaces[0].Findings, "c0 was moved to") {

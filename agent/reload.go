@@ -352,7 +352,7 @@ func (f *Fleet) runHost(ctx context.Context, m *member) error {
 			f.announce()
 		}
 		err := a.Run(run)
-		f.ended(m, run)
+		f.ended(run, m)
 		err = errors.Join(err, a.Close())
 		if !renewed(run) {
 			return err

@@ -57,6 +57,7 @@ func (w *Watcher) resync(ctx context.Context, scopes []Scope, sink func([]Event)
 			if err != nil {
 				return err
 			}
+			d.to = append(d.to, w.left()...)
 			if calm {
 				d.to = append(d.to, Calm{})
 			}
@@ -85,6 +86,26 @@ func (w *Watcher) calm() (bool, error) {
 		return false, err
 	}
 	return w.lost == nil && !slices.ContainsFunc(w.held, func(batch []Event) bool { return len(batch) > 0 }), nil
+}
+
+// left are the events that have come of links which left the namespace, ahead of their turn: a dump that does not show them any more is
+// not to end before it is known where they went, as whoever hears of that later has forgotten what they were. Of an index that two links have
+// had meanwhile, only the first one counts.
+func (w *Watcher) left() (events []Event) {
+	told := map[Ifindex]bool{}
+	for _, batch := range w.held {
+		for _, ev := range batch {
+			gone, ok := ev.(LinkGone)
+			if !ok || told[gone.Index] {
+				continue
+			}
+			told[gone.Index] = true
+			if gone.To != (Place{}) {
+				events = append(events, gone)
+			}
+		}
+	}
+	return events
 }
 
 // doubt has the families dumped again for which the events that were held leave it open what is
