@@ -2,11 +2,9 @@ package agent
 
 import (
 	"os"
-	"os/exec"
 	"slices"
 	"strconv"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
@@ -108,21 +106,6 @@ func (v *voyage) again() {
 func (v *voyage) move(dev, from, to string, change ...string) {
 	v.t.Helper()
 	netnstest.IP(v.t, strings.Join(append([]string{"-n", from, "link set", dev, "netns", to}, change...), " "))
-}
-
-// moveHome moves a device to the host's namespace, which this process has itself. But its first thread, which ip would take, can be an agent's, in another one.
-func (v *voyage) moveHome(dev, from string) {
-	v.t.Helper()
-	home := exec.Command("sleep", "60")
-	home.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	if err := home.Start(); err != nil {
-		v.t.Fatal(err)
-	}
-	defer func() {
-		_ = home.Process.Kill()
-		_ = home.Wait()
-	}()
-	v.move(dev, from, strconv.Itoa(home.Process.Pid))
 }
 
 // back moves a device to where it was held, and gives it what asks for that.
@@ -386,7 +369,7 @@ func TestMovedDeviceFromADroppedNamespace(t *testing.T) {
 	v.cfg.Namespaces = Namespaces{"a"}
 	v.again()
 	v.held("a", 3)
-	v.moveHome("c0", "a")
+	v.move("c0", "a", strconv.Itoa(os.Getpid())) // the host's of this test
 	v.finding("a", "c0 was moved to")
 	v.crash()
 	v.cfg.Namespaces = Namespaces{"host"}

@@ -4,6 +4,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -90,7 +91,7 @@ func TestRestoreGivesBackWhereDevicesWereMoved(t *testing.T) {
 	v.cfg.Namespaces = Namespaces{"a"}
 	v.again()
 	v.held("a", 3)
-	v.moveHome("c0", "a")
+	v.move("c0", "a", strconv.Itoa(os.Getpid()))
 	v.finding("a", "c0 was moved to")
 	v.crash()
 	if done, err = RestoreAll(t.Context(), v.cfg, discard(), "test", false); err != nil || !foundIn(done.Namespaces[0].Findings, "c0 was moved to") {

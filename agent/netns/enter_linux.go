@@ -117,6 +117,15 @@ func (n *Namespace) Do(fn func() error) error {
 // that can't go home stays locked to it, and ends with it.
 func (n *Namespace) visit(fn func() error) error {
 	runtime.LockOSThread()
+	if unix.Gettid() == os.Getpid() {
+		// /proc/PID/ns/net is the namespace of the process's first thread, and by that others move devices to a process or enter where it is. Nor
+		// does the runtime ever end that thread. Another one takes over while it is occupied.
+		done := make(chan error, 1)
+		go func() { done <- n.visit(fn) }()
+		err := <-done
+		runtime.UnlockOSThread()
+		return err
+	}
 	home, err := Current()
 	if err != nil {
 		runtime.UnlockOSThread()

@@ -37,6 +37,41 @@ func here(t *testing.T) netns.ID {
 	return id
 }
 
+// TestDoKeepsTheNamespaceOfTheProcess: whoever looks where the process is, by /proc/PID/ns/net, does not come upon a namespace that it visits.
+func TestDoKeepsTheNamespaceOfTheProcess(t *testing.T) {
+	if !netnstest.Private(t) {
+		return
+	}
+	netnstest.IP(t, "netns add a")
+	a := open(t, netns.Path("a"))
+	const visits = 200 // at once, so that all the threads that the runtime has are asked for, the first one among them
+	var inside, done sync.WaitGroup
+	inside.Add(visits)
+	leave := make(chan struct{})
+	for range visits {
+		done.Go(func() {
+			arrived := sync.OnceFunc(inside.Done)
+			defer arrived()
+			if err := a.Do(func() error {
+				if unix.Gettid() == os.Getpid() {
+					t.Error("the process's first thread is in the namespace")
+				}
+				arrived()
+				<-leave
+				return nil
+			}); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	inside.Wait()
+	if id, err := netns.Stat(fmt.Sprintf("/proc/%d/ns/net", os.Getpid())); err != nil || id == a.ID() {
+		t.Errorf("the process is in %v, %v", id, err)
+	}
+	close(leave)
+	done.Wait()
+}
+
 func TestDoEntersAndComesBack(t *testing.T) {
 	if !netnstest.Private(t) {
 		return
