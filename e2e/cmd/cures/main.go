@@ -202,7 +202,7 @@ func (j job) run(ctx context.Context, tree, binaries, dir string, r *cures.Resul
 	}
 	defer os.RemoveAll(exchange)
 	name := strings.TrimSuffix(filepath.Base(j.file), ".txtar") + "/" + j.variant
-	machine := testkernel.Machine{Kernel: j.kernel, Binaries: binaries, Tree: tree, Dir: exchange, Deadline: 5 * time.Minute}
+	machine := testkernel.Machine{Kernel: j.kernel, Binaries: binaries, Tree: tree, Dir: exchange, Deadline: 15 * time.Minute}
 	result, err := machine.Run(ctx, "scenario", j.file, "-variant="+j.variant)
 	if err != nil {
 		return fmt.Errorf("%s on %s: %w", name, j.version, err)

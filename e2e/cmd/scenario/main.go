@@ -25,7 +25,7 @@ func main() {
 	verbose := flag.Bool("v", false, "print the whole log, too")
 	variant := flag.String("variant", "", "of a scenario with variants, which one")
 	stock := flag.String("kernel", "", "the `version` of a stock kernel, instead of the test kernel")
-	deadline := flag.Duration("deadline", 5*time.Minute, "when to give up")
+	deadline := flag.Duration("deadline", 15*time.Minute, "when to give up")
 	flag.Parse()
 	if flag.NArg() != 1 {
 		fmt.Fprintln(os.Stderr, "usage: scenario [-v] [-variant NAME] [-kernel VERSION] FILE (in the module's root)")
