@@ -30,8 +30,12 @@ const (
 func (a *Agent) weigh(reached bool) {
 	n := a.st.fib.Len() + a.st.db.PolicyCount()
 	a.most = max(a.most, n)
-	a.stout.Store(reached && a.most >= slimFrom && n*slimTo <= a.most && !a.once && a.st.paused == nil &&
-		a.backlog.empty() && len(a.st.lingering)+len(a.st.moved)+len(a.st.contested)+len(a.st.retakes) == 0)
+	stout := reached && a.most >= slimFrom && n*slimTo <= a.most && !a.once && a.st.paused == nil &&
+		a.backlog.empty() && len(a.st.lingering)+len(a.st.moved)+len(a.st.contested)+len(a.st.retakes) == 0
+	if !a.stout.Swap(stout) && stout {
+		// Where tables go slowly, what goes last can be too little work to have memory given back for.
+		a.heap.Soon()
+	}
 }
 
 // slim has the agents make way that would be much smaller. It reports whether one does.

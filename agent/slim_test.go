@@ -14,6 +14,7 @@ import (
 
 	"tsoagent/agent/heap"
 	"tsoagent/agent/netns"
+	"tsoagent/routes"
 	"tsoagent/xfrmwatch"
 )
 
@@ -42,6 +43,42 @@ func TestMemoryIsGivenBackWhenAStormIsOver(t *testing.T) {
 		synctest.Wait()
 		if n := given.Load(); n != 1 {
 			t.Errorf("given back %d times", n)
+		}
+	})
+}
+
+// TestAgentThatHasBecomeStoutIsNotForgotten takes tables away so slowly that memory is given back meanwhile: what goes after that is too little to
+// have it given back once more, but it is what makes another agent much smaller.
+func TestAgentThatHasBecomeStoutIsNotForgotten(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newEdge(t, slimFrom/slimTo+1, 10)
+		e.settle()
+		var k heap.Keeper
+		asked := 0
+		k.Less(func() bool { asked++; return false })
+		e.a.heap = &k
+		e.a.most = slimTo * e.a.st.fib.Len() // a few policies more than a quarter of it are left
+		gone := 0
+		take := func(n int) {
+			for _, p := range e.nets[gone : gone+n] {
+				e.a.inbox.post(batch{routes: []routes.Event{routes.RouteGone{Route: routes.Route{Dst: p, Body: e.bodies[0]}, Origin: routes.Origin{Port: ownerPort}}}, at: e.now})
+				e.settle()
+			}
+			gone += n
+			time.Sleep(time.Minute)
+			synctest.Wait()
+		}
+		take(1)
+		if asked != 0 || e.a.stout.Load() {
+			t.Fatalf("asked %d times for a table of which more than a quarter is left", asked)
+		}
+		take(20)
+		if asked != 1 || !e.a.stout.Load() {
+			t.Errorf("asked %d times when little was left", asked)
+		}
+		take(20)
+		if asked != 1 {
+			t.Errorf("asked %d times for one and the same", asked)
 		}
 	})
 }

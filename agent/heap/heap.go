@@ -64,6 +64,9 @@ func (k *Keeper) Did(n int) {
 	k.timer.Reset(quiet)
 }
 
+// Soon has memory given back when no more work comes, however little was done: Less has something to say.
+func (k *Keeper) Soon() { k.Did(large) }
+
 // Settled says that what was done is over, and no more of it comes: the start of an agent.
 func (k *Keeper) Settled() {
 	if k == nil {
