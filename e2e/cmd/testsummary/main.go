@@ -1,6 +1,6 @@
 // Command testsummary reads the output of `go test -json` on its standard input and prints what a person wants of it: the line of each
-// package as go test prints it, as it comes; all output of the tests that failed; the reasons for which tests were skipped; and as the
-// last line
+// package as go test prints it, as it comes; all output of the tests that failed; the reasons for which tests were skipped; those that took
+// longest; and as the last line
 //
 //	N passed, N failed, N skipped
 //
@@ -9,6 +9,7 @@ package main
 
 import (
 	"bufio"
+	"cmp"
 	"encoding/json"
 	"errors"
 	"flag"
@@ -49,6 +50,7 @@ type event struct {
 	Test        string
 	Output      string
 	FailedBuild string
+	Elapsed     float64 // seconds
 }
 
 // key names a test, or with an empty test a package.
@@ -64,7 +66,20 @@ type summary struct {
 
 	passed, failed, skipped int
 	reasons                 map[string]int
+	slow                    []timed
 }
+
+// timed is a test that took long.
+type timed struct {
+	key
+	seconds float64
+}
+
+// Tests that took slowFrom seconds are named, slowMost of them.
+const (
+	slowFrom = 60
+	slowMost = 10
+)
 
 // summarise copies the digest of the events in r to w and reports whether anything failed.
 func summarise(r io.Reader, w io.Writer, extra extras) (failed bool, err error) {
@@ -145,6 +160,9 @@ func (s *summary) add(e event) {
 			s.endPackage(e)
 		} else {
 			s.endTest(k, e.Action)
+			if e.Elapsed >= slowFrom && !s.parents[k] {
+				s.slow = append(s.slow, timed{k, e.Elapsed})
+			}
 		}
 		delete(s.output, k)
 	}
@@ -227,6 +245,13 @@ func (s *summary) finish() {
 		slices.Sort(reasons)
 		for _, reason := range reasons {
 			fmt.Fprintf(s.out, "%6d  %s\n", s.reasons[reason], reason)
+		}
+	}
+	if len(s.slow) > 0 {
+		fmt.Fprintln(s.out, "\ntook longest:")
+		slices.SortStableFunc(s.slow, func(a, b timed) int { return cmp.Compare(b.seconds, a.seconds) })
+		for _, t := range s.slow[:min(len(s.slow), slowMost)] {
+			fmt.Fprintf(s.out, "%5.0fs  %s %s\n", t.seconds, t.pkg, t.test)
 		}
 	}
 	fmt.Fprintf(s.out, "\n%d passed, %d failed, %d skipped\n", s.passed, s.failed, s.skipped)

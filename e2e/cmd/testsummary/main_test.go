@@ -13,8 +13,8 @@ func TestSummarise(t *testing.T) {
 {"Action":"output","Package":"p","Test":"TestA/one","Output":"    a_test.go:1: broken\n"}
 {"Action":"fail","Package":"p","Test":"TestA/one","Elapsed":0}
 {"Action":"run","Package":"p","Test":"TestA/two"}
-{"Action":"pass","Package":"p","Test":"TestA/two","Elapsed":0}
-{"Action":"fail","Package":"p","Test":"TestA","Elapsed":0}
+{"Action":"pass","Package":"p","Test":"TestA/two","Elapsed":61.5}
+{"Action":"fail","Package":"p","Test":"TestA","Elapsed":62}
 {"Action":"run","Package":"p","Test":"TestB"}
 {"Action":"output","Package":"p","Test":"TestB","Output":"=== RUN   TestB\n"}
 {"Action":"output","Package":"p","Test":"TestB","Output":"    e_test.go:3: b_test.go:7: no ESP in this kernel\n"}
@@ -42,6 +42,9 @@ r/r.go:1: syntax error
 
 skipped:
      1  no ESP in this kernel
+
+took longest:
+   62s  p TestA/two
 
 1 passed, 2 failed, 1 skipped
 `
