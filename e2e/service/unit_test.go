@@ -72,6 +72,12 @@ func TestUnitUnderSystemd(t *testing.T) {
 		}
 	})
 
+	t.Run("has the processor as soon as FRR has", func(t *testing.T) {
+		if got := strings.TrimSpace(m.run("ps", "-o", "ni=", "-p", pid)); got != "-5" {
+			t.Errorf("its nice value is %s", got)
+		}
+	})
+
 	t.Run("is told to systemd", func(t *testing.T) {
 		if got := m.property("StatusText"); !strings.Contains(got, "enforce: 1 coverage, 0 features, 0 routes, 1 clone; `tsoctl status` has more") {
 			t.Errorf("status %q", got)
