@@ -28,7 +28,7 @@ import (
 
 // These tests run on any kernel with XFRM policies, in a process with names of its own.
 
-// named makes a namespace with a veth pair that is up and a default route.
+// named makes a namespace with a veth pair that is up and a default route of either family.
 func named(t *testing.T, names ...string) {
 	t.Helper()
 	for _, ns := range names {
@@ -39,14 +39,18 @@ func named(t *testing.T, names ...string) {
 -n NS link set n1 up
 -n NS addr add 192.0.2.1/24 dev n0
 -n NS addr add 10.1.0.1/16 dev n0
--n NS route add default via 192.0.2.254`, "NS", ns))
+-n NS route add default via 192.0.2.254
+-n NS addr add fd00::1/64 dev n0 nodad
+-n NS addr add fd01::1/32 dev n0 nodad
+-n NS route add default via fd00::254`, "NS", ns))
 	}
 }
 
-// cover adds a policy to a namespace, "" for the host's.
+// cover adds a policy of either family to a namespace, "" for the host's.
 func cover(t *testing.T, ns string) {
 	t.Helper()
 	netnstest.IP(t, inside(ns)+"xfrm policy add src 10.1.0.0/16 dst 10.3.0.0/16 dir out tmpl src 192.0.2.1 dst 192.0.2.2 proto esp reqid 1 mode tunnel")
+	netnstest.IP(t, inside(ns)+"xfrm policy add src fd01::/32 dst fd03::/32 dir out tmpl src fd00::1 dst fd00::2 proto esp reqid 2 mode tunnel")
 }
 
 func inside(ns string) string {
@@ -59,25 +63,24 @@ func inside(ns string) string {
 // ours is what is in a namespace of ours, as a person sees it.
 func ours(t *testing.T, ns string) string {
 	t.Helper()
-	rules := netnstest.Show(t, inside(ns)+"rule show")
-	out, err := exec.Command("ip", strings.Fields(inside(ns)+"route show table 5450")...).CombinedOutput()
-	if err != nil && !strings.Contains(string(out), "does not exist") {
-		t.Fatalf("ip route: %v\n%s", err, out)
+	all := ""
+	for _, family := range []string{"-4 ", "-6 "} {
+		rules := netnstest.Show(t, family+inside(ns)+"rule show")
+		out, err := exec.Command("ip", strings.Fields(family+inside(ns)+"route show table 5450")...).CombinedOutput()
+		if err != nil && !strings.Contains(string(out), "does not exist") {
+			t.Fatalf("ip route: %v\n%s", err, out)
+		}
+		all += rules + "\n" + string(out)
 	}
-	if !strings.Contains(rules, "proto 84") && !strings.Contains(string(out), "proto 84") {
+	if !strings.Contains(all, "proto 84") {
 		return ""
 	}
-	return rules + "\n" + string(out)
+	return all
 }
 
 func locked(t *testing.T, namespaces ...string) {
 	t.Helper()
-	for _, ns := range namespaces {
-		netnstest.Within(t, "a lock in "+ns, func() bool {
-			s := ours(t, ns)
-			return strings.Contains(s, "mtu lock 1400") && strings.Contains(s, "to 10.3.0.0/16 lookup 5450")
-		})
-	}
+	lockedAt(t, "1400", namespaces...)
 }
 
 func bare(t *testing.T, namespaces ...string) {
@@ -378,7 +381,7 @@ func TestRestoreAllWithoutAnAgent(t *testing.T) {
 	}
 	netnstest.IP(t, "netns del c")
 	one, err := RestoreIn(t.Context(), "a", cfg, discard(), "test", false)
-	if err != nil || one.Netns != "a" || one.Rules != 1 || one.Clones != 1 {
+	if err != nil || one.Netns != "a" || one.Rules != 2 || one.Clones != 2 {
 		t.Errorf("one: %+v, %v", one, err)
 	}
 	bare(t, "a")
@@ -386,7 +389,7 @@ func TestRestoreAllWithoutAnAgent(t *testing.T) {
 	// Without names in the configuration, too.
 	cfg.Namespaces = nil
 	done, err := RestoreAll(t.Context(), cfg, discard(), "test", false)
-	if err != nil || len(done.Namespaces) != 1 || done.Namespaces[0].Netns != "b" || done.Namespaces[0].Rules != 1 || len(done.Findings) != 1 {
+	if err != nil || len(done.Namespaces) != 1 || done.Namespaces[0].Netns != "b" || done.Namespaces[0].Rules != 2 || len(done.Findings) != 1 {
 		t.Errorf("all: %+v, %v", done, err)
 	}
 	bare(t, "a", "b", "")
@@ -441,7 +444,7 @@ func TestFleetWithoutTheHost(t *testing.T) {
 	}
 	checkLeaks(t)
 	named(t, "a")
-	netnstest.IP(t, "link add n0 type veth peer name n1\nlink set n0 up\nlink set n1 up\naddr add 192.0.2.1/24 dev n0\naddr add 10.1.0.1/16 dev n0\nroute add default via 192.0.2.254")
+	own(t)
 	cover(t, "")
 	cover(t, "a")
 	cfg := fleetConfig(t, "host")
@@ -727,7 +730,7 @@ func TestControlInNamespaces(t *testing.T) {
 			}
 			return err
 		})
-		if err != nil || len(r.Coverages) != 1 || r.Netns != "a" || r.Live {
+		if err != nil || len(r.Coverages) != 2 || r.Netns != "a" || r.Live {
 			t.Errorf("look: %+v, %v", r, err)
 		}
 	}
@@ -744,12 +747,12 @@ func TestControlInNamespaces(t *testing.T) {
 	c := client.New(cfg.RunDir)
 	netnstest.Within(t, "the socket", func() bool { _, err := c.Report(ctx); return err == nil })
 	host, err := c.Report(ctx)
-	if err != nil || host.Netns != "" || len(host.Namespaces) != 2 || host.Namespaces[1].Clones != 1 || len(host.Coverages) != 0 {
+	if err != nil || host.Netns != "" || len(host.Namespaces) != 2 || host.Namespaces[1].Clones != 2 || len(host.Coverages) != 0 {
 		t.Errorf("host: %+v, %v", host, err)
 	}
 	for _, name := range []string{"a"} {
 		r, err := c.ReportIn(ctx, name)
-		if err != nil || r.Netns != "a" || len(r.Coverages) != 1 || len(r.Namespaces) != 0 {
+		if err != nil || r.Netns != "a" || len(r.Coverages) != 2 || len(r.Namespaces) != 0 {
 			t.Errorf("%s: %+v, %v", name, r, err)
 		}
 	}
@@ -764,7 +767,7 @@ func TestControlInNamespaces(t *testing.T) {
 		t.Errorf("list: %+v, %v", list, err)
 	}
 	flowsIn(t, c, cfg)
-	if list := s.Observations(); len(list) != 2 || list[0].Netns != "" || list[1].Netns != "a" || len(list[1].Coverages) != 1 {
+	if list := s.Observations(); len(list) != 2 || list[0].Netns != "" || list[1].Netns != "a" || len(list[1].Coverages) != 2 {
 		t.Errorf("reports: %+v", list)
 	}
 	_, err = c.ReportIn(ctx, "b")

@@ -73,7 +73,7 @@ func TestFleetPausesAllAndThoseThatCome(t *testing.T) {
 	paused("host", "a", "b", "c")
 	seen := func(ns string) bool {
 		r, err := c.ReportIn(ctx, ns)
-		return err == nil && len(r.Coverages) == 1
+		return err == nil && len(r.Coverages) == 2
 	}
 	netnstest.Within(t, "the policies are seen", func() bool { return seen("a") && seen("c") })
 	bare(t, "a", "b", "c")
@@ -103,7 +103,7 @@ func TestFleetPausesAllAndThoseThatCome(t *testing.T) {
 	if d, err := c.DevicesIn(ctx, "a", false); err != nil || d.Netns != "a" || len(d.Devices) != 1 || d.Devices[0].Device != "n0" || d.Devices[0].Driver != "veth" {
 		t.Errorf("devices of a: %+v, %v", d, err)
 	}
-	if l, err := c.LocksIn(ctx, "a"); err != nil || l.Netns != "a" || len(l.Clones) != 1 {
+	if l, err := c.LocksIn(ctx, "a"); err != nil || l.Netns != "a" || len(l.Clones) != 2 {
 		t.Errorf("locks of a: %+v, %v", l, err)
 	}
 	cancel()

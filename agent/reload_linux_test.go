@@ -26,14 +26,20 @@ link set n0 up
 link set n1 up
 addr add 192.0.2.1/24 dev n0
 addr add 10.1.0.1/16 dev n0
-route add default via 192.0.2.254`)
+route add default via 192.0.2.254
+addr add fd00::1/64 dev n0 nodad
+addr add fd01::1/32 dev n0 nodad
+route add default via fd00::254`)
 }
 
-// lockedAt waits until what is locked in some namespaces has another MTU.
+// lockedAt waits until what is covered in some namespaces is locked at an MTU.
 func lockedAt(t *testing.T, mtu string, namespaces ...string) {
 	t.Helper()
 	for _, ns := range namespaces {
-		netnstest.Within(t, "mtu "+mtu+" in "+ns, func() bool { return strings.Contains(ours(t, ns), "mtu lock "+mtu) })
+		netnstest.Within(t, "locks at "+mtu+" in "+ns, func() bool {
+			s := ours(t, ns)
+			return strings.Count(s, "mtu lock "+mtu) == 2 && strings.Contains(s, "to 10.3.0.0/16 lookup 5450") && strings.Contains(s, "to fd03::/32 lookup 5450")
+		})
 	}
 }
 
@@ -188,7 +194,7 @@ func TestReloadToObserveAndToOtherNumbers(t *testing.T) {
 	s.reload(observe)
 	bare(t, "") // ahead of Ready
 	netnstest.Within(t, "a is bare", func() bool { return ours(t, "a") == "" })
-	if r, err := s.reportOf(s.t.Context(), ""); err != nil || r.Mode != Observe || len(r.Coverages) != 1 {
+	if r, err := s.reportOf(s.t.Context(), ""); err != nil || r.Mode != Observe || len(r.Coverages) != 2 {
 		t.Errorf("report %+v, %v", r, err)
 	}
 	s.reload(cfg)

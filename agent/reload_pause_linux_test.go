@@ -44,7 +44,7 @@ func TestReloadKeepsPausesAndEvents(t *testing.T) {
 			}
 		}
 	}
-	hear(":ready: mode enforce, coverages 1", "a:ready: mode enforce, coverages 1") // they follow
+	hear(":ready: mode enforce, coverages 2", "a:ready: mode enforce, coverages 2") // they follow
 	pause := func(name string, p api.PauseRequest) {
 		t.Helper()
 		said, err := c.Pause(ctx, name, p)
