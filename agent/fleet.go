@@ -214,8 +214,15 @@ func (f *Fleet) Run(ctx context.Context) error {
 		}
 	}
 	watchOthers(f.cfg)
-	again := time.NewTicker(time.Duration(f.cfg.ResyncEvery)) // a process can change its namespace in silence
+	every := f.cfg.ResyncEvery
+	again := time.NewTicker(time.Duration(every)) // a process can change its namespace in silence
 	defer again.Stop()
+	keepTime := func(cfg Config) {
+		if cfg.ResyncEvery != every {
+			every = cfg.ResyncEvery
+			again.Reset(time.Duration(every))
+		}
+	}
 	defer close(f.over)
 	for run := true; run; {
 		select {
@@ -224,6 +231,7 @@ func (f *Fleet) Run(ctx context.Context) error {
 		case <-ended:
 			run = false
 		case <-f.look:
+			keepTime(f.Config()) // it can be the one before again
 			f.reconcile(members)
 			f.recall(members)
 		case <-again.C:
@@ -238,7 +246,7 @@ func (f *Fleet) Run(ctx context.Context) error {
 			if err == nil {
 				cfg := f.Config()
 				watchOthers(cfg)
-				again.Reset(time.Duration(cfg.ResyncEvery))
+				keepTime(cfg)
 			}
 			r.done <- err
 		}

@@ -188,7 +188,6 @@ func TestKeysAreSeenWhenTheirSocketStarts(t *testing.T) {
 		t.Skipf("the kernel doesn't tell of its sockets' states: %v", h.Functions())
 	}
 	named(t, "one")
-	netnstest.IP(t, "-n one addr add fd00::1/64 dev n0 nodad")
 	cfg := fleetConfig(t, "one")
 	cfg.TCPKeysEvery = Duration(time.Hour)
 	followed := make(chan struct{})

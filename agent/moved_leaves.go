@@ -21,6 +21,12 @@ func movedFrom(l *routes.Link, to routes.Place) movedDevice {
 	return movedDevice{To: to, Index: l.Index, Name: l.Name, Kind: l.Kind, IfID: l.IfID, Addr: l.HardwareAddr, PermAddr: l.PermAddr}
 }
 
+// still reports whether a link can be the one that was known by its index. Its name or its hardware address can be others by then, of which
+// the event is on its way.
+func still(was, now *routes.Link) bool {
+	return was.Kind == now.Kind && was.IfID == now.IfID && was.PermAddr == now.PermAddr && (was.HardwareAddr == now.HardwareAddr || sameName(was.Name, now.Name))
+}
+
 // departed takes the claims on a device that leaves, before they are dropped. The link is still in
 // the mirror.
 func (a *Agent) departed(ev routes.LinkGone) {
@@ -30,6 +36,11 @@ func (a *Agent) departed(ev routes.LinkGone) {
 	}
 	if len(a.st.left) >= maxLeft {
 		clear(a.st.left)
+	}
+	if ev.Link != nil && !still(l, ev.Link) {
+		// The end of the one that is known here was not told: another one had its index, and left.
+		a.st.left[l.Index] = leftDevice{ev.Link, ev.To}
+		return
 	}
 	a.st.left[l.Index] = leftDevice{l, ev.To}
 	if ev.To == (routes.Place{}) {

@@ -162,3 +162,43 @@ func TestArrivalIsNotAnotherDevice(t *testing.T) {
 		}
 	}
 }
+
+// TestAnotherDeviceThatLeavesTakesNothingAlong: where the end of a device was lost, another one that had its index is told to leave. What was held on the
+// first went with it: the other one's features are its owner's. A device that was renamed, or has another address, ahead of its move is itself.
+func TestAnotherDeviceThatLeavesTakesNothingAlong(t *testing.T) {
+	for _, tt := range []struct {
+		name   string
+		change func(*routes.Link)
+		moved  bool
+	}{
+		{"itself", func(*routes.Link) {}, true},
+		{"itself, renamed", func(l *routes.Link) { l.Name = "vpn0" }, true},
+		{"itself, with another address", func(l *routes.Link) { l.HardwareAddr = "02:00:00:00:00:66" }, true},
+		{"another one", func(l *routes.Link) { l.Name, l.HardwareAddr = "vpn0", "02:00:00:00:00:66" }, false},
+		{"of another kind", func(l *routes.Link) { l.Kind = "veth" }, false},
+		{"another NIC", func(l *routes.Link) { l.PermAddr = "02:00:00:00:00:67" }, false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			w := coveredWorld(t)
+			known := *w.kernel.Link(ipsec1)
+			known.HardwareAddr = "02:00:00:00:00:65"
+			w.addLink(&known)
+			w.settle()
+			w.mustProtect()
+			then := known
+			tt.change(&then)
+			w.routing(routes.LinkGone{Index: ipsec1, Link: &then, To: routes.Place{Netnsid: 1, Index: 9}})
+			delete(w.feats, ipsec1)
+			w.features(ethtool.Gone{Index: ipsec1})
+			w.settle()
+			if got := len(w.a.st.moved) == 1; got != tt.moved {
+				t.Errorf("its claims went along: %v", got)
+			}
+			for _, id := range w.ids() {
+				if strings.HasPrefix(id, "feature/") {
+					t.Errorf("%s is still claimed here", id)
+				}
+			}
+		})
+	}
+}

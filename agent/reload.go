@@ -370,7 +370,7 @@ func (f *Fleet) runHost(ctx context.Context, m *member) error {
 // reopenHost is openHost for the agent that takes the place of one with the configuration before. If it can't be opened, that one is
 // in use again, for all. Where it is the same one, as where the state is made anew, it is tried once more.
 func (f *Fleet) reopenHost(ctx context.Context, m *member, before Config) (a *Agent, cfg Config, generation uint64, err error) {
-	for back := false; ; {
+	for back, tried := false, false; ; {
 		a, cfg, generation, err = f.openHost(m)
 		if err == nil {
 			return a, cfg, generation, nil
@@ -380,11 +380,6 @@ func (f *Fleet) reopenHost(ctx context.Context, m *member, before Config) (a *Ag
 		if !newest {
 			m.unfollowed = false // what can't even be opened gives nothing back
 		}
-		if newest && back {
-			f.mu.Unlock()
-			return nil, cfg, generation, err
-		}
-		back = newest
 		same := reflect.DeepEqual(cfg, before)
 		if newest && !same {
 			f.reloadErr, f.live = err.Error(), before
@@ -392,15 +387,20 @@ func (f *Fleet) reopenHost(ctx context.Context, m *member, before Config) (a *Ag
 		}
 		f.mu.Unlock()
 		switch {
+		case newest && same && (back || tried):
+			return nil, cfg, generation, err
 		case newest && same:
+			tried = true
 			f.log.Warn("the agent that is to take over can't be opened, trying once more", "err", err, "again_in", firstRetry)
 			select {
 			case <-ctx.Done(): // what is in place is to be given back
 			case <-time.After(firstRetry):
 			}
 		case newest:
+			back = true
 			f.log.Error("the configuration can't be taken over: the one before it stays in use", "err", err)
 			f.renew()
+			f.poke() // its namespaces are those to be followed
 		}
 	}
 }

@@ -159,6 +159,37 @@ func TestReloadThatOneNamespaceCannotTakeOver(t *testing.T) {
 	}
 }
 
+// TestNamespacesOfARefusedReloadAreLetGo: who comes with a configuration that the host's agent can't take over is let go again, and who was to go is
+// followed on.
+func TestNamespacesOfARefusedReloadAreLetGo(t *testing.T) {
+	s := depart(t, "a")
+	if s == nil {
+		return
+	}
+	named(t, "b")
+	cover(t, "b")
+	host := s.agent(netns.Host)
+	if err := host.call(t.Context(), func() {
+		if err := host.journal.Put(entry("tables-too", kindTables, ownTables{Table: 5450, Protocol: 84})); err != nil {
+			t.Error(err)
+		}
+	}); err != nil {
+		t.Fatal(err)
+	}
+	release := host.hang(t)
+	next := s.cfg
+	next.Plan.Table = 6000
+	next.Namespaces = Namespaces{netns.Host, "b"}
+	if err := s.Reload(t.Context(), next); err != nil {
+		t.Fatal(err)
+	}
+	netnstest.Within(t, "b is followed", func() bool { return strings.Contains(netnstest.Show(t, "-n b rule show"), "lookup 6000") })
+	netnstest.Within(t, "a is let go", func() bool { return ours(t, "a") == "" })
+	release()
+	locked(t, "", "a")
+	netnstest.Within(t, "b is let go", func() bool { return ours(t, "b") == "" })
+}
+
 // slowLog calls a function for each line, which may not return for a while.
 type slowLog struct {
 	slog.Handler

@@ -144,3 +144,41 @@ func TestStateThatCannotBeMadeAnewAtOnce(t *testing.T) {
 	}
 	locked(t, "", "a")
 }
+
+// TestReloadWhileTheStateIsMadeAnew comes to a host whose agent can't be opened just then, with whatever configuration: the one before stays in use.
+func TestReloadWhileTheStateIsMadeAnew(t *testing.T) {
+	var path string
+	var s *passage
+	s = departBy(t, func(f *Fleet) {
+		path = filepath.Join(f.cfg.RunDir, "journal")
+		f.log = slog.New(slowLog{f.log.Handler(), func(line string) {
+			switch {
+			case strings.Contains(line, "trying once more"):
+				next := s.cfg
+				next.Plan.PresumeMTU = 1300
+				if err := s.Reload(t.Context(), next); err != nil {
+					t.Error(err)
+				}
+			case strings.Contains(line, "the one before it stays in use"):
+				if err := errors.Join(os.Remove(path), os.Rename(path+".away", path)); err != nil {
+					t.Error(err)
+				}
+			}
+		}})
+	}, "a")
+	if s == nil {
+		return
+	}
+	host := s.agent(netns.Host)
+	release := s.makesWay(netns.Host)
+	defer release()
+	if err := errors.Join(os.Rename(path, path+".away"), os.Mkdir(path, 0o700)); err != nil {
+		t.Fatal(err)
+	}
+	release()
+	netnstest.Within(t, "another one", func() bool { now, err := s.agentOf(netns.Host); return err == nil && now != host })
+	if s.Status().ReloadError == "" {
+		t.Error("no configuration was refused")
+	}
+	locked(t, "", "a")
+}

@@ -194,6 +194,7 @@ func (a *Agent) counts() counts {
 				c.mtus = append(c.mtus, rememberedMTU{Policy: id.Policy, Peer: id.Peer, Selector: p.Selector, Mark: p.Mark, IfID: p.IfID, MTU: mtu})
 			}
 		}
+		c.mtus = append(c.mtus, a.st.adopted...) // by one that has not planned yet
 	}
 	if a.sources != nil {
 		for _, s := range a.sources.stats() {

@@ -88,7 +88,7 @@ func (d *Decoder) decode(h Header, data []byte) (Event, error) {
 		}
 		if h.Type == rtmDelLink {
 			to, err := decodePlace(data)
-			return LinkGone{Index: l.Index, To: to}, err
+			return LinkGone{Index: l.Index, Link: l, To: to}, err
 		}
 		return LinkSet{Link: l, Features: event == eventFeatures}, nil
 	case rtmNewAddr, rtmDelAddr:

@@ -413,6 +413,8 @@ type (
 	// LinkGone is a device that was deleted or left the namespace.
 	LinkGone struct {
 		Index Ifindex
+		// Link is the device as it was then, nil if that is not known: where events were lost, another one can have been known by the index.
+		Link *Link
 		// To is where it was moved, the zero value if it was deleted or the kernel doesn't tell.
 		To Place
 	}
