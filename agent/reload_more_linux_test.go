@@ -127,22 +127,28 @@ func TestCountersGoOnWithAReload(t *testing.T) {
 	}
 }
 
-// TestReloadThatOneNamespaceCannotTakeOver goes back in all of them: also the one that has its rules in the other table already.
-func TestReloadThatOneNamespaceCannotTakeOver(t *testing.T) {
-	s := depart(t, "a")
-	if s == nil {
-		return
-	}
+// clings has the host's agent hang until it is released, and no other table taken over in its place: there is a claim on the numbers that are left, which
+// nothing but that agent knows, and nothing takes away.
+func (s *passage) clings(t *testing.T) (release func()) {
+	t.Helper()
 	host := s.agent(netns.Host)
 	if err := host.call(t.Context(), func() {
-		// A claim on the numbers that are left, which nothing but the host's agent knows, and nothing takes away.
 		if err := host.journal.Put(entry("tables-too", kindTables, ownTables{Table: 5450, Protocol: 84})); err != nil {
 			t.Error(err)
 		}
 	}); err != nil {
 		t.Fatal(err)
 	}
-	release := host.hang(t)
+	return host.hang(t)
+}
+
+// TestReloadThatOneNamespaceCannotTakeOver goes back in all of them: also the one that has its rules in the other table already.
+func TestReloadThatOneNamespaceCannotTakeOver(t *testing.T) {
+	s := depart(t, "a")
+	if s == nil {
+		return
+	}
+	release := s.clings(t)
 	next := s.cfg
 	next.Plan.Table = 6000
 	if err := s.Reload(t.Context(), next); err != nil {
@@ -168,15 +174,7 @@ func TestNamespacesOfARefusedReloadAreLetGo(t *testing.T) {
 	}
 	named(t, "b")
 	cover(t, "b")
-	host := s.agent(netns.Host)
-	if err := host.call(t.Context(), func() {
-		if err := host.journal.Put(entry("tables-too", kindTables, ownTables{Table: 5450, Protocol: 84})); err != nil {
-			t.Error(err)
-		}
-	}); err != nil {
-		t.Fatal(err)
-	}
-	release := host.hang(t)
+	release := s.clings(t)
 	next := s.cfg
 	next.Plan.Table = 6000
 	next.Namespaces = Namespaces{netns.Host, "b"}
